@@ -1,0 +1,1 @@
+"""moesaic: MoE experts tiled over a device mesh."""

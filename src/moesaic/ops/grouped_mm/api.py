@@ -1,0 +1,124 @@
+"""The public function ``grouped_mm``: its contract and its checks."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.ops.autocast import autocast
+from moesaic.ops.grouped_mm.ops import AUTO, IMPLEMENTATIONS, grouped_mm_op
+
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def grouped_mm(
+    x: Float[Tensor, "R K"],
+    w: Float[Tensor, "W K N"],
+    group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
+    *,
+    impl: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Float[Tensor, "R N"]:
+    """Multiply consecutive groups of rows of ``x`` each by its own matrix.
+
+    ``y[r] = x[r] @ w[e]`` for every row ``r`` of group ``e``; rows past the last group are zero, in ``y`` and in the
+    gradient of ``x``.
+
+    **Flat form**, ``group_sizes [E]``: group ``e`` is the next ``group_sizes[e]`` rows and meets ``w[e]``.
+
+    **Blocked form**, ``group_sizes [B, G]``: ``x`` is ``B`` equal blocks of ``C = R / B`` rows. Block ``b`` holds ``G``
+    groups from its first row on, and padding after them. ``w`` is ``[B * G, K, N]``, where each block has its own
+    experts, or ``[G, K, N]``, where the blocks share them. Raggedness lives inside a block and sharding cuts between
+    blocks, so on DTensors ``Shard(0)`` of every operand is expert parallelism and ``Shard(0)`` of ``x`` and
+    ``group_sizes`` alone is token parallelism, both without communication (see ``docs/design.md``).
+
+    Args:
+        x: rows, fp64, fp32, bf16 or fp16, any strides.
+        w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``.
+        group_sizes: how many rows each group has (counts, not offsets), int32 or int64, on the device of ``x``.
+            On CUDA the values are never read to the host; :func:`moesaic.debug_checks` checks them.
+        impl: ``"reference"`` or ``"torch"``. ``None`` picks by device and dtype. A named one never falls back.
+        out_dtype: dtype of the result: that of ``x``, or ``torch.float32`` for half-precision operands.
+
+    Returns:
+        ``[R, N]``. Half-precision products are accumulated in fp32.
+
+    Under ``torch.autocast`` the operands are cast to the autocast dtype. Differentiable any number of times in ``x``
+    and ``w``; works under ``torch.compile(fullgraph=True)``, fake tensors and ``vmap``; deterministic.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative or exceed the rows.
+        TypeError: dtypes that do not fit.
+
+    Example:
+        >>> x, w = torch.randn(6, 4), torch.randn(3, 4, 5)
+        >>> moesaic.grouped_mm(x, w, torch.tensor([2, 0, 3])).shape  # row 5 belongs to no group: zero
+        torch.Size([6, 5])
+
+    The semantics are those of ``jax.lax.ragged_dot``; the question is pytorch/torchtitan issue 434.
+    """
+    x, w = autocast(x, w)
+    _check_dtypes(x, w, group_sizes, out_dtype)
+    _check_shapes(x, w, group_sizes)
+    return grouped_mm_op(x, w, group_sizes, _impl_code(impl), out_dtype)
+
+
+def _impl_code(impl: str | None) -> int:
+    if impl is None:
+        return AUTO
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None"
+        )
+    return IMPLEMENTATIONS[impl]
+
+
+def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dtype | None) -> None:
+    if x.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {_FLOAT_DTYPES}")
+    if w.dtype != x.dtype:
+        raise TypeError(
+            f"w: dtype {w.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast"
+        )
+    if group_sizes.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"group_sizes: dtype {group_sizes.dtype} is not supported; use int32 or int64")
+    if out_dtype is not None and out_dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"out_dtype: got {out_dtype}; it can be {x.dtype} (that of x) or torch.float32")
+    if out_dtype == torch.float32 and x.dtype == torch.float64:
+        raise TypeError(
+            "out_dtype: torch.float32 would lose the precision of torch.float64 operands; omit it"
+        )
+
+
+def _check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor) -> None:
+    if x.ndim != 2:
+        raise ValueError(
+            f"x: expected [R, K], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)"
+        )
+    if w.ndim != 3:
+        raise ValueError(f"w: expected [E, K, N], got {list(w.shape)}")
+    if group_sizes.ndim not in (1, 2):
+        raise ValueError(f"group_sizes: expected [E] or [B, G], got {list(group_sizes.shape)}")
+    if x.shape[1] != w.shape[1]:
+        hint = "; w looks transposed, pass w.mT" if x.shape[1] == w.shape[2] else ""
+        raise ValueError(
+            f"w: expected [E, {x.shape[1]}, N] to match x {list(x.shape)}, got {list(w.shape)}{hint}"
+        )
+    for name, t in (("w", w), ("group_sizes", group_sizes)):
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
+    if group_sizes.ndim == 1:
+        if group_sizes.shape[0] != w.shape[0]:
+            raise ValueError(
+                f"group_sizes: expected one size for each of the {w.shape[0]} matrices of w, got {group_sizes.shape[0]}"
+            )
+        return
+    B, G = group_sizes.shape
+    if w.shape[0] not in (B * G, G):
+        raise ValueError(
+            f"w: group_sizes {[B, G]} needs {B * G} matrices (each block its own) or {G} (shared), got {w.shape[0]}"
+        )
+    if (x.shape[0] % B if B else x.shape[0]) != 0:
+        raise ValueError(
+            f"x: {x.shape[0]} rows are not {B} equal blocks; pad every block to the same number of rows"
+        )

@@ -1,0 +1,72 @@
+"""Where each group's rows lie. Shared by the implementations, which never import each other.
+
+Legend: R rows, B blocks, C rows a block (R = B * C), G groups a block, E experts.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """The rows of one expert inside one block."""
+
+    rows: slice
+    expert: int
+    size: int
+
+
+def as_blocks(group_sizes: Tensor) -> Tensor:
+    """Group sizes as ``[B, G]``: the flat form ``[E]`` is one block."""
+    return group_sizes if group_sizes.ndim == 2 else group_sizes.unsqueeze(0)
+
+
+def are_shared(num_weights: int, group_sizes: Tensor) -> bool:
+    """Whether the blocks share their experts (``w`` is ``[G, ...]``) or each has its own (``[B * G, ...]``)."""
+    blocks = as_blocks(group_sizes)
+    return blocks.shape[0] != 1 and num_weights == blocks.shape[1]
+
+
+def check_group_sizes(num_rows: int, sizes_BG: Tensor) -> None:
+    """Raise ``ValueError`` unless every size is at least 0 and each block's sizes fit its rows. Reads values."""
+    B, G = sizes_BG.shape
+    if B == 0 or G == 0:
+        return
+    if int(sizes_BG.min()) < 0:
+        raise ValueError(
+            f"group_sizes: sizes must be at least 0, got {int(sizes_BG.min())}; "
+            "pass how many rows each group has, not offsets or sentinels"
+        )
+    capacity, largest = num_rows // B, int(sizes_BG.sum(dim=1).max())
+    if largest > capacity:
+        raise ValueError(
+            f"group_sizes: the groups of a block add up to {largest} rows, but x has {capacity} rows a block "
+            f"({num_rows} rows in {B} blocks); pass counts, not cumulative offsets, or give x more rows"
+        )
+
+
+def iterate_groups(num_rows: int, sizes_BG: Tensor, *, shared: bool) -> Iterator[Group]:
+    """Yield every group, empty ones too, in row order. Reads the sizes to the host; checks them first."""
+    check_group_sizes(num_rows, sizes_BG)
+    B, G = sizes_BG.shape
+    capacity = num_rows // B if B else 0
+    for b, sizes in enumerate(sizes_BG.tolist()):
+        start = b * capacity
+        for g, size in enumerate(sizes):
+            yield Group(slice(start, start + size), g if shared else b * G + g, size)
+            start += size
+
+
+def padding_rows(num_rows: int, sizes_BG: Tensor) -> Iterator[slice]:
+    """Yield, block by block, the rows past the last group."""
+    B = sizes_BG.shape[0]
+    capacity = num_rows // B if B else num_rows
+    for b, used in enumerate(sizes_BG.sum(dim=1).tolist() if B else [0]):
+        yield slice(b * capacity + used, (b + 1) * capacity)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for the half types, the type itself otherwise."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

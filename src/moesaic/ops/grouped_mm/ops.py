@@ -1,0 +1,190 @@
+"""torch.library definitions of grouped_mm: three operators, their fakes, gradients and vmap rules.
+
+The three are closed under differentiation, so gradients of any order are made of them alone:
+
+====================================  ============================================  =======================
+operator                              computes, for the rows of each group          gradients are
+====================================  ============================================  =======================
+``grouped_mm(x, w)``                  ``y = x @ w[e]``                              input_grad, weight_grad
+``grouped_mm_input_grad(grad, w)``    ``gx = grad @ w[e].T``                        grouped_mm, weight_grad
+``grouped_mm_weight_grad(x, grad)``   ``gw[e] = x.T @ grad``                        input_grad, grouped_mm
+====================================  ============================================  =======================
+
+The first argument that is not a tensor is an int in each of them: DTensor's cache of sharding decisions ignores what
+stands before the first int.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.debug import debug_checks_enabled
+from moesaic.ops.grouped_mm.groups import are_shared, as_blocks, check_group_sizes
+from moesaic.ops.grouped_mm.impl import reference
+from moesaic.ops.grouped_mm.impl import torch as torch_impl
+
+AUTO = 0
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2}
+_MODULES: dict[int, ModuleType] = {AUTO: torch_impl, 1: reference, 2: torch_impl}
+
+torch.library.define(
+    "moesaic::grouped_mm",
+    "(Tensor x, Tensor w, Tensor group_sizes, int impl, ScalarType? out_dtype=None) -> Tensor",
+)
+torch.library.define(
+    "moesaic::grouped_mm_input_grad", "(Tensor grad, Tensor w, Tensor group_sizes, int impl) -> Tensor"
+)
+torch.library.define(
+    "moesaic::grouped_mm_weight_grad",
+    "(Tensor x, Tensor grad, Tensor group_sizes, int impl, int shared) -> Tensor",
+)
+
+
+def _module(impl: int, x: Tensor, sizes_BG: Tensor) -> ModuleType:
+    if debug_checks_enabled():
+        check_group_sizes(x.shape[0], sizes_BG)
+    return _MODULES[impl]
+
+
+@torch.library.impl("moesaic::grouped_mm", "default")
+def _forward(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    sizes_BG = as_blocks(group_sizes)
+    return _module(impl, x, sizes_BG).forward(x, w, sizes_BG, out_dtype or x.dtype)
+
+
+@torch.library.impl("moesaic::grouped_mm_input_grad", "default")
+def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+    sizes_BG = as_blocks(group_sizes)
+    return _module(impl, grad, sizes_BG).forward(grad, w.mT, sizes_BG, grad.dtype)
+
+
+@torch.library.impl("moesaic::grouped_mm_weight_grad", "default")
+def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int, shared: int) -> Tensor:
+    sizes_BG = as_blocks(group_sizes)
+    return _module(impl, x, sizes_BG).weight_grad(x, grad, sizes_BG, bool(shared))
+
+
+@torch.library.register_fake("moesaic::grouped_mm")
+def _forward_fake(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[2], dtype=out_dtype or x.dtype)
+
+
+@torch.library.register_fake("moesaic::grouped_mm_input_grad")
+def _input_grad_fake(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], w.shape[1])
+
+
+@torch.library.register_fake("moesaic::grouped_mm_weight_grad")
+def _weight_grad_fake(x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int, shared: int) -> Tensor:
+    B, G = as_blocks(group_sizes).shape
+    return x.new_empty(G if shared else B * G, x.shape[1], grad.shape[1])
+
+
+def grouped_mm_op(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.ops.moesaic.grouped_mm(x, w, group_sizes, impl, out_dtype)
+
+
+def input_grad_op(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+    return torch.ops.moesaic.grouped_mm_input_grad(grad, w, group_sizes, impl)
+
+
+def weight_grad_op(x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int, shared: bool) -> Tensor:
+    return torch.ops.moesaic.grouped_mm_weight_grad(x, grad, group_sizes, impl, int(shared))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, group_sizes, ctx.impl, *_ = inputs
+    ctx.save_for_backward(a, b, group_sizes)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, sizes = ctx.saved_tensors
+    grad = grad.to(x.dtype)  # differs where out_dtype was given
+    shared = are_shared(w.shape[0], sizes)
+    gx = input_grad_op(grad, w, sizes, ctx.impl) if ctx.needs_input_grad[0] else None
+    gw = weight_grad_op(x, grad, sizes, ctx.impl, shared) if ctx.needs_input_grad[1] else None
+    return gx, gw, None, None, None
+
+
+def _input_grad_backward(ctx: Any, grad_gx: Tensor) -> tuple[Tensor | None, ...]:
+    grad, w, sizes = ctx.saved_tensors
+    shared = are_shared(w.shape[0], sizes)
+    ggrad = grouped_mm_op(grad_gx, w, sizes, ctx.impl) if ctx.needs_input_grad[0] else None
+    gw = weight_grad_op(grad_gx, grad, sizes, ctx.impl, shared) if ctx.needs_input_grad[1] else None
+    return ggrad, gw, None, None
+
+
+def _weight_grad_backward(ctx: Any, grad_gw: Tensor) -> tuple[Tensor | None, ...]:
+    x, grad, sizes = ctx.saved_tensors
+    gx = input_grad_op(grad, grad_gw, sizes, ctx.impl) if ctx.needs_input_grad[0] else None
+    ggrad = grouped_mm_op(x, grad_gw, sizes, ctx.impl) if ctx.needs_input_grad[1] else None
+    return gx, ggrad, None, None, None
+
+
+torch.library.register_autograd("moesaic::grouped_mm", _forward_backward, setup_context=_save)
+torch.library.register_autograd("moesaic::grouped_mm_input_grad", _input_grad_backward, setup_context=_save)
+torch.library.register_autograd("moesaic::grouped_mm_weight_grad", _weight_grad_backward, setup_context=_save)
+
+
+def _rows_to_blocks(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """``[V, R, D]`` as ``[V * R, D]``, repeated where ``t`` is not batched."""
+    t = t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+    return t.flatten(0, 1)
+
+
+def _sizes_to_blocks(sizes: Tensor, dim: int | None, size: int) -> Tensor:
+    sizes = sizes.movedim(dim, 0) if dim is not None else sizes.expand(size, *sizes.shape)
+    return sizes if sizes.ndim == 2 else sizes.flatten(0, 1)
+
+
+def _weights_to_blocks(
+    w: Tensor, w_dim: int | None, sizes: Tensor, sizes_dim: int | None, size: int
+) -> Tensor:
+    """The weights of ``size`` problems as those of ``size`` times as many blocks; shared ones stay shared."""
+    example_sizes = sizes if sizes_dim is None else sizes.movedim(sizes_dim, 0)[0]
+    B, G = as_blocks(example_sizes).shape
+    if w_dim is None and w.shape[0] == G:
+        return w
+    w = w.movedim(w_dim, 0) if w_dim is not None else w.expand(size, *w.shape)
+    if w.shape[1] != B * G:
+        w = w.unsqueeze(1).expand(size, B, *w.shape[1:]).flatten(1, 2)
+    return w.flatten(0, 1)
+
+
+# Batched problems are blocks: vmap costs no copy but that of a shared operand.
+def _vmap_matrix(op: Any) -> Any:
+    def rule(
+        info: Any, in_dims: tuple[int | None, ...], a: Tensor, w: Tensor, sizes: Tensor, *flags: Any
+    ) -> Any:
+        V = info.batch_size
+        w = _weights_to_blocks(w, in_dims[1], sizes, in_dims[2], V)
+        y = op(_rows_to_blocks(a, in_dims[0], V), w, _sizes_to_blocks(sizes, in_dims[2], V), *flags)
+        return y.unflatten(0, (V, -1)), 0
+
+    return rule
+
+
+def _vmap_weight_grad(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, grad: Tensor, sizes: Tensor, impl: int, shared: int
+) -> Any:
+    V = info.batch_size
+    blocks = _sizes_to_blocks(sizes, in_dims[2], V)
+    gw = weight_grad_op(
+        _rows_to_blocks(x, in_dims[0], V), _rows_to_blocks(grad, in_dims[1], V), blocks, impl, shared=False
+    )
+    B, G = blocks.shape[0] // V, blocks.shape[1]
+    gw = gw.unflatten(0, (V, B * G))
+    return (gw.unflatten(1, (B, G)).sum(1) if shared else gw), 0
+
+
+torch.library.register_vmap("moesaic::grouped_mm", _vmap_matrix(grouped_mm_op))
+torch.library.register_vmap("moesaic::grouped_mm_input_grad", _vmap_matrix(input_grad_op))
+torch.library.register_vmap("moesaic::grouped_mm_weight_grad", _vmap_weight_grad)
