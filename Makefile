@@ -1,0 +1,57 @@
+# `make help` lists the targets. Everything runs from .venv, which the first of them sets up.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.moesaic-installed
+EXTRAS := train,datasets,dev
+
+NPROC  ?= 4
+LAYOUT ?= --tp 2 --ep 2 --etp 2
+ARGS   ?=
+
+# Every process of a launch would otherwise start a thread per core and they would fight for the cores.
+CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+THREADS := $(shell t=$$(( $(CORES) / $(NPROC) )); [ $$t -ge 1 ] && echo $$t || echo 1)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# The stamp is written last: an interrupted or failed install leaves none, so the next call repairs it.
+# The build back end is installed first and used without isolation, so that its version is pinned as well.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip check
+	@touch $@
+
+setup: $(STAMP) ## create or refresh .venv from pyproject.toml and constraints.txt
+
+train: export OMP_NUM_THREADS ?= $(THREADS)
+train: $(STAMP) ## train on NPROC=4 processes; options: LAYOUT='--tp 2 --ep 2 --etp 2' ARGS='--help'
+	@$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m moesaic train $(LAYOUT) $(ARGS)
+
+test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## style, format, types and import contracts; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## fix what can be fixed by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run every benchmark; each prints one table
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+clean: ## delete .venv and every cache; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

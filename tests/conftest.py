@@ -1,0 +1,54 @@
+"""Fixtures of every test. Shapes and types of the public functions are checked here and only here."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+from tests.distributed.pool import run_ranks
+
+ROOT = Path(__file__).parents[1]
+
+# Has to come before anything imports moesaic. A checked function breaks torch.compile(fullgraph=True): tests
+# that compile run in `fresh_python`, where the hook is off.
+if not os.environ.get("MOESAIC_NO_TYPECHECK"):
+    assert "moesaic" not in sys.modules, "moesaic was imported before its run-time checks were installed"
+    install_import_hook("moesaic", "beartype.beartype")
+
+# The same examples in every run. HYPOTHESIS_PROFILE=explore looks further.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Callable[..., list]:
+    """`ranks(fn, world_size, *args, **kwargs)`: results of a module-level `fn` on gloo ranks."""
+    return run_ranks
+
+
+@pytest.fixture(scope="session")
+def fresh_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fresh_python(code_or_path, *args)` in a new interpreter without run-time checks; it has to succeed."""
+
+    def run(code_or_path: str | Path, *args: object) -> subprocess.CompletedProcess[str]:
+        program = [str(code_or_path)] if isinstance(code_or_path, Path) else ["-c", code_or_path]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [sys.executable, *program, *map(str, args)],
+            env=os.environ | {"MOESAIC_NO_TYPECHECK": "1", "PYTHONPATH": path},
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+        if done.returncode != 0:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+        return done
+
+    return run

@@ -1,0 +1,199 @@
+"""Run a function on real gloo ranks: `run_ranks(fn, world_size, *args, **kwargs) -> [rank 0's result, ...]`.
+
+Each call forks its ranks from a server process that imported torch once. So a call costs a fraction of a
+second, and yet no rank inherits anything from an earlier test: DTensor caches results by mesh *equality*, and
+in a reused process a new mesh would be handed an old one whose process groups are gone.
+"""
+
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAX_WORLD_SIZE = 8
+TIMEOUT_S = 300.0
+# After one rank has failed, its peers get this long to fail too (their errors often tell more) or to finish.
+GRACE_S = 10.0
+
+_ROOT = Path(__file__).parents[2]
+
+
+class RankError(AssertionError):
+    """One or more ranks failed; `failures` maps rank to traceback, the first to fail first."""
+
+    def __init__(self, fn: str, failures: Mapping[int, str]):
+        self.failures = dict(failures)
+        ranks_of: dict[str, list[int]] = {}
+        for rank, text in failures.items():
+            ranks_of.setdefault(text, []).append(rank)
+        parts = [f"{fn} failed on rank {', '.join(map(str, failures))}"]
+        parts += [f"--- rank {', '.join(map(str, ranks))} ---\n{text}" for text, ranks in ranks_of.items()]
+        super().__init__("\n".join(parts))
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
+    """`fn(*args, **kwargs)` on `world_size` gloo ranks; results in rank order, or one `RankError`.
+
+    `fn` is a module-level function. Arguments and results travel as pickle bytes, so tensors go by value.
+    """
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise ValueError(f"world_size must be in 1..{MAX_WORLD_SIZE}, got {world_size}")
+    module, name = fn.__module__, fn.__qualname__
+    if "<" in name or module == "__main__":
+        raise ValueError(f"a rank cannot import {module}:{name}; pass a module-level function")
+    payload = pickle.dumps((module, name, args, kwargs))
+
+    context = multiprocessing.get_context("forkserver")
+    start_server()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        processes: list[BaseProcess] = []
+        pipes: list[connection.Connection] = []
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_rank_main,
+                    args=(theirs, rank, world_size, folder, payload),
+                    name=f"rank{rank}",
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+            results, failures = _collect(processes, pipes, Path(folder))
+            if failures:
+                raise RankError(f"{module}:{name}", failures)
+            for pipe in pipes:
+                pipe.send_bytes(b"all ranks are done")
+            for process in processes:
+                process.join(GRACE_S)
+            return [results[rank] for rank in range(world_size)]
+        finally:
+            for process, pipe in zip(processes, pipes, strict=False):
+                process.kill()
+                process.join()
+                pipe.close()
+
+
+def start_server() -> None:
+    """Start the fork server if it isn't running, with everything the ranks inherit from it."""
+    if forkserver._forkserver._forkserver_pid is not None:
+        return
+    settings = {
+        # Set before torch and numpy are imported: without threads in the server, forking it is safe.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Asking CUDA itself whether it is there would make it unusable in every forked child.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # Before Python 3.12.4 the server does not get our sys.path, and skips what it can't import.
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    if sys.platform == "linux":
+        settings["GLOO_SOCKET_IFNAME"] = "lo"
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    try:
+        forkserver.set_forkserver_preload(["tests.distributed.preload"])
+        forkserver.ensure_running()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _collect(
+    processes: list[BaseProcess], pipes: list[connection.Connection], folder: Path
+) -> tuple[dict[int, Any], dict[int, str]]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + TIMEOUT_S
+    while waiting:
+        ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, connection.Connection)
+            rank = waiting.pop(pipe)
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                processes[rank].join(GRACE_S)
+                ok, value = False, f"the process died, exit code {processes[rank].exitcode}"
+            except Exception:
+                ok, value = False, f"its result cannot be unpickled\n{traceback.format_exc()}"
+            (results if ok else failures)[rank] = value
+            if not ok:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for rank in waiting.values():
+        limit = f"{GRACE_S:g} s after another rank failed" if failures else f"after {TIMEOUT_S:g} s"
+        failures[rank] = f"still running {limit}, at\n{_stack(processes[rank], folder / f'stack{rank}')}"
+    return results, failures
+
+
+def _stack(process: BaseProcess, file: Path) -> str:
+    """Where a running rank is: its fault handler writes that on a signal, even from within a collective."""
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGUSR1)
+    for _ in range(20):
+        time.sleep(0.05)
+        if file.exists() and (text := file.read_text()):
+            return text
+    return "(it did not say)"
+
+
+def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: str, payload: bytes) -> None:
+    import torch
+    import torch.distributed as dist
+
+    with open(Path(folder, f"stack{rank}"), "w") as stack_file:
+        faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
+        for key, value in {"RANK": rank, "WORLD_SIZE": world_size}.items():
+            os.environ[key] = os.environ[f"LOCAL_{key}"] = str(value)
+        torch.set_num_threads(1)
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=TIMEOUT_S),
+            )
+            module, name, args, kwargs = pickle.loads(payload)
+            fn = importlib.import_module(module)
+            for part in name.split("."):
+                fn = getattr(fn, part)
+            answer = pickle.dumps((True, fn(*args, **kwargs)))
+        except BaseException:
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+            # Leaving closes this rank's sockets, and peers that sit in a collective with it get an error.
+            _leave()
+        pipe.send_bytes(answer)
+        # Closing them earlier than all peers are done could cut off bytes on their way to a peer.
+        try:
+            pipe.recv_bytes()
+        except EOFError:
+            _leave()
+        dist.destroy_process_group()
+
+
+def _leave() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
