@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -30,6 +31,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def ranks() -> Callable[..., list]:
     """`ranks(fn, world_size, *args, **kwargs)`: results of a module-level `fn` on gloo ranks."""
     return run_ranks
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without run-time checks, which would otherwise raise before the library's own errors can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
