@@ -1,0 +1,9 @@
+"""Sharding rules: one line of notation makes an operator DTensor-aware."""
+
+from moesaic.sharding import library  # noqa: F401 -- registers the rules of our own operators
+from moesaic.sharding.admission import ShardingError
+from moesaic.sharding.notation import NotationError, parse
+from moesaic.sharding.register import rule_of, sharding_rule
+from moesaic.sharding.rule import AxisRule, Rule
+
+__all__ = ["AxisRule", "NotationError", "Rule", "ShardingError", "parse", "rule_of", "sharding_rule"]
