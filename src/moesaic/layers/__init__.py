@@ -1,0 +1,24 @@
+"""Mixture-of-experts layers. They know nothing of meshes."""
+
+from moesaic.layers.balance import balance_losses
+from moesaic.layers.config import MoEConfig
+from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
+from moesaic.layers.experts import GroupedExperts
+from moesaic.layers.load import expert_load, reset_expert_load, update_expert_bias
+from moesaic.layers.moe import MoE
+from moesaic.layers.router import Routing, TopKRouter
+
+__all__ = [
+    "Dispatched",
+    "Dispatcher",
+    "GroupedExperts",
+    "LocalDispatcher",
+    "MoE",
+    "MoEConfig",
+    "Routing",
+    "TopKRouter",
+    "balance_losses",
+    "expert_load",
+    "reset_expert_load",
+    "update_expert_bias",
+]

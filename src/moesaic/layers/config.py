@@ -1,0 +1,65 @@
+"""What a mixture-of-experts layer is made of."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Score = Literal["softmax", "sigmoid"]
+Activation = Literal["silu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes and choices of a :class:`moesaic.MoE` layer.
+
+    Attributes:
+        dim: D, the model dim.
+        hidden_dim: F, the hidden dim of one expert.
+        num_experts: E.
+        top_k: K, how many experts a token goes to.
+        activation: of the gate projection, ``act(x w1) * (x w3)``.
+        score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
+        normalize_top_k: divide the K chosen scores by their sum.
+        route_scale: factor on the routing weights, after normalisation.
+        num_groups, top_groups: group-limited routing (DeepSeek-V3): the experts form ``num_groups`` equal groups, and
+            a token chooses from the ``top_groups`` of them whose two best scores sum highest.
+        aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
+        z_loss_coef: coefficient of the router z-loss; 0 turns it off.
+        bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out.
+        shared_hidden_dim: hidden dim of a dense expert that every token goes through; 0 for none.
+
+    Raises:
+        ValueError: a value out of range, with the values that are allowed.
+    """
+
+    dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+    activation: Activation = "silu"
+    score: Score = "softmax"
+    normalize_top_k: bool = True
+    route_scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    aux_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
+    bias_update_speed: float = 0.0
+    shared_hidden_dim: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_groups", "top_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        for name, choices in (("score", ("softmax", "sigmoid")), ("activation", ("silu", "gelu"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {choices}")
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
+        if self.top_groups > self.num_groups:
+            raise ValueError(f"top_groups: {self.top_groups} is more than num_groups ({self.num_groups})")
+        reachable = self.num_experts // self.num_groups * self.top_groups
+        if self.top_k > reachable:
+            raise ValueError(f"top_k: {self.top_k} is more than the {reachable} experts a token can choose from")

@@ -1,0 +1,94 @@
+"""The mixture-of-experts layer. It knows nothing of meshes; a parallel plan replaces its dispatcher.
+
+Legend: T tokens, D model dim.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moesaic.layers.config import MoEConfig
+from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
+from moesaic.layers.experts import ACTIVATIONS, GroupedExperts
+from moesaic.layers.router import TopKRouter
+
+
+class SharedExpert(nn.Module):
+    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``."""
+
+    def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        sizes = (config.dim, config.shared_hidden_dim)
+        self.w1 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+        self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+        self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+
+
+class MoE(nn.Module):
+    """A mixture-of-experts layer: ``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)  (+ shared(x_t))``.
+
+    ``weight`` and ``id`` come from the :class:`TopKRouter`, the experts are :class:`GroupedExperts`. No token is
+    dropped and nothing is padded.
+
+    Args:
+        config: sizes and choices.
+        impl: implementation of :func:`moesaic.grouped_mm`; None picks by device and dtype.
+        device, dtype: of the parameters.
+
+    Attributes:
+        router, experts, shared: the parts; ``shared`` is None without ``shared_hidden_dim``.
+        dispatcher: brings tokens to experts and back; :func:`moesaic.parallelize` replaces it.
+
+    Example:
+        >>> moe = MoE(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
+        >>> moe(torch.randn(4, 10, 64)).shape
+        torch.Size([4, 10, 64])
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        impl: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.router = TopKRouter(config, device=device, dtype=dtype)
+        self.experts = GroupedExperts(
+            config.num_experts,
+            config.dim,
+            config.hidden_dim,
+            activation=config.activation,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+        self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_hidden_dim else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
+        """Apply the layer to tokens of any leading shape.
+
+        Raises:
+            ValueError: the last dim of ``x`` is not the model dim.
+        """
+        if x.ndim < 2 or x.shape[-1] != self.config.dim:
+            raise ValueError(
+                f"x: expected [tokens, {self.config.dim}] or [..., {self.config.dim}], got {list(x.shape)}"
+            )
+        x_TD = x.flatten(0, -2)
+        routing = self.router(x_TD)
+        dispatched = self.dispatcher.dispatch(x_TD, routing, self.config.num_experts)
+        rows_RD = self.experts(dispatched.rows, dispatched.group_sizes)
+        y_TD = self.dispatcher.combine(rows_RD, dispatched)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view(x.shape)

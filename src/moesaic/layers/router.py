@@ -1,0 +1,114 @@
+"""Token-choice top-k routing.
+
+Legend: T tokens, D model dim, E experts, K top-k.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moesaic.layers.balance import is_recomputing, load_balancing_loss, record_loss, router_z_loss
+from moesaic.layers.config import MoEConfig
+
+
+class Routing(NamedTuple):
+    """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input)."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+class TopKRouter(nn.Module):
+    """Scores every token against every expert and chooses the K best.
+
+    ``scores = softmax(x W^T)`` or ``sigmoid(x W^T)``, in fp32 whatever the dtype of ``x`` and under autocast too (fp64
+    stays fp64); ``ids = top-k of (scores + bias)``; ``weights = scores[ids]``, divided by their sum if
+    ``normalize_top_k``, times ``route_scale``. The bias balances load without an auxiliary loss (DeepSeek-V3,
+    arXiv 2408.15664): it changes which experts are chosen, never the weights, and
+    :func:`moesaic.layers.update_expert_bias` moves it.
+
+    In training mode every forward counts tokens an expert into the buffer ``load [E]`` (recomputed forwards of
+    activation checkpointing do not count) and, where their coefficients are set, hands the load-balancing and z-losses
+    to :func:`moesaic.layers.balance_losses`.
+
+    Attributes:
+        weight: ``[E, D]``.
+        bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0.
+        load: ``[E]`` int64 buffer, tokens an expert since the last reset, of this process's own tokens.
+        reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. The identity here;
+            a parallel plan replaces it.
+
+    Example:
+        >>> router = TopKRouter(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
+        >>> router(torch.randn(10, 64)).ids.shape
+        torch.Size([10, 2])
+    """
+
+    def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim, device=device, dtype=dtype))
+        bias = torch.zeros(config.num_experts, device=device) if config.bias_update_speed else None
+        self.register_buffer("bias", bias)
+        load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("load", load, persistent=False)
+        self.reduce_counts: Callable[[Tensor], Tensor] = _identity
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Routing:
+        """Route the tokens of ``x``."""
+        gate_dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits_TE = F.linear(x.to(gate_dtype), self.weight.to(gate_dtype))
+            scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
+            ids_TK = self._choose(scores_TE.detach())
+            weights_TK = scores_TE.gather(1, ids_TK)
+            if self.config.normalize_top_k:
+                weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
+            if self.training:
+                self._balance(logits_TE, scores_TE, ids_TK)
+            return Routing(ids_TK, weights_TK * self.config.route_scale)
+
+    @torch.no_grad()
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        config = self.config
+        if self.bias is not None:
+            scores_TE = scores_TE + self.bias
+        if config.num_groups > 1:
+            groups_TGe = scores_TE.unflatten(1, (config.num_groups, -1))
+            best_two = groups_TGe.topk(min(2, groups_TGe.shape[2]), dim=2).values.sum(2)
+            kept_TG = torch.zeros_like(best_two, dtype=torch.bool)
+            kept_TG.scatter_(1, best_two.topk(config.top_groups, dim=1).indices, True)
+            scores_TE = groups_TGe.masked_fill(~kept_TG.unsqueeze(2), float("-inf")).flatten(1)
+        return scores_TE.topk(config.top_k, dim=1).indices
+
+    def _balance(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> None:
+        counts_E = torch.zeros_like(self.load)
+        counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
+        if not is_recomputing():
+            self.load += counts_E
+        config = self.config
+        if not (config.aux_loss_coef or config.z_loss_coef):
+            return
+        # A recomputed forward goes through here too: it has to save the tensors that the first one saved.
+        total_E = self.reduce_counts(counts_E)
+        num_tokens = (total_E.sum() // config.top_k).clamp(min=1)
+        if config.aux_loss_coef:
+            record_loss(config.aux_loss_coef * load_balancing_loss(scores_TE, total_E, num_tokens))
+        if config.z_loss_coef:
+            record_loss(config.z_loss_coef * router_z_loss(logits_TE, num_tokens))
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"dim={c.dim}, num_experts={c.num_experts}, top_k={c.top_k}, score={c.score}"
+
+
+def _identity(counts: Tensor) -> Tensor:
+    return counts
