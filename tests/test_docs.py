@@ -1,0 +1,35 @@
+"""Documents say what is so: links lead somewhere, and flags that they name exist."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+@each_document
+def test_relative_links_lead_to_files(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    relative = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    assert [link for link in relative if not (document.parent / link).exists()] == []
+
+
+@each_document
+def test_flags_of_the_training_program_exist(document):
+    from moesaic.train.config import TrainConfig
+
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)} | {"--help"}
+    text = document.read_text().replace("\\\n", " ")
+    commands = re.findall(r"moesaic train\b([^\n`]*)|ARGS='([^']*)'|LAYOUT=[\"']([^\"']*)", text)
+    named = {flag for parts in commands for flag in re.findall(r"--[a-z][a-z-]*", " ".join(parts))}
+    # A flag in a table or in running text; those of other programs stand there with their program's name.
+    named |= set(re.findall(r"`(--[a-z][a-z-]*)(?: [^`]*)?`", text)) - FLAGS_OF_OTHERS
+    assert {flag.replace("--no-", "--", 1) for flag in named} - known == set()
+
+
+FLAGS_OF_OTHERS = {"--nnodes", "--rdzv-id", "--signal"}
