@@ -1,1 +1,25 @@
-"""moesaic: MoE experts tiled over a device mesh."""
+"""moesaic: mixture-of-experts layers tiled over a device mesh.
+
+Operators (:func:`grouped_mm`), sharding rules that make an operator DTensor-aware in one line (:func:`sharding_rule`),
+layers (:class:`MoE`), and plans that lay them over ranks (:func:`parallelize`).
+"""
+
+from moesaic.layers import GroupedExperts, MoE, MoEConfig, TopKRouter, balance_losses
+from moesaic.ops import debug_checks, grouped_mm
+from moesaic.parallel import build_meshes, clip_grad_norm_, parallelize
+from moesaic.sharding import ShardingError, sharding_rule
+
+__all__ = [
+    "GroupedExperts",
+    "MoE",
+    "MoEConfig",
+    "ShardingError",
+    "TopKRouter",
+    "balance_losses",
+    "build_meshes",
+    "clip_grad_norm_",
+    "debug_checks",
+    "grouped_mm",
+    "parallelize",
+    "sharding_rule",
+]

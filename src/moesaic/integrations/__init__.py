@@ -1,0 +1,1 @@
+"""Plug-ins for other projects. Optional: import the one you use."""

@@ -1,0 +1,83 @@
+"""Uneven collectives with gradients. All of them are one all-to-all: exact sizes on the wire, gloo and NCCL alike.
+
+Reductions are done here, in the order of ranks, after the all-to-all: deterministic, and as much on the wire as a
+direct reduce-scatter sends. (gloo has no uneven reduce-scatter or all-gather, and NCCL's are loops of reductions.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send ``send[i]`` consecutive rows of ``x`` to rank ``i``; return the ``receive[i]`` rows of each rank, in order.
+
+    The gradient goes back the same way. Rank ``i``'s ``send[j]`` has to be rank ``j``'s ``receive[i]``.
+    """
+    return x if group.size() == 1 else _AllToAll.apply(x, list(send), list(receive), group)
+
+
+def all_gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows, in rank order; rank ``i`` has ``sizes[i]``.
+
+    The gradient is a :func:`reduce_scatter_rows`: every rank's gradient of the result is a part of the whole.
+    """
+    return x if group.size() == 1 else _AllGatherRows.apply(x, list(sizes), group)
+
+
+def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Sum ``x [sum(sizes), ...]`` over ranks and keep rank ``i``'s ``sizes[i]`` rows. Gradient: an all-gather."""
+    return x if group.size() == 1 else _ReduceScatterRows.apply(x, list(sizes), group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce(grad, ctx.sizes, ctx.group), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _reduce(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.sizes, ctx.group), None, None
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+    return out
+
+
+def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    n = group.size()
+    return _exchange(x.repeat(n, *[1] * (x.ndim - 1)), [x.shape[0]] * n, sizes, group)
+
+
+def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    n, mine = group.size(), sizes[group.rank()]
+    parts = _exchange(x, sizes, [mine] * n, group)
+    return parts.view(n, mine, *x.shape[1:]).sum(0)

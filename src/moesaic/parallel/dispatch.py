@@ -1,0 +1,139 @@
+"""Bring tokens to experts on other ranks and back.
+
+Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over etp, all-to-all back; backward the same
+in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
+travels there once, with its routing, and its results come back summed.
+
+Legend: T this rank's tokens, K top-k, D model dim, E experts, e experts a rank, S rows sent, M rows received over ep,
+N rows gathered over etp, R routed copies among them, C capacity of a block (the largest rank's R, rounded up).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+
+from moesaic.layers.dispatch import Dispatched
+from moesaic.layers.router import Routing
+from moesaic.ops import Permutation, combine, permute, sort_by_expert
+from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
+from moesaic.parallel.local import from_dtensor, to_dtensor
+from moesaic.parallel.placements import RESULT_GRADS, RESULTS, ROW_GRADS, ROWS
+
+
+class Traffic(NamedTuple):
+    """How many rows go where, known to every rank of the (ep, etp) mesh alike.
+
+    Attributes:
+        send, receive: rows to and from each ep rank.
+        gather: rows that each etp rank brings to the all-gather.
+        capacity: C.
+    """
+
+    send: list[int]
+    receive: list[int]
+    gather: list[int]
+    capacity: int
+
+
+class _Record(NamedTuple):
+    sent: Permutation
+    traffic: Traffic
+    rows: Permutation
+    weights_NK: Tensor
+
+
+class MeshDispatcher:
+    """Dispatch over an (ep, etp) mesh. The rows it hands to the experts are DTensors, ``[Shard(0), Replicate]``.
+
+    Args:
+        mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // (E / ep)``.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.ep = mesh.get_group("ep")
+        self.etp = mesh.get_group("etp")
+        self.all = mesh._flatten("ep_etp").get_group()
+
+    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
+        experts_per_rank = num_experts // self.ep.size()
+        owner_TK = routing.ids // experts_per_rank
+        sent = _one_copy_a_rank(owner_TK, self.ep.size())
+        traffic = self._exchange_counts(sent.group_sizes, owner_TK)
+
+        num_sent = sum(traffic.send)
+        sent = Permutation(sent.slots[:num_sent], sent.positions, sent.group_sizes)
+        local_ids_SK = _local_ids(routing.ids, owner_TK, sent, experts_per_rank)
+        x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
+        ids_NK = self._to_experts(local_ids_SK, traffic)
+
+        rows = sort_by_expert(ids_NK, experts_per_rank, num_rows=traffic.capacity)
+        x_CD = permute(x_ND, rows)
+        num_blocks = self.ep.size()
+        rows_dt = to_dtensor(x_CD, self.mesh, ROWS, grad_placements=ROW_GRADS, blocks=num_blocks)
+        sizes_dt = to_dtensor(
+            rows.group_sizes.unsqueeze(0), self.mesh, (Shard(0), Replicate()), grad_placements=None, blocks=num_blocks
+        )
+        return Dispatched(rows_dt, sizes_dt, _Record(sent, traffic, rows, weights_NK))
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        record: _Record = dispatched.record
+        y_CD = from_dtensor(rows, RESULTS, grad_placements=RESULT_GRADS)
+        # Summed over the copies here, while it is still Partial over etp: fewer rows to reduce and to send.
+        z_ND = combine(y_CD, record.rows, record.weights_NK)
+        z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
+        z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
+        return combine(z_SD, record.sent)
+
+    def _to_experts(self, t: Tensor, traffic: Traffic) -> Tensor:
+        t = all_to_all(t, traffic.send, traffic.receive, self.ep)
+        return all_gather_rows(t, traffic.gather, self.etp)
+
+    @torch.no_grad()
+    def _exchange_counts(self, rows_P: Tensor, owner_TK: Tensor) -> Traffic:
+        """One small all-gather and one copy to the host, for all sizes of this layer's exchange."""
+        copies_P = torch.zeros_like(rows_P).scatter_add_(0, owner_TK.flatten(), torch.ones_like(owner_TK.flatten()))
+        mine = torch.stack([rows_P, copies_P])
+        everyone = mine.new_empty(self.all.size(), *mine.shape)
+        dist.all_gather_into_tensor(everyone, mine.unsqueeze(0), group=self.all)
+        # [ep source, etp source, rows or copies, ep destination]
+        counts = everyone.unflatten(0, (self.ep.size(), self.etp.size())).cpu()
+        here, q = self.ep.rank(), self.etp.rank()
+        return Traffic(
+            send=counts[here, q, 0].tolist(),
+            receive=counts[:, q, 0, here].tolist(),
+            gather=counts[:, :, 0, here].sum(0).tolist(),
+            capacity=round_up_capacity(int(counts[:, :, 1].sum((0, 1)).max())),
+        )
+
+
+def round_up_capacity(rows: int) -> int:
+    """Round up to one of eight sizes an octave, so that shapes, and the caches keyed by them, repeat.
+
+    At most an eighth more, and that of zero rows which no group covers, so grouped_mm does not compute them.
+
+    Example:
+        >>> [round_up_capacity(n) for n in (0, 5, 17, 1000)]
+        [0, 5, 18, 1024]
+    """
+    step = 1 << max(rows.bit_length() - 4, 0)
+    return -(-rows // step) * step
+
+
+def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> Permutation:
+    """Sort tokens by the ranks they go to, once a rank however many of its experts they go to."""
+    goes_TP = torch.zeros(owner_TK.shape[0], num_ranks, dtype=torch.bool, device=owner_TK.device)
+    goes_TP.scatter_(1, owner_TK, True)
+    ranks_TP = torch.where(goes_TP, torch.arange(num_ranks, device=owner_TK.device), -1)
+    return sort_by_expert(ranks_TP, num_ranks)
+
+
+def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, experts_per_rank: int) -> Tensor:
+    """For every row sent, its token's experts by their number on the receiving rank; -1 for those elsewhere."""
+    num_ranks = sent.positions.shape[1]
+    token_S, rank_S1 = sent.slots // num_ranks, (sent.slots % num_ranks).unsqueeze(1)
+    return torch.where(owner_TK[token_S] == rank_S1, ids_TK[token_S] - rank_S1 * experts_per_rank, -1)

@@ -1,0 +1,64 @@
+"""Lay a MoE layer's experts over the (ep, etp) mesh, and connect it to the other ranks.
+
+Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs the layer's own code on DTensors through
+the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.experimental import local_map
+
+from moesaic.layers import GroupedExperts, MoE
+from moesaic.parallel.dispatch import MeshDispatcher
+from moesaic.parallel.placements import COLUMN, RESULTS, ROW, ROW_GRADS, ROWS, WEIGHTS
+
+ExpertsWay = Literal["dtensor", "local"]
+
+
+def check_experts(name: str, moe: MoE, *, ep: int, etp: int) -> None:
+    """Raise ``ValueError`` unless the experts of a layer can be laid over ``ep`` x ``etp`` ranks."""
+    E, F = moe.config.num_experts, moe.config.hidden_dim
+    if E % ep:
+        legal = [n for n in range(1, E + 1) if E % n == 0]
+        raise ValueError(f"ep: {ep} does not divide the {E} experts of '{name}'; choose one of {legal}")
+    if etp > F:
+        raise ValueError(f"etp: {etp} ranks cannot share a hidden dim of {F} in '{name}'; choose at most {F}")
+
+
+def distribute_experts(moe: MoE, mesh: DeviceMesh, way: ExpertsWay) -> None:
+    """Make the expert weights DTensors on ``mesh`` and dispatch tokens over it."""
+    for name, placements in WEIGHTS.items():
+        weight = getattr(moe.experts, name)
+        # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
+        shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None).clone()
+        setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
+    moe.dispatcher = MeshDispatcher(mesh)
+    moe.router.reduce_counts = _sum_over_ranks
+    if way == "local":
+        _compute_on_local_tensors(moe.experts, mesh)
+
+
+def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
+    function: Callable[..., Tensor] = local_map(
+        experts.compute,
+        out_placements=RESULTS,
+        in_placements=(ROWS, ROWS, COLUMN, COLUMN, ROW),
+        in_grad_placements=(ROW_GRADS, ROWS, COLUMN, COLUMN, ROW),
+        device_mesh=mesh,
+    )
+
+    def compute(x: Tensor, group_sizes: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        return function(x, group_sizes, w1, w3, w2)
+
+    experts.compute = compute
+
+
+def _sum_over_ranks(counts: Tensor) -> Tensor:
+    total = counts.clone()
+    dist.all_reduce(total)
+    return total

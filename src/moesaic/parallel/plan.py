@@ -1,0 +1,151 @@
+"""Lay a model over the meshes: the one function a user calls."""
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from moesaic.layers import GroupedExperts, MoE
+from moesaic.parallel.decoder import (
+    add_sequence_parallelism,
+    attention_shard_dims,
+    check_attention,
+    find_decoder,
+)
+from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
+from moesaic.parallel.fsdp import shard_data_parallel
+from moesaic.parallel.gradients import sum_partial_gradients
+from moesaic.parallel.local import compute_on_local
+from moesaic.parallel.mesh import Meshes
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor") -> Model:
+    """Lay a model over the meshes, in place.
+
+    Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
+    parameters are tensor-parallel over tp, tokens sequence-parallel: every rank routes its own. FSDP2 shards the dense
+    parameters over dp and the experts over edp.
+
+    Gradients are sums over all ranks. Divide the loss once, by the number of tokens of *all* ranks, and call backward
+    on this rank's part; after it every gradient is that of the whole. No other factor is applied anywhere.
+
+    How to call the result:
+
+    * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
+      tokens; the result is placed alike;
+    * a transformers causal language model: with its dp rank's whole ``input_ids [B, S]``, the same on every tp rank.
+      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``.
+
+    Args:
+        model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
+            (:func:`moesaic.integrations.transformers.replace_moe_blocks`), or, with tp 1, any module with MoE layers.
+            Materialised, on the mesh's device; parameters and buffers are taken from rank 0.
+        meshes: from :func:`moesaic.build_meshes`.
+        experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
+            local tensors inside ``local_map``, with less overhead. The numbers are the same.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: sizes that the axes do not divide, with the legal ones; a model that the plan does not know. Before
+            any collective.
+
+    Example:
+        >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
+        >>> moe = moesaic.parallelize(moesaic.MoE(config), meshes)
+    """
+    if experts not in ("dtensor", "local"):
+        raise ValueError(f"experts: got {experts!r}; choose 'dtensor' or 'local'")
+    moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
+    decoder = find_decoder(model)
+    _check(model, moes, decoder is not None, meshes)
+    if decoder is not None and meshes.tp_size > 1:
+        check_attention(decoder, meshes.tp_size)
+    if meshes.dense is None or meshes.expert is None:
+        return model
+
+    _take_from_rank_0(model)
+    for moe in moes.values():
+        distribute_experts(moe, meshes.expert["ep", "etp"], experts)
+    if meshes.tp_size > 1:
+        tp_mesh = meshes.dense["tp"]
+        _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
+        if decoder is not None:
+            add_sequence_parallelism(decoder, tp_mesh)
+        else:
+            for moe in moes.values():
+                _accept_dtensors(moe)
+    shard_data_parallel(model, list(decoder.layers) if decoder is not None else list(moes.values()), meshes)
+    if meshes.dp_size == 1:
+        sum_partial_gradients(_dense_parameters(model))
+    return model
+
+
+def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Meshes) -> None:
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"model: parameter '{meta}' is on the meta device; materialise the model first")
+    placed = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if placed is not None:
+        raise ValueError(f"model: parameter '{placed}' is a DTensor already; parallelize takes a model once")
+    if not moes:
+        raise ValueError(
+            "model: it has no moesaic.MoE layer; for a transformers model call "
+            "moesaic.integrations.transformers.replace_moe_blocks first"
+        )
+    if meshes.tp_size > 1 and not is_decoder and not isinstance(model, MoE):
+        raise ValueError(
+            f"model: tp > 1 knows a moesaic.MoE or a transformers decoder, not {type(model).__name__}; use tp=1"
+        )
+    for name, moe in moes.items():
+        check_experts(name or type(moe).__name__, moe, ep=meshes.layout.ep, etp=meshes.layout.etp)
+
+
+def _take_from_rank_0(model: nn.Module) -> None:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), src=0)
+
+
+def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:
+    expert_parameters = {p for m in model.modules() if isinstance(m, GroupedExperts) for p in m.parameters()}
+    return [p for p in model.parameters() if p not in expert_parameters]
+
+
+def _distribute_dense(model: nn.Module, mesh: DeviceMesh, shard_dims: dict[nn.Parameter, int]) -> None:
+    """Make every parameter but the experts' a DTensor on tp, and let its module compute with the local part."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, GroupedExperts) or not own:
+            continue
+        for name, parameter in own.items():
+            if parameter not in made:
+                placement = Shard(shard_dims[parameter]) if parameter in shard_dims else Replicate()
+                shard = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None).clone()
+                made[parameter] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[parameter])
+        compute_on_local(module)
+
+
+def _accept_dtensors(moe: MoE) -> None:
+    """Let a bare layer take its tokens as a DTensor, and give the result back placed alike."""
+    inner = moe.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return inner(x)
+        for placement in x.placements:
+            if type(placement) is not Shard or placement.dim == x.ndim - 1:
+                raise ValueError(
+                    f"x: tokens must be sharded on a dim of tokens, got {list(x.placements)}; "
+                    f"x.redistribute(placements=[Shard({x.ndim - 2})]) gets there"
+                )
+        y = inner(x.to_local(grad_placements=x.placements))
+        return DTensor.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+
+    moe.forward = forward
