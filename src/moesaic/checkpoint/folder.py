@@ -1,0 +1,156 @@
+"""Checkpoint folders on disk: names, manifests, which are complete, which may go. No collectives here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or must not be read; the text names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself, in manifest.json."""
+
+    step: int
+    world_size: int
+    """Ranks that wrote it. Any number can read it."""
+    info: dict[str, Any]
+    """The caller's own JSON values."""
+    files: dict[str, dict[str, Any]]
+    """Of each file, its size ("bytes") and hash ("sha256")."""
+    format: int = _FORMAT
+
+
+def folder_name(step: int) -> str:
+    """`step-00000100` for step 100."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints in `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint in `root`, if there is one."""
+    return max(checkpoints(root), key=step_of, default=None)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not named like a checkpoint (step-00000100)")
+    return int(match[1])
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a checkpoint folder and flush both to disk."""
+    with open(path / MANIFEST, "w") as file:
+        json.dump(dataclasses.asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    flush(path)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint in `path`; `CheckpointError` if it is damaged or of another format."""
+    file = path / MANIFEST
+    try:
+        values = json.loads(file.read_text())
+        if values["format"] != _FORMAT:
+            raise CheckpointError(f"{file} has format {values['format']}; this version reads format {_FORMAT}")
+        manifest = Manifest(**values)
+        sound = (
+            isinstance(manifest.step, int)
+            and isinstance(manifest.world_size, int)
+            and isinstance(manifest.info, dict)
+            and all(
+                # A manifest must not point outside of its folder.
+                Path(name).name == name and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+                for name, entry in manifest.files.items()
+            )
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    if not sound or manifest.step != step_of(path):
+        raise CheckpointError(f"{file} is damaged: it does not describe {path.name}")
+    return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def verify_file(path: Path, entry: dict[str, Any]) -> None:
+    """Raise `CheckpointError` unless the file is what its entry says."""
+    try:
+        # A truncated file is found out without reading it.
+        size = path.stat().st_size
+        found = describe_file(path) if size == entry["bytes"] else {"bytes": size}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if found != entry:
+        what = (
+            f"has {size} bytes, not {entry['bytes']}" if size != entry["bytes"] else "has changed since it was written"
+        )
+        raise CheckpointError(f"{path} is damaged: it {what}")
+
+
+def publish(work: Path, final: Path) -> None:
+    """Give the complete folder `work` its final name, for good even if the machine stops now."""
+    if final.exists():
+        # A folder cannot be renamed onto another. The old one is damaged, or holds the same step of the same run.
+        remove(final)
+    os.rename(work, final)
+    flush(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; interrupted half-way, what is left is not taken for a complete one."""
+    leftover = path.with_name(path.name + ".old")
+    shutil.rmtree(leftover, ignore_errors=True)
+    os.rename(path, leftover)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(root: Path, keep: int, newest: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes have left behind."""
+    for path in [path for path in checkpoints(root) if step_of(path) <= newest][:-keep]:
+        remove(path)
+    for path in root.iterdir():
+        if path.name.endswith((".tmp", ".old")) and _NAME.fullmatch(path.stem):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Flush a folder's entries to disk: a rename survives a power cut only after that."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

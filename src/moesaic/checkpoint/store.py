@@ -1,0 +1,140 @@
+"""Write and read a checkpoint, all ranks together.
+
+Every rank calls with its own shards. Failures are shared: either all ranks return, or all raise `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moesaic.checkpoint import folder, ranks
+from moesaic.checkpoint.folder import CheckpointError, Manifest
+from moesaic.checkpoint.reader import SafeReader
+
+_log = logging.getLogger(__name__)
+
+
+def save(root: Path, step: int, state: dict[str, Any], info: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
+
+    `info` is JSON, rank 0's counts. `root` is on a file system that all ranks see. If anything fails, on whichever
+    rank, earlier checkpoints are as they were.
+    """
+    final = root / folder.folder_name(step)
+    work = final.with_name(final.name + ".tmp")
+    leader = ranks.rank() == 0
+    try:
+        ranks.together(lambda: _begin(work) if leader else None, OSError)
+        ranks.together(lambda: _check_shared(work), OSError)
+        with _one_process_is_meant():
+            dcp.save(
+                state,
+                storage_writer=dcp.FileSystemWriter(work, sync_files=True),
+                no_dist=not ranks.active(),
+            )
+        described = ranks.together(lambda: _describe_own(work), OSError)
+        files = {name: entry for part in described for name, entry in part.items()}
+        manifest = Manifest(step=step, world_size=ranks.world_size(), info=info, files=files)
+        ranks.together(lambda: _finish(work, final, manifest, keep) if leader else None, OSError)
+    except (OSError, CheckpointException) as error:
+        if leader:
+            shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(f"cannot write the checkpoint {final}: {_reason(error)}") from error
+    return final
+
+
+def load(root: Path, state: dict[str, Any]) -> Manifest:
+    """Read the newest sound checkpoint of `root` into the tensors of `state`, in place, whatever layout wrote it.
+
+    All files are checked against their hashes before any is read. A damaged checkpoint is passed over, with a warning
+    that names the file; `CheckpointError` if none is left, or if it has not all that `state` asks for.
+    """
+    found = ranks.gather([path.name for path in folder.checkpoints(root)])[0]
+    problems = []
+    for name in reversed(found):
+        try:
+            manifest = verify(root / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            if ranks.rank() == 0:
+                _log.warning("%s; going on with the checkpoint before it", error)
+            continue
+        _read(root / name, state)
+        return manifest
+    raise CheckpointError("; ".join([f"there is no sound checkpoint in {root}", *problems]))
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of the checkpoint in `path`, once all its files have proved to be as they were written.
+
+    The ranks share the work. `CheckpointError` on all of them if a file is damaged or missing.
+    """
+
+    def own_part() -> Manifest:
+        manifest = folder.read_manifest(path)
+        for index, (name, entry) in enumerate(sorted(manifest.files.items())):
+            if index % ranks.world_size() == ranks.rank():
+                folder.verify_file(path / name, entry)
+        return manifest
+
+    return ranks.together(own_part, CheckpointError)[ranks.rank()]
+
+
+def _read(path: Path, state: dict[str, Any]) -> None:
+    try:
+        with _one_process_is_meant():
+            dcp.load(state, storage_reader=SafeReader(path), no_dist=not ranks.active())
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
+
+
+def _begin(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
+def _check_shared(work: Path) -> None:
+    if not work.is_dir():
+        raise OSError(f"rank {ranks.rank()} does not see {work}; all ranks need one shared file system")
+
+
+def _describe_own(work: Path) -> dict[str, dict[str, Any]]:
+    """The manifest entries of the files that this rank wrote."""
+    own = sorted(work.glob(f"__{ranks.rank()}_*"))
+    if ranks.rank() == 0:
+        own.append(work / ".metadata")
+    return {path.name: folder.describe_file(path) for path in own}
+
+
+def _finish(work: Path, final: Path, manifest: Manifest, keep: int) -> None:
+    folder.write_manifest(work, manifest)
+    folder.publish(work, final)
+    folder.prune(final.parent, keep, manifest.step)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """DCP warns that without a process group it works for one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """One line for what may be a failure on every rank."""
+    if isinstance(error, CheckpointException):
+        causes = {str(cause) or type(cause).__name__: None for cause, _ in error.failures.values()}
+        return "; ".join(causes)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+    return str(error)
