@@ -125,18 +125,18 @@ def test_ranks_in_a_collective_with_a_failed_one_do_not_hang(ranks):
     with pytest.raises(RankError, match="planted") as caught:
         ranks(_raise_while_others_wait, 4, 2)
     assert next(iter(caught.value.failures)) == 2
-    assert time.monotonic() - start < pool.GRACE_S + 10
+    assert time.monotonic() - start < pool.TIMEOUT_S / 4
 
 
 def test_a_rank_that_never_ends_is_killed_and_says_where_it_was(ranks, monkeypatch):
-    monkeypatch.setattr(pool, "GRACE_S", 1.0)
-    with pytest.raises(RankError, match="planted(.|\n)*still running 1 s after(.|\n)*in _sleep_while_other"):
+    monkeypatch.setattr(pool, "GRACE_S", 3.0)
+    with pytest.raises(RankError, match="planted(.|\n)*still running 3 s after(.|\n)*in _sleep_while_other"):
         ranks(_sleep_while_other_raises, 2)
 
 
 def test_the_time_limit_ends_a_call(ranks, monkeypatch):
-    monkeypatch.setattr(pool, "TIMEOUT_S", 3.0)
-    with pytest.raises(RankError, match="still running after 3 s(.|\n)*in sleep_long"):
+    monkeypatch.setattr(pool, "TIMEOUT_S", 6.0)
+    with pytest.raises(RankError, match="still running after 6 s(.|\n)*in sleep_long"):
         ranks(sleep_long, 2)
 
 
