@@ -91,4 +91,5 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(rows_RD, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(x.shape)
+        # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
+        return torch.ops.aten._unsafe_view(y_TD, x.shape)

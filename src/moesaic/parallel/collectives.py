@@ -40,8 +40,8 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(x, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -51,8 +51,8 @@ class _AllGatherRows(torch.autograd.Function):
         return _gather(x, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce(grad, ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce(grads[0], ctx.sizes, ctx.group), None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
@@ -62,8 +62,8 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _reduce(x, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grads[0], ctx.sizes, ctx.group), None, None
 
 
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

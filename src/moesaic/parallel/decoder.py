@@ -14,7 +14,7 @@ norms, embedding, head, router, shared Replicate       Partial: every rank's tok
 =====================================  ==============  =============================
 """
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,24 +26,23 @@ _COLUMN = ("q_proj", "k_proj", "v_proj")
 _ROW = "o_proj"
 
 
-class Decoder(Protocol):
-    """What is asked of a model's backbone."""
-
-    layers: nn.ModuleList
-
-
-def find_decoder(model: nn.Module) -> Decoder | None:
+def find_decoder(model: nn.Module) -> nn.Module | None:
     """The backbone of a transformers causal language model, or None where ``model`` is something else."""
     backbone = getattr(model, "model", model)
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not layers or not hasattr(layers[0], "self_attn"):
         return None
-    return cast(Decoder, backbone)
+    return backbone
 
 
-def check_attention(decoder: Decoder, tp: int) -> None:
+def decoder_layers(decoder: nn.Module) -> list[Any]:
+    """Its layers, each with a ``self_attn``."""
+    return list(decoder.get_submodule("layers").children())
+
+
+def check_attention(decoder: nn.Module, tp: int) -> None:
     """Raise ``ValueError`` unless every layer's heads can be split over ``tp`` ranks."""
-    for i, layer in enumerate(decoder.layers):
+    for i, layer in enumerate(decoder_layers(decoder)):
         attention = layer.self_attn
         missing = [name for name in (*_COLUMN, _ROW) if not isinstance(getattr(attention, name, None), nn.Linear)]
         if missing:
@@ -61,10 +60,10 @@ def check_attention(decoder: Decoder, tp: int) -> None:
                 )
 
 
-def attention_shard_dims(decoder: Decoder) -> dict[nn.Parameter, int]:
+def attention_shard_dims(decoder: nn.Module) -> dict[nn.Parameter, int]:
     """Which dim of each attention parameter is sharded over tp; all others are replicated."""
     dims: dict[nn.Parameter, int] = {}
-    for layer in decoder.layers:
+    for layer in decoder_layers(decoder):
         for name in _COLUMN:
             for parameter in getattr(layer.self_attn, name).parameters():
                 dims[parameter] = 0
@@ -72,11 +71,11 @@ def attention_shard_dims(decoder: Decoder) -> dict[nn.Parameter, int]:
     return dims
 
 
-def add_sequence_parallelism(decoder: Decoder, tp_mesh: DeviceMesh) -> None:
+def add_sequence_parallelism(decoder: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Cut the sequence at the first layer, gather it before every attention, scatter it after."""
     tp = _SequenceAxis(tp_mesh)
-    decoder.layers[0].register_forward_pre_hook(tp.cut, with_kwargs=True)
-    for layer in decoder.layers:
+    decoder_layers(decoder)[0].register_forward_pre_hook(tp.cut, with_kwargs=True)
+    for layer in decoder_layers(decoder):
         layer.self_attn.register_forward_pre_hook(tp.gather, with_kwargs=True)
         layer.self_attn.o_proj.register_forward_hook(tp.scatter)
 

@@ -99,7 +99,7 @@ class MeshDispatcher:
         copies_P = torch.zeros_like(rows_P).scatter_add_(0, owner_TK.flatten(), torch.ones_like(owner_TK.flatten()))
         mine = torch.stack([rows_P, copies_P])
         everyone = mine.new_empty(self.all.size(), *mine.shape)
-        dist.all_gather_into_tensor(everyone, mine.unsqueeze(0), group=self.all)
+        dist.all_gather(list(everyone.unbind(0)), mine, group=self.all)
         # [ep source, etp source, rows or copies, ep destination]
         counts = everyone.unflatten(0, (self.ep.size(), self.etp.size())).cpu()
         here, q = self.ep.rank(), self.etp.rank()
@@ -114,12 +114,14 @@ class MeshDispatcher:
 def round_up_capacity(rows: int) -> int:
     """Round up to one of eight sizes an octave, so that shapes, and the caches keyed by them, repeat.
 
-    At most an eighth more, and that of zero rows which no group covers, so grouped_mm does not compute them.
+    At most an eighth more, and that of zero rows which no group covers, so grouped_mm does not compute them. At least
+    one row, because DTensor refuses to view a sharded dim of size zero.
 
     Example:
         >>> [round_up_capacity(n) for n in (0, 5, 17, 1000)]
-        [0, 5, 18, 1024]
+        [1, 5, 18, 1024]
     """
+    rows = max(rows, 1)
     step = 1 << max(rows.bit_length() - 4, 0)
     return -(-rows // step) * step
 

@@ -4,8 +4,7 @@ Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs th
 the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -44,9 +43,9 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, way: ExpertsWay) -> None:
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
-    function: Callable[..., Tensor] = local_map(
+    function: Any = local_map(
         experts.compute,
-        out_placements=RESULTS,
+        out_placements=(RESULTS,),
         in_placements=(ROWS, ROWS, COLUMN, COLUMN, ROW),
         in_grad_placements=(ROW_GRADS, ROWS, COLUMN, COLUMN, ROW),
         device_mesh=mesh,

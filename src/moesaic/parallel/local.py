@@ -37,7 +37,8 @@ class _ToDTensor(torch.autograd.Function):
         return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=shape, stride=local.stride())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
+        (grad,) = grads
         return from_dtensor(grad, ctx.grad_placements, grad_placements=ctx.grad_placements), None, None, None, None
 
 

@@ -12,6 +12,7 @@ from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
     check_attention,
+    decoder_layers,
     find_decoder,
 )
 from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
@@ -80,7 +81,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         else:
             for moe in moes.values():
                 _accept_dtensors(moe)
-    shard_data_parallel(model, list(decoder.layers) if decoder is not None else list(moes.values()), meshes)
+    shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
     if meshes.dp_size == 1:
         sum_partial_gradients(_dense_parameters(model))
     return model

@@ -1,0 +1,142 @@
+"""A parallelized MoE equals the one-process MoE, on every layout and on routings that leave experts and ranks idle."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import moesaic
+from moesaic.parallel import Meshes
+from tests.distributed.parity import (
+    assert_close,
+    assert_gradients_close,
+    assert_weights_close,
+    legal_layouts,
+)
+
+DIM, HIDDEN, EXPERTS, BATCH, STEPS = 16, 12, 8, 8, 3
+# The routing of each step, made by biases on the scores: experts that are never chosen, or always.
+ROUTINGS: dict[str, list[dict[int, float]]] = {
+    "ordinary, idle experts, idle ranks": [{}, {1: -9.0, 2: -9.0, 6: -9.0}, dict.fromkeys(range(4), -9.0)],
+    "everything on one expert": [{5: 9.0}, {0: 9.0}, {7: 9.0}],
+}
+
+
+class Reference(NamedTuple):
+    moe: moesaic.MoE
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    outputs: list[Tensor]
+    losses: list[Tensor]
+    input_grads: list[Tensor]
+    grads: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def make_moe(routing: str) -> moesaic.MoE:
+    torch.manual_seed(0)
+    only_one = routing == "everything on one expert"
+    config = moesaic.MoEConfig(
+        dim=DIM,
+        hidden_dim=HIDDEN,
+        num_experts=EXPERTS,
+        top_k=1 if only_one else 3,
+        # The weight of a token's only expert would be 1, and the router's gradient nothing but rounding errors.
+        normalize_top_k=not only_one,
+        score="sigmoid",
+        aux_loss_coef=0.1,
+        z_loss_coef=0.01,
+        bias_update_speed=0.01,
+        shared_hidden_dim=10,
+    )
+    moe = moesaic.MoE(config)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def set_routing(moe: moesaic.MoE, routing: str, step: int) -> None:
+    moe.router.bias.zero_()
+    for expert, bias in ROUTINGS[routing][step].items():
+        moe.router.bias[expert] = bias
+
+
+def loss_of(moe: moesaic.MoE, x: Tensor, target: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    with moesaic.balance_losses() as losses:
+        y = moe(x)
+    return y, (y - target).square().sum() / num_tokens + sum(losses)
+
+
+def run_reference(routing: str, length: int) -> Reference:
+    moe = make_moe(routing)
+    reference = Reference(copy.deepcopy(moe), [], [], [], [], [], [], {})
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2, foreach=False)
+    for step in range(STEPS):
+        set_routing(moe, routing, step)
+        x, target = torch.randn(BATCH, length, DIM), torch.randn(BATCH, length, DIM)
+        reference.inputs.append(x)
+        reference.targets.append(target)
+        x = x.clone().requires_grad_()
+        y, loss = loss_of(moe, x, target, BATCH * length)
+        loss.backward()
+        reference.outputs.append(y.detach())
+        reference.losses.append(loss.detach())
+        reference.input_grads.append(x.grad)
+        reference.grads.append({n: p.grad.clone() for n, p in moe.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    reference.weights.update({n: p.detach() for n, p in moe.named_parameters()})
+    return reference
+
+
+def check_run(reference: Reference, meshes: Meshes, routing: str, way: str) -> None:
+    moe = moesaic.parallelize(copy.deepcopy(reference.moe), meshes, experts=way)
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2, foreach=False)
+    batch, length = reference.inputs[0].shape[:2]
+    rows = slice(meshes.dp_rank * batch // meshes.dp_size, (meshes.dp_rank + 1) * batch // meshes.dp_size)
+    mine = (rows, meshes.sequence_slice(length))
+    for step in range(STEPS):
+        set_routing(moe, routing, step)
+        x = reference.inputs[step][mine].clone().requires_grad_()
+        y, loss = loss_of(moe, x, reference.targets[step][mine], batch * length)
+        loss.backward()
+        torch.distributed.all_reduce(loss := loss.detach())
+        assert_close(f"output, step {step}", y.detach(), reference.outputs[step][mine])
+        assert_close(f"loss, step {step}", loss.detach(), reference.losses[step])
+        assert_close(f"input gradient, step {step}", x.grad, reference.input_grads[step][mine])
+        assert_gradients_close(moe, reference.grads[step])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_weights_close(moe, reference.weights)
+
+
+def check_layout(layout: dict[str, int], length: int) -> None:
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
+    for routing in ROUTINGS:
+        reference = run_reference(routing, length)
+        for way in ("dtensor", "local"):
+            try:
+                check_run(reference, meshes, routing, way)
+            except Exception as error:
+                raise AssertionError(f"{way}, {routing}") from error
+
+
+LAYOUTS = [(n, layout) for n in (1, 2, 4, 8) for layout in legal_layouts(n)]
+
+
+def name_of(value: int | dict[str, int]) -> str:
+    return str(value) if isinstance(value, int) else " ".join(f"{k}{v}" for k, v in value.items())
+
+
+# A length that no tp divides.
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
+def test_every_layout(ranks, world_size, layout):
+    ranks(check_layout, world_size, layout, 5)
+
+
+# A length shorter than tp.
+@pytest.mark.parametrize("layout", [{"tp": 4, "ep": 2, "etp": 2}, {"tp": 4, "ep": 4}, {"tp": 2, "etp": 4}], ids=name_of)
+def test_ranks_without_a_token(ranks, layout):
+    ranks(check_layout, 4, layout, 1)
