@@ -67,9 +67,7 @@ def _impl_code(impl: str | None) -> int:
     if impl is None:
         return AUTO
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None"
-        )
+        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None")
     return IMPLEMENTATIONS[impl]
 
 
@@ -77,33 +75,25 @@ def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dt
     if x.dtype not in _FLOAT_DTYPES:
         raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {_FLOAT_DTYPES}")
     if w.dtype != x.dtype:
-        raise TypeError(
-            f"w: dtype {w.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast"
-        )
+        raise TypeError(f"w: dtype {w.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast")
     if group_sizes.dtype not in _INDEX_DTYPES:
         raise TypeError(f"group_sizes: dtype {group_sizes.dtype} is not supported; use int32 or int64")
     if out_dtype is not None and out_dtype not in (x.dtype, torch.float32):
         raise TypeError(f"out_dtype: got {out_dtype}; it can be {x.dtype} (that of x) or torch.float32")
     if out_dtype == torch.float32 and x.dtype == torch.float64:
-        raise TypeError(
-            "out_dtype: torch.float32 would lose the precision of torch.float64 operands; omit it"
-        )
+        raise TypeError("out_dtype: torch.float32 would lose the precision of torch.float64 operands; omit it")
 
 
 def _check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor) -> None:
     if x.ndim != 2:
-        raise ValueError(
-            f"x: expected [R, K], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)"
-        )
+        raise ValueError(f"x: expected [R, K], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)")
     if w.ndim != 3:
         raise ValueError(f"w: expected [E, K, N], got {list(w.shape)}")
     if group_sizes.ndim not in (1, 2):
         raise ValueError(f"group_sizes: expected [E] or [B, G], got {list(group_sizes.shape)}")
     if x.shape[1] != w.shape[1]:
         hint = "; w looks transposed, pass w.mT" if x.shape[1] == w.shape[2] else ""
-        raise ValueError(
-            f"w: expected [E, {x.shape[1]}, N] to match x {list(x.shape)}, got {list(w.shape)}{hint}"
-        )
+        raise ValueError(f"w: expected [E, {x.shape[1]}, N] to match x {list(x.shape)}, got {list(w.shape)}{hint}")
     for name, t in (("w", w), ("group_sizes", group_sizes)):
         if t.device != x.device:
             raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
@@ -119,6 +109,4 @@ def _check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor) -> None:
             f"w: group_sizes {[B, G]} needs {B * G} matrices (each block its own) or {G} (shared), got {w.shape[0]}"
         )
     if (x.shape[0] % B if B else x.shape[0]) != 0:
-        raise ValueError(
-            f"x: {x.shape[0]} rows are not {B} equal blocks; pad every block to the same number of rows"
-        )
+        raise ValueError(f"x: {x.shape[0]} rows are not {B} equal blocks; pad every block to the same number of rows")

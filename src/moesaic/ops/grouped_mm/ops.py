@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm.groups import are_shared, as_blocks, check_group_sizes
 from moesaic.ops.grouped_mm.impl import reference
@@ -49,29 +50,28 @@ def _module(impl: int, x: Tensor, sizes_BG: Tensor) -> ModuleType:
 
 
 @torch.library.impl("moesaic::grouped_mm", "default")
-def _forward(
-    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
-) -> Tensor:
+@untouched_by_autocast
+def _forward(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
     return _module(impl, x, sizes_BG).forward(x, w, sizes_BG, out_dtype or x.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_input_grad", "default")
+@untouched_by_autocast
 def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
     return _module(impl, grad, sizes_BG).forward(grad, w.mT, sizes_BG, grad.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_weight_grad", "default")
+@untouched_by_autocast
 def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int, shared: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
     return _module(impl, x, sizes_BG).weight_grad(x, grad, sizes_BG, bool(shared))
 
 
 @torch.library.register_fake("moesaic::grouped_mm")
-def _forward_fake(
-    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def _forward_fake(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[2], dtype=out_dtype or x.dtype)
 
 
@@ -86,9 +86,7 @@ def _weight_grad_fake(x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int, s
     return x.new_empty(G if shared else B * G, x.shape[1], grad.shape[1])
 
 
-def grouped_mm_op(
-    x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def grouped_mm_op(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
     return torch.ops.moesaic.grouped_mm(x, w, group_sizes, impl, out_dtype)
 
 
@@ -145,9 +143,7 @@ def _sizes_to_blocks(sizes: Tensor, dim: int | None, size: int) -> Tensor:
     return sizes if sizes.ndim == 2 else sizes.flatten(0, 1)
 
 
-def _weights_to_blocks(
-    w: Tensor, w_dim: int | None, sizes: Tensor, sizes_dim: int | None, size: int
-) -> Tensor:
+def _weights_to_blocks(w: Tensor, w_dim: int | None, sizes: Tensor, sizes_dim: int | None, size: int) -> Tensor:
     """The weights of ``size`` problems as those of ``size`` times as many blocks; shared ones stay shared."""
     example_sizes = sizes if sizes_dim is None else sizes.movedim(sizes_dim, 0)[0]
     B, G = as_blocks(example_sizes).shape
@@ -161,9 +157,7 @@ def _weights_to_blocks(
 
 # Batched problems are blocks: vmap costs no copy but that of a shared operand.
 def _vmap_matrix(op: Any) -> Any:
-    def rule(
-        info: Any, in_dims: tuple[int | None, ...], a: Tensor, w: Tensor, sizes: Tensor, *flags: Any
-    ) -> Any:
+    def rule(info: Any, in_dims: tuple[int | None, ...], a: Tensor, w: Tensor, sizes: Tensor, *flags: Any) -> Any:
         V = info.batch_size
         w = _weights_to_blocks(w, in_dims[1], sizes, in_dims[2], V)
         y = op(_rows_to_blocks(a, in_dims[0], V), w, _sizes_to_blocks(sizes, in_dims[2], V), *flags)

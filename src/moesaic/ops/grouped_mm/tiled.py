@@ -39,9 +39,7 @@ def tile_map(num_rows: int, sizes_BG: Tensor, *, shared: bool) -> TileMap:
     tiles_S = torch.arange(-(-num_rows // TILE) + B * G, device=device)
     groups_S = torch.searchsorted(tile_ends, tiles_S, right=True).clamp_(max=B * G - 1)
     first_tile_S = torch.where(groups_S > 0, tile_ends[groups_S - 1], 0)
-    rows_SM = (starts[groups_S] + (tiles_S - first_tile_S) * TILE).unsqueeze(1) + torch.arange(
-        TILE, device=device
-    )
+    rows_SM = (starts[groups_S] + (tiles_S - first_tile_S) * TILE).unsqueeze(1) + torch.arange(TILE, device=device)
     rows_SM = torch.where(rows_SM < ends[groups_S].unsqueeze(1), rows_SM, num_rows)
     return TileMap(rows_SM, groups_S % G if shared else groups_S)
 
@@ -70,7 +68,8 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, shared: bool) -
     grad_RN = torch.cat([grad_RN, grad_RN.new_zeros(1, N)])
     for rows_SM, experts_S in _chunks(tile_map(R, sizes_BG, shared=shared), K * N * gw_EKN.element_size()):
         partial_SKN = torch.bmm(x_RK[rows_SM].mT.to(acc), grad_RN[rows_SM].to(acc))
-        # index_put sorts its indices where index_add would use atomics: the same bits every time.
+        # On CUDA index_put sorts its indices where index_add would use atomics: the same bits every time. (On CPU it
+        # is index_put that uses atomics, above a size and in fp32; CPU tensors do not come here but in tests.)
         gw_EKN.index_put_((experts_S,), partial_SKN, accumulate=True)
     return gw_EKN.to(x_RK.dtype)
 

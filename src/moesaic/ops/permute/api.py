@@ -41,6 +41,7 @@ def sort_by_expert(ids: Int[Tensor, "T K"], num_experts: int, *, num_rows: int |
 
     Raises:
         ValueError: shapes; and, on CPU or under :func:`moesaic.debug_checks`, more routed copies than ``num_rows``.
+        TypeError: ids that are not integers.
 
     Example:
         >>> sort_by_expert(torch.tensor([[1, 0], [1, 1]]), num_experts=2).slots
@@ -48,6 +49,8 @@ def sort_by_expert(ids: Int[Tensor, "T K"], num_experts: int, *, num_rows: int |
     """
     if ids.ndim != 2:
         raise ValueError(f"ids: expected [T, K], got {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids: dtype {ids.dtype} is not supported; use an integer type")
     if num_experts < 1:
         raise ValueError(f"num_experts: must be at least 1, got {num_experts}")
     return Permutation(

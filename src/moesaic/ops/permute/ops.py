@@ -1,7 +1,7 @@
 """torch.library definitions of the permutation operators.
 
-Slot ``t * K + k`` is copy ``k`` of token ``t``. ``slots [R]`` says which slot a row holds, ``positions [T, K]`` which row
-holds a slot; -1 where there is none. The three differentiable operators are closed under differentiation:
+Slot ``t * K + k`` is copy ``k`` of token ``t``. ``slots [R]`` says which slot a row holds, ``positions [T, K]`` which
+row holds a slot; -1 where there is none. The three differentiable operators are closed under differentiation:
 
 ==================================  ===================================================  ======================
 operator                            computes                                             gradients are
@@ -25,24 +25,18 @@ from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
 torch.library.define(
-    "moesaic::sort_by_expert", "(Tensor ids, int num_experts, int num_rows) -> (Tensor, Tensor, Tensor)"
+    "moesaic::sort_by_expert", "(Tensor ids, int num_experts, SymInt num_rows) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.define(
-    "moesaic::permute", "(Tensor x, Tensor slots, Tensor positions, Tensor? weights=None) -> Tensor"
-)
-torch.library.define(
-    "moesaic::combine", "(Tensor y, Tensor slots, Tensor positions, Tensor? weights=None) -> Tensor"
-)
-torch.library.define(
-    "moesaic::combine_weight_grad", "(Tensor y, Tensor x, Tensor slots, Tensor positions) -> Tensor"
-)
+torch.library.define("moesaic::permute", "(Tensor x, Tensor slots, Tensor positions, Tensor? weights=None) -> Tensor")
+torch.library.define("moesaic::combine", "(Tensor y, Tensor slots, Tensor positions, Tensor? weights=None) -> Tensor")
+torch.library.define("moesaic::combine_weight_grad", "(Tensor y, Tensor x, Tensor slots, Tensor positions) -> Tensor")
 
 
 @torch.library.impl("moesaic::sort_by_expert", "default")
 def _sort(ids: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    flat = ids.flatten()
+    flat = ids.flatten().to(torch.int64)
     valid = (flat >= 0) & (flat < num_experts)
-    key = torch.where(valid, flat, num_experts).to(torch.int64)
+    key = torch.where(valid, flat, num_experts)
     order = torch.sort(key, stable=True).indices
     group_sizes_E = key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:num_experts]
     num_valid = group_sizes_E.sum()

@@ -72,6 +72,7 @@ def _library_takes(x_RK: Tensor, other: Tensor, sizes_BG: Tensor) -> bool:
         and torch.cuda.get_device_capability(x_RK.device) >= (9, 0)
         and 0 < sizes_BG.shape[1] <= _MAX_GROUPS
         and min(*x_RK.shape, *other.shape) > 0
+        and x_RK.stride(-1) == 1  # else a group starts wherever its first row does: unaligned
         and _is_aligned(x_RK)
         and _is_aligned(other)
     )
@@ -82,7 +83,7 @@ def _is_aligned(t: Tensor) -> bool:
     return (
         t.stride(inner) == 1
         and t.stride(outer) >= max(1, t.shape[inner])
-        and t.stride(outer) * t.element_size() % _ALIGNMENT_BYTES == 0
+        and all(n * t.element_size() % _ALIGNMENT_BYTES == 0 for n in (t.stride(outer), *t.stride()[:-2]))
         and t.data_ptr() % _ALIGNMENT_BYTES == 0
     )
 
@@ -99,7 +100,8 @@ def _library_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor) -> Tensor:
         # torch leaves the rows past the last group uninitialised.
         past_end_C1 = torch.arange(C, device=y_CN.device).unsqueeze(1) >= ends_G[-1]
         blocks.append(y_CN.masked_fill_(past_end_C1, 0))
-    return blocks[0] if B == 1 else torch.cat(blocks)
+    # torch pads rows to 16 bytes; what compiles this expects the strides of the fake.
+    return blocks[0].contiguous() if B == 1 else torch.cat(blocks)
 
 
 def _library_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> Tensor:
