@@ -24,12 +24,12 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float =
     assert error <= tolerance * scale, f"{name}: error {error:.3g} of {scale:.3g}, {error / max(scale, 1e-30):.3g}"
 
 
-def assert_gradients_close(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
+def assert_gradients_close(model: nn.Module, expected: Mapping[str, Tensor], when: str = "") -> None:
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert gradient is not None, f"{name}: no gradient"
-        assert_close(f"gradient of {name}", whole(gradient), expected[name])
+        assert_close(f"gradient of {name}{when}", whole(gradient), expected[name])
 
 
 def assert_weights_close(model: nn.Module, expected: Mapping[str, Tensor]) -> None:

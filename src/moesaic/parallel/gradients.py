@@ -1,8 +1,10 @@
 """Gradients as sums, and their norm over parameters that live on several meshes."""
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -69,8 +71,21 @@ def clip_grad_norm_(
 
 def _group_norm(grads: list[Tensor | None], norm_type: float, foreach: bool | None) -> Tensor:
     whole = [_summed(g) for g in grads if g is not None]
+    if math.isinf(norm_type):
+        return _largest(whole)
     norm = torch.nn.utils.get_total_norm(whole, norm_type, error_if_nonfinite=False, foreach=foreach)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _largest(grads: list[Tensor]) -> Tensor:
+    """The largest magnitude, where torch refuses because a rank's shard is empty."""
+    local = [g.to_local(grad_placements=g.placements) if isinstance(g, DTensor) else g for g in grads]
+    largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in local]).max()
+    if isinstance(grads[0], DTensor):
+        mesh = grads[0].device_mesh
+        for axis in range(mesh.ndim):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    return largest
 
 
 def _summed(grad: Tensor) -> Tensor:

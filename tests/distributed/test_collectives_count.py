@@ -1,0 +1,44 @@
+"""The collectives of one forward and backward pass are those of the design, and no other."""
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+import moesaic
+
+c10d = torch.ops.c10d
+
+# A count exchange; rows, weights and ids out over ep and etp; results back over both. Backward: the same for rows
+# and weights (ids have no gradient), reversed.
+FORWARD_PER_AXIS = 3 + 1
+BACKWARD_PER_AXIS = 2 + 1
+
+
+def count(way: str, layout: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    torch.manual_seed(0)
+    config = moesaic.MoEConfig(dim=8, hidden_dim=6, num_experts=4, top_k=2)
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
+    moe = moesaic.parallelize(moesaic.MoE(config), meshes, experts=way)
+    x = torch.randn(5 + meshes.tp_rank, 8, requires_grad=True)
+    with CommDebugMode() as forward:
+        y = moe(x)
+    with CommDebugMode() as backward:
+        y.sum().backward()
+    return named(forward), named(backward)
+
+
+def named(mode: CommDebugMode) -> dict[str, int]:
+    return {str(op).rpartition(".")[2]: n for op, n in mode.get_comm_counts().items() if n}
+
+
+@pytest.mark.parametrize("way", ["dtensor", "local"])
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [({"tp": 4, "ep": 2, "etp": 2}, 2), ({"tp": 4, "ep": 4}, 1), ({"tp": 4, "etp": 4}, 1)],
+    ids=["ep2 etp2", "ep4", "etp4"],
+)
+def test_only_the_dispatcher_communicates(ranks, layout, axes, way):
+    for forward, backward in ranks(count, 4, way, layout):
+        assert forward == {"allgather_": 1, "alltoall_base_": FORWARD_PER_AXIS * axes}
+        # The gate's weight is replicated over tp and its gradient summed there.
+        assert backward == {"alltoall_base_": BACKWARD_PER_AXIS * axes, "all_reduce": 1}

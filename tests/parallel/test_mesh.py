@@ -1,0 +1,65 @@
+"""Layouts: what is legal, and what an illegal one is told. No process group."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moesaic
+from moesaic.parallel.mesh import resolve_layout, sequence_slices
+
+size = st.integers(1, 8)
+
+
+def test_both_products_are_the_world_size():
+    layout = resolve_layout(16, tp=2, ep=4, etp=2, dp_replicate=2)
+    assert (layout.dp_shard, layout.edp) == (4, 2)
+    assert layout.world_size == 16
+    assert str(layout) == "dp_replicate 2 x dp_shard 4 x tp 2, experts edp 2 x ep 4 x etp 2"
+
+
+@given(world=size, tp=size, ep=size, etp=size, replicate=size, shard=st.none() | size)
+def test_a_layout_is_legal_or_an_error_suggests_legal_ones(world, tp, ep, etp, replicate, shard):
+    sizes = {"tp": tp, "ep": ep, "etp": etp, "dp_replicate": replicate, "dp_shard": shard}
+    dense_fits = replicate * shard * tp == world if shard else world % (replicate * tp) == 0
+    if dense_fits and world % (ep * etp) == 0:
+        layout = resolve_layout(world, **sizes)
+        assert layout.dp_replicate * layout.dp_shard * layout.tp == layout.edp * layout.ep * layout.etp == world
+        return
+    with pytest.raises(ValueError, match=f"world size {world}") as error:
+        resolve_layout(world, **sizes)
+    suggestion = str(error.value).rpartition("choices: ")[2].rstrip(".").split("; ")[0]
+    better = {name: int(value) for name, value in (pair.split("=") for pair in suggestion.split(", "))}
+    # What is suggested mends the product that was wrong; dp_shard was said to be best left out.
+    dense_is_mended = "tp" in better
+    rest = {"ep": 1, "etp": 1} if dense_is_mended else {"tp": 1, "dp_replicate": 1}
+    resolve_layout(world, **(sizes | {"dp_shard": None} | rest | better))
+
+
+@pytest.mark.parametrize("name", ["tp", "ep", "etp", "dp_replicate", "dp_shard"])
+def test_sizes_below_one_are_named(name):
+    with pytest.raises(ValueError, match=f"{name}: must be at least 1, got 0"):
+        resolve_layout(4, **{name: 0})
+
+
+def test_the_message_names_the_product():
+    with pytest.raises(ValueError, match=r"ep \* etp = 3 \* 2 = 6 must divide the world size 4") as error:
+        resolve_layout(4, ep=3, etp=2)
+    assert "Nearest legal choices: ep=2, etp=2; " in str(error.value)
+
+
+@given(length=st.integers(0, 50), shards=size)
+def test_sequence_slices_are_dtensor_chunks(length, shards):
+    pieces = [list(range(length))[s] for s in sequence_slices(length, shards)]
+    assert [i for piece in pieces for i in piece] == list(range(length))
+    full = -(-length // shards)
+    assert all(len(piece) == full for piece in pieces[: length // full if full else 0])
+
+
+def test_one_process_needs_no_process_group():
+    meshes = moesaic.build_meshes()
+    assert meshes.dense is None
+    assert meshes.expert is None
+    assert (meshes.dp_rank, meshes.dp_size, meshes.tp_rank, meshes.tp_size) == (0, 1, 0, 1)
+    assert meshes.sequence_slice(7) == slice(0, 7)
+    with pytest.raises(ValueError, match="must divide the world size 1"):
+        moesaic.build_meshes(ep=2)
