@@ -34,7 +34,7 @@ class Results(NamedTuple):
     gw: Tensor
 
 
-def run(impl: str, p: Problem, out_dtype: torch.dtype | None = None) -> Results:
+def run(impl: str | None, p: Problem, out_dtype: torch.dtype | None = None) -> Results:
     """The three results by an implementation of the public function, or by the ``tiled`` functions themselves."""
     if impl == "tiled":
         sizes = as_blocks(p.group_sizes)

@@ -14,8 +14,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.ops import grouped_mm
+from moesaic.ops.grouped_mm import ops as operators
 from moesaic.ops.grouped_mm import tiled
 from moesaic.ops.grouped_mm.groups import as_blocks
+from moesaic.ops.grouped_mm.impl import reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, Layout, Problem, layout, problem
@@ -166,6 +168,16 @@ def test_autocast(impl, dtype):
     ):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs.float())
+
+
+@pytest.mark.parametrize("module", [reference, torch_impl, tiled])
+def test_autocast_does_not_reach_into_the_operators(module, monkeypatch):
+    # Products in fp32 inside an operator would become products in bf16.
+    monkeypatch.setitem(operators._MODULES, operators.AUTO, module)
+    p = problem(layout("shared", [[40, 30], [0, 70]], slack=1), 60, 20, torch.bfloat16, exact=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(None, p, torch.float32)
+    check(p, results, out_dtype=torch.float32, margin=1.5)
 
 
 def test_autocast_leaves_fp64_alone():
