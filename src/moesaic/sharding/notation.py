@@ -99,7 +99,8 @@ def parse(text: str) -> Notation:
     outputs = reader.patterns(arrow + 2, len(text))
     on_inputs = frozenset().union(*(p.factors for p in inputs))
     inner = {f for p in inputs + outputs for dim in p.dims for f in dim.factors[1:]}
-    for factor in frozenset().union(*(p.factors for p in outputs)) - on_inputs - reader.marked - inner:
+    unbound = frozenset().union(*(p.factors for p in outputs)) - on_inputs - reader.marked - inner
+    for factor in sorted(unbound, key=reader.last_seen.__getitem__):
         problem = f"factor '{factor}' is on an output but on no input; a dim of its own stays whole: '{factor}!'"
         raise NotationError(text, reader.last_seen[factor], problem)
     blocks = {dim.leading for p in inputs + outputs for dim in p.dims if len(dim.factors) > 1 and dim.leading}
@@ -146,7 +147,7 @@ class _Reader:
                 dims.append(Dim(tuple(group)))
                 group = None
                 i += 1
-            elif char == "1" and group is None:
+            elif char == "1" and group is None and not self._is_word(i + 1, end):
                 dims.append(Dim(()))
                 i += 1
             else:
@@ -160,9 +161,12 @@ class _Reader:
             raise NotationError(self.text, group_start, "'(' is never closed")
         return Pattern(tuple(dims))
 
+    def _is_word(self, i: int, end: int) -> bool:
+        return i < end and (self.text[i].isalnum() or self.text[i] == "_")
+
     def _factor(self, start: int, end: int) -> tuple[str, int]:
         i = start
-        while i < end and (self.text[i].isalnum() or self.text[i] == "_"):
+        while self._is_word(i, end):
             i += 1
         name = self.text[start:i]
         if not name.isidentifier():
