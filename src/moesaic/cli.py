@@ -1,0 +1,97 @@
+"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher.
+
+Exit status: 0 done, also after a signal that was answered by saving; 1 training failed; 2 the call cannot work.
+Commands import what they need when they run, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: one line of help, and what to do with its arguments. `run` returns the exit status."""
+
+    help: str
+    run: Callable[[Sequence[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default that of the process) and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    leader = os.environ.get("RANK", "0") == "0"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if leader:
+            print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        if leader:
+            print(f"moesaic: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return COMMANDS[name].run(rest)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    return f"usage: moesaic COMMAND [options]\n\n{rows}\n\nmoesaic COMMAND --help tells a command's options."
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from moesaic.train.errors import TrainingError, UserError
+
+    leader = os.environ.get("RANK", "0") == "0"
+
+    def fail(error: Exception, status: int) -> int:
+        # All ranks fail alike, and one of them says so.
+        if leader:
+            print(f"moesaic train: {error}", file=sys.stderr, flush=True)
+        return status
+
+    try:
+        config = _parse_train(arguments, leader)
+        from moesaic.train.launch import check_launch
+
+        check_launch(config)
+        from moesaic.checkpoint import CheckpointError
+        from moesaic.train.loop import train
+
+        try:
+            train(config)
+        except (TrainingError, CheckpointError) as error:
+            return fail(error, 1)
+    except UserError as error:
+        return fail(error, 2)
+    return 0
+
+
+def _parse_train(arguments: Sequence[str], leader: bool):
+    import dataclasses
+
+    import tyro
+
+    from moesaic.train.config import TrainConfig, check, read_settings
+
+    def parse(default: TrainConfig) -> TrainConfig:
+        return tyro.cli(
+            TrainConfig, prog="moesaic train", args=list(arguments), default=default, console_outputs=leader
+        )
+
+    config = parse(TrainConfig())
+    if config.resume:
+        from moesaic.train.folder import CONFIG, resumable_folder
+
+        folder = resumable_folder(config.out)
+        config = dataclasses.replace(parse(read_settings(folder / CONFIG)), out=folder, resume=True)
+    check(config)
+    return config
+
+
+COMMANDS = {
+    "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
+}

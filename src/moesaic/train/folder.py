@@ -1,0 +1,68 @@
+"""The run folder: a new one, or the one to go on in; its settings file.
+
+config.json      settings, layout and versions
+metrics.jsonl    one line every `log_every` steps
+tensorboard/     the same as events
+checkpoints/     step-00000100, ...
+export/          the trained model in Hugging Face format
+result.json      what the end of the run measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint import checkpoints
+from moesaic.train.errors import UserError
+
+RUNS = Path("runs")
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"
+RESULT = "result.json"
+
+
+def new_folder(out: Path | None) -> Path:
+    """Make the folder of a new run: `out`, which must be empty, or runs/<date>-<time>."""
+    if out is None:
+        stamp = RUNS / time.strftime("%Y%m%d-%H%M%S")
+        out, count = stamp, 2
+        while out.exists():
+            out, count = stamp.with_name(f"{stamp.name}-{count}"), count + 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        filled = any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from error
+    if filled:
+        raise UserError(
+            f"--out {out} is not empty. Go on with the run in it by adding --resume, or choose another folder"
+        )
+    return out
+
+
+def resumable_folder(out: Path | None) -> Path:
+    """The folder of a run to go on with: `out`, or of the runs in runs/ that have a checkpoint the one last written."""
+    if out is None:
+        found = [path for path in RUNS.glob("*") if checkpoints(path / CHECKPOINTS)]
+        if not found:
+            raise UserError(f"--resume: no run in {RUNS}/ has a checkpoint; name its folder with --out")
+        return max(found, key=lambda path: ((path / CHECKPOINTS).stat().st_mtime, path.name))
+    if not (out / CONFIG).is_file():
+        raise UserError(f"--resume: there is no run in {out} (no {CONFIG})")
+    if not checkpoints(out / CHECKPOINTS):
+        raise UserError(f"--resume: the run in {out} has no checkpoint yet; start it again in another folder")
+    return out
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values`, in one stroke: a reader sees the old file or the new one."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(fresh, path)

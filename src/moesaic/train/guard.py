@@ -1,0 +1,82 @@
+"""Find out, before the optimizer step, that a number is not finite, and where that began.
+
+Forward hooks note for each layer whether its output was finite, in a tensor on the device: nothing waits for it. The
+step sends that tensor along with the loss, so all ranks learn of it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moesaic.checkpoint import ranks
+
+
+class ForwardGuard:
+    """Watches the embedding, the decoder layers, the last norm and the head of a transformers model.
+
+    `flags[i]` counts outputs of `names[i]` since `reset` that were not finite. Names are in the order of computation.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        watched = list(_layers(model))
+        self.names = [name for name, _ in watched]
+        self.flags = torch.zeros(len(watched), device=device)
+        self._handles = [
+            module.register_forward_hook(lambda _module, _args, output, index=index: self._note(index, output))
+            for index, (_, module) in enumerate(watched)
+        ]
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.flags.zero_()
+
+    def close(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _note(self, index: int, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        self.flags[index] += (~torch.isfinite(_local(tensor.detach()))).any()
+
+
+def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> str | None:
+    """The parameter at which gradients stopped being finite, the same on all ranks; None if all are finite.
+
+    Backward goes from the last layer to the first, so of several that is the last one.
+    """
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    flags = torch.stack([_bad(parameter.grad) for _, parameter in named]).to(torch.int32)
+    if ranks.active():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    bad = flags.nonzero().flatten().tolist()
+    return named[bad[-1]][0] if bad else None
+
+
+def first_flagged(names: Sequence[str], counts: Sequence[float]) -> str | None:
+    """The first name with a count."""
+    return next((name for name, count in zip(names, counts, strict=True) if count), None)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    names = {id(module): name for name, module in model.named_modules()}
+    body: Any = model.base_model
+    found = [model.get_input_embeddings(), *body.layers, getattr(body, "norm", None), model.get_output_embeddings()]
+    for module in found:
+        if module is not None:
+            yield names[id(module)], module
+
+
+def _bad(gradient: Tensor | None) -> Tensor:
+    return torch.tensor(False) if gradient is None else (~torch.isfinite(_local(gradient))).any()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,37 @@
+"""What can be found wrong with a call before there is a process group: cheap checks, for errors that come at once."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from moesaic.parallel.mesh import resolve_layout
+from moesaic.train.architecture import check_fits, read_model_config
+from moesaic.train.config import TrainConfig
+from moesaic.train.errors import UserError
+from moesaic.train.runtime import launched_world_size
+
+
+def check_launch(config: TrainConfig) -> None:
+    """Raise `UserError` if this config cannot run on the processes that were launched, or a package is missing."""
+    for package in ("transformers", "tokenizers"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"training needs the package {package}: pip install 'moesaic[train]'")
+    try:
+        layout = resolve_layout(
+            launched_world_size(),
+            tp=config.tp,
+            ep=config.ep,
+            etp=config.etp,
+            dp_shard=config.dp_shard,
+            dp_replicate=config.dp_replicate,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    check_fits(read_model_config(config.model), layout)
+    dp_size = layout.dp_replicate * layout.dp_shard
+    if config.batch_size % dp_size:
+        near = max(1, round(config.batch_size / dp_size)) * dp_size
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide by the {dp_size} data parallel ranks "
+            f"(dp_replicate * dp_shard); {near} does"
+        )

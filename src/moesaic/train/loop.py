@@ -1,0 +1,217 @@
+"""The training program: set up, train, save, and at the end measure, export and show a sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moesaic.checkpoint import CheckpointError, ranks
+from moesaic.layers import expert_load, reset_expert_load
+from moesaic.train import baselines, evaluate, finish
+from moesaic.train import folder as run_folder
+from moesaic.train import run as runs
+from moesaic.train.config import TrainConfig
+from moesaic.train.console import Screen, open_screen
+from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
+from moesaic.train.model import num_parameters
+from moesaic.train.run import Run
+from moesaic.train.runtime import peak_memory, started
+from moesaic.train.schedule import learning_rate
+from moesaic.train.signals import StopRequest
+from moesaic.train.step import StepResult, train_step
+
+
+def train(config: TrainConfig) -> None:
+    """Do the whole run that `config` asks for, together with the other processes of the launch.
+
+    Raises `UserError`, `CheckpointError` or `TrainingError` with a text for people, on all ranks alike. Asked to stop
+    by a signal, it saves and returns.
+    """
+    with started(config.device) as runtime:
+        screen = open_screen(runtime.leader)
+        run = runs.set_up(config, runtime, screen.message)
+        held_out = evaluate.cut_windows(
+            evaluate.choose_texts(run.text.held_out(), config.eval_bytes), run.text.tokenizer(), config.seq_len
+        )
+        screen.message(_introduce(run))
+        try:
+            finished = fit(run, screen, lambda: _measure(run, held_out))
+        finally:
+            run.guard.close()
+        if finished:
+            _finish(run, held_out, screen)
+
+
+def fit(run: Run, screen: Screen, measure: Callable[[], float] = lambda: 0.0) -> bool:
+    """Train until the last step and save, and say whether it came to that; a signal makes it save and stop before."""
+    config = run.config
+    if run.step >= config.steps:
+        return True
+    writers = _open_writers(run, screen)
+    screen.start(run.step, config.steps)
+    run.model.train()
+    stopped = False
+    clock, clock_step = time.perf_counter(), run.step
+    saved_in = run.step
+    try:
+        with StopRequest(lambda name: screen.message(f"{name}: saving after this step, then stopping")) as request:
+            while run.step < config.steps and not stopped:
+                result = _one_step(run, request.wanted)
+                stopped = result.stop
+                values = None
+                if run.step % config.log_every == 0 or run.step in (1, config.steps):
+                    seconds = (time.perf_counter() - clock) / (run.step - clock_step)
+                    values = _metrics(run, result, seconds)
+                reset_expert_load(run.model)
+                if config.eval_every and run.step % config.eval_every == 0:
+                    values = (values or {}) | {"bits_per_byte": measure()}
+                if values is not None:
+                    for writer in writers:
+                        writer.log(values, run.step)
+                    # What is not training is not part of the speed.
+                    clock, clock_step = time.perf_counter(), run.step
+                screen.update(run.step, values)
+                last = stopped or run.step == config.steps
+                if last or (config.save_every and run.step % config.save_every == 0):
+                    before = time.perf_counter()
+                    saved_in = _save(run, screen, must=last) or saved_in
+                    clock += time.perf_counter() - before
+    finally:
+        screen.stop()
+        for writer in writers:
+            writer.close()
+    if stopped:
+        screen.message(
+            f"stopped after step {run.step} of {config.steps}; all is saved. To go on: the same command with "
+            f"--resume --out {run.folder}"
+        )
+    return not stopped
+
+
+def _one_step(run: Run, stop_wanted: bool) -> StepResult:
+    config, device = run.config, run.runtime.device
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, config)
+    # Random numbers follow from seed, step and rank: so they need not be saved to be the same after a resume.
+    torch.manual_seed(hash((config.seed, run.step, run.runtime.rank)) % 2**63)
+    result = train_step(
+        run.model,
+        run.optimizer,
+        run.loader.next_batch().to(device),
+        step=run.step + 1,
+        num_targets=config.batch_size * config.seq_len,
+        meshes=run.meshes,
+        guard=run.guard,
+        dtype=config.dtype,
+        max_grad_norm=config.max_grad_norm,
+        stop_wanted=stop_wanted,
+    )
+    run.step += 1
+    return result
+
+
+def _metrics(run: Run, result: StepResult, seconds: float) -> dict[str, float]:
+    config = run.config
+    balance = []
+    dead = 0
+    for load in expert_load(run.model).values():
+        counts = load.double()
+        balance.append(float(counts.max() / counts.mean()))
+        dead += int((counts == 0).sum())
+    memory = torch.tensor(float(peak_memory(run.runtime.device)), device=run.runtime.device)
+    if ranks.active():
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+    return {
+        "loss": result.loss,
+        "balance_loss": result.balance_loss,
+        "grad_norm": result.grad_norm,
+        "lr": learning_rate(run.step - 1, config),
+        "tokens": float(run.step * config.batch_size * config.seq_len),
+        "tokens_per_second": config.batch_size * config.seq_len / seconds,
+        "balance": max(balance, default=0.0),
+        "dead_experts": float(dead),
+        "memory_gib": memory.item() / 2**30,
+    }
+
+
+def _save(run: Run, screen: Screen, *, must: bool) -> int | None:
+    try:
+        runs.save(run)
+    except CheckpointError as error:
+        # A full disk is no reason to lose what has been trained: there may be room again at the next try.
+        if must:
+            raise
+        screen.message(f"warning: {error}; training goes on")
+        return None
+    return run.step
+
+
+def _open_writers(run: Run, screen: Screen) -> list[MetricWriter]:
+    if not run.runtime.leader:
+        return []
+    writers: list[MetricWriter] = [JsonlWriter(run.folder / run_folder.METRICS, run.step)]
+    if run.config.tensorboard:
+        try:
+            writers.append(TensorBoardWriter(run.folder / run_folder.TENSORBOARD, run.step))
+        except ImportError:
+            screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
+    return writers
+
+
+def _measure(run: Run, held_out: evaluate.HeldOut) -> float:
+    return evaluate.bits_per_byte(
+        run.model,
+        held_out,
+        meshes=run.meshes,
+        batch_size=run.config.batch_size,
+        device=run.runtime.device,
+        dtype=run.config.dtype,
+    )
+
+
+def _finish(run: Run, held_out: evaluate.HeldOut, screen: Screen) -> None:
+    config, leader = run.config, run.runtime.leader
+    counts = run.text.byte_counts()
+    bits = {
+        "unigram": baselines.unigram_bits(counts, held_out.texts),
+        "bigram": baselines.bigram_bits(counts, held_out.texts),
+        "model": _measure(run, held_out),
+    }
+    screen.message(
+        f"\nheld-out text, {held_out.num_bytes:,} bytes from {len(held_out.texts)} documents, in bits per byte:\n"
+        f"  unigram bytes {bits['unigram']:.3f}   bigram bytes {bits['bigram']:.3f}   this model {bits['model']:.3f}"
+    )
+    folder = run.folder / run_folder.EXPORT
+    finish.export(run.model, folder, run.text.tokenizer())
+    exported: Any = finish.load_exported(folder) if leader else None
+    tokens = held_out.inputs[:1].to(run.runtime.device)
+    difference = finish.compare_with_export(run.model, exported, tokens, run.meshes)
+    if leader:
+        text = finish.sample(
+            exported, run.text.tokenizer(), config.prompt, max_new_tokens=config.sample_tokens, seed=config.seed
+        )
+        result = {"step": run.step, "bits_per_byte": bits, "export_difference": difference, "sample": text}
+        run_folder.write_json(run.folder / run_folder.RESULT, result)
+        screen.message(
+            f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
+            f"{difference:.0e}\n\nit continues {config.prompt!r} like this:\n\n{text}\n"
+        )
+    # A rank that leaves early closes connections that the others may still look at.
+    ranks.barrier()
+
+
+def _introduce(run: Run) -> str:
+    layout = run.meshes.layout
+    device = run.runtime.device.type
+    many = "process" if run.runtime.world_size == 1 else "processes"
+    text = (
+        f"{num_parameters(run.model) / 1e6:.1f} M parameters on {run.runtime.world_size} {device} {many}: {layout}\n"
+        f"text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} documents, "
+        f"{run.loader.windows:,} windows of {run.config.seq_len} tokens\n"
+        f"run folder: {run.folder}"
+    )
+    return text + (f", going on after step {run.step}" if run.step else "")

@@ -1,0 +1,82 @@
+"""The model and its optimizer: a transformers architecture from a config file, laid over the meshes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moesaic.integrations.transformers import replace_moe_blocks
+from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.plan import parallelize
+from moesaic.train.config import TrainConfig
+from moesaic.train.errors import UserError
+
+# Rows of the embedding come in multiples of this, so that a vocabulary of any size can be split.
+_VOCABULARY_MULTIPLE = 64
+
+
+def model_config(values: dict[str, Any], *, vocab_size: int, eos_id: int) -> Any:
+    """The transformers config of `read_model_config`, fitted to a tokenizer."""
+    values = dict(values)
+    kind = values.pop("model_type")
+    values["vocab_size"] = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    values |= {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:
+        raise UserError(f"--model: transformers does not take this config: {error}") from error
+
+
+def identity(config: Any) -> str:
+    """A hash of what makes two model configs the same model."""
+    values = config.to_dict()
+    for key in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
+        values.pop(key, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: torch.device) -> nn.Module:
+    """A new model, equal on every layout, its MoE blocks replaced, laid over `meshes`.
+
+    Every rank makes all the weights from the seed, and keeps its shards.
+    """
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32).to(device)
+    try:
+        replace_moe_blocks(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
+        parallelize(model, meshes, experts=config.experts)
+    except ValueError as error:
+        raise UserError(f"--model {config.model}: {error}") from error
+    return model
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW with weight decay on matrices only.
+
+    Parameters are grouped by the mesh they live on, for a fused update takes only tensors of one kind.
+    """
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
+    return AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if matrices else 0.0}
+            for (_, matrices), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        foreach=False,
+    )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, however it is sharded."""
+    return sum(parameter.numel() for parameter in model.parameters())

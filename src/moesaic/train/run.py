@@ -1,0 +1,176 @@
+"""Set up a run: text, model, optimizer, data order, on this rank; and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moesaic import checkpoint
+from moesaic.checkpoint import ranks
+from moesaic.parallel.mesh import Meshes, build_meshes
+from moesaic.train import folder as run_folder
+from moesaic.train import model as models
+from moesaic.train.architecture import read_model_config
+from moesaic.train.config import TrainConfig, to_json
+from moesaic.train.errors import UserError
+from moesaic.train.guard import ForwardGuard
+from moesaic.train.loader import WindowLoader
+from moesaic.train.prepare import PreparedText, cache_folder, open_prepared, prepare
+from moesaic.train.runtime import Runtime
+
+# In the words of the flags that choose them.
+_IDENTITIES = {"data": "--data", "tokenizer": "--tokenizer", "model": "--model"}
+
+
+@dataclass
+class Run:
+    """Everything of a run on this rank. `step` counts the steps that are done."""
+
+    config: TrainConfig
+    runtime: Runtime
+    folder: Path
+    text: PreparedText
+    meshes: Meshes
+    model: nn.Module
+    optimizer: Optimizer
+    loader: WindowLoader
+    guard: ForwardGuard
+    identities: dict[str, str]
+    step: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints are."""
+        return self.folder / run_folder.CHECKPOINTS
+
+
+def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
+    """Build a run, in a new folder or, with `config.resume`, as its last checkpoint left it. Collective."""
+    _check_same_on_all_ranks("settings", to_json(config))
+    text = _prepare_text(config, runtime, notify)
+    meshes = build_meshes(
+        tp=config.tp,
+        ep=config.ep,
+        etp=config.etp,
+        dp_shard=config.dp_shard,
+        dp_replicate=config.dp_replicate,
+        device_type=runtime.device.type,
+    )
+    loader = WindowLoader(
+        text.tokens(),
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        dp_rank=meshes.dp_rank,
+        dp_size=meshes.dp_size,
+    )
+    architecture = models.model_config(read_model_config(config.model), vocab_size=text.vocab_size, eos_id=text.eos_id)
+    model = models.build_model(config, architecture, meshes, runtime.device)
+    # Late: a mistake above leaves no folder behind.
+    choose = run_folder.resumable_folder if config.resume else run_folder.new_folder
+    folder = ranks.together(lambda: choose(config.out) if runtime.leader else None, UserError)[0]
+    assert folder is not None
+    run = Run(
+        config=dataclasses.replace(config, out=folder),
+        runtime=runtime,
+        folder=folder,
+        text=text,
+        meshes=meshes,
+        model=model,
+        optimizer=models.build_optimizer(model, config),
+        loader=loader,
+        guard=ForwardGuard(model, runtime.device),
+        identities={
+            "data": text.data_identity,
+            "tokenizer": text.tokenizer_identity,
+            "model": models.identity(architecture),
+        },
+    )
+    if config.resume:
+        _restore(run)
+    if runtime.leader:
+        run_folder.write_json(folder / run_folder.CONFIG, _describe(run))
+    return run
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the run as it is now. Collective."""
+    info = {"loader": run.loader.state_dict(), "identities": run.identities, "settings": to_json(run.config)}
+    state = checkpoint.training_state(run.model, run.optimizer)
+    return checkpoint.save(run.checkpoints, run.step, state, info, keep=run.config.keep)
+
+
+def _restore(run: Run) -> None:
+    newest = checkpoint.latest(run.checkpoints)
+    assert newest is not None
+    # Before the tensors are read: of another model they would not even fit.
+    _check_identities(checkpoint.read_manifest(newest).info, run)
+    state = checkpoint.training_state(run.model, run.optimizer)
+    manifest = checkpoint.load(run.checkpoints, state)
+    run.loader.load_state_dict(manifest.info["loader"])
+    checkpoint.restore(run.model, run.optimizer, state)
+    run.step = manifest.step
+
+
+def _check_identities(info: dict[str, Any], run: Run) -> None:
+    then = info["identities"]
+    changed = [flag for name, flag in _IDENTITIES.items() if then[name] != run.identities[name]]
+    if changed:
+        raise UserError(
+            f"cannot go on with the run in {run.folder}: it was with other contents of {', '.join(changed)}. "
+            "Give what it was started with, or start a new run in another folder"
+        )
+
+
+def _prepare_text(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> PreparedText:
+    vocab_size = read_model_config(config.model)["vocab_size"]
+
+    def on_host_leader() -> str | None:
+        if not runtime.host_leader:
+            return None
+        text = prepare(
+            config.data,
+            text_column=config.text_column,
+            tokenizer=config.tokenizer,
+            vocab_size=vocab_size,
+            notify=notify,
+        )
+        return text.folder.name
+
+    names = [name for name in ranks.together(on_host_leader, UserError, OSError) if name is not None]
+    if len(set(names)) > 1:
+        raise UserError("the hosts see different text (--data, --tokenizer); give all of them the same")
+    text = open_prepared(cache_folder() / names[0])
+    _check_same_on_all_ranks("tokenizers", text.tokenizer_identity)
+    return text
+
+
+def _check_same_on_all_ranks(what: str, value: Any) -> None:
+    for rank, other in enumerate(ranks.gather(value)):
+        if other != value:
+            raise UserError(f"ranks {ranks.rank()} and {rank} have different {what}")
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    return {
+        "settings": to_json(run.config),
+        "world_size": run.runtime.world_size,
+        "parameters": models.num_parameters(run.model),
+        "train_bytes": run.text.train_bytes,
+        "versions": {
+            "moesaic": metadata.version("moesaic"),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+            "python": platform.python_version(),
+        },
+        "model": run.model.config.to_dict(),  # type: ignore[attr-defined]
+    }

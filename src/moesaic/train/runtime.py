@@ -1,0 +1,123 @@
+"""Where a process runs: its device, its rank, and the process group that torchrun's environment asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moesaic.train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among its peers."""
+
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def leader(self) -> bool:
+        """Whether this is the process that writes to the screen and the run folder."""
+        return self.rank == 0
+
+    @property
+    def host_leader(self) -> bool:
+        """Whether this is the first process of its host."""
+        return self.local_rank == 0
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave to this process; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The number of processes that were launched."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str | None, local_rank: int) -> torch.device:
+    """The device of type `name`, or the accelerator that is there and has a communication backend, or the CPU.
+
+    The local rank picks among several. Raises `UserError` if there is none for it.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        usable = found is not None and dist.is_available() and _backend(found.type) not in (None, "gloo")
+        name = found.type if found is not None and usable else "cpu"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: torch knows no such device type") from error
+    if wanted.index is not None:
+        raise UserError(f"--device takes a type, such as {wanted.type}; which one of them follows from LOCAL_RANK")
+    if wanted.type == "cpu":
+        return wanted
+    if found is None or found.type != wanted.type:
+        there = "cpu" if found is None else f"cpu and {found.type}"
+        raise UserError(f"--device {name}: there is no such device here, only {there}")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of this host has no {wanted.type} device, there are {count}: launch at most {count} "
+            "processes a host, or use --device cpu"
+        )
+    return torch.device(wanted.type, local_rank)
+
+
+@contextmanager
+def started(device_name: str | None) -> Iterator[Runtime]:
+    """Join the process group of the launcher, if there is more than one process, and leave it at the end.
+
+    A process group that exists already is used, and kept.
+    """
+    # Advice to those who choose placements, on every rank; here it would only hide what matters.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(device_name, local_rank)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    joined = launched_world_size() > 1 and not dist.is_initialized()
+    if joined:
+        backend = _backend(device.type) or "gloo"
+        # Objects and checkpoints' plans travel between CPUs whatever the device.
+        dist.init_process_group("gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}")
+    try:
+        if dist.is_initialized():
+            yield Runtime(device, dist.get_rank(), local_rank, dist.get_world_size())
+        else:
+            yield Runtime(device, 0, local_rank, 1)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has had: of the accelerator's memory, or of the host's on CPU. 0 if unknown."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    # In KiB, but in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _backend(device_type: str) -> str | None:
+    try:
+        backend = dist.get_default_backend_for_device(device_type)
+    except ValueError:
+        return None
+    return backend if dist.is_backend_available(backend) else None

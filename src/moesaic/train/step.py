@@ -1,0 +1,120 @@
+"""One training step: loss and gradients as sums over ranks, a check that all is finite, then the update.
+
+The loss of a rank is the sum over its own target tokens divided by the number of target tokens of all ranks. So losses
+and gradients add up over ranks to those of the whole batch, and nothing else is scaled.
+
+Legend: B sequences of this rank, S positions, s positions of this rank's sequence shard, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moesaic.checkpoint import ranks
+from moesaic.layers import balance_losses
+from moesaic.parallel.gradients import clip_grad_norm_
+from moesaic.parallel.mesh import Meshes
+from moesaic.train.errors import TrainingError
+from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on all ranks."""
+
+    loss: float
+    """Mean cross-entropy of the whole batch, in nats."""
+    balance_loss: float
+    """The load-balancing and z-losses that were added to it."""
+    grad_norm: float
+    """Of all gradients, before clipping."""
+    stop: bool
+    """Whether any rank has been asked to stop."""
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """The context to compute in, for a dtype of the config."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: Tensor,
+    *,
+    step: int,
+    num_targets: int,
+    meshes: Meshes,
+    guard: ForwardGuard,
+    dtype: str,
+    max_grad_norm: float,
+    stop_wanted: bool,
+) -> StepResult:
+    """Train on `batch [B, S + 1]`; `num_targets` counts the target tokens of all ranks.
+
+    Raises `TrainingError` on every rank, before any weight has changed, if loss or gradients are not finite on one.
+    """
+    device = batch.device
+    inputs_BS, targets_BS = batch[:, :-1], batch[:, 1:]
+    guard.reset()
+    with autocast(device, dtype), balance_losses() as balance:
+        logits_BsV = model(input_ids=inputs_BS, use_cache=False).logits
+    targets_Bs = targets_BS[:, meshes.sequence_slice(targets_BS.shape[1])]
+    loss = F.cross_entropy(logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), reduction="sum") / num_targets
+    balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
+    (loss + balance_loss).backward()
+
+    # The one exchange of a step that the host waits for, so it carries everything that ranks must agree on.
+    own = torch.stack([loss.detach(), balance_loss.detach(), loss.new_tensor(float(stop_wanted))])
+    shared = torch.cat([own, guard.flags > 0]).double()
+    if ranks.active():
+        dist.all_reduce(shared)
+    loss_value, balance_value, stop, *flags = shared.tolist()
+    if not (_finite(loss_value) and _finite(balance_value)) or any(flags):
+        raise TrainingError(_describe_forward(step, loss_value, balance_value, guard.names, flags))
+
+    grad_norm = _clip(model, max_grad_norm, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_value, balance_value, grad_norm, bool(stop))
+
+
+def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    try:
+        # Raises before it scales anything, so the gradients can still be looked at.
+        norm = clip_grad_norm_(parameters, max_grad_norm or float("inf"), error_if_nonfinite=True)
+    except RuntimeError:
+        name = first_bad_gradient(model.named_parameters())
+        if name is None:
+            raise
+        raise TrainingError(
+            f"step {step}: the loss is finite, but not its gradient: in backward order the first parameter whose "
+            f"gradient is not finite is {name}. No weight has been changed."
+        ) from None
+    return float(norm)
+
+
+def _describe_forward(step: int, loss: float, balance_loss: float, names: Sequence[str], flags: Sequence[float]) -> str:
+    layer = first_flagged(names, flags)
+    if layer is not None:
+        count = int(flags[names.index(layer)])
+        where = f"the first output that is not finite is that of {layer}, on {count} of {ranks.world_size()} rank(s)"
+    elif not _finite(balance_loss):
+        where = "every layer's output is finite, but a router's balance loss is not"
+    else:
+        where = "every layer's output is finite"
+    return f"step {step}: the loss is {loss + balance_loss}; {where}. No weight has been changed."
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
