@@ -10,8 +10,11 @@ from moesaic.sharding.notation import Notation
 from moesaic.sharding.rule import AxisRule, Placements, Rule, divides, short
 
 
-class ShardingError(ValueError):
-    """An operator was called with placements that its sharding rule does not admit."""
+class ShardingError(NotImplementedError, ValueError):
+    """An operator was called with placements that its sharding rule does not admit.
+
+    A ``NotImplementedError``, as DTensor's own for an operator without a rule: anything else DTensor would wrap.
+    """
 
 
 @dataclass(frozen=True)

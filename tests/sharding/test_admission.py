@@ -1,0 +1,112 @@
+"""What rules admit is right: every admitted placement, through real DTensors on simulated ranks.
+
+Results and gradients have the bits of the plain operator, and not one collective is called, forward or backward.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from moesaic.ops import sort_by_expert
+from moesaic.sharding import AxisRule
+from tests.sharding.problems import Problem, empty, grouped, integers, permuting, with_grad
+from tests.sharding.simulated import Ranks, no_collectives, simulated_ranks, whole
+
+MESHES = [(2,), (4,), (2, 2)]
+GROUPED = ["grouped_mm", "grouped_mm_input_grad", "grouped_mm_weight_grad"]
+FORMS = ["flat", "own", "shared"]
+
+
+def check_all(problem: Problem, shape: tuple[int, ...], *, gradients: bool = True) -> int:
+    """Every admitted combination of placements; how many there are."""
+    result, grad, grads = problem.expected()
+    combinations = list(problem.combinations(shape))
+    with simulated_ranks(*shape) as ranks:
+        for combination in combinations:
+            try:
+                leaves, ours = check_result(ranks, problem, combination, result)
+                if gradients:
+                    check_gradients(ranks, leaves, ours, grad, grads)
+            except Exception as error:
+                raise AssertionError(f"{problem.op}: {[axis.name for axis in combination]}") from error
+    return len(combinations)
+
+
+def check_result(
+    ranks: Ranks, problem: Problem, combination: tuple[AxisRule, ...], expected: Tensor
+) -> tuple[list[DTensor], DTensor]:
+    inputs = [ranks.place(t, [axis.inputs[i] for axis in combination]) for i, t in enumerate(problem.inputs)]
+    leaves = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+    with no_collectives():
+        result = problem.function(*leaves)
+    assert result.placements == tuple(axis.outputs[0] for axis in combination)
+    assert torch.equal(whole(result), expected)
+    return with_grad(leaves), result
+
+
+def check_gradients(ranks: Ranks, leaves: list[DTensor], result: DTensor, grad: Tensor, expected: list[Tensor]) -> None:
+    # What is Partial gets summed by whoever uses it, and the gradient of a sum is replicated.
+    placements = [Replicate() if p.is_partial() else p for p in result.placements]
+    with no_collectives():
+        grads = torch.autograd.grad(result, leaves, ranks.place(grad, placements))
+    for ours, theirs, leaf in zip(grads, expected, leaves, strict=True):
+        assert torch.equal(whole(ours), theirs)
+        for placement, own in zip(ours.placements, leaf.placements, strict=True):
+            # A gradient lies as its leaf does, or is Partial where the leaf is replicated, and the other way round.
+            assert placement == own or {placement, own} == {Replicate(), Partial()}
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_parts_of_simulated_ranks_are_those_of_dtensor(shape):
+    value = integers(5, 3, seed=0)
+    with simulated_ranks(*shape) as ranks:
+        for placements in itertools.product([Replicate(), Shard(0), Shard(1), Partial()], repeat=len(shape)):
+            t = ranks.place(value, placements)
+            assert torch.equal(whole(t), value)
+            assert torch.equal(t.full_tensor().reconcile(), value)
+            # Cut and summed by DTensor itself.
+            replicated = t.redistribute(placements=[Replicate()] * len(shape))
+            again = replicated.redistribute(placements=[Replicate() if p.is_partial() else p for p in placements])
+            assert torch.equal(whole(again), value)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", GROUPED)
+def test_grouped_mm(op, form, shape):
+    per_axis = 5 if form == "flat" else 6
+    # The gradients of the backward operators are made of the same three: one axis is enough for them.
+    gradients = op == "grouped_mm" or len(shape) == 1
+    assert check_all(grouped(op, form), shape, gradients=gradients) == per_axis ** len(shape)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("op", GROUPED)
+def test_grouped_mm_without_rows(op, form):
+    check_all(empty(op, form), (4,))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("op", ["permute", "combine"])
+def test_permute_and_combine(op, weighted, shape):
+    per_axis = 4 if weighted else 3
+    assert check_all(permuting(op, weighted=weighted), shape) == per_axis ** len(shape)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_combine_weight_grad(shape):
+    assert check_all(permuting("combine_weight_grad"), shape) == 4 ** len(shape)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_sort_by_expert(shape):
+    ids = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0]])
+    with simulated_ranks(*shape) as ranks, no_collectives():
+        results = sort_by_expert(ranks.place(ids, [Replicate()] * len(shape)), 3, num_rows=9)
+        for ours, theirs in zip(results, sort_by_expert(ids, 3, num_rows=9), strict=True):
+            assert all(p.is_replicate() for p in ours.placements)
+            assert torch.equal(whole(ours), theirs)
