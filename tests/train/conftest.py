@@ -33,7 +33,7 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     """Documents of made-up sentences, no two alike."""
     folder.mkdir(parents=True)
     chance = random.Random(seed)
-    words = "the a cat dog tree sees eats likes big small red green and or but quietly often never".split()
+    words = ["the", "a", "cat", "dog", "tree", "sees", "eats", "likes", "big", "small", "red", "and", "or", "often"]
     for index in range(documents):
         lines = [" ".join(chance.choices(words, k=8)) for _ in range(12)]
         (folder / f"doc{index:03}.txt").write_text(f"{index}\n" + ".\n".join(lines) + ".\n")

@@ -1,5 +1,7 @@
 """Prepared text: what is in it, and that it is made once."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,7 @@ def test_tokens_are_the_training_documents_between_ends(corpus, own_cache):
     assert ends[0] == 0
     assert ends[-1] == len(tokens) - 1
     tokenizer = text.tokenizer()
-    found = [tokenizer.decode(tokens[start + 1 : end]) for start, end in zip(ends, ends[1:], strict=False)]
+    found = [tokenizer.decode(tokens[start + 1 : end]) for start, end in itertools.pairwise(ends)]
     everything = documents(str(corpus))
     assert found == [document.text for document in everything if not document.held_out]
     assert text.train_documents == len(found)

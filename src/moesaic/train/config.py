@@ -120,6 +120,8 @@ def check(config: TrainConfig) -> None:
         for name in names:
             if getattr(config, name) < least:
                 raise UserError(f"{flag(name)} must be at least {least}, not {getattr(config, name)}")
+    if config.dp_shard is not None and config.dp_shard < 1:
+        raise UserError(f"--dp-shard must be at least 1, not {config.dp_shard}")
     for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef"):
         if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
             raise UserError(f"{flag(name)} must be a number from 0 on, not {getattr(config, name)}")

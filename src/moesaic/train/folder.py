@@ -35,16 +35,24 @@ def new_folder(out: Path | None) -> Path:
         out, count = stamp, 2
         while out.exists():
             out, count = stamp.with_name(f"{stamp.name}-{count}"), count + 1
+    check_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        filled = any(out.iterdir())
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from error
+    return out
+
+
+def check_free(out: Path) -> None:
+    """Raise `UserError` if there is something in the folder, or it is no folder."""
+    try:
+        filled = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
     if filled:
         raise UserError(
             f"--out {out} is not empty. Go on with the run in it by adding --resume, or choose another folder"
         )
-    return out
 
 
 def resumable_folder(out: Path | None) -> Path:

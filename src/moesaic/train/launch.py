@@ -8,6 +8,7 @@ from moesaic.parallel.mesh import resolve_layout
 from moesaic.train.architecture import check_fits, read_model_config
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
+from moesaic.train.folder import check_free
 from moesaic.train.runtime import launched_world_size
 
 
@@ -27,6 +28,8 @@ def check_launch(config: TrainConfig) -> None:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.out is not None and not config.resume:
+        check_free(config.out)
     check_fits(read_model_config(config.model), layout)
     dp_size = layout.dp_replicate * layout.dp_shard
     if config.batch_size % dp_size:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moesaic.checkpoint import CheckpointError, ranks
+from moesaic.checkpoint import CheckpointError, latest, ranks
 from moesaic.layers import expert_load, reset_expert_load
 from moesaic.train import baselines, evaluate, finish
 from moesaic.train import folder as run_folder
 from moesaic.train import run as runs
 from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, open_screen
+from moesaic.train.errors import TrainingError
 from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
 from moesaic.train.model import num_parameters
 from moesaic.train.run import Run
@@ -80,6 +81,8 @@ def fit(run: Run, screen: Screen, measure: Callable[[], float] = lambda: 0.0) ->
                     before = time.perf_counter()
                     saved_in = _save(run, screen, must=last) or saved_in
                     clock += time.perf_counter() - before
+    except TrainingError as error:
+        raise TrainingError(f"{error} {_way_back(run)}") from error
     finally:
         screen.stop()
         for writer in writers:
@@ -90,6 +93,13 @@ def fit(run: Run, screen: Screen, measure: Callable[[], float] = lambda: 0.0) ->
             f"--resume --out {run.folder}"
         )
     return not stopped
+
+
+def _way_back(run: Run) -> str:
+    newest = latest(run.checkpoints)
+    if newest is None:
+        return "There is no checkpoint yet."
+    return f"The last checkpoint is {newest}; --resume --out {run.folder} goes on from it, say with a lower --lr."
 
 
 def _one_step(run: Run, stop_wanted: bool) -> StepResult:

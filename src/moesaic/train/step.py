@@ -98,7 +98,7 @@ def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
         if name is None:
             raise
         raise TrainingError(
-            f"step {step}: the loss is finite, but not its gradient: in backward order the first parameter whose "
+            f"step {step}: non-finite gradient: the loss is finite, and in backward order the first parameter whose "
             f"gradient is not finite is {name}. No weight has been changed."
         ) from None
     return float(norm)
@@ -113,7 +113,7 @@ def _describe_forward(step: int, loss: float, balance_loss: float, names: Sequen
         where = "every layer's output is finite, but a router's balance loss is not"
     else:
         where = "every layer's output is finite"
-    return f"step {step}: the loss is {loss + balance_loss}; {where}. No weight has been changed."
+    return f"step {step}: the loss is non-finite: {loss + balance_loss}; {where}. No weight has been changed."
 
 
 def _finite(value: float) -> bool:

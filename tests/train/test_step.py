@@ -1,0 +1,107 @@
+"""A number that is not finite stops every rank before a weight has changed, and says where it began."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moesaic.train import loop
+from moesaic.train import run as runs
+from moesaic.train.errors import TrainingError
+from moesaic.train.runtime import started
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _poison_weight(run, name):
+    with torch.no_grad():
+        _local(run.model.get_parameter(name)).view(-1)[0] = float("nan")
+
+
+def _poison_gradient(run, name):
+    def spoil(parameter):
+        _local(parameter.grad).view(-1)[0] = float("inf")
+
+    run.model.get_parameter(name).register_post_accumulate_grad_hook(spoil)
+
+
+def _poison_loss(run, name):
+    # Beyond all layers: the loss itself is infinite.
+    def far(module, args, output):
+        output.logits = output.logits * 1e38 * 10
+
+    run.model.register_forward_hook(far)
+
+
+def _step_with_poison(config, cache, poison, name, victim):
+    """Two good steps, then one with the poison on rank `victim`: the error, and which tensors changed."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = runs.set_up(config, runtime, lambda text: None)
+        loop._one_step(run, False)
+        loop._one_step(run, False)
+        if runtime.rank == victim:
+            poison(run, name)
+        before = {key: _local(value.detach()).clone() for key, value in run.model.named_parameters()}
+        moments = {key: _local(run.optimizer.state[p]["exp_avg"]).clone() for key, p in run.model.named_parameters()}
+        with pytest.raises(TrainingError) as error:
+            loop._one_step(run, False)
+        changed = [
+            key
+            for key, value in run.model.named_parameters()
+            if not torch.equal(_local(value.detach()).nan_to_num(7.0), before[key].nan_to_num(7.0))
+            or not torch.equal(_local(run.optimizer.state[value]["exp_avg"]), moments[key])
+        ]
+        # The ranks are still in step with one another.
+        if dist.is_initialized():
+            dist.barrier()
+        return str(error.value), changed, run.step
+
+
+LAYOUT = {"tp": 2, "ep": 2, "etp": 2}
+
+
+@pytest.mark.parametrize(
+    ("poison", "name", "victim", "message"),
+    [
+        (_poison_weight, "model.layers.1.self_attn.q_proj.weight", 1, "nan; .* is that of model.layers.1, on"),
+        (_poison_weight, "model.layers.0.mlp.experts.w2", 3, "nan; .* is that of model.layers.0, on"),
+        (_poison_weight, "lm_head.weight", 0, "nan; .* is that of lm_head, on"),
+        (_poison_gradient, "model.layers.1.mlp.experts.w1", 2, "not finite is model.layers.1.mlp.experts.w1"),
+        (_poison_gradient, "model.norm.weight", 1, "not finite is model.norm.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
+)
+def test_all_ranks_stop_before_the_update(tiny, cache, ranks, poison, name, victim, message):
+    config = dataclasses.replace(tiny, **LAYOUT)
+    for text, changed, step in ranks(_step_with_poison, 4, config, cache, poison, name, victim):
+        assert changed == []
+        assert step == 2
+        assert re.search(f"^step 3: .*non-finite.*{message}", text), text
+
+
+@pytest.mark.parametrize(
+    ("poison", "name", "message"),
+    [
+        (_poison_weight, "model.embed_tokens.weight", "is that of"),
+        (_poison_loss, "", "every layer's output is finite"),
+        (_poison_gradient, "lm_head.weight", "gradient is not finite is lm_head.weight"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
+)
+def test_one_process_stops_as_well(tiny, cache, poison, name, message):
+    if name == "model.embed_tokens.weight":
+
+        def poison(run, name):
+            with torch.no_grad():
+                run.model.get_parameter(name).fill_(float("nan"))
+
+    text, changed, step = _step_with_poison(tiny, cache, poison, name, 0)
+    assert (changed, step) == ([], 2)
+    assert message in text
