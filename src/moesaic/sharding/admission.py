@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from moesaic.sharding.notation import Notation
 from moesaic.sharding.rule import AxisRule, Placements, Rule, divides, short
@@ -89,7 +89,16 @@ def nearest(line: Notation, call: Call, choices: Sequence[AxisRule]) -> tuple[Ax
         gathers = sum(a != w and not isinstance(a, Replicate) for a, w in pairs)
         return gathers, len(changed_tensors)
 
-    legal = (c for c in product(choices, repeat=len(call.axis_sizes)) if divides(line, call.sizes, c, call.axis_sizes))
+    def is_reachable(axis_rules: tuple[AxisRule, ...]) -> bool:
+        # DTensor redistributes nothing to Partial.
+        return all(
+            not isinstance(wanted, Partial) or actual[axis] == wanted
+            for axis, chosen in enumerate(axis_rules)
+            for actual, wanted in zip(call.placements, chosen.inputs, strict=True)
+        )
+
+    combinations = product(choices, repeat=len(call.axis_sizes))
+    legal = (c for c in combinations if divides(line, call.sizes, c, call.axis_sizes) and is_reachable(c))
     return min(legal, key=changes)
 
 

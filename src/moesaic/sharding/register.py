@@ -109,13 +109,19 @@ def _check_schema(op: torch._ops.OpOverload) -> None:
             f"{op} mutates an argument; DTensor may mutate a redistributed copy instead: return a new tensor"
         )
     for argument in op._schema.arguments:
-        if isinstance(argument.type, torch.ListType) and isinstance(argument.type.getElementType(), torch.TensorType):
+        if _holds_tensors(argument.type) and not _is_tensor(argument.type):
             raise ValueError(
                 f"{op}: argument '{argument.name}' is a list of tensors; DTensor cannot match its placements"
             )
     for result in op._schema.returns:
         if not isinstance(result.type, torch.TensorType):
             raise ValueError(f"{op} returns {result.type}; a sharding rule needs tensors")
+
+
+def _holds_tensors(kind: Any) -> bool:
+    while isinstance(kind, (torch.OptionalType, torch.ListType)):
+        kind = kind.getElementType()
+    return isinstance(kind, torch.TensorType)
 
 
 def _is_tensor(kind: Any) -> bool:
