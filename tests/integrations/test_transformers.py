@@ -83,3 +83,24 @@ def test_a_model_without_blocks_is_refused():
         replace_moe_blocks(model)
     with pytest.raises(ValueError, match="on the meta device; materialise the model first"), torch.device("meta"):
         replace_moe_blocks(make_model())
+
+
+def test_frozen_blocks_stay_frozen():
+    model = make_model().requires_grad_(False)
+    model.model.layers[0].mlp.gate.weight.requires_grad_(True)
+    replace_moe_blocks(model)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["model.layers.0.mlp.router.weight"]
+
+
+def test_what_the_blocks_cannot_give_is_refused():
+    with pytest.raises(ValueError, match="output_router_logits is set"):
+        replace_moe_blocks(make_model(output_router_logits=True))
+
+
+def test_export_refuses_what_the_architecture_has_no_place_for(tmp_path):
+    model = replace_moe_blocks(make_model())
+    config = moesaic.MoEConfig(dim=32, hidden_dim=12, num_experts=8, top_k=3, bias_update_speed=0.1)
+    model.model.layers[1].mlp = moesaic.MoE(config)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' has a shared expert or a balance bias"):
+        export_pretrained(model, tmp_path)

@@ -21,6 +21,7 @@ def balance_losses() -> Iterator[list[Tensor]]:
     Yields a list that fills up with scalars during the forward pass. Each is this process's *part* of its loss,
     normalised by the tokens of all processes: add them to this process's part of the main loss, and the sum over
     processes of gradients (and of losses) is that of the whole. Outside this context the losses are dropped.
+    With gradient accumulation divide them by the number of forward passes: each is a mean over the tokens of its own.
 
     Example:
         >>> with moesaic.balance_losses() as losses:
@@ -36,10 +37,20 @@ def balance_losses() -> Iterator[list[Tensor]]:
 
 
 def record_loss(loss: Tensor) -> None:
-    """Hand a loss to the enclosing :func:`balance_losses`, if there is one."""
+    """Hand a loss to the enclosing :func:`balance_losses`, if there is one.
+
+    Raises:
+        RuntimeError: gradients are off, as in the first forward of reentrant activation checkpointing.
+    """
     losses = _LOSSES.get()
-    if losses is not None and not is_recomputing():
-        losses.append(loss)
+    if losses is None or is_recomputing():
+        return
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "balance_losses: a router in training mode ran without gradients, so its balance loss would have none. Use "
+            "activation checkpointing with use_reentrant=False; evaluate in eval mode, or outside balance_losses()"
+        )
+    losses.append(loss)
 
 
 def is_recomputing() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.balance import is_recomputing, load_balancing_loss, record_loss, router_z_loss
 from moesaic.layers.config import MoEConfig
+from moesaic.ops.autocast import no_autocast
 
 
 class Routing(NamedTuple):
@@ -59,13 +60,24 @@ class TopKRouter(nn.Module):
         self.reduce_counts: Callable[[Tensor], Tensor] = _identity
         self.reset_parameters()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
+        # model.to(torch.bfloat16) and the like: steps of the bias are lost in half precision.
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            moved = self.bias
+            self.bias = (moved if bias.is_meta else bias).to(device=moved.device, dtype=torch.float32)
+        return self
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
     def forward(self, x: Float[Tensor, "T D"]) -> Routing:
         """Route the tokens of ``x``."""
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             logits_TE = F.linear(x.to(gate_dtype), self.weight.to(gate_dtype))
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
             ids_TK = self._choose(scores_TE.detach())

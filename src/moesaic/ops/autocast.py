@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,3 +33,10 @@ def untouched_by_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that are written, on any device; the meta device knows no autocast."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -40,6 +41,8 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(x, send, receive, group)
 
     @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
 
@@ -51,6 +54,8 @@ class _AllGatherRows(torch.autograd.Function):
         return _gather(x, sizes, group)
 
     @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _reduce(grads[0], ctx.sizes, ctx.group), None, None
 
@@ -62,6 +67,8 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _reduce(x, sizes, group)
 
     @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _gather(grads[0], ctx.sizes, ctx.group), None, None
 

@@ -43,7 +43,9 @@ def decoder_layers(decoder: nn.Module) -> list[Any]:
 def check_attention(decoder: nn.Module, tp: int) -> None:
     """Raise ``ValueError`` unless every layer's heads can be split over ``tp`` ranks."""
     for i, layer in enumerate(decoder_layers(decoder)):
-        attention = layer.self_attn
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            raise ValueError(f"tp: layer {i} ({type(layer).__name__}) has no self_attn to split; use tp=1")
         missing = [name for name in (*_COLUMN, _ROW) if not isinstance(getattr(attention, name, None), nn.Linear)]
         if missing:
             raise ValueError(
@@ -51,6 +53,8 @@ def check_attention(decoder: nn.Module, tp: int) -> None:
             )
         if attention.o_proj.bias is not None:
             raise ValueError(f"tp: layer {i}'s output projection has a bias, which tp > 1 does not support; use tp=1")
+        if not hasattr(attention, "head_dim"):
+            raise ValueError(f"tp: layer {i}'s attention ({type(attention).__name__}) does not say head_dim; use tp=1")
         for name in _COLUMN:
             heads = getattr(attention, name).out_features // attention.head_dim
             if heads % tp:
@@ -81,30 +85,53 @@ def add_sequence_parallelism(decoder: nn.Module, tp_mesh: DeviceMesh) -> None:
 
 
 class _SequenceAxis:
-    """Hooks that move hidden states ``[B, S, D]`` between whole sequences and this rank's shards of them."""
+    """Hooks that move hidden states ``[B, S, D]`` between whole sequences and this rank's shards of them.
+
+    They keep nothing between calls: with activation checkpointing an older forward may run again after a newer one.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group = mesh.get_group()
-        self.length = 0
 
     def cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def shard(hidden: Tensor) -> Tensor:
-            self.length = hidden.shape[1]
-            return hidden[:, sequence_slices(self.length, self.group.size())[self.group.rank()]]
+            return hidden[:, sequence_slices(hidden.shape[1], self.group.size())[self.group.rank()]]
 
         return _replace_hidden_states(shard, args, kwargs)
 
     def gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sizes = self._sizes(_sequence_length(kwargs))
+
         def whole(hidden: Tensor) -> Tensor:
-            return all_gather_rows(hidden.transpose(0, 1), self._sizes(), self.group).transpose(0, 1)
+            return all_gather_rows(hidden.transpose(0, 1), sizes, self.group).transpose(0, 1)
 
         return _replace_hidden_states(whole, args, kwargs)
 
     def scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return reduce_scatter_rows(output.transpose(0, 1), self._sizes(), self.group).transpose(0, 1)
+        sizes = self._sizes(output.shape[1])
+        return reduce_scatter_rows(output.transpose(0, 1), sizes, self.group).transpose(0, 1)
 
-    def _sizes(self) -> list[int]:
-        return [s.stop - s.start for s in sequence_slices(self.length, self.group.size())]
+    def _sizes(self, length: int) -> list[int]:
+        return [s.stop - s.start for s in sequence_slices(length, self.group.size())]
+
+
+def _sequence_length(kwargs: dict[str, Any]) -> int:
+    """The length of the whole sequence, from the positions that attention gets beside its shard of hidden states."""
+    embeddings = kwargs.get("position_embeddings")
+    if embeddings is None:
+        raise ValueError("tp > 1 needs attention to be given position_embeddings=, as transformers 5 does; use tp=1")
+    return embeddings[0].shape[1]
+
+
+def refuse_whole_sequence_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of a causal language model that mean the whole sequence, where a rank has a shard of it."""
+    for name in ("labels", "logits_to_keep", "past_key_values"):
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, int) and value == 0):
+            raise ValueError(
+                f"{name}: with tp > 1 the logits are those of this rank's shard of the sequence; leave it out, and "
+                "take what you need of the logits at meshes.sequence_slice(S)"
+            )
 
 
 def _replace_hidden_states(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

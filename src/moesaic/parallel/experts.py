@@ -4,6 +4,7 @@ Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs th
 the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -29,15 +30,15 @@ def check_experts(name: str, moe: MoE, *, ep: int, etp: int) -> None:
         raise ValueError(f"etp: {etp} ranks cannot share a hidden dim of {F} in '{name}'; choose at most {F}")
 
 
-def distribute_experts(moe: MoE, mesh: DeviceMesh, way: ExpertsWay) -> None:
-    """Make the expert weights DTensors on ``mesh`` and dispatch tokens over it."""
+def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
+    """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
     for name, placements in WEIGHTS.items():
         weight = getattr(moe.experts, name)
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
         shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
-    moe.router.reduce_counts = _sum_over_ranks
+    moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
     if way == "local":
         _compute_on_local_tensors(moe.experts, mesh)
 
@@ -57,7 +58,7 @@ def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None
     experts.compute = compute
 
 
-def _sum_over_ranks(counts: Tensor) -> Tensor:
+def _sum_over(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = counts.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total

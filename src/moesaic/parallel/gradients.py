@@ -16,7 +16,7 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
     ``Partial`` gradient, which is all-reduced here once and not again in every operation of the optimizer.
     """
     for parameter in parameters:
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_match_placements)
 
 
@@ -81,6 +81,8 @@ def _largest(grads: list[Tensor]) -> Tensor:
     """The largest magnitude, where torch refuses because a rank's shard is empty."""
     local = [g.to_local(grad_placements=g.placements) if isinstance(g, DTensor) else g for g in grads]
     largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in local]).max()
+    # A reduction by MAX may drop a NaN; an infinity it keeps.
+    largest = torch.where(largest.isnan(), math.inf, largest)
     if isinstance(grads[0], DTensor):
         mesh = grads[0].device_mesh
         for axis in range(mesh.ndim):

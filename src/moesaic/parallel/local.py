@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
@@ -37,6 +38,8 @@ class _ToDTensor(torch.autograd.Function):
         return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=shape, stride=local.stride())
 
     @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         return from_dtensor(grad, ctx.grad_placements, grad_placements=ctx.grad_placements), None, None, None, None

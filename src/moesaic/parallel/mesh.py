@@ -4,6 +4,7 @@ Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. B
 follows. Neither ``ep`` nor ``etp`` has to divide anything of the dense view.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,11 @@ class Meshes:
     dense: DeviceMesh | None
     expert: DeviceMesh | None
 
+    def all_ranks(self) -> dist.ProcessGroup:
+        """The group of every rank of the meshes. Collective on its first call."""
+        assert self.dense is not None
+        return self.dense._flatten("dp_tp").get_group()
+
     @property
     def dp_size(self) -> int:
         """How many ranks hold different sequences."""
@@ -150,11 +156,17 @@ def build_meshes(
         device_type: ``"cuda"`` or ``"cpu"``; None takes CUDA where there is a device.
 
     Raises:
-        ValueError: an illegal layout, before any process-group work.
+        ValueError: an illegal layout, or a launcher's environment without a process group; before any collective.
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and launched > 1:
+        raise ValueError(
+            f"this is one of {launched} processes, but there is no process group yet; call "
+            "torch.distributed.init_process_group() before build_meshes()"
+        )
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layout = resolve_layout(world_size, tp=tp, ep=ep, etp=etp, dp_shard=dp_shard, dp_replicate=dp_replicate)
     if not dist.is_initialized():

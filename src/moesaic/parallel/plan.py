@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +15,7 @@ from moesaic.parallel.decoder import (
     check_attention,
     decoder_layers,
     find_decoder,
+    refuse_whole_sequence_arguments,
 )
 from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
@@ -32,7 +34,11 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     parameters over dp and the experts over edp.
 
     Gradients are sums over all ranks. Divide the loss once, by the number of tokens of *all* ranks, and call backward
-    on this rank's part; after it every gradient is that of the whole. No other factor is applied anywhere.
+    on this rank's part; after it every gradient is that of the whole. No other factor is applied anywhere. Gradients
+    of gradients are refused.
+
+    All ranks run the same passes, in the same mode, on inputs that alike do or do not require gradients: each pass is
+    a sequence of collectives, and a rank that leaves one out keeps the others waiting.
 
     How to call the result:
 
@@ -44,7 +50,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.replace_moe_blocks`), or, with tp 1, any module with MoE layers.
-            Materialised, on the mesh's device; parameters and buffers are taken from rank 0.
+            Materialised, on the mesh's device; parameters and buffers are taken from the first rank.
         meshes: from :func:`moesaic.build_meshes`.
         experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors inside ``local_map``, with less overhead. The numbers are the same.
@@ -70,17 +76,18 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     if meshes.dense is None or meshes.expert is None:
         return model
 
-    _take_from_rank_0(model)
+    all_ranks = meshes.all_ranks()
+    _take_from_first_rank(model, all_ranks)
     for moe in moes.values():
-        distribute_experts(moe, meshes.expert["ep", "etp"], experts)
+        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, experts)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
         if decoder is not None:
             add_sequence_parallelism(decoder, tp_mesh)
-        else:
-            for moe in moes.values():
-                _accept_dtensors(moe)
+            model.register_forward_pre_hook(refuse_whole_sequence_arguments, with_kwargs=True)
+    if isinstance(model, MoE):
+        _accept_dtensors(model)
     shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
     if meshes.dp_size == 1:
         sum_partial_gradients(_dense_parameters(model))
@@ -91,9 +98,20 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ValueError(f"model: parameter '{meta}' is on the meta device; materialise the model first")
+    device = None if meshes.dense is None else meshes.dense.device_type
+    elsewhere = next((name for name, p in model.named_parameters() if device not in (None, p.device.type)), None)
+    if elsewhere is not None:
+        raise ValueError(
+            f"model: parameter '{elsewhere}' is not on the meshes' device; call model.to('{device}') first"
+        )
     placed = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if placed is not None:
         raise ValueError(f"model: parameter '{placed}' is a DTensor already; parallelize takes a model once")
+    if meshes.dense is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"meshes: built before the process group of {dist.get_world_size()} ranks; call build_meshes() after "
+            "torch.distributed.init_process_group()"
+        )
     if not moes:
         raise ValueError(
             "model: it has no moesaic.MoE layer; for a transformers model call "
@@ -107,9 +125,13 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
         check_experts(name or type(moe).__name__, moe, ep=meshes.layout.ep, etp=meshes.layout.etp)
 
 
-def _take_from_rank_0(model: nn.Module) -> None:
+@torch.no_grad()
+def _take_from_first_rank(model: nn.Module, group: dist.ProcessGroup) -> None:
+    source = dist.get_global_rank(group, 0)
     for tensor in [*model.parameters(), *model.buffers()]:
-        dist.broadcast(tensor.detach(), src=0)
+        whole = tensor.detach().contiguous()  # NCCL sends nothing else
+        dist.broadcast(whole, src=source, group=group)
+        tensor.copy_(whole)
 
 
 def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -147,6 +169,7 @@ def _accept_dtensors(moe: MoE) -> None:
                     f"x.redistribute(placements=[Shard({x.ndim - 2})]) gets there"
                 )
         y = inner(x.to_local(grad_placements=x.placements))
-        return DTensor.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+        contiguous = torch.empty(x.shape, device="meta").stride()
+        return DTensor.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=contiguous)
 
     moe.forward = forward

@@ -40,4 +40,4 @@ sharding_rule(
 sharding_rule("t! k! -> r!, t! k!, e!")(_ops.sort_by_expert)
 sharding_rule("t! d, r!, t! k!, t! k! -> r! d", linear=["x", "weights"])(_ops.permute)
 sharding_rule("r! d, r!, t! k!, t! k! -> t! d", linear=["y", "weights"])(_ops.combine)
-sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"])(_ops.combine_weight_grad)
+sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], sliced=["y", "x"])(_ops.combine_weight_grad)

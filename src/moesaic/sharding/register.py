@@ -1,4 +1,4 @@
-"""Hand a rule to DTensor. The only file that knows torch's internals and how its versions differ.
+"""Hand a rule to DTensor. The only file that knows DTensor's internals and how its versions differ.
 
 ``torch.distributed.tensor.experimental.register_sharding`` is the public way in, but it picks the cheapest of all
 combinations of one-axis choices, and cutting a replicated tensor costs nothing: on a 2-D mesh a call whose placements

@@ -65,9 +65,9 @@ def first_flagged(names: Sequence[str], counts: Sequence[float]) -> str | None:
     return next((name for name, count in zip(names, counts, strict=True) if count), None)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
     names = {id(module): name for name, module in model.named_modules()}
-    body: Any = model.base_model
+    body = model.base_model
     found = [model.get_input_embeddings(), *body.layers, getattr(body, "norm", None), model.get_output_embeddings()]
     for module in found:
         if module is not None:

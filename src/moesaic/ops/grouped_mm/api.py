@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.ops.autocast import autocast
+from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.ops import AUTO, IMPLEMENTATIONS, grouped_mm_op
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,7 @@ def grouped_mm(
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative or exceed the rows.
         TypeError: dtypes that do not fit.
+        NotImplementedError: under forward-mode differentiation.
 
     Example:
         >>> x, w = torch.randn(6, 4), torch.randn(3, 4, 5)
@@ -57,6 +59,7 @@ def grouped_mm(
 
     The semantics are those of ``jax.lax.ragged_dot``; the question is pytorch/torchtitan issue 434.
     """
+    refuse_forward_ad("grouped_mm", x, w)
     x, w = autocast(x, w)
     _check_dtypes(x, w, group_sizes, out_dtype)
     _check_shapes(x, w, group_sizes)

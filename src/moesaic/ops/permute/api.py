@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.permute import ops  # noqa: F401 -- registers the operators
 
 
@@ -66,6 +67,7 @@ def permute(
     Without ``weights`` rows are copied. Differentiable in ``x`` and ``weights`` any number of times; the gradient of
     ``x`` is a gather-sum over the K copies, hence deterministic.
     """
+    refuse_forward_ad("permute", x, weights)
     _check(x, permutation, weights, "x", permutation.positions.shape[0])
     return torch.ops.moesaic.permute(x, permutation.slots, permutation.positions, weights)
 
@@ -78,6 +80,7 @@ def combine(
     Copies that are not here add nothing; a token without any is zero. Without ``weights`` every weight is 1. Sums are
     accumulated in fp32 for half types, in the order of k. Differentiable in ``y`` and ``weights`` any number of times.
     """
+    refuse_forward_ad("combine", y, weights)
     _check(y, permutation, weights, "y", permutation.slots.shape[0])
     return torch.ops.moesaic.combine(y, permutation.slots, permutation.positions, weights)
 
