@@ -58,7 +58,7 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} is not the metadata of a checkpoint but a {type(metadata).__name__}")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        storage = getattr(metadata, "storage_meta", None) or StorageMeta()
+        storage.load_id = self.load_id
+        metadata.storage_meta = storage
         return metadata

@@ -45,7 +45,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def load(name: str | Path) -> Any:
     """The transformers tokenizer in a folder, or of a name. Raises `UserError` if there is none or it has no end."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:
         raise UserError(f"--tokenizer {name}: transformers cannot load it: {error}") from error
     if tokenizer.eos_token_id is None:
