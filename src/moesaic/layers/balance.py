@@ -72,7 +72,7 @@ def load_balancing_loss(
         total_counts: routed token copies an expert, over all processes.
         num_tokens: tokens over all processes.
     """
-    share_E = total_counts / total_counts.sum().clamp(min=1)
+    share_E = total_counts.to(scores.dtype) / total_counts.sum().clamp(min=1)
     probability_sum_E = (scores / scores.sum(1, keepdim=True).clamp(min=1e-20)).sum(0)
     return scores.shape[1] * (share_E * probability_sum_E).sum() / num_tokens
 
