@@ -26,7 +26,7 @@ class Ranks:
     def place(self, value: Tensor, placements: Sequence[Placement]) -> DTensor:
         """``value`` as a DTensor, made of each rank's part without a collective."""
         shape = tuple(self.mesh.shape)
-        parts = self._mode.rank_map(lambda rank: _part(value, placements, shape, _coordinate(rank, shape)))
+        parts = self._mode.rank_map(lambda rank: part_of(value, placements, shape, _coordinate(rank, shape)))
         return DTensor.from_local(
             parts, self.mesh, placements, run_check=False, shape=value.shape, stride=value.contiguous().stride()
         )
@@ -78,7 +78,9 @@ def _coordinate(rank: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(i) for i in torch.arange(prod(shape)).view(*shape).eq(rank).nonzero()[0])
 
 
-def _part(value: Tensor, placements: Sequence[Placement], shape: Sequence[int], coordinate: tuple[int, ...]) -> Tensor:
+def part_of(
+    value: Tensor, placements: Sequence[Placement], shape: Sequence[int], coordinate: tuple[int, ...]
+) -> Tensor:
     """One rank's part of a global value, axis by axis: the definition of placements."""
     for axis, placement in enumerate(placements):
         if isinstance(placement, Partial):

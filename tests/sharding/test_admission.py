@@ -4,16 +4,19 @@ Results and gradients have the bits of the plain operator, and not one collectiv
 """
 
 import itertools
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from moesaic.ops import sort_by_expert
+import moesaic
+from moesaic.ops import grouped_mm, sort_by_expert
 from moesaic.sharding import AxisRule
 from tests.sharding.problems import Problem, empty, grouped, integers, permuting, with_grad
-from tests.sharding.simulated import Ranks, no_collectives, simulated_ranks, whole
+from tests.sharding.simulated import Ranks, no_collectives, part_of, simulated_ranks, whole
 
 MESHES = [(2,), (4,), (2, 2)]
 GROUPED = ["grouped_mm", "grouped_mm_input_grad", "grouped_mm_weight_grad"]
@@ -110,3 +113,36 @@ def test_sort_by_expert(shape):
         for ours, theirs in zip(results, sort_by_expert(ids, 3, num_rows=9), strict=True):
             assert all(p.is_replicate() for p in ours.placements)
             assert torch.equal(whole(ours), theirs)
+
+
+def call_on_real_ranks(form: str, shape: tuple[int, ...]) -> int:
+    """As above, but every rank is a process that decides for itself."""
+    mesh = init_device_mesh("cpu", shape)
+    problem = grouped("grouped_mm", form)
+    result, grad, grads = problem.expected()
+
+    def place(t: Tensor, placements: list[Placement]) -> DTensor:
+        part = part_of(t, placements, shape, tuple(mesh.get_coordinate()))
+        stride = t.contiguous().stride()
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=t.shape, stride=stride)
+
+    combinations = list(problem.combinations(shape))
+    for combination in combinations:
+        leaves = [place(t, [axis.inputs[i] for axis in combination]) for i, t in enumerate(problem.inputs)]
+        leaves = [t.requires_grad_(t.is_floating_point()) for t in leaves]
+        with no_collectives():
+            y = problem.function(*leaves)
+            placed_grad = place(grad, [Replicate() if p.is_partial() else p for p in y.placements])
+            ours = torch.autograd.grad(y, with_grad(leaves), placed_grad)
+        for a, b in zip((y, *ours), (result, *grads), strict=True):
+            assert torch.equal(a.full_tensor(), b), [axis.name for axis in combination]
+    x, w, sizes = (place(t, [Shard(0)] * len(shape)) for t in problem.inputs)
+    with pytest.raises(moesaic.ShardingError):
+        grouped_mm(x, w.redistribute(placements=[Shard(1)] * len(shape)), sizes)
+    return len(combinations)
+
+
+@pytest.mark.parametrize(("form", "shape"), [("own", (2, 2)), ("shared", (4,)), ("flat", (3,))], ids=str)
+def test_on_real_ranks(ranks, form, shape):
+    per_axis = 5 if form == "flat" else 6
+    assert ranks(call_on_real_ranks, prod(shape), form, shape) == [per_axis ** len(shape)] * prod(shape)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 import moesaic
 from moesaic.ops import grouped_mm
 from moesaic.sharding import NotationError, rule_of
-from tests.sharding.problems import grouped, integers
+from tests.sharding.problems import integers
 from tests.sharding.simulated import no_collectives, simulated_ranks, whole
 from tests.sharding.test_refusals import follow
 
@@ -98,23 +98,6 @@ def test_on_two_axes_the_given_placements_are_taken(blocks):
         assert [g.placements for g in grads] == [tuple(tokens), (Partial(), Replicate())]
         assert torch.equal(whole(y), expected)
         assert all(torch.equal(whole(a), b) for a, b in zip(grads, expected_grads, strict=True))
-
-
-@pytest.mark.parametrize("way", ["column", "row"])
-@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)], ids=str)
-def test_gradient_of_a_sum_is_replicated_and_cut_where_it_is_wanted(shape, way):
-    x, w, sizes = grouped("grouped_mm", "flat").inputs
-    leaves = [t.clone().requires_grad_() for t in (x, w)]
-    expected = torch.autograd.grad(grouped_mm(*leaves, sizes).sum(), leaves)
-    x_placement, w_placement = (Replicate(), Shard(2)) if way == "column" else (Shard(1), Shard(1))
-    with simulated_ranks(*shape) as ranks:
-        x = ranks.place(x, [x_placement] * len(shape)).requires_grad_()
-        w = ranks.place(w, [w_placement] * len(shape)).requires_grad_()
-        with no_collectives():
-            total = grouped_mm(x, w, ranks.place(sizes, [Replicate()] * len(shape))).sum()
-            total.backward()
-        for ours, theirs in zip((x.grad, w.grad), expected, strict=True):
-            assert torch.equal(whole(ours), theirs)
 
 
 # More kinds of operators.
