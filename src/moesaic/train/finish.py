@@ -21,7 +21,7 @@ from moesaic.train.errors import TrainingError
 _TOLERANCE = 1e-3
 
 
-def export(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+def export(model: Any, folder: Path, tokenizer: Any) -> None:
     """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective."""
     with _quiet():
         export_pretrained(model, folder, tokenizer=tokenizer)

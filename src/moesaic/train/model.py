@@ -48,7 +48,12 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     Every rank makes all the weights from the seed, and keeps its shards.
     """
     torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    if not architecture.tie_word_embeddings:
+        # transformers draws every weight with one small deviation. The embedding then drowns in what the first layers
+        # add to it, and a model needs a hundred steps to find out which token it is looking at.
+        nn.init.normal_(model.get_input_embeddings().weight)
+    model = model.to(device)
     try:
         replace_moe_blocks(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
         parallelize(model, meshes, experts=config.experts)
