@@ -56,7 +56,7 @@ class TrainConfig:
     """Device type: cpu, cuda, ... By default the accelerator if there is one."""
 
     # --- optimisation ---
-    steps: int = 400
+    steps: int = 200
     """Optimizer steps in all."""
     batch_size: int = 16
     """Sequences in a step, over all ranks. Must divide by the number of data parallel ranks."""
