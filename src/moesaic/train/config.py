@@ -56,7 +56,7 @@ class TrainConfig:
     """Device type: cpu, cuda, ... By default the accelerator if there is one."""
 
     # --- optimisation ---
-    steps: int = 200
+    steps: int = 160
     """Optimizer steps in all."""
     batch_size: int = 16
     """Sequences in a step, over all ranks. Must divide by the number of data parallel ranks."""
@@ -76,7 +76,7 @@ class TrainConfig:
     """AdamW's two decay rates."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
-    aux_loss_coef: float = 0.01
+    aux_loss_coef: float = 0.05
     """Weight of the load-balancing loss."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
@@ -89,7 +89,7 @@ class TrainConfig:
     resume: bool = False
     """Go on from the last checkpoint of --out (without --out: of the latest run in runs/). Settings are those of
     that run; flags given now override them."""
-    save_every: int = 100
+    save_every: int = 50
     """Steps between checkpoints; there is always one at the end. 0: only that one."""
     keep: int = 2
     """Checkpoints to keep."""
