@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from moesaic.train.config import TrainConfig
 
@@ -38,6 +39,15 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
         lines = [" ".join(chance.choices(words, k=8)) for _ in range(12)]
         (folder / f"doc{index:03}.txt").write_text(f"{index}\n" + ".\n".join(lines) + ".\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The model is too small for two, and beside other tests they would wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

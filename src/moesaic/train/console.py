@@ -103,7 +103,8 @@ class _Terminal:
         self._live: Live | None = None
 
     def message(self, text: str) -> None:
-        self._console.print(Text(text))
+        # Not wrapped: paths and commands in it are there to be copied.
+        self._console.print(Text(text), soft_wrap=True)
 
     def start(self, step: int, steps: int) -> None:
         self._task = self._progress.add_task("training", total=steps, completed=step)

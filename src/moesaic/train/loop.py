@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -107,7 +108,8 @@ def _one_step(run: Run, stop_wanted: bool) -> StepResult:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
     # Random numbers follow from seed, step and rank: so they need not be saved to be the same after a resume.
-    torch.manual_seed(hash((config.seed, run.step, run.runtime.rank)) % 2**63)
+    seed = np.random.SeedSequence([config.seed, run.step, run.runtime.rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(seed[0]))
     result = train_step(
         run.model,
         run.optimizer,
