@@ -18,25 +18,22 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that are written, on any device."""
+    return torch.autocast(device, enabled=False) if _is_enabled(device) else nullcontext()
+
+
 def untouched_by_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """For the body of an operator: autocast reaches into it, and would take its fp32 sums down to the half type."""
 
     @functools.wraps(kernel)
     def run(x: Tensor, *args: Any) -> Any:
-        if not _is_enabled(x.device.type):
-            return kernel(x, *args)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             return kernel(x, *args)
 
     return run
 
 
 def _is_enabled(device: str) -> bool:
+    # The meta device knows no autocast, and raises when asked.
     return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Compute in the dtypes that are written, on any device; the meta device knows no autocast."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
