@@ -67,7 +67,8 @@ def no_collectives() -> Iterator[None]:
 
 def _join(parts: list[Tensor], placement: Placement) -> Tensor:
     if isinstance(placement, Partial):
-        return torch.stack(parts).sum(0)
+        stack = torch.stack(parts)
+        return stack.mean(0) if placement.reduce_op == "avg" else stack.sum(0)
     if isinstance(placement, Shard):
         return torch.cat(parts, placement.dim)
     assert all(torch.equal(part, parts[0]) for part in parts), "replicas differ"
@@ -84,7 +85,8 @@ def part_of(
     """One rank's part of a global value, axis by axis: the definition of placements."""
     for axis, placement in enumerate(placements):
         if isinstance(placement, Partial):
-            value = _terms(value, shape[axis], seed=hash((axis, coordinate[:axis])))[coordinate[axis]]
+            total = value * shape[axis] if placement.reduce_op == "avg" else value
+            value = _terms(total, shape[axis], seed=hash((axis, coordinate[:axis])))[coordinate[axis]]
         elif isinstance(placement, Shard):
             chunks = value.chunk(shape[axis], placement.dim)
             # torch.chunk gives fewer chunks than asked for where the dim is short; those ranks have nothing.

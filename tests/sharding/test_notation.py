@@ -85,6 +85,23 @@ def test_names_are_words():
     assert line.factors == ("Rows", "d_model", "f2")
 
 
+def test_marks():
+    line = parse("m k, ~k n, + n, +-> max: m n, min:n, m, sum :")
+    assert [p.additive for p in line.inputs] == [False, False, True, True]
+    assert [p.shape_only for p in line.inputs] == [False, True, False, False]
+    assert [p.reduction for p in line.outputs] == ["max", "min", "sum", "sum"]
+    assert line.inputs[1].dims == (Dim(("k",)), Dim(("n",)))
+    assert line.inputs[3].dims == line.outputs[3].dims == ()
+
+
+def test_blocks_that_end_early():
+    line = parse("(b c), (b g)? k, b g -> (b c) k")
+    assert [dim.short for dim in line.inputs[1].dims] == [True, False]
+    assert str(line.inputs[1].dims[0]) == "(b g)?"
+    assert line.inputs[0].dims[0].short is False
+    assert line.blocks == {"b"}
+
+
 def test_blanks_do_not_matter():
     tight, loose = parse("(b c)k,b g!->(b c)k"), parse("  ( b   c )  k , b\tg!  ->  ( b c ) k ")
     assert (tight.inputs, tight.outputs, tight.whole) == (loose.inputs, loose.outputs, loose.whole)
@@ -95,6 +112,14 @@ EXPECTED = "expected a factor, '(' or ',', not "
 ERRORS = [
     ("m k, k n", "a rule needs '->' between inputs and outputs", "        ^"),
     ("", "a rule needs '->'", "^"),
+    ("m k, +n -> +m n", "'+' marks an input, not an output", "           ^"),
+    ("m k -> ~ m", "'~' marks an input, not an output", "       ^"),
+    ("m +k -> m", EXPECTED + "'+'", "  ^"),
+    ("m? -> m", EXPECTED + "'?'", " ^"),
+    ("max: m -> m", "a reduction stands before an output, not an input", "   ^"),
+    ("m k -> amax: m", "expected one of sum, avg, max, min before ':'", "       ^"),
+    ("m k -> m, : k", "expected one of sum, avg, max, min before ':'", "          ^"),
+    ("m k -> max: min: m", EXPECTED + "':'", "               ^"),
     ("m -> k -> m", "a rule has one '->'", "       ^"),
     ("m k -> m j", "factor 'j' is on an output but on no input; a dim of its own stays whole: 'j!'", "         ^"),
     ("m -> k j m, l", "factor 'k' is on an output but on no input", "     ^"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 
 import moesaic
 from moesaic.ops import grouped_mm
@@ -146,6 +147,116 @@ def test_an_optional_argument():
         assert torch.equal(whole(op(*fixed.values(), 2)), affine(x, bias, 2))
 
 
+def test_a_bias_is_counted_once():
+    def affine(x: Tensor, w: Tensor, bias: Tensor | None, times: int) -> Tensor:
+        return x @ w if bias is None else x @ w + bias
+
+    op = define("(Tensor x, Tensor w, Tensor? bias, int times) -> Tensor", affine)
+    moesaic.sharding_rule("m k, k n, +n -> m n", linear=["x", "w"])(op)
+    x, w, bias = integers(5, 3, seed=1), integers(3, 4, seed=2), integers(4, seed=3)
+    cases = [
+        # A replicated bias is divided among the ranks, without communication.
+        (Shard(1), Shard(0), Replicate(), Partial()),
+        (Shard(1), Shard(0), Partial(), Partial()),
+        (Partial(), Replicate(), Replicate(), Partial()),
+        (Partial(), Replicate(), Partial(), Partial()),
+        (Replicate(), Shard(1), Shard(0), Shard(1)),
+        (Partial("avg"), Replicate(), Replicate(), Partial("avg")),
+    ]
+    with simulated_ranks(3) as ranks:
+        for *placements, expected in cases:
+            inputs = [ranks.place(t, [p]) for t, p in zip((x, w, bias), placements, strict=True)]
+            with no_collectives():
+                y = op(*inputs, 1)
+            assert y.placements == (expected,)
+            torch.testing.assert_close(whole(y), affine(x, w, bias, 1))
+        with pytest.raises(moesaic.ShardingError, match=r"bias \[P\]"):
+            op(ranks.place(x, [Replicate()]), ranks.place(w, [Replicate()]), ranks.place(bias, [Partial()]), 1)
+    with simulated_ranks(2, 2) as ranks:
+        both = [Shard(1), Replicate()], [Shard(0), Shard(1)], [Replicate(), Shard(0)]
+        y = op(*(ranks.place(t, p) for t, p in zip((x, w, bias), both, strict=True)), 1)
+        assert y.placements == (Partial(), Shard(1))
+        assert torch.equal(whole(y), affine(x, w, bias, 1))
+
+
+def test_a_tensor_of_which_only_the_shape_is_read():
+    def like(x: Tensor, model: Tensor) -> Tensor:
+        return x.unflatten(0, model.shape).clone()
+
+    op = define("(Tensor x, Tensor model) -> Tensor", like)
+    moesaic.sharding_rule("(b c), ~b c -> b c")(op)
+    x, model = integers(6, seed=1), integers(2, 3, seed=2)
+    with simulated_ranks(2) as ranks:
+        for placement in (Replicate(), Partial(), Partial("avg"), Partial("max")):
+            t = DTensor.from_local(model, ranks.mesh, [placement])
+            y = op(ranks.place(x, [Replicate()]), t)
+            assert y.placements == (Replicate(),)
+            assert torch.equal(whole(y), x.view(2, 3))
+        y = op(ranks.place(x, [Shard(0)]), ranks.place(model, [Shard(0)]))
+        assert y.placements == (Shard(0),)
+        assert torch.equal(whole(y), x.view(2, 3))
+
+
+def test_a_largest_value():
+    def largest(x: Tensor) -> Tensor:
+        return x.amax(1)
+
+    op = moesaic.sharding_rule("m k -> max: m", preserves={"max": ["x"]})(define("(Tensor x) -> Tensor", largest))
+    x = integers(5, 3, seed=1)
+    with simulated_ranks(3) as ranks:
+        y = op(ranks.place(x, [Shard(1)]))
+        assert y.placements == (Partial("max"),)
+        assert torch.equal(y.full_tensor().reconcile(), x.amax(1))
+        y = op(DTensor.from_local(x, ranks.mesh, [Partial("max")]))
+        assert y.placements == (Partial("max"),)
+        with pytest.raises(moesaic.ShardingError, match=r"x \[P\(min\)\]"):
+            op(DTensor.from_local(x, ranks.mesh, [Partial("min")]))
+
+
+def test_a_result_is_reduced_in_one_way():
+    # DTensor cannot redistribute what is Partial of two reductions.
+    op = moesaic.sharding_rule("m, m -> m", linear=[("x", "y")])(define("(Tensor x, Tensor y) -> Tensor", torch.add))
+    x = integers(5, seed=1)
+    with simulated_ranks(2, 2) as ranks:
+        summed = ranks.place(x, [Partial(), Replicate()])
+        mean = ranks.place(x, [Replicate(), Partial("avg")])
+        with pytest.raises(moesaic.ShardingError, match=r"x \[P, R\], y \[R, P\(avg\)\]"):
+            op(summed, mean)
+        mixed = DTensor.from_local(x, ranks.mesh, [Partial(), Partial("avg")])
+        with pytest.raises(moesaic.ShardingError, match="x is Partial of two reductions"):
+            op(mixed, mixed)
+
+
+# Plain tensors among DTensors.
+
+
+def test_a_plain_tensor_is_not_taken_for_replicated():
+    op = moesaic.sharding_rule("m, m -> m")(define("(Tensor x, Tensor y) -> Tensor", torch.add))
+    x = integers(4, seed=1)
+    with simulated_ranks(2) as ranks:
+        placed = ranks.place(x, [Replicate()])
+        with pytest.raises(moesaic.ShardingError, match="y is a plain tensor, but other arguments are DTensors"):
+            op(placed, x)
+        with implicit_replication():
+            assert torch.equal(whole(op(x, placed)), x + x)
+
+
+def test_a_scalar_is_replicated():
+    op = moesaic.sharding_rule("m, -> m")(define("(Tensor x, Tensor y) -> Tensor", torch.mul))
+    x = integers(4, seed=1)
+    with simulated_ranks(2) as ranks:
+        assert torch.equal(whole(op(ranks.place(x, [Shard(0)]), torch.tensor(3.0).double())), 3 * x)
+
+
+def test_two_meshes():
+    op = moesaic.sharding_rule("m, m -> m")(define("(Tensor x, Tensor y) -> Tensor", torch.add))
+    x = integers(4, seed=1)
+    with simulated_ranks(2, 2) as ranks:
+        one = DTensor.from_local(x, ranks.mesh["a"], [Replicate()])
+        with pytest.raises(moesaic.ShardingError, match="its tensors are on two meshes"):
+            op(one, ranks.place(x, [Replicate()] * 2))
+
+
 def test_redistribution_on_demand():
     def rows(x: Tensor, w: Tensor) -> Tensor:
         return x @ w
@@ -214,7 +325,7 @@ def test_every_kind_of_operator_is_returned_as_it_is():
 
 
 def test_not_an_operator(unchecked):
-    with pytest.raises(TypeError, match="takes a custom_op, an OpOverload or an OpOverloadPacket, not function"):
+    with pytest.raises(TypeError, match="expected an operator: a custom_op, .* not function"):
         moesaic.sharding_rule("m -> m")(lambda x: x)
 
 

@@ -2,8 +2,9 @@
 
 from moesaic.sharding import library  # noqa: F401 -- registers the rules of our own operators
 from moesaic.sharding.admission import ShardingError
+from moesaic.sharding.decide import rule_of
 from moesaic.sharding.notation import NotationError, parse
-from moesaic.sharding.register import rule_of, sharding_rule
+from moesaic.sharding.register import sharding_rule
 from moesaic.sharding.rule import AxisRule, Rule
 
 __all__ = ["AxisRule", "NotationError", "Rule", "ShardingError", "parse", "rule_of", "sharding_rule"]

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 
 from moesaic.sharding.notation import Notation
-from moesaic.sharding.rule import AxisRule, Placements, Rule, divides, short
+from moesaic.sharding.rule import AxisRule, Placements, Rule, short
+from moesaic.sharding.sizes import divides
 
 
 class ShardingError(NotImplementedError, ValueError):
-    """An operator was called with placements that its sharding rule does not admit.
+    """An operator was called with DTensors that its sharding rule does not admit.
 
     A ``NotImplementedError``, as DTensor's own for an operator without a rule: anything else DTensor would wrap.
     """
@@ -24,7 +26,8 @@ class Call:
     Attributes:
         op: name of the operator, for messages.
         axis_names, axis_sizes: of the mesh.
-        placements: for each tensor argument, a placement for each mesh axis.
+        placements: for each tensor that was given, a placement for each mesh axis.
+        numels: how many elements each of them has.
         present: for each of the rule's tensor arguments, whether it was given (optional ones may not be).
         sizes: of the factors.
     """
@@ -33,29 +36,71 @@ class Call:
     axis_names: tuple[str, ...]
     axis_sizes: tuple[int, ...]
     placements: tuple[Placements, ...]
+    numels: tuple[int, ...]
     present: tuple[bool, ...]
     sizes: dict[str, int]
 
 
-def admit(rule: Rule, line: Notation, call: Call) -> tuple[AxisRule, ...]:
-    """The choice for every axis.
+@dataclass(frozen=True)
+class Decision:
+    """Where the tensors of a call lie while it is computed.
+
+    Attributes:
+        inputs: for each tensor that was given, what it is brought to before; mostly what it is.
+        outputs: for each result, what it is.
+        results: the results on global shapes, without values.
+    """
+
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+    results: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor that was given, and what its marks let it be."""
+
+    name: str
+    numel: int
+    sliced: bool
+    additive: bool
+    shape_only: bool
+
+    def stays(self, actual: Placement, wanted: Placement) -> bool:
+        """Whether it needs no change at all."""
+        return actual == wanted or (self.shape_only and isinstance(actual, Partial) and wanted.is_replicate())
+
+    def fits(self, actual: Placement, wanted: Placement) -> bool:
+        """Whether it needs no communication."""
+        if self.stays(actual, wanted):
+            return True
+        cut, counted_once = self.sliced and type(wanted) is Shard, self.additive and wanted == Partial()
+        return actual.is_replicate() and (cut or counted_once)
+
+
+def admit(rule: Rule, line: Notation, call: Call) -> Decision:
+    """Where the tensors of a call lie.
 
     Raises:
-        ShardingError: naming the placements, the nearest admitted ones, and the call that gets there.
+        ShardingError: naming the placements, the nearest admitted ones, and the code that gets there.
     """
+    tensors = _tensors(rule, line, call)
     choices = choices_for(rule, line, call.present)
-    sliced = tuple(n in rule.sliced for n, p in zip(rule.tensors, call.present, strict=True) if p)
     found: list[AxisRule] = []
     for axis in range(len(call.axis_sizes)):
         actual = tuple(p[axis] for p in call.placements)
-        match = next((c for c in choices if c.inputs == actual), None)
-        match = match or next((c for c in choices if _fits_sliced(actual, c.inputs, sliced)), None)
-        if match is None:
-            raise ShardingError(_explain(rule, line, call, choices))
-        found.append(match)
-    if not divides(line, call.sizes, found, call.axis_sizes):
-        raise ShardingError(_explain(rule, line, call, choices))
-    return tuple(found)
+        fitting = [c for c in choices if all(map(_Tensor.fits, tensors, actual, c.inputs))]
+        if fitting:
+            found.append(min(fitting, key=lambda c: _num_changes(tensors, actual, c)))
+    if len(found) < len(call.axis_sizes) or not _is_legal(line, call, found):
+        if not rule.redistribute:
+            raise ShardingError(_explain(rule, line, call))
+        found = list(nearest(rule, line, call))
+    inputs = []
+    for i, tensor in enumerate(tensors):
+        pairs = zip(call.placements[i], (choice.inputs[i] for choice in found), strict=True)
+        inputs.append(tuple(a if tensor.stays(a, w) else w for a, w in pairs))
+    return Decision(tuple(inputs), tuple(zip(*(choice.outputs for choice in found), strict=True)))
 
 
 def choices_for(rule: Rule, line: Notation, present: Sequence[bool]) -> list[AxisRule]:
@@ -69,50 +114,71 @@ def choices_for(rule: Rule, line: Notation, present: Sequence[bool]) -> list[Axi
     return choices
 
 
-def _fits_sliced(actual: Placements, wanted: Placements, sliced: Sequence[bool]) -> bool:
-    return all(
-        a == w or (s and isinstance(a, Replicate) and isinstance(w, Shard))
-        for a, w, s in zip(actual, wanted, sliced, strict=True)
-    )
-
-
-def nearest(line: Notation, call: Call, choices: Sequence[AxisRule]) -> tuple[AxisRule, ...]:
-    """The admitted choice that leaves most tensors as they are; of several, the one that gathers least."""
+def nearest(rule: Rule, line: Notation, call: Call) -> tuple[AxisRule, ...]:
+    """The admitted choice that moves least; of several, the one that leaves most tensors as they are."""
+    tensors = _tensors(rule, line, call)
 
     def changes(axis_rules: tuple[AxisRule, ...]) -> tuple[int, int]:
-        pairs = [
-            (actual[axis], chosen.inputs[i])
-            for axis, chosen in enumerate(axis_rules)
-            for i, actual in enumerate(call.placements)
-        ]
-        changed_tensors = {i for i, p in enumerate(call.placements) if p != tuple(r.inputs[i] for r in axis_rules)}
-        gathers = sum(a != w and not isinstance(a, Replicate) for a, w in pairs)
-        return gathers, len(changed_tensors)
+        moved, changed = 0, set()
+        for axis, chosen in enumerate(axis_rules):
+            for tensor, placements, wanted in zip(tensors, call.placements, chosen.inputs, strict=True):
+                if not tensor.fits(placements[axis], wanted):
+                    changed.add(tensor.name)
+                    moved += 0 if placements[axis].is_replicate() else 1 + tensor.numel
+        return moved, len(changed)
 
     def is_reachable(axis_rules: tuple[AxisRule, ...]) -> bool:
         # DTensor redistributes nothing to Partial.
         return all(
-            not isinstance(wanted, Partial) or actual[axis] == wanted
+            not isinstance(wanted, Partial) or tensor.fits(placements[axis], wanted)
             for axis, chosen in enumerate(axis_rules)
-            for actual, wanted in zip(call.placements, chosen.inputs, strict=True)
+            for tensor, placements, wanted in zip(tensors, call.placements, chosen.inputs, strict=True)
         )
 
-    combinations = product(choices, repeat=len(call.axis_sizes))
-    legal = (c for c in combinations if divides(line, call.sizes, c, call.axis_sizes) and is_reachable(c))
-    return min(legal, key=changes)
+    combinations = product(choices_for(rule, line, call.present), repeat=len(call.axis_sizes))
+    return min((c for c in combinations if _is_legal(line, call, c) and is_reachable(c)), key=changes)
 
 
-def _explain(rule: Rule, line: Notation, call: Call, choices: Sequence[AxisRule]) -> str:
-    names = [n for n, here in zip(rule.tensors, call.present, strict=True) if here]
-    best = nearest(line, call, choices)
-    targets = [tuple(r.inputs[i] for r in best) for i in range(len(names))]
+def _tensors(rule: Rule, line: Notation, call: Call) -> list[_Tensor]:
+    given = [(n, p) for n, p, here in zip(rule.tensors, line.inputs, call.present, strict=True) if here]
+    return [
+        _Tensor(name, numel, name in rule.sliced, pattern.additive, pattern.shape_only)
+        for (name, pattern), numel in zip(given, call.numels, strict=True)
+    ]
+
+
+def _is_legal(line: Notation, call: Call, axis_rules: Sequence[AxisRule]) -> bool:
+    """Whether choices for the axes go together: blocks are cut between blocks, and no result is reduced in two ways."""
+    results = zip(*(r.outputs for r in axis_rules), strict=True)
+    one_reduction = all(len(_reductions(placements)) <= 1 for placements in results)
+    return one_reduction and divides(line, call.sizes, axis_rules, call.axis_sizes)
+
+
+def _reductions(placements: Placements) -> set[str]:
+    return {p.reduce_op for p in placements if isinstance(p, Partial)}
+
+
+def _num_changes(tensors: Sequence[_Tensor], actual: Placements, choice: AxisRule) -> int:
+    return sum(not t.stays(a, w) for t, a, w in zip(tensors, actual, choice.inputs, strict=True))
+
+
+def _explain(rule: Rule, line: Notation, call: Call) -> str:
+    tensors = _tensors(rule, line, call)
+    mixed = [t.name for t, placements in zip(tensors, call.placements, strict=True) if len(_reductions(placements)) > 1]
+    if mixed:
+        return f"{call.op}: {mixed[0]} is Partial of two reductions at once, which DTensor cannot redistribute"
+    best = nearest(rule, line, call)
+    targets = [
+        tuple(a if t.fits(a, w) else w for a, w in zip(call.placements[i], (r.inputs[i] for r in best), strict=True))
+        for i, t in enumerate(tensors)
+    ]
     mesh = ", ".join(f"{n}={s}" for n, s in zip(call.axis_names, call.axis_sizes, strict=True))
-    given = ", ".join(f"{n} {_show(p)}" for n, p in zip(names, call.placements, strict=True))
-    wanted = ", ".join(f"{n} {_show(p)}" for n, p in zip(names, targets, strict=True))
+    given = ", ".join(f"{t.name} {_show(p)}" for t, p in zip(tensors, call.placements, strict=True))
+    wanted = ", ".join(f"{t.name} {_show(p)}" for t, p in zip(tensors, targets, strict=True))
     fixes = [
-        f"  {n} = {n}.redistribute(placements=[{', '.join(map(str, map(_code, t)))}])"
-        for n, p, t in zip(names, call.placements, targets, strict=True)
-        if p != t
+        f"  {t.name} = {t.name}.redistribute(placements=[{', '.join(map(_code, target))}])"
+        for t, p, target in zip(tensors, call.placements, targets, strict=True)
+        if p != target
     ]
     uneven = [f"'{f}' has {call.sizes[f]} blocks, which are cut between blocks only" for f in sorted(line.blocks)]
     return "\n".join(
@@ -133,4 +199,6 @@ def _show(placements: Placements) -> str:
 def _code(placement: Placement) -> str:
     if type(placement) is Shard:
         return f"Shard({placement.dim})"
+    if isinstance(placement, Partial) and placement.reduce_op != "sum":
+        return f'Partial("{placement.reduce_op}")'
     return f"{type(placement).__name__}()"

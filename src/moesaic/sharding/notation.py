@@ -4,14 +4,21 @@
 of Shardy's sharding rules:
 
 * a factor on an output is parallel: shard it there and on every input that has it;
-* a factor on inputs only is summed: shard it on every input that has it, and the outputs are ``Partial``;
+* a factor on inputs only is summed: shard it on every input that has it, and the outputs are ``Partial``.
+  ``max: m`` before the dims of an output says how its parts are reduced instead (``max``, ``min``, ``avg`` or ``sum``);
 * ``k!`` (written once is enough) stays whole;
 * ``(b c)`` is one dim of ``b`` blocks of ``c`` rows. It is cut between blocks only, so ``c`` stays whole, and ``b`` is
-  sharded only where it divides evenly;
-* ``1`` is a dim of size one, never sharded; a tensor without dims is written as nothing.
+  sharded only where it divides evenly. ``(b g)?`` may end early, its last blocks incomplete or missing;
+* ``1`` is a dim of size one, never sharded; a tensor without dims is written as nothing;
+* ``+n`` before the dims of an input is a term that is added to the result, such as a bias. Where the result is
+  ``Partial`` so has the term to be, or it would be counted on every rank; one that is replicated is divided among them;
+* ``~m k`` is an input of which only the shape is read, not the values.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+REDUCTIONS = ("sum", "avg", "max", "min")
 
 
 class NotationError(ValueError):
@@ -24,9 +31,14 @@ class NotationError(ValueError):
 
 @dataclass(frozen=True)
 class Dim:
-    """One dim of a tensor: its factors, the outermost first; no factor for a dim of size one."""
+    """One dim of a tensor: its factors, the outermost first; no factor for a dim of size one.
+
+    Attributes:
+        short: whether the last blocks may be incomplete or missing.
+    """
 
     factors: tuple[str, ...]
+    short: bool = False
 
     @property
     def leading(self) -> str | None:
@@ -36,14 +48,25 @@ class Dim:
     def __str__(self) -> str:
         if not self.factors:
             return "1"
-        return self.factors[0] if len(self.factors) == 1 else f"({' '.join(self.factors)})"
+        if len(self.factors) == 1:
+            return self.factors[0]
+        return f"({' '.join(self.factors)}){'?' * self.short}"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """The dims of one tensor."""
+    """The dims of one tensor, and what marks it.
+
+    Attributes:
+        additive: an input that is added to the result.
+        shape_only: an input whose values are not read.
+        reduction: how the parts of an output are reduced where a factor that it has not is sharded.
+    """
 
     dims: tuple[Dim, ...]
+    additive: bool = False
+    shape_only: bool = False
+    reduction: str = "sum"
 
     @property
     def factors(self) -> frozenset[str]:
@@ -73,6 +96,11 @@ class Notation:
         seen = dict.fromkeys(f for pattern in self.inputs + self.outputs for dim in pattern.dims for f in dim.factors)
         return tuple(seen)
 
+    def given(self, present: Sequence[bool]) -> "Notation":
+        """The rule without the inputs that a call does not give."""
+        inputs = tuple(pattern for pattern, here in zip(self.inputs, present, strict=True) if here)
+        return self if all(present) else replace(self, inputs=inputs)
+
     @property
     def shardable(self) -> tuple[str, ...]:
         """The factors that may be sharded: all but the whole ones."""
@@ -95,8 +123,8 @@ def parse(text: str) -> Notation:
     if (second := text.find("->", arrow + 2)) >= 0:
         raise NotationError(text, second, "a rule has one '->'")
     reader = _Reader(text)
-    inputs = reader.patterns(0, arrow)
-    outputs = reader.patterns(arrow + 2, len(text))
+    inputs = reader.patterns(0, arrow, is_output=False)
+    outputs = reader.patterns(arrow + 2, len(text), is_output=True)
     on_inputs = frozenset().union(*(p.factors for p in inputs))
     inner = {f for p in inputs + outputs for dim in p.dims for f in dim.factors[1:]}
     unbound = frozenset().union(*(p.factors for p in outputs)) - on_inputs - reader.marked - inner
@@ -115,16 +143,43 @@ class _Reader:
         self.marked: set[str] = set()
         self.last_seen: dict[str, int] = {}
 
-    def patterns(self, start: int, end: int) -> tuple[Pattern, ...]:
+    def patterns(self, start: int, end: int, *, is_output: bool) -> tuple[Pattern, ...]:
         patterns = []
         while True:
             comma = self.text.find(",", start, end)
-            patterns.append(self._pattern(start, end if comma < 0 else comma))
+            stop = end if comma < 0 else comma
+            patterns.append(self._output(start, stop) if is_output else self._input(start, stop))
             if comma < 0:
                 return tuple(patterns)
             start = comma + 1
 
-    def _pattern(self, start: int, end: int) -> Pattern:
+    def _input(self, start: int, end: int) -> Pattern:
+        if (colon := self.text.find(":", start, end)) >= 0:
+            raise NotationError(self.text, colon, "a reduction stands before an output, not an input")
+        first = self._skip_space(start, end)
+        mark = self.text[first : first + 1] if first < end else ""
+        if mark not in ("+", "~"):
+            return Pattern(self._dims(start, end))
+        return Pattern(self._dims(first + 1, end), additive=mark == "+", shape_only=mark == "~")
+
+    def _output(self, start: int, end: int) -> Pattern:
+        first = self._skip_space(start, end)
+        if first < end and self.text[first] in "+~":
+            raise NotationError(self.text, first, f"'{self.text[first]}' marks an input, not an output")
+        colon = self.text.find(":", start, end)
+        if colon < 0:
+            return Pattern(self._dims(start, end))
+        reduction = self.text[start:colon].strip()
+        if reduction not in REDUCTIONS:
+            raise NotationError(self.text, first, f"expected one of {', '.join(REDUCTIONS)} before ':'")
+        return Pattern(self._dims(colon + 1, end), reduction=reduction)
+
+    def _skip_space(self, start: int, end: int) -> int:
+        while start < end and self.text[start].isspace():
+            start += 1
+        return start
+
+    def _dims(self, start: int, end: int) -> tuple[Dim, ...]:
         dims: list[Dim] = []
         group: list[str] | None = None
         group_start = start
@@ -144,9 +199,11 @@ class _Reader:
                     raise NotationError(self.text, i, "')' without '('")
                 if len(group) < 2:
                     raise NotationError(self.text, group_start, "'(...)' needs at least two factors")
-                dims.append(Dim(tuple(group)))
-                group = None
                 i += 1
+                short = i < end and self.text[i] == "?"
+                dims.append(Dim(tuple(group), short))
+                group = None
+                i += short
             elif char == "1" and group is None and not self._is_word(i + 1, end):
                 dims.append(Dim(()))
                 i += 1
@@ -159,7 +216,7 @@ class _Reader:
                 i = after
         if group is not None:
             raise NotationError(self.text, group_start, "'(' is never closed")
-        return Pattern(tuple(dims))
+        return tuple(dims)
 
     def _is_word(self, i: int, end: int) -> bool:
         return i < end and (self.text[i].isalnum() or self.text[i] == "_")

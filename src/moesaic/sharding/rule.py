@@ -4,16 +4,16 @@ Nothing here looks at a local shape: a rule is admitted or dropped on global siz
 alike.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, combinations
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from moesaic.sharding.notation import Notation, Pattern, parse
+from moesaic.sharding.notation import REDUCTIONS, Notation, Pattern, parse
 
 Placements = tuple[Placement, ...]
-LinearIn = str | tuple[str, ...]
+Joint = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AxisRule:
     """One admitted choice for one mesh axis: a placement for every tensor.
 
     Attributes:
-        name: the factor that is sharded, ``"replicate"``, or ``"linear in ..."``.
+        name: the factor that is sharded, ``"replicate"``, or what passes through, as in ``"linear in x"``.
         inputs, outputs: a placement for each tensor.
         factor: the factor that is sharded, if one is.
     """
@@ -32,46 +32,82 @@ class AxisRule:
     factor: str | None = None
 
 
+class PlacementTable(tuple[AxisRule, ...]):
+    """The admitted choices of one line of a rule; ``print`` shows them as a table, a row each."""
+
+    line: Notation
+    tensors: tuple[str, ...]
+
+    def __new__(cls, rules: Sequence[AxisRule], line: Notation, tensors: Sequence[str]) -> "PlacementTable":
+        table = super().__new__(cls, rules)
+        table.line, table.tensors = line, tuple(tensors)
+        return table
+
+    def __str__(self) -> str:
+        header = ["on one axis", *self.tensors, *(f"out{i}" for i in range(len(self.line.outputs)))]
+        rows = [[r.name, *map(short, r.inputs), *map(short, r.outputs)] for r in self]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]]
+        return "\n".join(text.rstrip() for text in [str(self.line), *lines])
+
+    __repr__ = __str__
+
+
 @dataclass(frozen=True)
 class Rule:
-    """All of a rule that does not depend on torch: its lines, and what the op is linear in.
+    """All of a rule that does not depend on torch. ``str()`` gives its lines back as they were written.
 
     Attributes:
         lines: alternatives; the first whose patterns fit the shapes of a call speaks for it.
         tensors: names of the tensor arguments, in order.
         linear: each entry, an argument or several jointly, passes ``Partial`` through to the outputs.
+        preserves: for a reduction such as ``"max"``, the arguments that pass ``Partial("max")`` through.
         sliced: arguments that may arrive ``Replicate`` where a shard is wanted: cut locally, without communication.
+        redistribute: whether DTensor's collectives may bring arguments to the nearest admitted placements.
     """
 
     lines: tuple[Notation, ...]
     tensors: tuple[str, ...]
     linear: tuple[tuple[str, ...], ...] = ()
+    preserves: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     sliced: frozenset[str] = frozenset()
+    redistribute: bool = False
 
-    def placements(self, line: Notation | None = None) -> list[AxisRule]:
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.lines))
+
+    def placements(self, line: Notation | None = None) -> PlacementTable:
         """Every admitted choice for one mesh axis, under ``line`` (default: the first)."""
         line = line or self.lines[0]
-        rules = [_replicated(line)]
-        rules += [_sharded(line, factor) for factor in line.shardable]
-        rules += [self._partial(line, names) for names in self.linear]
-        return rules
+        rules = [_replicated(line), *(_sharded(line, factor) for factor in line.shardable)]
+        rules += [self._through(line, names, reduction, verb) for names, reduction, verb in self._pass_through(line)]
+        unique = {rule.inputs: rule for rule in reversed(rules)}
+        return PlacementTable([r for r in rules if unique[r.inputs] is r], line, self.tensors)
 
-    def table(self, line: Notation | None = None) -> str:
-        """The admitted choices as text, a row each."""
-        line = line or self.lines[0]
-        header = ["on one axis", *self.tensors[: len(line.inputs)], *(f"out{i}" for i in range(len(line.outputs)))]
-        rows = [[r.name, *map(short, r.inputs), *map(short, r.outputs)] for r in self.placements(line)]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]]
-        return "\n".join(text.rstrip() for text in [str(line), *lines])
+    def _pass_through(self, line: Notation) -> list[tuple[tuple[str, ...], str, str]]:
+        """Which arguments pass which reduction through to the outputs."""
+        terms = tuple(name for name, p in zip(self.tensors, line.inputs, strict=True) if p.additive)
+        entries = [tuple(dict.fromkeys((*names, *terms))) for names in self.linear]
+        passes = [(names, "sum", "linear") for names in entries]
+        # A mean of results is the result of the mean, whatever else stays the same: any part of what is jointly linear.
+        subsets = [s for names in entries for n in range(1, len(names) + 1) for s in combinations(names, n)]
+        passes += [(names, "avg", "mean") for names in subsets]
+        passes += [(names, reduction, reduction) for reduction, joint in self.preserves.items() for names in joint]
+        return passes
 
-    def _partial(self, line: Notation, names: tuple[str, ...]) -> AxisRule:
-        inputs = tuple(Partial() if name in names else Replicate() for name in self.tensors[: len(line.inputs)])
-        return AxisRule(f"linear in {' + '.join(names)}", inputs, (Partial(),) * len(line.outputs))
+    def _through(self, line: Notation, names: tuple[str, ...], reduction: str, verb: str) -> AxisRule:
+        inputs = tuple(Partial(reduction) if name in names else Replicate() for name in self.tensors)
+        return AxisRule(f"{verb} in {' + '.join(names)}", inputs, (Partial(reduction),) * len(line.outputs))
 
 
 def make_rule(
-    lines: Sequence[str], tensors: Sequence[str], linear: Sequence[LinearIn] = (), sliced: Sequence[str] = ()
+    lines: Sequence[str],
+    tensors: Sequence[str],
+    *,
+    linear: Sequence[Joint] = (),
+    preserves: Mapping[str, Sequence[Joint]] | None = None,
+    sliced: Sequence[str] = (),
+    redistribute: bool = False,
 ) -> Rule:
     """Parse and check a rule.
 
@@ -90,15 +126,24 @@ def make_rule(
             )
         if len(line.outputs) != len(parsed[0].outputs):
             raise ValueError(f"rule '{line}' has another number of outputs than '{parsed[0]}'")
-    joint = tuple((names,) if isinstance(names, str) else tuple(names) for names in linear)
-    for name in (*(n for names in joint for n in names), *sliced):
+    preserves = preserves or {}
+    for reduction in preserves:
+        if reduction == "sum" or reduction not in REDUCTIONS:
+            hint = "say linear= for sums" if reduction == "sum" else f"choose one of {', '.join(REDUCTIONS[1:])}"
+            raise ValueError(f"preserves: {reduction!r} is not a reduction it takes; {hint}")
+    for option, names in {"linear": linear, **preserves, "sliced": sliced}.items():
+        if isinstance(names, str):
+            raise ValueError(f"{option}: expected a list of names, got the string {names!r}; write [{names!r}]")
+    joint = {reduction: _joint(names) for reduction, names in preserves.items()}
+    linear = _joint(linear)
+    for name in (*chain.from_iterable(chain(linear, *joint.values())), *sliced):
         if name not in tensors:
             raise ValueError(f"'{name}' is not a tensor argument of the operator: {', '.join(tensors)}")
-    return Rule(parsed, tuple(tensors), joint, frozenset(sliced))
+    return Rule(parsed, tuple(tensors), linear, joint, frozenset(sliced), redistribute)
 
 
 def short(placement: Placement) -> str:
-    """``R``, ``S(0)`` or ``P``."""
+    """``R``, ``S(0)``, ``P`` or ``P(max)``."""
     if placement.is_replicate():
         return "R"
     if isinstance(placement, Partial):
@@ -106,46 +151,8 @@ def short(placement: Placement) -> str:
     return f"S({placement.dim})" if type(placement) is Shard else str(placement)
 
 
-def factor_sizes(
-    line: Notation, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]
-) -> dict[str, int] | None:
-    """The size of every factor, or None where the shapes do not fit the patterns."""
-    sizes: dict[str, int] = {}
-    pairs = list(zip(line.inputs + line.outputs, [*inputs, *outputs], strict=True))
-    if any(len(pattern.dims) != len(shape) for pattern, shape in pairs):
-        return None
-    composite = []
-    for pattern, shape in pairs:
-        for dim, size in zip(pattern.dims, shape, strict=True):
-            if len(dim.factors) > 1:
-                composite.append((dim.factors, size))
-            elif sizes.setdefault(dim.factors[0] if dim.factors else "1", size) != size:
-                return None
-    if sizes.pop("1", 1) != 1:
-        return None
-    while composite:
-        solved = [(f, s) for f, s in composite if sum(name not in sizes for name in f) <= 1]
-        if not solved:
-            return None
-        for factors, size in solved:
-            known = prod(sizes[name] for name in factors if name in sizes)
-            unknown = next((name for name in factors if name not in sizes), None)
-            if unknown is not None:
-                sizes[unknown] = size // known if known else 0
-                known *= sizes[unknown]
-            if known != size:
-                return None
-        composite = [pair for pair in composite if pair not in solved]
-    return sizes
-
-
-def divides(line: Notation, sizes: dict[str, int], axis_rules: Sequence[AxisRule], axis_sizes: Sequence[int]) -> bool:
-    """Whether blocks are cut between blocks only: a block factor divides by all the axes it is sharded over."""
-    for factor in line.blocks:
-        ranks = prod(n for rule, n in zip(axis_rules, axis_sizes, strict=True) if rule.factor == factor)
-        if sizes[factor] % ranks:
-            return False
-    return True
+def _joint(names: Sequence[Joint]) -> tuple[tuple[str, ...], ...]:
+    return tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
 
 
 def _replicated(line: Notation) -> AxisRule:
@@ -153,8 +160,9 @@ def _replicated(line: Notation) -> AxisRule:
 
 
 def _sharded(line: Notation, factor: str) -> AxisRule:
-    inputs = tuple(_place(pattern, factor, Replicate()) for pattern in line.inputs)
-    outputs = tuple(_place(pattern, factor, Partial()) for pattern in line.outputs)
+    outputs = tuple(_place(pattern, factor, Partial(pattern.reduction)) for pattern in line.outputs)
+    term = Partial() if Partial() in outputs else Replicate()
+    inputs = tuple(_place(pattern, factor, term if pattern.additive else Replicate()) for pattern in line.inputs)
     return AxisRule(factor, inputs, outputs, factor)
 
 

@@ -1,0 +1,122 @@
+"""The registry of rules, and what a rule decides about a call: on global metadata alone, without DTensor itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.sharding.admission import Call, Decision, ShardingError, admit
+from moesaic.sharding.notation import Notation
+from moesaic.sharding.rule import Placements, Rule
+from moesaic.sharding.sizes import factor_sizes
+
+RULES: dict[torch._ops.OpOverload, Rule] = {}
+
+
+def overload_of(op: Any) -> torch._ops.OpOverload:
+    """The overload that a ``custom_op``, an ``OpOverload`` or an ``OpOverloadPacket`` stands for.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if isinstance(op, torch._ops.OpOverload):
+        return op
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return op.default
+    if isinstance(op, torch.library.CustomOpDef):
+        return op._opoverload
+    raise TypeError(
+        f"expected an operator: a custom_op, a triton_op, an OpOverload or an OpOverloadPacket, not {type(op).__name__}"
+    )
+
+
+def rule_of(op: Any) -> Rule:
+    """The rule an operator was given.
+
+    Raises:
+        KeyError: it has none.
+    """
+    return RULES[overload_of(op)]
+
+
+def is_tensor(kind: Any) -> bool:
+    """Whether an argument of this schema type is a tensor or an optional tensor."""
+    if isinstance(kind, torch.OptionalType):
+        kind = kind.getElementType()
+    return isinstance(kind, torch.TensorType)
+
+
+def tensor_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What a call gives for each tensor argument, in schema order; None for an optional one that is not given."""
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(op._schema.arguments)
+        if is_tensor(argument.type)
+    ]
+
+
+def decide(
+    op: torch._ops.OpOverload,
+    args: Sequence[Any],
+    placements: Sequence[Placements],
+    axes: Mapping[str, int],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Decision:
+    """Where the tensors of a call lie, by the operator's rule.
+
+    Args:
+        args, kwargs: of the call; of tensors only shape, stride and dtype are looked at, and they are the global ones.
+        placements: for each tensor that is given, a placement for each mesh axis.
+        axes: sizes of the mesh axes by name.
+
+    Raises:
+        ShardingError: the rule does not admit the call.
+    """
+    rule, kwargs = RULES[op], kwargs or {}
+    tensors = tensor_arguments(op, args, kwargs)
+    results = _results(op, args, kwargs)
+    shapes = [None if t is None else tuple(t.shape) for t in tensors]
+    line, sizes = _line_for(op, rule, shapes, [tuple(r.shape) for r in results])
+    call = Call(
+        op=op._name,
+        axis_names=tuple(axes),
+        axis_sizes=tuple(axes.values()),
+        placements=tuple(map(tuple, placements)),
+        numels=tuple(t.numel() for t in tensors if t is not None),
+        present=tuple(t is not None for t in tensors),
+        sizes=sizes,
+    )
+    return replace(admit(rule, line, call), results=results)
+
+
+def _line_for(
+    op: torch._ops.OpOverload,
+    rule: Rule,
+    shapes: Sequence[tuple[int, ...] | None],
+    results: Sequence[tuple[int, ...]],
+) -> tuple[Notation, dict[str, int]]:
+    """The first line that fits the shapes, and the sizes of its factors."""
+    # An argument that was not given has no shape to disagree.
+    present = [shape is not None for shape in shapes]
+    known = [shape for shape in shapes if shape is not None]
+    for line in rule.lines:
+        sizes = factor_sizes(line.given(present), known, results)
+        if sizes is not None:
+            return line, sizes
+    given = ", ".join(f"{n} {list(s)}" for n, s in zip(rule.tensors, shapes, strict=True) if s is not None)
+    tried = "\n".join(f"  {line}" for line in rule.lines)
+    raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {results}:\n{tried}")
+
+
+def _results(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The results on global shapes, from the operator's own fake kernel."""
+
+    def on_meta(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    results = op(*map(on_meta, args), **{name: on_meta(value) for name, value in kwargs.items()})
+    return (results,) if isinstance(results, Tensor) else tuple(results)
