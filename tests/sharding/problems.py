@@ -34,7 +34,7 @@ class Problem:
     def choices(self) -> list[AxisRule]:
         """What is admitted on one axis, but for the means: torch sums few of them without a collective."""
         rule = rule_of(self.op)
-        present = [True] * len(self.inputs) + [False] * self.optional
+        present = (True,) * len(self.inputs) + (False,) * self.optional
         choices = choices_for(rule, rule.lines[self.line], present)
         return [choice for choice in choices if not choice.name.startswith("mean")]
 

@@ -1,5 +1,6 @@
 """Gradients as autograd really brings them: of a sum, which is replicated whatever the result is, and of gradients."""
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -51,7 +52,8 @@ def test_gradients_of_gradients(name):
         for combination in problem.combinations((2,)):
             placed = [ranks.place(t, [a.inputs[i] for a in combination]) for i, t in enumerate(problem.inputs)]
             leaves = [t.requires_grad_(t.is_floating_point()) for t in placed]
-            with no_collectives():
+            # torch 2.11 adds up gradients that are Partial with a collective of its own.
+            with no_collectives() if torch.__version__ >= (2, 12) else contextlib.nullcontext():
                 result = problem.function(*leaves)
                 placed_grad = ranks.place(grad.detach(), summed(result.placements)).requires_grad_()
                 first = torch.autograd.grad(result, with_grad(leaves), placed_grad, create_graph=True)

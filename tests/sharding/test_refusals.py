@@ -140,7 +140,7 @@ def test_the_message():
             "The rule is '(b c) k, (b g) k n, b g -> (b c) n'; 'b' has 4 blocks, which are cut between blocks only.",
             "Nearest admitted: x [S(0), R], w [S(0), S(2)], group_sizes [S(0), R]. To get there:",
             "  group_sizes = group_sizes.redistribute(placements=[Shard(0), Replicate()])",
-            "Nothing is redistributed silently; sharding_rule(..., redistribute=True) allows it for an operator.",
+            "Nothing is redistributed silently; sharding_rule(..., sliced=['group_sizes']) allows it for an operator.",
         ]
     )
 

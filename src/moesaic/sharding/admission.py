@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from torch import Tensor
@@ -103,7 +104,8 @@ def admit(rule: Rule, line: Notation, call: Call) -> Decision:
     return Decision(tuple(inputs), tuple(zip(*(choice.outputs for choice in found), strict=True)))
 
 
-def choices_for(rule: Rule, line: Notation, present: Sequence[bool]) -> list[AxisRule]:
+@cache
+def choices_for(rule: Rule, line: Notation, present: tuple[bool, ...]) -> list[AxisRule]:
     """The rule's choices without the optional arguments that were not given, nor those choices that rest on them."""
     choices = []
     for choice in rule.placements(line):
@@ -175,11 +177,14 @@ def _explain(rule: Rule, line: Notation, call: Call) -> str:
     mesh = ", ".join(f"{n}={s}" for n, s in zip(call.axis_names, call.axis_sizes, strict=True))
     given = ", ".join(f"{t.name} {_show(p)}" for t, p in zip(tensors, call.placements, strict=True))
     wanted = ", ".join(f"{t.name} {_show(p)}" for t, p in zip(tensors, targets, strict=True))
+    changed = [(t, p, target) for t, p, target in zip(tensors, call.placements, targets, strict=True) if p != target]
     fixes = [
-        f"  {t.name} = {t.name}.redistribute(placements=[{', '.join(map(_code, target))}])"
-        for t, p, target in zip(tensors, call.placements, targets, strict=True)
-        if p != target
+        f"  {t.name} = {t.name}.redistribute(placements=[{', '.join(map(_code, target))}])" for t, p, target in changed
     ]
+    cut = [
+        t.name for t, p, target in changed if all(a == w or a.is_replicate() for a, w in zip(p, target, strict=True))
+    ]
+    option = f"sliced={cut}" if len(cut) == len(changed) else "redistribute=True"
     uneven = [f"'{f}' has {call.sizes[f]} blocks, which are cut between blocks only" for f in sorted(line.blocks)]
     return "\n".join(
         [
@@ -187,7 +192,7 @@ def _explain(rule: Rule, line: Notation, call: Call) -> str:
             f"The rule is '{line}'" + (f"; {'; '.join(uneven)}." if uneven else "."),
             f"Nearest admitted: {wanted}. To get there:",
             *fixes,
-            "Nothing is redistributed silently; sharding_rule(..., redistribute=True) allows it for an operator.",
+            f"Nothing is redistributed silently; sharding_rule(..., {option}) allows it for an operator.",
         ]
     )
 

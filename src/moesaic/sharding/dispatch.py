@@ -21,9 +21,14 @@ from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.placement_types import Replicate
 
 from moesaic.sharding.admission import ShardingError
-from moesaic.sharding.decide import decide, is_tensor
+from moesaic.sharding.decide import RULES, decide, is_tensor
+from moesaic.sharding.formula import operators_of_gradient
 
 _PLANS: dict[Any, "_Plan"] = {}
+_MAX_PLANS = 8192
+_NAMESPACES_OF_TORCH = ("aten", "prims", "prim", "_c10d_functional", "c10d")
+# Operators whose gradient is known to call nothing but operators with a rule.
+_DIFFERENTIABLE: set[torch._ops.OpOverload] = set()
 
 
 @dataclass(frozen=True)
@@ -41,31 +46,51 @@ class _Plan:
     here: bool
 
 
+@dataclass(frozen=True)
+class _Signature:
+    """Where an operator's tensor arguments stand, and the others, which are part of what a decision is kept by."""
+
+    op: torch._ops.OpOverload
+    tensors: tuple[int, ...]
+    others: tuple[int, ...]
+    keywords: tuple[str, ...]
+
+
 def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
     """Let DTensor run ``op`` by the rule it has in the registry."""
-    namespace, name = op._schema.name.split("::")
-    positions = tuple(i for i, a in enumerate(op._schema.arguments) if is_tensor(a.type) and not a.kwarg_only)
-    keywords = tuple(a.name for a in op._schema.arguments if is_tensor(a.type))
+    arguments = op._schema.arguments
+    positional = [i for i, a in enumerate(arguments) if not a.kwarg_only]
+    signature = _Signature(
+        op,
+        tuple(i for i in positional if is_tensor(arguments[i].type)),
+        tuple(i for i in positional if not is_tensor(arguments[i].type)),
+        tuple(a.name for a in arguments if is_tensor(a.type)),
+    )
 
     def run(cls: type, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        return _run(op, positions, keywords, args, kwargs or {})
+        return _run(signature, args, kwargs or {})
 
-    torch.library.register_torch_dispatch(f"{namespace}::{name}", DTensor, run)
+    torch.library.register_torch_dispatch(op.name(), DTensor, run)
 
 
-def _run(
-    op: torch._ops.OpOverload,
-    positions: Sequence[int],
-    keywords: Sequence[str],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    slots: list[int | str] = [i for i in positions if i < len(args) and args[i] is not None]
-    slots += [name for name in keywords if kwargs.get(name) is not None]
+def _run(signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    op, given = signature.op, len(args)
+    slots: list[int | str] = [i for i in signature.tensors if i < given and args[i] is not None]
+    if kwargs:
+        slots += [name for name in signature.keywords if kwargs.get(name) is not None]
     tensors = [args[slot] if isinstance(slot, int) else kwargs[slot] for slot in slots]
-    if not all(isinstance(t, DTensor) for t in tensors):
-        tensors = _replicate_scalars(op, slots, tensors)
-    plan = _plan(op, slots, tensors, args, kwargs)
+    for t in tensors:
+        if not isinstance(t, DTensor):
+            tensors = _replicate_scalars(op, slots, tensors)
+            break
+    key: list[Any] = [op, *slots]
+    for t in tensors:
+        spec = t._spec
+        key += (spec.mesh, spec.placements, spec.tensor_meta.shape)
+    key += [args[i] for i in signature.others if i < given]
+    if kwargs:
+        key += [pair for pair in kwargs.items() if pair[0] not in slots]
+    plan = _plan(tuple(key), op, tensors, args, kwargs)
     locals_ = [t._local_tensor for t in tensors]
     for i, target in plan.changes:
         locals_[i] = redistribute_local_tensor(locals_[i], tensors[i]._spec, target)
@@ -111,24 +136,39 @@ def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], te
     return replicated
 
 
-def _plan(
-    op: torch._ops.OpOverload, slots: Sequence[Any], tensors: Sequence[Any], args: Sequence[Any], kwargs: Any
-) -> _Plan:
+def _plan(key: Any, op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:
     """Looked up, or made and kept. Sizes that are symbols while compiling are not kept."""
-    shapes = [t._spec.tensor_meta.shape for t in tensors]
-    others = [a for a in args if not isinstance(a, Tensor)]
-    options = [(k, v) for k, v in kwargs.items() if not isinstance(v, Tensor)]
-    key = (op, *slots, *((t._spec.mesh, t._spec.placements, s) for t, s in zip(tensors, shapes, strict=True)))
-    key = (*key, *others, *options)
     try:
         plan = _PLANS.get(key)
     except TypeError:  # a list among the arguments, or a symbol
         return _make_plan(op, tensors, args, kwargs)
     if plan is None:
         plan = _make_plan(op, tensors, args, kwargs)
-        if all(type(size) is int for shape in shapes for size in shape):
+        if all(type(size) is int for t in tensors for size in t._spec.tensor_meta.shape):
+            _check_gradient(op, args, kwargs)
+            if len(_PLANS) >= _MAX_PLANS:
+                _PLANS.clear()
             _PLANS[key] = plan
     return plan
+
+
+def _check_gradient(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> None:
+    """Raise unless the gradient of ``op`` can be computed on DTensors: now, and not after the forward pass."""
+    if op in _DIFFERENTIABLE:
+        return
+    for called in operators_of_gradient(op, args, kwargs):
+        if called.namespace not in _NAMESPACES_OF_TORCH and not _has_rule(called):
+            raise ShardingError(
+                f"{op._name}: its gradient calls {called._name}, which has no sharding rule; give it one:\n"
+                f"  sharding_rule(...)(torch.ops.{called})"
+            )
+    _DIFFERENTIABLE.add(op)
+
+
+def _has_rule(op: torch._ops.OpOverload) -> bool:
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    registries = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")  # the second since torch 2.12
+    return op in RULES or any(op in getattr(propagator, name, ()) for name in registries)
 
 
 def _make_plan(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:

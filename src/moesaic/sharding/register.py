@@ -24,20 +24,25 @@ def sharding_rule(
     (the output is ``Partial``), ``k!`` stays whole, ``(b c)`` is cut between blocks only. Each axis of an n-D mesh
     takes its own choice. Forward and backward operators each need a rule of their own.
 
+    At its first call on DTensors the operator's gradient is traced without values, and an operator in it that has no
+    rule is an error there and then.
+
     A call whose placements the rule does not admit raises, naming the nearest admitted ones and the line of code that
     gets there; nothing is gathered silently.
 
     Args:
         lines: the rule; of several, the first whose patterns fit the shapes of a call speaks for it.
-        linear: tensor arguments that the operator is linear in: one that is ``Partial`` makes the outputs ``Partial``.
-            A tuple means jointly, as in ``x + y``.
+        linear: tensor arguments that the operator is linear in: one that is ``Partial`` makes the outputs ``Partial``,
+            sums and means alike. A tuple means jointly, as in ``x + y``.
+        preserves: for a reduction, tensor arguments ``x`` with ``f(max(x1, x2)) = max(f(x1), f(x2))``:
+            ``preserves={"max": ["x"]}`` passes ``Partial("max")`` through.
         sliced: tensor arguments that may arrive ``Replicate`` where a shard is wanted, and are cut locally. For
             gradients, whose placement autograd chooses.
-        redistribute: allow DTensor to redistribute arguments to the cheapest admitted placements.
+        redistribute: allow communication: bring arguments to the nearest admitted placements, which move least.
 
     Returns:
-        A decorator for a ``torch.library.custom_op``, an ``OpOverload`` or an ``OpOverloadPacket``; it returns the
-        operator unchanged.
+        A decorator for a ``torch.library.custom_op`` or ``triton_op``, an ``OpOverload`` (one of torch's own too, whose
+        rule it replaces) or an ``OpOverloadPacket``; it returns the operator unchanged.
 
     Raises:
         NotationError: a line does not parse; the message points at the character.
@@ -69,7 +74,9 @@ def sharding_rule(
 
 
 def _check_schema(op: torch._ops.OpOverload) -> None:
-    """Refuse what DTensor would get wrong at run time."""
+    """Refuse what would go wrong at run time."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
+        raise ValueError(f"{op} is made of other operators, and only those come to DTensor: give them the rules")
     if op._schema.is_mutable:
         raise ValueError(
             f"{op} mutates an argument; DTensor may mutate a redistributed copy instead: return a new tensor"

@@ -5,7 +5,7 @@ alike.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, combinations
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
@@ -61,7 +61,7 @@ class Rule:
         lines: alternatives; the first whose patterns fit the shapes of a call speaks for it.
         tensors: names of the tensor arguments, in order.
         linear: each entry, an argument or several jointly, passes ``Partial`` through to the outputs.
-        preserves: for a reduction such as ``"max"``, the arguments that pass ``Partial("max")`` through.
+        preserves: a reduction such as ``"max"``, and the arguments that pass ``Partial("max")`` through.
         sliced: arguments that may arrive ``Replicate`` where a shard is wanted: cut locally, without communication.
         redistribute: whether DTensor's collectives may bring arguments to the nearest admitted placements.
     """
@@ -69,7 +69,7 @@ class Rule:
     lines: tuple[Notation, ...]
     tensors: tuple[str, ...]
     linear: tuple[tuple[str, ...], ...] = ()
-    preserves: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    preserves: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     sliced: frozenset[str] = frozenset()
     redistribute: bool = False
 
@@ -92,7 +92,7 @@ class Rule:
         # A mean of results is the result of the mean, whatever else stays the same: any part of what is jointly linear.
         subsets = [s for names in entries for n in range(1, len(names) + 1) for s in combinations(names, n)]
         passes += [(names, "avg", "mean") for names in subsets]
-        passes += [(names, reduction, reduction) for reduction, joint in self.preserves.items() for names in joint]
+        passes += [(names, reduction, reduction) for reduction, joint in self.preserves for names in joint]
         return passes
 
     def _through(self, line: Notation, names: tuple[str, ...], reduction: str, verb: str) -> AxisRule:
@@ -134,12 +134,12 @@ def make_rule(
     for option, names in {"linear": linear, **preserves, "sliced": sliced}.items():
         if isinstance(names, str):
             raise ValueError(f"{option}: expected a list of names, got the string {names!r}; write [{names!r}]")
-    joint = {reduction: _joint(names) for reduction, names in preserves.items()}
+    preserved = tuple((reduction, _joint(names)) for reduction, names in preserves.items())
     linear = _joint(linear)
-    for name in (*chain.from_iterable(chain(linear, *joint.values())), *sliced):
+    for name in (*chain.from_iterable(chain(linear, *(names for _, names in preserved))), *sliced):
         if name not in tensors:
             raise ValueError(f"'{name}' is not a tensor argument of the operator: {', '.join(tensors)}")
-    return Rule(parsed, tuple(tensors), linear, joint, frozenset(sliced), redistribute)
+    return Rule(parsed, tuple(tensors), linear, preserved, frozenset(sliced), redistribute)
 
 
 def short(placement: Placement) -> str:

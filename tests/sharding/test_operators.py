@@ -1,0 +1,149 @@
+"""`sharding_rule` on every kind of operator, and gradients whose operators have no rule."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+import moesaic
+from moesaic.sharding.decide import RULES
+from moesaic.sharding.formula import operators_of_gradient
+from tests.sharding.problems import integers
+from tests.sharding.simulated import no_collectives, simulated_ranks, whole
+from tests.sharding.test_sharding_rule import MATMUL, define
+
+_numbers = itertools.count()
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def product(backward) -> torch.library.CustomOpDef:
+    """A matrix product, its gradient made of ``backward``."""
+    op = define("(Tensor x, Tensor w) -> Tensor", matmul)
+
+    def gradient(ctx, grad):
+        x, w = ctx.saved_tensors
+        return backward(grad, w.mT), backward(x.mT, grad)
+
+    op.register_autograd(gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return moesaic.sharding_rule(MATMUL, linear=["x", "w"])(op)
+
+
+@pytest.fixture
+def restored():
+    """Rules given to torch's own operators are taken back."""
+    rules = dict(RULES)
+    given = []
+    yield given.append
+    for op in given:
+        torch._library.simple_registry.singleton.find(op.name()).torch_dispatch_rules._data.pop(DTensor)
+    RULES.clear()
+    RULES.update(rules)
+
+
+@pytest.mark.parametrize("overload", ["mm.default", "add.Tensor"])
+def test_an_operator_of_torch(restored, overload):
+    packet, name = overload.split(".")
+    op = getattr(getattr(torch.ops.aten, packet), name)
+    restored(op)
+    line = MATMUL if packet == "mm" else "m n, m n -> m n"
+    moesaic.sharding_rule(line)(op)
+    x = integers(3, 3, seed=1)
+    with simulated_ranks(2) as ranks:
+        here, there = ranks.place(x, [Shard(0)]), ranks.place(x, [Shard(1)])
+        # torch's own rule would gather one of them.
+        with pytest.raises(moesaic.ShardingError, match=f"aten::{packet}.*no sharding rule admits"):
+            op(here, there)
+        with no_collectives():
+            y = op(there, here) if packet == "mm" else op(here, here)
+        assert torch.equal(whole(y), op(x, x))
+
+
+@pytest.mark.parametrize("op", [torch.ops.aten.matmul, torch.ops.aten.linear.default])
+def test_an_operator_that_decomposes(op):
+    with pytest.raises(ValueError, match="is made of other operators, and only those come to DTensor"):
+        moesaic.sharding_rule(MATMUL)(op)
+
+
+def test_a_triton_op():
+    @torch.library.triton_op(f"moesaic_test::triton{next(_numbers)}", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_fake(torch.empty_like)
+    double.register_autograd(lambda ctx, grad: grad * 2)
+    assert moesaic.sharding_rule("m n -> m n", linear=["x"])(double) is double
+    x = integers(3, 4, seed=1)
+    with simulated_ranks(2) as ranks:
+        placed = ranks.place(x, [Shard(1)]).requires_grad_()
+        y = double(placed)
+        assert y.placements == (Shard(1),)
+        assert torch.equal(whole(y), x * 2)
+        y.sum().backward()
+        assert torch.equal(whole(placed.grad), torch.full_like(x, 2))
+
+
+def test_what_a_gradient_calls():
+    backward = define("(Tensor x, Tensor w) -> Tensor", matmul)
+    op = product(backward)
+    args = (torch.zeros(2, 3), torch.zeros(3, 4))
+    called = operators_of_gradient(op._opoverload, args, {})
+    assert backward._opoverload in called
+    assert {o.namespace for o in called} == {"aten", "moesaic_test"}
+    assert operators_of_gradient(backward._opoverload, args, {}) == ()
+
+
+def test_a_gradient_without_a_rule_is_refused_in_the_forward_pass():
+    backward = define("(Tensor x, Tensor w) -> Tensor", matmul)
+    op = product(backward)
+    x, w = integers(4, 3, seed=1), integers(3, 6, seed=2)
+    name = backward._opoverload._name
+    with simulated_ranks(2) as ranks:
+        placed = [ranks.place(x, [Replicate()]).requires_grad_(), ranks.place(w, [Shard(1)]).requires_grad_()]
+        for _ in range(2):
+            with pytest.raises(moesaic.ShardingError, match=f"its gradient calls {name}, which has no sharding rule"):
+                op(*placed)
+        moesaic.sharding_rule(MATMUL, linear=["x", "w"], sliced=["x", "w"])(backward)
+        op(*placed).sum().backward()
+        ones = torch.ones(4, 6).double()
+        assert torch.equal(whole(placed[0].grad), ones @ w.mT)
+        assert torch.equal(whole(placed[1].grad), x.mT @ ones)
+
+
+def test_a_gradient_with_a_rule_of_another_kind():
+    backward = define("(Tensor x, Tensor w) -> Tensor", matmul)
+    op = product(backward)
+
+    @register_sharding(backward._opoverload)
+    def rule(x, w):
+        return [([Replicate()], [Replicate(), Replicate()])]
+
+    with simulated_ranks(2) as ranks:
+        x = ranks.place(integers(4, 3, seed=1), [Replicate()])
+        assert op(x, ranks.place(integers(3, 6, seed=2), [Replicate()])).shape == (4, 6)
+
+
+def test_a_gradient_that_needs_values_is_left_to_backward():
+    op = define("(Tensor x) -> Tensor", lambda x: x.clone())
+
+    def gradient(ctx, grad):
+        return grad * float(grad.max())
+
+    op.register_autograd(gradient)
+    moesaic.sharding_rule("m -> m")(op)
+    x = integers(4, seed=1)
+    with simulated_ranks(2) as ranks:
+        assert torch.equal(whole(op(ranks.place(x, [Shard(0)]))), x)
+
+
+def test_the_advice_where_cutting_is_enough():
+    op = moesaic.sharding_rule(MATMUL)(define("(Tensor x, Tensor w) -> Tensor", matmul))
+    with simulated_ranks(2) as ranks:
+        x, w = ranks.place(integers(4, 3, seed=1), [Replicate()]), ranks.place(integers(3, 6, seed=2), [Shard(0)])
+        with pytest.raises(moesaic.ShardingError, match=r"sharding_rule\(..., sliced=\['x'\]\) allows it"):
+            op(x, w)
