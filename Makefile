@@ -16,10 +16,10 @@ THREADS := $(shell t=$$(( $(CORES) / $(NPROC) )); [ $$t -ge 1 ] && echo $$t || e
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint format bench clean
+.PHONY: help setup train test test-torch lint format bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last: an interrupted or failed install leaves none, so the next call repairs it.
 # The build back end is installed first and used without isolation, so that its version is pinned as well.
@@ -39,6 +39,15 @@ train: $(STAMP) ## train on NPROC=4 processes; options: LAYOUT='--tp 2 --ep 2 --
 test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 	$(BIN)/python -m pytest $(ARGS)
 
+# The pins of constraints.txt go with the pinned torch, and what another torch warns of is its own affair.
+TORCH ?= 2.15.0
+OTHER := .venv-torch-$(TORCH)
+test-torch: ## run the tests that depend on torch's version with TORCH=2.15.0 (a download of gigabytes)
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH)' -e '.[test]'
+	@$(OTHER)/bin/python -c 'import torch; print("torch", torch.__version__)'
+	$(OTHER)/bin/python -m pytest -W default $(or $(ARGS),tests/ops tests/sharding)
+
 lint: $(STAMP) ## style, format, types and import contracts; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,5 +62,5 @@ bench: $(STAMP) ## run every benchmark; each prints one table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 clean: ## delete .venv and every cache; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
