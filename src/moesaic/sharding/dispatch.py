@@ -24,7 +24,6 @@ from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import RULES, decide, is_tensor
 from moesaic.sharding.formula import operators_of_gradient
 
-_PLANS: dict[Any, "_Plan"] = {}
 _MAX_PLANS = 8192
 _NAMESPACES_OF_TORCH = ("aten", "prims", "prim", "_c10d_functional", "c10d")
 # Operators whose gradient is known to call nothing but operators with a rule.
@@ -46,56 +45,63 @@ class _Plan:
     here: bool
 
 
-@dataclass(frozen=True)
-class _Signature:
-    """Where an operator's tensor arguments stand, and the others, which are part of what a decision is kept by."""
-
-    op: torch._ops.OpOverload
-    tensors: tuple[int, ...]
-    others: tuple[int, ...]
-    keywords: tuple[str, ...]
-
-
 def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
     """Let DTensor run ``op`` by the rule it has in the registry."""
     arguments = op._schema.arguments
     positional = [i for i, a in enumerate(arguments) if not a.kwarg_only]
-    signature = _Signature(
-        op,
-        tuple(i for i in positional if is_tensor(arguments[i].type)),
-        tuple(i for i in positional if not is_tensor(arguments[i].type)),
-        tuple(a.name for a in arguments if is_tensor(a.type)),
-    )
+    tensors = [i for i in positional if is_tensor(arguments[i].type)]
+    others = [i for i in positional if not is_tensor(arguments[i].type)]
+    names = [a.name for a in arguments if is_tensor(a.type)]
+    plans: dict[Any, _Plan] = {}
 
     def run(cls: type, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        return _run(signature, args, kwargs or {})
+        given = len(args)
+        slots: list[Any] = [i for i in tensors if i < given and args[i] is not None]
+        values = [args[i] for i in slots]
+        if kwargs:
+            keywords = [name for name in names if kwargs.get(name) is not None]
+            slots += keywords
+            values += [kwargs[name] for name in keywords]
+        for value in values:
+            if not isinstance(value, DTensor):
+                values = _replicate_scalars(op, slots, values)
+                break
+        key = (*slots, *[value._spec for value in values], *[args[i] for i in others if i < given])
+        if kwargs:
+            key = (*key, *[(name, value) for name, value in kwargs.items() if name not in slots])
+        try:
+            plan = plans.get(key)
+        except TypeError:  # a list among the arguments, or a symbol
+            plan = _make_plan(op, values, args, kwargs or {})
+        if plan is None:
+            plan = _make_plan(op, values, args, kwargs or {})
+            _keep(plans, key, plan, values)
+        return _call(op, plan, slots, values, args, kwargs)
 
     torch.library.register_torch_dispatch(op.name(), DTensor, run)
 
 
-def _run(signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    op, given = signature.op, len(args)
-    slots: list[int | str] = [i for i in signature.tensors if i < given and args[i] is not None]
-    if kwargs:
-        slots += [name for name in signature.keywords if kwargs.get(name) is not None]
-    tensors = [args[slot] if isinstance(slot, int) else kwargs[slot] for slot in slots]
-    for t in tensors:
-        if not isinstance(t, DTensor):
-            tensors = _replicate_scalars(op, slots, tensors)
-            break
-    key: list[Any] = [op, *slots]
-    for t in tensors:
-        spec = t._spec
-        key += (spec.mesh, spec.placements, spec.tensor_meta.shape)
-    key += [args[i] for i in signature.others if i < given]
-    if kwargs:
-        key += [pair for pair in kwargs.items() if pair[0] not in slots]
-    plan = _plan(tuple(key), op, tensors, args, kwargs)
+def _keep(plans: dict[Any, _Plan], key: Any, plan: _Plan, tensors: Sequence[Any]) -> None:
+    if any(type(size) is not int for t in tensors for size in t._spec.tensor_meta.shape):
+        return
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def _call(
+    op: torch._ops.OpOverload,
+    plan: _Plan,
+    slots: Sequence[Any],
+    tensors: Sequence[Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None,
+) -> Any:
+    """The operator on local tensors."""
     locals_ = [t._local_tensor for t in tensors]
     for i, target in plan.changes:
         locals_[i] = redistribute_local_tensor(locals_[i], tensors[i]._spec, target)
-    local_args: list[Any] = list(args)
-    local_kwargs = dict(kwargs)
+    local_args, local_kwargs = list(args), dict(kwargs or ())
     for slot, local in zip(slots, locals_, strict=True):
         if isinstance(slot, int):
             local_args[slot] = local
@@ -103,8 +109,13 @@ def _run(signature: _Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             local_kwargs[slot] = local
     results = op(*local_args, **local_kwargs) if plan.here else _nothing(plan, locals_[0].device)
     if isinstance(results, Tensor):
-        return DTensor(results, plan.outputs[0], requires_grad=False)
-    return tuple(DTensor(r, spec, requires_grad=False) for r, spec in zip(results, plan.outputs, strict=True))
+        return _wrap(results, plan.outputs[0])
+    return tuple(_wrap(r, spec) for r, spec in zip(results, plan.outputs, strict=True))
+
+
+def _wrap(local: Tensor, spec: DTensorSpec) -> DTensor:
+    # Without __init__, which does nothing but take as long as all of this.
+    return DTensor.__new__(DTensor, local, spec, requires_grad=False)
 
 
 def _nothing(plan: _Plan, device: torch.device) -> Any:
@@ -131,25 +142,9 @@ def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], te
                     "If every rank has a part of it, say which with the placements."
                 )
             spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=TensorMeta(t.shape, t.stride(), t.dtype))
-            t = DTensor(t, spec, requires_grad=False)
+            t = _wrap(t, spec)
         replicated.append(t)
     return replicated
-
-
-def _plan(key: Any, op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:
-    """Looked up, or made and kept. Sizes that are symbols while compiling are not kept."""
-    try:
-        plan = _PLANS.get(key)
-    except TypeError:  # a list among the arguments, or a symbol
-        return _make_plan(op, tensors, args, kwargs)
-    if plan is None:
-        plan = _make_plan(op, tensors, args, kwargs)
-        if all(type(size) is int for t in tensors for size in t._spec.tensor_meta.shape):
-            _check_gradient(op, args, kwargs)
-            if len(_PLANS) >= _MAX_PLANS:
-                _PLANS.clear()
-            _PLANS[key] = plan
-    return plan
 
 
 def _check_gradient(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> None:
@@ -173,6 +168,8 @@ def _has_rule(op: torch._ops.OpOverload) -> bool:
 
 def _make_plan(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:
     mesh = _common_mesh(op, tensors)
+    if all(type(size) is int for t in tensors for size in t._spec.tensor_meta.shape):
+        _check_gradient(op, args, kwargs)
     names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
     given = [tuple(t._spec.placements) for t in tensors]
     decision = decide(op, args, given, dict(zip(names, mesh.shape, strict=True)), kwargs)
