@@ -15,7 +15,7 @@ from moesaic.ops import combine, permute, sort_by_expert
 
 
 # 1. The operators: your kernels, and one line each. Rows are in blocks, and each block has experts of its own.
-@moesaic.sharding_rule("(b c) k, (b g) k n, b g -> (b c) n", linear=["x", "w"], sliced=["x"])
+@moesaic.sharding_rule("(b c) k, (b g) k n, b g -> (b c) n", linear=["x", "w"], redistribute=["x"])
 @torch.library.custom_op("example::grouped_gemm", mutates_args=())
 def grouped_gemm(x: Tensor, w: Tensor, sizes: Tensor) -> Tensor:
     y = x.new_zeros(x.shape[0], w.shape[2])
@@ -24,7 +24,7 @@ def grouped_gemm(x: Tensor, w: Tensor, sizes: Tensor) -> Tensor:
     return y
 
 
-@moesaic.sharding_rule("(b c) k, (b c) n, b g, ~(b g) k n -> (b g) k n", linear=["x", "grad"], sliced=["grad"])
+@moesaic.sharding_rule("(b c) k, (b c) n, b g, ~(b g) k n -> (b g) k n", linear=["x", "grad"], redistribute=["grad"])
 @torch.library.custom_op("example::grouped_gemm_weight_grad", mutates_args=())
 def weight_grad(x: Tensor, grad: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
     return torch.stack([x[rows].mT @ grad[rows] for rows in groups(x, sizes)])
