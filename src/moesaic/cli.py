@@ -1,6 +1,7 @@
-"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher.
+"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; `moesaic prove ...`.
 
-Exit status: 0 done, also after a signal that was answered by saving; 1 training failed; 2 the call cannot work.
+Exit status: 0 done, also after a signal that was answered by saving; 1 training or a proof failed; 2 the call cannot
+work.
 Commands import what they need when they run, so that help is quick.
 """
 
@@ -92,6 +93,13 @@ def _parse_train(arguments: Sequence[str], leader: bool):
     return config
 
 
+def _prove(arguments: Sequence[str]) -> int:
+    from moesaic.sharding.proof.command import run
+
+    return run(arguments)
+
+
 COMMANDS = {
+    "prove": Command("prove the sharding rule of an operator on simulated ranks", _prove),
     "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
 }
