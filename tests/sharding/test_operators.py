@@ -11,7 +11,7 @@ from torch.distributed.tensor.experimental import register_sharding
 import moesaic
 from moesaic.sharding.formula import operators_of_gradient
 from tests.sharding.problems import integers
-from tests.sharding.simulated import no_collectives, simulated_ranks, whole
+from tests.sharding.simulated import simulated_ranks, whole
 from tests.sharding.test_sharding_rule import MATMUL, define
 
 _numbers = itertools.count()
