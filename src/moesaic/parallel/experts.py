@@ -4,6 +4,7 @@ Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs th
 the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,21 +14,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import local_map
 
-from moesaic.layers import GroupedExperts, MoE
+from moesaic.layers import GroupedExperts, MoE, MoEConfig
 from moesaic.parallel.dispatch import MeshDispatcher
+from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import COLUMN, RESULTS, ROW, ROW_GRADS, ROWS, WEIGHTS
 
 ExpertsWay = Literal["dtensor", "local"]
 
 
-def check_experts(name: str, moe: MoE, *, ep: int, etp: int) -> None:
-    """Raise ``ValueError`` unless the experts of a layer can be laid over ``ep`` x ``etp`` ranks."""
-    E, F = moe.config.num_experts, moe.config.hidden_dim
-    if E % ep:
-        legal = [n for n in range(1, E + 1) if E % n == 0]
-        raise ValueError(f"ep: {ep} does not divide the {E} experts of '{name}'; choose one of {legal}")
-    if etp > F:
-        raise ValueError(f"etp: {etp} ranks cannot share a hidden dim of {F} in '{name}'; choose at most {F}")
+def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
+    """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
+    for axis in ("ep", "etp"):
+        if problem := _problem(moe.config, layout, axis):
+            ranks = layout.edp * getattr(layout, axis)  # edp gives what the axis takes
+            others = {n: replace(layout, **{axis: n, "edp": ranks // n}) for n in range(1, ranks + 1) if ranks % n == 0}
+            legal = [n for n, other in others.items() if not _problem(moe.config, other, axis)]
+            raise ValueError(f"{axis}: {problem}; for '{name}' choose one of {legal}")
+
+
+def _problem(config: MoEConfig, layout: MeshLayout, axis: str) -> str | None:
+    """Why experts cannot be laid over an axis, if so."""
+    E, F, D = config.num_experts, config.hidden_dim, config.dim
+    ranks, size, what = (layout.ep, E, "experts") if axis == "ep" else (layout.etp, F, "hidden dims")
+    if ranks > size:
+        return f"{ranks} ranks cannot share {size} {what}"
+    if layout.edp > 1 and size <= -(-size // ranks) * (ranks - 1):
+        return f"the last of {ranks} ranks would have none of {size} {what}, which FSDP over edp {layout.edp} refuses"
+    if axis == "ep" and size % ranks and D % layout.edp:
+        return (
+            f"{ranks} does not divide {size} experts, so FSDP cuts the dim {D}, which edp {layout.edp} does not divide"
+        )
+    return None
 
 
 def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
@@ -44,8 +61,14 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
+    inner = experts.compute
+
+    def on_local(x: Tensor, group_sizes: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        # Of all ranks' groups there are as many; the last ranks may have fewer experts, and no rows for the others.
+        return inner(x, group_sizes[:, : w1.shape[0]], w1, w3, w2)
+
     function: Any = local_map(
-        experts.compute,
+        on_local,
         out_placements=(RESULTS,),
         in_placements=(ROWS, ROWS, COLUMN, COLUMN, ROW),
         in_grad_placements=(ROW_GRADS, ROWS, COLUMN, COLUMN, ROW),
