@@ -4,7 +4,6 @@ Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs th
 the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import local_map
 
-from moesaic.layers import GroupedExperts, MoE, MoEConfig
+from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.dispatch import MeshDispatcher
+from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import COLUMN, RESULTS, ROW, ROW_GRADS, ROWS, WEIGHTS
 
@@ -24,27 +24,8 @@ ExpertsWay = Literal["dtensor", "local"]
 
 def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
     """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
-    for axis in ("ep", "etp"):
-        if problem := _problem(moe.config, layout, axis):
-            ranks = layout.edp * getattr(layout, axis)  # edp gives what the axis takes
-            others = {n: replace(layout, **{axis: n, "edp": ranks // n}) for n in range(1, ranks + 1) if ranks % n == 0}
-            legal = [n for n, other in others.items() if not _problem(moe.config, other, axis)]
-            raise ValueError(f"{axis}: {problem}; for '{name}' choose one of {legal}")
-
-
-def _problem(config: MoEConfig, layout: MeshLayout, axis: str) -> str | None:
-    """Why experts cannot be laid over an axis, if so."""
-    E, F, D = config.num_experts, config.hidden_dim, config.dim
-    ranks, size, what = (layout.ep, E, "experts") if axis == "ep" else (layout.etp, F, "hidden dims")
-    if ranks > size:
-        return f"{ranks} ranks cannot share {size} {what}"
-    if layout.edp > 1 and size <= -(-size // ranks) * (ranks - 1):
-        return f"the last of {ranks} ranks would have none of {size} {what}, which FSDP over edp {layout.edp} refuses"
-    if axis == "ep" and size % ranks and D % layout.edp:
-        return (
-            f"{ranks} does not divide {size} experts, so FSDP cuts the dim {D}, which edp {layout.edp} does not divide"
-        )
-    return None
+    if misfit := expert_misfit(moe.config.num_experts, moe.config.hidden_dim, moe.config.dim, layout):
+        raise ValueError(f"{misfit.axis}: {misfit.problem}; for '{name}' choose one of {misfit.legal}")
 
 
 def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
