@@ -48,8 +48,9 @@ class Trial:
         return 4 * max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0) ** 0.75
 
     def atol(self, expected: Tensor, parts: Sequence[Tensor]) -> float:
-        """How far a result may be off that is put together from the parts; they may be large where it is small."""
-        return self.tolerance * max(map(_scale, (expected, *parts)))
+        """How far a result may be off that is put together from the parts: they may be larger, but not by much."""
+        scale = _scale(expected)
+        return self.tolerance * min(max(map(_scale, (expected, *parts))), 4 * scale)
 
     @cached_property
     def is_telling(self) -> list[bool]:
