@@ -11,9 +11,6 @@ PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "co
 
 # Right, and not admitted: by operator, why, and which placements of inputs and results. Nothing else may be missing.
 DELIBERATE = {
-    "weight_grad": {
-        "a weight lies as its gradient does": lambda x, grad, sizes, w, out: w != out,
-    },
     "permute": {
         "positions are not read, but the gradient reads them": lambda x, slots, positions, *_: positions != "R",
         "rows in shards, of which the gradient needs all": lambda x, slots, *_: slots == "S(0)",
