@@ -105,16 +105,19 @@ def test_an_example_that_the_operator_refuses_is_noted():
     assert [n for n in report.notes if n.startswith("not tried, as the operator refuses it: ") and "even" in n]
 
 
-def test_an_operator_that_takes_no_float64():
-    def half(x: Tensor, w: Tensor) -> Tensor:
-        torch._check(x.dtype == torch.bfloat16, lambda: "bfloat16 only")
-        return x @ w
+def test_numbers_that_are_all_the_same():
+    def rows(x: Tensor, ids: Tensor) -> Tensor:
+        return x[ids]
 
-    op = ruled(TWO, half, "m k, k n -> m n", linear=["x", "w"])
-    report = moesaic.prove(op, x.bfloat16(), w.bfloat16())
-    assert report.ok, f"{report}"
-    assert report.complete, f"{report}"
-    assert "the operator takes no float64: compared with the tolerance of its own dtype" in report.notes
+    op = ruled("(Tensor x, Tensor ids) -> Tensor", rows, "m! d, r -> r d", linear=["x"])
+    same, distinct = torch.tensor([3, 3, 3]), torch.tensor([0, 3, 2])
+    with pytest.raises(ValueError, match="ids is constant: a wrong rule might pass. Give distinct .* in also="):
+        moesaic.prove(op, x, same)
+    options = {"axes": (2,), "meshes": [], "backward": False}
+    assert moesaic.prove(op, x, distinct, also=[(x, same)], **options).ok
+    assert moesaic.prove(op, x, same[:1], **options).ok
+    shape = ruled(TWO, planted.totals_of_blocks, "(b c) k, ~b -> b k", linear=["x"])
+    assert moesaic.prove(shape, x, same, **options).ok
 
 
 def test_integers_and_bools_are_exact():

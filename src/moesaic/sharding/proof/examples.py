@@ -24,12 +24,14 @@ class Example:
     Attributes:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
+        whole: whether its floating values are small whole numbers.
     """
 
     op: Op
     args: tuple[Any, ...]
     line: Notation | None = None
     narrowed: bool = False
+    whole: bool = False
 
     @property
     def positions(self) -> list[int]:
@@ -90,6 +92,22 @@ def check_inputs(op: Op, args: Sequence[Any]) -> None:
             raise ValueError(f"{name} {problem}: a wrong rule might pass. Give random values, as of torch.randn")
 
 
+def check_numbers(example: Example) -> None:
+    """Refuse integers that are all the same, such as equal sizes of groups: each rank's part is like any other.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    assert example.line is not None
+    for name, t, pattern in zip(example.names, example.tensors, example.line.inputs, strict=True):
+        read = not (t.is_floating_point() or t.is_complex() or pattern.shape_only)
+        if read and t.numel() > 1 and bool((t == t.flatten()[0]).all()):
+            raise ValueError(
+                f"{example.op._name}: {name} is constant: a wrong rule might pass. Give distinct values first, and "
+                "constant ones, such as groups that are all empty, in also="
+            )
+
+
 def _degenerate(t: Tensor) -> str | None:
     if t.numel() < 2:
         return None
@@ -104,18 +122,6 @@ def _degenerate(t: Tensor) -> str | None:
         if t.shape[i] == t.shape[j] > 1 and torch.equal(t, t.transpose(i, j)):
             return f"is symmetric in dims {i} and {j}"
     return None
-
-
-def in_float64(example: Example) -> Example:
-    """The same call in float64, so that rounding is no excuse, if the operator takes that; else the call as it is."""
-    wide = [t.double() if t.is_floating_point() else t for t in example.tensors]
-    try:
-        # The fake kernel may be choosier than the real one, and DTensor calls it.
-        for tensors in ([t.to("meta") for t in wide], wide):
-            example.run(tensors)
-    except Exception:
-        return example
-    return replace(example, args=example.arguments(wide))
 
 
 def with_line(example: Example, rule: Rule | None) -> Example:
