@@ -9,10 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moesaic.sharding.decide import RULES, overload_of
+from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.formula import operators_of_gradient
 from moesaic.sharding.proof.deciders import decider_of
-from moesaic.sharding.proof.examples import Example, check_inputs, check_numbers, check_op, variants, with_line
+from moesaic.sharding.proof.examples import (
+    Example,
+    check_fake,
+    check_inputs,
+    check_numbers,
+    check_op,
+    first_line,
+    variants,
+    with_line,
+)
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.placing import same
 from moesaic.sharding.proof.precision import precise
@@ -56,7 +65,7 @@ def prove(
             half types only, or rounds to them, small whole numbers are drawn in their place, which are exact.
         also: further examples.
         axes: sizes of meshes of one axis.
-        meshes: shapes of larger meshes.
+        meshes: shapes of larger meshes, of at most three axes.
         backward: whether to compare gradients. That needs a process group of its own (nothing is communicated).
         on_progress: is told what is being looked at.
 
@@ -65,8 +74,9 @@ def prove(
 
     Raises:
         TypeError: ``op`` is no operator.
-        ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor; an operator
-            that mutates its arguments or is random; or, with ``backward``, a process group that is initialised.
+        ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor, or that no line
+            of the rule fits; an operator that mutates its arguments, is random, has no fake kernel or needs a tensor by
+            keyword; or, with ``backward``, a process group that is initialised.
 
     Example:
         >>> report = moesaic.prove(my_mm, torch.randn(13, 12), torch.randn(12, 14))
@@ -82,10 +92,13 @@ def prove(
     meshes = [*((n,) for n in axes), *map(tuple, meshes)]
     if not axes or any(n < 2 for mesh in meshes for n in mesh):
         raise ValueError(f"axes, meshes: each needs an axis, and each axis two ranks at least; got {meshes}")
+    if most := [mesh for mesh in meshes if len(mesh) > len(_AXES)]:
+        raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
     with _one_thread(), _poisoned():
         examples = [_example(report, op, args) for args in (example_inputs, *also)]
         check_numbers(examples[0])
+        _note_what_no_example_has(report, examples)
         for of_form in _by_form(report, examples):
             _prove_form(report, of_form, backward, on_progress or (lambda text: None))
     return report
@@ -122,12 +135,26 @@ def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
         given.run()
     except Exception as error:
         raise ValueError(f"{op._name} refuses the inputs: {error}") from error
+    check_fake(given)
     if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
         raise ValueError(f"{op._name} gives other results on the same inputs: nothing can be proved of it")
     example, note = precise(given)
     if note:
         report.note(note)
     return with_line(example, RULES.get(op))
+
+
+def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
+    """Tensor arguments that are not given, and lines of the rule that speak for none of the examples."""
+    op = examples[0].op
+    given = {position for example in examples for position in example.positions}
+    for i, argument in enumerate(op._schema.arguments):
+        if is_tensor(argument.type) and i not in given:
+            report.note(f"no example gives {argument.name}: nothing was tried with it")
+    reached = {example.line.text for example in examples if example.line}
+    for line in RULES[op].lines if op in RULES else ():
+        if line.text not in reached:
+            report.note(f"no example reaches the line '{line}': nothing was tried of it")
 
 
 def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]:
@@ -139,7 +166,7 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]
                 variant.run()
             except Exception as error:
                 shapes = ", ".join(str(list(shape)) for shape in variant.shapes)
-                report.note(f"not tried, as the operator refuses it: {shapes}: {str(error).splitlines()[0]}")
+                report.note(f"not tried, as the operator refuses it: {shapes}: {first_line(error)}")
                 continue
             text = example.line.text if example.line else ""
             form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
