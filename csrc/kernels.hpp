@@ -1,0 +1,48 @@
+// The table of one instruction set. Included once in each of the files that are compiled for one.
+#pragma once
+
+#include "problem.hpp"
+// These need the instruction set's own vector file before them.
+#include "tile.hpp"
+#include "pack.hpp"
+#include "product.hpp"
+#include "gradient.hpp"
+
+namespace moesaic::MOESAIC_ISA {
+
+template <class Kind>
+static double spin(int64_t rounds) {
+  constexpr int kChains = kHeight * kVectors;
+  Reg sum[kChains];
+  for (auto &s : sum) s = zero();
+  Reg a = zero(), b = zero();
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+v"(a), "+v"(b));  // else the loop would be computed at once
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) sum[c] = Kind::fma(sum[c], a, b);
+  }
+  for (int c = 0; c < kChains; ++c) asm volatile("" ::"v"(sum[c]));
+  return 2.0 * static_cast<double>(rounds) * kChains * kLanes * Kind::kStep;
+}
+
+constexpr int64_t kProductScratch = (kInnerWords + kProductRows) * kPanelBytes;
+constexpr int64_t kGradientScratch =
+    kGradientWords * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
+
+template <class Kind>
+constexpr Kernels table() {
+  return {kPanel,
+          kHeight,
+          Kind::kStep,
+          Kind::kWidens,
+          kProductScratch > kGradientScratch ? kProductScratch : kGradientScratch,
+          product<Kind>,
+          gradient<Kind>,
+          words_of_row<Kind>,
+          spin<Kind>};
+}
+
+const Kernels f32 = table<F32>();
+const Kernels bf16 = table<BF16>();
+
+}  // namespace moesaic::MOESAIC_ISA
