@@ -64,28 +64,41 @@ bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vecto
   return true;
 }
 
+// How a product is cut. The order of a sum, and with it the bits of the result, follows from the size of the group alone;
+// where tasks begin also from the number of threads.
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
-                                       int64_t columns, int64_t panel, int threads) {
+                                       int64_t columns, int64_t panel, bool rows_adjacent, int threads) {
   const int64_t panels = ceil_div(columns, panel);
-  int64_t most = kProductRows;
+  int64_t most_rows = kProductRows, most_panels = kWidePanels;
+  auto is_wide = [&](const Group &g) { return rows_adjacent && g.rows <= kWideRows; };
   auto count = [&] {
     int64_t n = 0;
-    for (const Group &g : groups) n += ceil_div(g.rows, most) * panels;
+    for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * (is_wide(g) ? ceil_div(panels, most_panels) : panels);
     return n;
   };
-  while (threads > 1 && most >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) most /= 2;
+  while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
+    if (most_panels > 1) {
+      most_panels /= 2;
+    } else {
+      most_rows /= 2;
+    }
+  }
   std::vector<ProductTask> tasks;
   tasks.reserve(count() + padding.size());
   for (const Group &g : groups) {
-    const int64_t parts = ceil_div(g.rows, most);
+    const int64_t parts = ceil_div(g.rows, most_rows);
+    const int64_t width = (is_wide(g) ? most_panels : 1) * panel;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
-      for (int64_t p = 0; p < panels; ++p) tasks.push_back({g.first_row + begin, end - begin, g.matrix, p * panel});
+      for (int64_t c = 0; c < columns; c += width) {
+        tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(width, columns - c),
+                         is_wide(g) ? kWideWords : kInnerWords});
+      }
     }
   }
   for (const Group &g : padding) {
     for (int64_t r = 0; r < g.rows; r += kProductRows) {
-      tasks.push_back({g.first_row + r, std::min(kProductRows, g.rows - r), -1, 0});
+      tasks.push_back({g.first_row + r, std::min(kProductRows, g.rows - r), -1, 0, columns, 0});
     }
   }
   return tasks;
@@ -161,7 +174,7 @@ int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_mat
       x = {copy.get(), words, 1};
     }
   }
-  const auto tasks = product_tasks(filled, padding, columns, k.panel, threads);
+  const auto tasks = product_tasks(filled, padding, columns, k.panel, w.column_stride == 1, threads);
   const Product problem{x, w, w_stride, y, inner, columns, y_dtype, tasks.data(), static_cast<int64_t>(tasks.size())};
   return run(k.product, problem, k.scratch_bytes, threads);
 }

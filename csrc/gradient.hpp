@@ -26,7 +26,7 @@ static void gradient_tile(const Gradient &g, const GradientTask &t, char *packed
   Ahead nothing;
   Tile tile;
   tile.row_step = x_stride;
-  tile.ahead = &nothing;
+  tile.ahead = tile.ahead_rows = &nothing;
   for (int64_t first = 0; first < num_rows; first += kRows) {
     const int64_t n = least(kRows, num_rows - first);
     tile.words = ceil_div(n, Kind::kStep);

@@ -25,7 +25,8 @@ static double spin(int64_t rounds) {
   return 2.0 * static_cast<double>(rounds) * kChains * kLanes * Kind::kStep;
 }
 
-constexpr int64_t kProductScratch = (kInnerWords + kProductRows) * kPanelBytes;
+constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
+constexpr int64_t kProductScratch = (kInnerWords + kProductSums) * kPanelBytes;
 constexpr int64_t kGradientScratch =
     kGradientWords * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
 

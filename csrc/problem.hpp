@@ -8,11 +8,12 @@
 
 namespace moesaic {
 
-// A task of the product: rows that meet one matrix, and one panel of columns. Without a matrix, rows to set to zero.
+// A task of the product: rows that meet one matrix, and some of its columns. Without a matrix, rows to set to zero.
 struct ProductTask {
   int64_t first_row, rows;
   int64_t matrix;
-  int64_t column;
+  int64_t column, columns;
+  int64_t block_words;  // words of the summed dim at a time
 };
 
 // A task of the weight gradient: a tile of one matrix.
@@ -71,7 +72,10 @@ struct Kernels {
 
 // Limits that the task lists keep, and that scratch memory is laid out for.
 constexpr int64_t kInnerWords = 512;     // words of the summed dim in a packed panel
-constexpr int64_t kProductRows = 768;    // rows of a product task
+constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
+constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
+constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
+constexpr int64_t kWideWords = 96;
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 256;
 constexpr int64_t kGradientWords = 256;

@@ -13,14 +13,14 @@ struct Block {
 };
 
 template <class Kind>
-INLINE int64_t num_blocks(int64_t inner) {
-  return ceil_div(inner, kInnerWords * Kind::kStep);
+INLINE int64_t num_blocks(const Product &p, const ProductTask &t) {
+  return ceil_div(p.inner, t.block_words * Kind::kStep);
 }
 
 template <class Kind>
-INLINE Block block(int64_t i, int64_t inner) {
-  const int64_t first = i * kInnerWords * Kind::kStep;
-  return {first, least(kInnerWords * Kind::kStep, inner - first)};
+INLINE Block block(const Product &p, const ProductTask &t, int64_t i) {
+  const int64_t count = t.block_words * Kind::kStep, first = i * count;
+  return {first, least(count, p.inner - first)};
 }
 
 template <class Kind>
@@ -34,12 +34,12 @@ INLINE bool takes_dots(const Product &p, const ProductTask &t) {
 }
 
 template <class Kind>
-static Ahead panel_region(const Product &p, const ProductTask &t, int64_t index) {
+static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index) {
   if (t.matrix < 0 || takes_dots(p, t)) return {};
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
   const moesaic_matrix w = weight<Kind>(p, t.matrix);
-  const Block b = block<Kind>(index, p.inner);
-  const int64_t width = least<int64_t>(kPanel, p.columns - t.column);
+  const Block b = block<Kind>(p, t, index);
+  const int64_t width = t.columns;
   const void *start = element<Kind>(w, b.first, t.column);
   if (w.column_stride == 1) return Ahead::region(start, b.count, width * kSize, w.row_stride * kSize);
   if (w.row_stride == 1) return Ahead::region(start, width, b.count * kSize, w.column_stride * kSize);
@@ -51,7 +51,7 @@ static void dots(const Product &p, const ProductTask &t) {
   constexpr int kAtOnce = 4;
   const moesaic_matrix w = weight<Kind>(p, t.matrix);
   const int64_t words = ceil_div(p.inner, Kind::kStep);
-  const int64_t width = least<int64_t>(kPanel, p.columns - t.column);
+  const int64_t width = t.columns;  // one panel
   const char *x = static_cast<const char *>(p.x.data) + t.first_row * p.x.row_stride * kWord;
   float sums[ROWS][kPanel];
   for (int64_t c = 0; c < width; c += kAtOnce) {
@@ -93,44 +93,43 @@ static void dots(const Product &p, const ProductTask &t) {
   }
 }
 
-// One block of the summed dim: leaves the panel in `packed` where more than one tile needs it.
 template <class Kind>
-static void product_block(const Product &p, const ProductTask &t, int64_t index, Ahead ahead, char *packed,
-                          float *sums) {
+INLINE const char *words_of_x(const Product &p, int64_t row, int64_t k) {
+  return static_cast<const char *>(p.x.data) + (row * p.x.row_stride + k / Kind::kStep) * kWord;
+}
+
+// One panel and block of the summed dim: leaves the panel in `packed` where more than one tile needs it.
+template <class Kind>
+static void multiply_panel(const Product &p, const ProductTask &t, int64_t column, const Block &b, Tile &tile,
+                           char *packed, float *sums) {
   const int64_t y_size = p.y_dtype == MOESAIC_BF16 ? 2 : 4;
   const moesaic_matrix w = weight<Kind>(p, t.matrix);
-  const Block b = block<Kind>(index, p.inner);
-  const int64_t width = least<int64_t>(kPanel, p.columns - t.column);
+  const int64_t width = least<int64_t>(kPanel, t.column + t.columns - column);
   const Strips strips(t.rows);
-
-  Tile tile;
-  tile.row_step = kWord;
-  tile.words = ceil_div(b.count, Kind::kStep);
-  tile.packed = packed;
-  tile.panel_stride = w.row_stride;
-  tile.ahead = &ahead;
-  ahead.spread(strips.count * (tile.words / kUnroll));
-  tile.result = {sums, index == 0, index + 1 == num_blocks<Kind>(p.inner), nullptr, p.columns * y_size, width,
-                 p.y_dtype == MOESAIC_BF16, false};
-
+  tile.result.columns = width;
   const bool in_place = w.column_stride == 1 && width == kPanel && b.count % Kind::kStep == 0;
   if (!in_place) {
     if (w.row_stride == 1 && w.column_stride != 1) {
-      pack_columns<Kind>(w, b.first, b.count, t.column, width, packed);
+      pack_columns<Kind>(w, b.first, b.count, column, width, packed);
     } else {
-      pack_rows<Kind>(w, nullptr, b.first, b.count, t.column, width, packed, kPanelBytes);
+      pack_rows<Kind>(w, nullptr, b.first, b.count, column, width, packed, kPanelBytes);
     }
   }
   for (int64_t s = 0; s < strips.count; ++s) {
     const int64_t r = strips.begin(s);
     const int rows = static_cast<int>(strips.begin(s + 1) - r);
-    const char *x = static_cast<const char *>(p.x.data) +
-                    ((t.first_row + r) * p.x.row_stride + b.first / Kind::kStep) * kWord;
-    for (int i = 0; i < rows; ++i) tile.rows[i] = x + i * p.x.row_stride * kWord;
-    tile.result.y = static_cast<char *>(p.y) + ((t.first_row + r) * p.columns + t.column) * y_size;
+    for (int i = 0; i < rows; ++i) tile.rows[i] = words_of_x<Kind>(p, t.first_row + r + i, b.first);
+    Ahead below;
+    if (column == t.column && s + 1 < strips.count) {
+      below = Ahead::region(words_of_x<Kind>(p, t.first_row + strips.begin(s + 1), b.first), kHeight - 1,
+                            tile.words * kWord, p.x.row_stride * kWord);
+      below.spread(tile.words / kUnroll);
+    }
+    tile.ahead_rows = &below;
+    tile.result.y = static_cast<char *>(p.y) + ((t.first_row + r) * p.columns + column) * y_size;
     tile.result.sums = sums + r * kPanel;
     if (in_place && s == 0) {
-      tile.panel = reinterpret_cast<const char *>(element<Kind>(w, b.first, t.column));
+      tile.panel = reinterpret_cast<const char *>(element<Kind>(w, b.first, column));
       if (strips.count == 1) {
         by_rows<Kind, kVectors, Source::kInPlace>(rows, tile);
       } else {
@@ -140,6 +139,26 @@ static void product_block(const Product &p, const ProductTask &t, int64_t index,
       tile.panel = packed;
       multiply_packed<Kind>(rows, width, tile);
     }
+  }
+}
+
+// One block of the summed dim. `ahead` is the block that follows.
+template <class Kind>
+static void multiply_block(const Product &p, const ProductTask &t, int64_t index, Ahead ahead, char *packed,
+                           float *sums) {
+  const bool is_bf16 = p.y_dtype == MOESAIC_BF16;
+  const Block b = block<Kind>(p, t, index);
+  Tile tile;
+  tile.row_step = kWord;
+  tile.words = ceil_div(b.count, Kind::kStep);
+  tile.packed = packed;
+  tile.panel_stride = p.w.row_stride;
+  tile.ahead = &ahead;
+  ahead.spread(Strips(t.rows).count * ceil_div(t.columns, kPanel) * (tile.words / kUnroll));
+  tile.result = {nullptr, index == 0, index + 1 == num_blocks<Kind>(p, t), nullptr, p.columns * (is_bf16 ? 2 : 4), 0,
+                 is_bf16, false};
+  for (int64_t c = 0; c < t.columns; c += kPanel) {
+    multiply_panel<Kind>(p, t, t.column + c, b, tile, packed, sums + c * t.rows);
   }
 }
 
@@ -153,7 +172,6 @@ template <class Kind>
 static void product(const Product &p, Counter &counter, char *scratch) {
   char *packed = scratch;
   float *sums = reinterpret_cast<float *>(scratch + kInnerWords * kPanelBytes);
-  const int64_t blocks = num_blocks<Kind>(p.inner);
   // A task is claimed one ahead, so that its panel can be brought in.
   for (int64_t i = counter.next(), next; i < p.num_tasks; i = next) {
     next = counter.next();
@@ -168,11 +186,15 @@ static void product(const Product &p, Counter &counter, char *scratch) {
         default: dots<Kind, 4>(p, t);
       }
     } else {
+      const int64_t blocks = num_blocks<Kind>(p, t);
       for (int64_t b = 0; b < blocks; ++b) {
-        Ahead ahead = b + 1 < blocks         ? panel_region<Kind>(p, t, b + 1)
-                      : next < p.num_tasks ? panel_region<Kind>(p, p.tasks[next], 0)
-                                             : Ahead{};
-        product_block<Kind>(p, t, b, ahead, packed, sums);
+        Ahead ahead;
+        if (b + 1 < blocks) {
+          ahead = weight_region<Kind>(p, t, b + 1);
+        } else if (next < p.num_tasks) {
+          ahead = weight_region<Kind>(p, p.tasks[next], 0);
+        }
+        multiply_block<Kind>(p, t, b, ahead, packed, sums);
       }
     }
   }

@@ -65,7 +65,7 @@ struct Tile {
   const char *panel;      // packed rows of kPanel words, or elements where they lie
   int64_t panel_stride;   // elements from row to row, where they lie
   char *packed;           // where to leave the packed panel
-  Ahead *ahead;
+  Ahead *ahead, *ahead_rows;  // of the panel, and of the rows
   Result result;
 };
 
@@ -160,9 +160,10 @@ __attribute__((noinline)) static void multiply(const Tile &t) {
   };
 
   int64_t left = t.words;
-  Ahead ahead = *t.ahead;
+  Ahead ahead = *t.ahead, ahead_rows = *t.ahead_rows;
   for (; left >= kUnroll; left -= kUnroll) {
     bring(ahead);
+    bring(ahead_rows);
 #pragma GCC unroll 8
     for (int u = 0; u < kUnroll; ++u) word();
   }
