@@ -1,13 +1,13 @@
 """moesaic: mixture-of-experts layers tiled over a device mesh.
 
-Operators (:func:`grouped_mm`), sharding rules that make an operator DTensor-aware in one line (:func:`sharding_rule`),
-layers (:class:`MoE`), and plans that lay them over ranks (:func:`parallelize`).
+Operators (:func:`grouped_mm`), sharding rules that make an operator DTensor-aware in one line (:func:`sharding_rule`)
+and their proof (:func:`prove`), layers (:class:`MoE`), and plans that lay them over ranks (:func:`parallelize`).
 """
 
 from moesaic.layers import GroupedExperts, MoE, MoEConfig, TopKRouter, balance_losses
 from moesaic.ops import debug_checks, grouped_mm
 from moesaic.parallel import build_meshes, clip_grad_norm_, parallelize
-from moesaic.sharding import ShardingError, sharding_rule
+from moesaic.sharding import ShardingError, prove, sharding_rule
 
 __all__ = [
     "GroupedExperts",
@@ -21,5 +21,6 @@ __all__ = [
     "debug_checks",
     "grouped_mm",
     "parallelize",
+    "prove",
     "sharding_rule",
 ]

@@ -1,6 +1,7 @@
-"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher.
+"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; `moesaic prove ...`.
 
-Exit status: 0 done, also after a signal that was answered by saving; 1 training failed; 2 the call cannot work.
+Exit status: 0 done, also after a signal that was answered by saving; 1 training or a proof failed; 2 the call cannot
+work.
 Commands import what they need when they run, so that help is quick.
 """
 
@@ -106,7 +107,14 @@ def _info(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _prove(arguments: Sequence[str]) -> int:
+    from moesaic.sharding.proof.command import run
+
+    return run(arguments)
+
+
 COMMANDS = {
     "info": Command("say which versions and which kernels are here", _info),
+    "prove": Command("prove the sharding rule of an operator on simulated ranks", _prove),
     "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
 }

@@ -13,9 +13,7 @@ from moesaic.sharding.simulated import Ranks, no_collectives, simulated_ranks, w
 __all__ = ["Ranks", "no_collectives", "part_of", "simulated_ranks", "whole"]
 
 
-def part_of(
-    value: Tensor, placements: Sequence[Placement], shape: Sequence[int], coordinate: Sequence[int]
-) -> Tensor:
+def part_of(value: Tensor, placements: Sequence[Placement], shape: Sequence[int], coordinate: Sequence[int]) -> Tensor:
     """One rank's part of a global value."""
     rank = int(torch.arange(prod(shape)).view(*shape)[tuple(coordinate)])
     return split(value, tuple(placements), shape)[rank].clone()

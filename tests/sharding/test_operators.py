@@ -108,7 +108,7 @@ def test_a_gradient_without_a_rule_is_refused_in_the_forward_pass():
         for _ in range(2):
             with pytest.raises(moesaic.ShardingError, match=f"its gradient calls {name}, which has no sharding rule"):
                 op(*placed)
-        moesaic.sharding_rule(MATMUL, linear=["x", "w"], sliced=["x", "w"])(backward)
+        moesaic.sharding_rule(MATMUL, linear=["x", "w"], redistribute=["x", "w"])(backward)
         op(*placed).sum().backward()
         ones = torch.ones(4, 6).double()
         assert torch.equal(whole(placed[0].grad), ones @ w.mT)
@@ -145,5 +145,5 @@ def test_the_advice_where_cutting_is_enough():
     op = moesaic.sharding_rule(MATMUL)(define("(Tensor x, Tensor w) -> Tensor", matmul))
     with simulated_ranks(2) as ranks:
         x, w = ranks.place(integers(4, 3, seed=1), [Replicate()]), ranks.place(integers(3, 6, seed=2), [Shard(0)])
-        with pytest.raises(moesaic.ShardingError, match=r"sharding_rule\(..., sliced=\['x'\]\) allows it"):
+        with pytest.raises(moesaic.ShardingError, match=r"sharding_rule\(..., redistribute=\['x'\]\) allows it"):
             op(x, w)

@@ -1,5 +1,6 @@
 """What rules do not admit raises, and the error says how to get where they do: its advice is followed here."""
 
+import contextlib
 import functools
 import itertools
 import random
@@ -26,8 +27,8 @@ NAMES = {
     "permute": ["x", "slots", "positions", "weights"],
     "combine": ["y", "slots", "positions", "weights"],
 }
-# Gradients arrive as autograd likes; where a shard is wanted, a replicated one is cut.
-SLICED = "grad"
+# Gradients arrive as autograd likes: they may be brought to where they are wanted.
+MOVABLE = "grad"
 
 
 def placements_of(t: Tensor) -> list:
@@ -44,11 +45,11 @@ def follow(message: str, inputs: dict[str, DTensor]) -> dict[str, DTensor]:
     return {name: names[name] for name in inputs}
 
 
-def check_right_or_refused(problem: Problem, inputs: dict[str, DTensor]) -> bool:
+def check_right_or_refused(problem: Problem, inputs: dict[str, DTensor], *, moves: bool = False) -> bool:
     """Whether the call was admitted. Refused, it has to be admitted once the message was followed."""
     expected = problem.function(*problem.inputs)
     try:
-        with no_collectives():
+        with contextlib.nullcontext() if moves else no_collectives():
             result = problem.function(*inputs.values())
         message = ""
     except moesaic.ShardingError as error:
@@ -80,16 +81,17 @@ def placer(ranks: Ranks, problem: Problem, op: str) -> Callable[..., dict[str, D
 def test_every_placement_on_one_axis(op, form):
     problem = grouped(op, form)
     admitted = {axis.inputs for axis in problem.choices()}
-    sliced = {
-        tuple(Replicate() if name == SLICED else p for name, p in zip(NAMES[op], inputs, strict=True))
-        for inputs in admitted
-        if all(not p.is_partial() for p in inputs)
-    }
+
+    def is_movable(placements) -> bool:
+        triples = [list(zip(NAMES[op], placements, wanted, strict=True)) for wanted in admitted]
+        return any(all(p == w or (n == MOVABLE and not w.is_partial()) for n, p, w in triple) for triple in triples)
+
     with simulated_ranks(2) as ranks:
         place = placer(ranks, problem, op)
         for placements in itertools.product(*map(placements_of, problem.inputs)):
-            result = check_right_or_refused(problem, place([(p,) for p in placements]))
-            assert result == (placements in admitted | sliced), placements
+            moves = placements not in admitted and is_movable(placements)
+            result = check_right_or_refused(problem, place([(p,) for p in placements]), moves=moves)
+            assert result == (placements in admitted or moves), placements
 
 
 @pytest.mark.parametrize("op", ["permute", "combine"])
@@ -140,7 +142,7 @@ def test_the_message():
             "The rule is '(b c) k, (b g) k n, b g -> (b c) n'; 'b' has 4 blocks, which are cut between blocks only.",
             "Nearest admitted: x [S(0), R], w [S(0), S(2)], group_sizes [S(0), R]. To get there:",
             "  group_sizes = group_sizes.redistribute(placements=[Shard(0), Replicate()])",
-            "Nothing is redistributed silently; sharding_rule(..., sliced=['group_sizes']) allows it for an operator.",
+            "Nothing is redistributed silently; sharding_rule(..., redistribute=['group_sizes']) allows it.",
         ]
     )
 
@@ -174,16 +176,16 @@ def test_partial_of_another_reduction():
         assert torch.equal(whole(grouped_mm(**fixed)), grouped_mm(*grouped("grouped_mm", "flat").inputs))
 
 
-def test_gradients_are_refused_alike():
-    # Backward operators have rules of their own; what autograd brings them is refused with the same words.
+def test_gradients_are_brought_to_where_they_are_wanted():
+    # What is Partial is often reduced to a shard by whoever uses it, and its gradient is one then.
     problem = grouped("grouped_mm", "flat")
+    _, grad, expected = problem.expected()
     with simulated_ranks(2) as ranks:
-        x, w, sizes = (ranks.place(t, [Replicate()]) for t in problem.inputs)
-        y = grouped_mm(x.requires_grad_(), w, sizes)
-        with pytest.raises(
-            moesaic.ShardingError, match=r"grouped_mm_input_grad: no sharding rule admits grad \[S\(0\)\]"
-        ):
-            y.backward(ranks.place(integers(*y.shape, seed=1), [Shard(0)]))
+        for placement in (Shard(0), Shard(1), Partial(), Replicate()):
+            x, w, sizes = (ranks.place(t, [Replicate()]) for t in problem.inputs)
+            y = grouped_mm(x.requires_grad_(), w.requires_grad_(), sizes)
+            grads = torch.autograd.grad(y, (x, w), ranks.place(grad, [placement]))
+            assert all(torch.equal(whole(ours), theirs) for ours, theirs in zip(grads, expected, strict=True))
 
 
 def test_indices_stay_whole():

@@ -273,7 +273,7 @@ def test_choices_of_a_joint_optional_argument():
         (["m, m -> m"], {"preserves": {"sum": ["x"]}}, "preserves: 'sum' .* say linear="),
         (["m, m -> m"], {"preserves": {"mean": ["x"]}}, "preserves: 'mean' .* choose one of avg, max, min"),
         (["m, m -> m"], {"linear": "x"}, r"linear: expected a list of names, got the string 'x'; write \['x'\]"),
-        (["m, m -> m"], {"sliced": ["grad"]}, "'grad' is not a tensor argument of the operator: x, w"),
+        (["m, m -> m"], {"redistribute": ["grad"]}, "'grad' is not a tensor argument of the operator: x, w"),
     ],
 )
 def test_rules_that_do_not_fit(lines, options, message):

@@ -363,7 +363,7 @@ def test_results_that_are_not_tensors(result):
         (["m k, k n -> m n, m"], {}, ValueError, "has 2 outputs, .* returns 1"),
         ([MATMUL], {"linear": ["weight"]}, ValueError, "'weight' is not a tensor argument of the operator: x, w"),
         ([MATMUL], {"linear": ["times"]}, ValueError, "'times' is not a tensor argument"),
-        ([MATMUL], {"sliced": ["grad"]}, ValueError, "'grad' is not a tensor argument"),
+        ([MATMUL], {"redistribute": ["grad"]}, ValueError, "'grad' is not a tensor argument"),
         (["m k, k n m n"], {}, NotationError, "a rule needs '->'"),
         ([], {}, ValueError, "at least one line"),
     ],

@@ -4,7 +4,20 @@ from moesaic.sharding import library  # noqa: F401 -- registers the rules of our
 from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import rule_of
 from moesaic.sharding.notation import NotationError, parse
+from moesaic.sharding.proof.report import Record, Report
+from moesaic.sharding.prove import prove
 from moesaic.sharding.register import sharding_rule
 from moesaic.sharding.rule import AxisRule, Rule
 
-__all__ = ["AxisRule", "NotationError", "Rule", "ShardingError", "parse", "rule_of", "sharding_rule"]
+__all__ = [
+    "AxisRule",
+    "NotationError",
+    "Record",
+    "Report",
+    "Rule",
+    "ShardingError",
+    "parse",
+    "prove",
+    "rule_of",
+    "sharding_rule",
+]

@@ -63,7 +63,7 @@ class _Tensor:
 
     name: str
     numel: int
-    sliced: bool
+    movable: bool
     additive: bool
     shape_only: bool
 
@@ -75,8 +75,8 @@ class _Tensor:
         """Whether it needs no communication."""
         if self.stays(actual, wanted):
             return True
-        cut, counted_once = self.sliced and type(wanted) is Shard, self.additive and wanted == Partial()
-        return actual.is_replicate() and (cut or counted_once)
+        cut, divided = self.movable and type(wanted) is Shard, self.additive and wanted == Partial()
+        return actual.is_replicate() and (cut or divided)
 
 
 def admit(rule: Rule, line: Notation, call: Call) -> Decision:
@@ -94,9 +94,10 @@ def admit(rule: Rule, line: Notation, call: Call) -> Decision:
         if fitting:
             found.append(min(fitting, key=lambda c: _num_changes(tensors, actual, c)))
     if len(found) < len(call.axis_sizes) or not _is_legal(line, call, found):
-        if not rule.redistribute:
+        nearest_found = nearest(rule, line, call, only_movable=True)
+        if nearest_found is None:
             raise ShardingError(_explain(rule, line, call))
-        found = list(nearest(rule, line, call))
+        found = list(nearest_found)
     inputs = []
     for i, tensor in enumerate(tensors):
         pairs = zip(call.placements[i], (choice.inputs[i] for choice in found), strict=True)
@@ -116,9 +117,14 @@ def choices_for(rule: Rule, line: Notation, present: tuple[bool, ...]) -> list[A
     return choices
 
 
-def nearest(rule: Rule, line: Notation, call: Call) -> tuple[AxisRule, ...]:
-    """The admitted choice that moves least; of several, the one that leaves most tensors as they are."""
+def nearest(rule: Rule, line: Notation, call: Call, *, only_movable: bool = False) -> tuple[AxisRule, ...] | None:
+    """The admitted choice that moves least; of several, the one that leaves most tensors as they are.
+
+    None if there is no way there, or ``only_movable`` and only by moving tensors that the rule does not let move.
+    """
     tensors = _tensors(rule, line, call)
+    if _mixed(tensors, call) or (only_movable and not rule.redistribute):
+        return None
 
     def changes(axis_rules: tuple[AxisRule, ...]) -> tuple[int, int]:
         moved, changed = 0, set()
@@ -132,19 +138,20 @@ def nearest(rule: Rule, line: Notation, call: Call) -> tuple[AxisRule, ...]:
     def is_reachable(axis_rules: tuple[AxisRule, ...]) -> bool:
         # DTensor redistributes nothing to Partial.
         return all(
-            not isinstance(wanted, Partial) or tensor.fits(placements[axis], wanted)
+            tensor.fits(placements[axis], wanted)
+            or (not isinstance(wanted, Partial) and (tensor.movable or not only_movable))
             for axis, chosen in enumerate(axis_rules)
             for tensor, placements, wanted in zip(tensors, call.placements, chosen.inputs, strict=True)
         )
 
     combinations = product(choices_for(rule, line, call.present), repeat=len(call.axis_sizes))
-    return min((c for c in combinations if _is_legal(line, call, c) and is_reachable(c)), key=changes)
+    return min((c for c in combinations if is_reachable(c) and _is_legal(line, call, c)), key=changes, default=None)
 
 
 def _tensors(rule: Rule, line: Notation, call: Call) -> list[_Tensor]:
     given = [(n, p) for n, p, here in zip(rule.tensors, line.inputs, call.present, strict=True) if here]
     return [
-        _Tensor(name, numel, name in rule.sliced, pattern.additive, pattern.shape_only)
+        _Tensor(name, numel, name in rule.redistribute, pattern.additive, pattern.shape_only)
         for (name, pattern), numel in zip(given, call.numels, strict=True)
     ]
 
@@ -154,6 +161,10 @@ def _is_legal(line: Notation, call: Call, axis_rules: Sequence[AxisRule]) -> boo
     results = zip(*(r.outputs for r in axis_rules), strict=True)
     one_reduction = all(len(_reductions(placements)) <= 1 for placements in results)
     return one_reduction and divides(line, call.sizes, axis_rules, call.axis_sizes)
+
+
+def _mixed(tensors: Sequence[_Tensor], call: Call) -> list[str]:
+    return [t.name for t, placements in zip(tensors, call.placements, strict=True) if len(_reductions(placements)) > 1]
 
 
 def _reductions(placements: Placements) -> set[str]:
@@ -166,10 +177,10 @@ def _num_changes(tensors: Sequence[_Tensor], actual: Placements, choice: AxisRul
 
 def _explain(rule: Rule, line: Notation, call: Call) -> str:
     tensors = _tensors(rule, line, call)
-    mixed = [t.name for t, placements in zip(tensors, call.placements, strict=True) if len(_reductions(placements)) > 1]
-    if mixed:
+    if mixed := _mixed(tensors, call):
         return f"{call.op}: {mixed[0]} is Partial of two reductions at once, which DTensor cannot redistribute"
     best = nearest(rule, line, call)
+    assert best is not None, "everything can be replicated"
     targets = [
         tuple(a if t.fits(a, w) else w for a, w in zip(call.placements[i], (r.inputs[i] for r in best), strict=True))
         for i, t in enumerate(tensors)
@@ -181,10 +192,7 @@ def _explain(rule: Rule, line: Notation, call: Call) -> str:
     fixes = [
         f"  {t.name} = {t.name}.redistribute(placements=[{', '.join(map(_code, target))}])" for t, p, target in changed
     ]
-    cut = [
-        t.name for t, p, target in changed if all(a == w or a.is_replicate() for a, w in zip(p, target, strict=True))
-    ]
-    option = f"sliced={cut}" if len(cut) == len(changed) else "redistribute=True"
+    names = [t.name for t, *_ in changed]
     uneven = [f"'{f}' has {call.sizes[f]} blocks, which are cut between blocks only" for f in sorted(line.blocks)]
     return "\n".join(
         [
@@ -192,7 +200,7 @@ def _explain(rule: Rule, line: Notation, call: Call) -> str:
             f"The rule is '{line}'" + (f"; {'; '.join(uneven)}." if uneven else "."),
             f"Nearest admitted: {wanted}. To get there:",
             *fixes,
-            f"Nothing is redistributed silently; sharding_rule(..., {option}) allows it for an operator.",
+            f"Nothing is redistributed silently; sharding_rule(..., redistribute={names}) allows it.",
         ]
     )
 

@@ -25,7 +25,7 @@ sharding_rule(
     "(b c) n, (b g) k n, b g -> (b c) k",
     "(b c) n, g! k n, b g! -> (b c) k",
     linear=["grad", "w"],
-    sliced=["grad"],
+    redistribute=["grad"],
 )(_ops.grouped_mm_input_grad)
 
 sharding_rule(
@@ -33,11 +33,11 @@ sharding_rule(
     "(b c) k, (b c) n, b g -> (b g) k n",
     "(b c) k, (b c) n, b g! -> g! k n",
     linear=["x", "grad"],
-    sliced=["grad"],
+    redistribute=["grad"],
 )(_ops.grouped_mm_weight_grad)
 
 # Slots and positions are indices into all rows and all tokens, so both stay whole; a copy `k` of a token does not.
 sharding_rule("t! k! -> r!, t! k!, e!")(_ops.sort_by_expert)
 sharding_rule("t! d, r!, t! k!, t! k! -> r! d", linear=["x", "weights"])(_ops.permute)
 sharding_rule("r! d, r!, t! k!, t! k! -> t! d", linear=["y", "weights"])(_ops.combine)
-sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], sliced=["y", "x"])(_ops.combine_weight_grad)
+sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=["y", "x"])(_ops.combine_weight_grad)

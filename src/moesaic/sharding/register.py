@@ -14,8 +14,7 @@ def sharding_rule(
     *lines: str,
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
-    sliced: Sequence[str] = (),
-    redistribute: bool = False,
+    redistribute: bool | Sequence[str] = False,
 ) -> Callable[[Any], Any]:
     """Make an operator DTensor-aware, in one line of einops-like notation.
 
@@ -36,9 +35,8 @@ def sharding_rule(
             sums and means alike. A tuple means jointly, as in ``x + y``.
         preserves: for a reduction, tensor arguments ``x`` with ``f(max(x1, x2)) = max(f(x1), f(x2))``:
             ``preserves={"max": ["x"]}`` passes ``Partial("max")`` through.
-        sliced: tensor arguments that may arrive ``Replicate`` where a shard is wanted, and are cut locally. For
-            gradients, whose placement autograd chooses.
-        redistribute: allow communication: bring arguments to the nearest admitted placements, which move least.
+        redistribute: tensor arguments that DTensor may bring to the nearest admitted placements: cut where they are
+            replicated, else with a collective. For gradients, whose placement autograd chooses. ``True`` means all.
 
     Returns:
         A decorator for a ``torch.library.custom_op`` or ``triton_op``, an ``OpOverload`` (one of torch's own too, whose
@@ -60,7 +58,7 @@ def sharding_rule(
         overload = overload_of(op)
         _check_schema(overload)
         tensors = [a.name for a in overload._schema.arguments if is_tensor(a.type)]
-        rule = make_rule(lines, tensors, linear=linear, preserves=preserves, sliced=sliced, redistribute=redistribute)
+        rule = make_rule(lines, tensors, linear=linear, preserves=preserves, redistribute=redistribute)
         if len(rule.lines[0].outputs) != len(overload._schema.returns):
             raise ValueError(
                 f"rule '{rule.lines[0]}' has {len(rule.lines[0].outputs)} outputs, "

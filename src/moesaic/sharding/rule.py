@@ -62,16 +62,14 @@ class Rule:
         tensors: names of the tensor arguments, in order.
         linear: each entry, an argument or several jointly, passes ``Partial`` through to the outputs.
         preserves: a reduction such as ``"max"``, and the arguments that pass ``Partial("max")`` through.
-        sliced: arguments that may arrive ``Replicate`` where a shard is wanted: cut locally, without communication.
-        redistribute: whether DTensor's collectives may bring arguments to the nearest admitted placements.
+        redistribute: arguments that DTensor may bring to the nearest admitted placements.
     """
 
     lines: tuple[Notation, ...]
     tensors: tuple[str, ...]
     linear: tuple[tuple[str, ...], ...] = ()
     preserves: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
-    sliced: frozenset[str] = frozenset()
-    redistribute: bool = False
+    redistribute: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.lines))
@@ -106,8 +104,7 @@ def make_rule(
     *,
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
-    sliced: Sequence[str] = (),
-    redistribute: bool = False,
+    redistribute: bool | Sequence[str] = False,
 ) -> Rule:
     """Parse and check a rule.
 
@@ -127,19 +124,21 @@ def make_rule(
         if len(line.outputs) != len(parsed[0].outputs):
             raise ValueError(f"rule '{line}' has another number of outputs than '{parsed[0]}'")
     preserves = preserves or {}
+    if isinstance(redistribute, bool):
+        redistribute = tensors if redistribute else ()
     for reduction in preserves:
         if reduction == "sum" or reduction not in REDUCTIONS:
             hint = "say linear= for sums" if reduction == "sum" else f"choose one of {', '.join(REDUCTIONS[1:])}"
             raise ValueError(f"preserves: {reduction!r} is not a reduction it takes; {hint}")
-    for option, names in {"linear": linear, **preserves, "sliced": sliced}.items():
+    for option, names in {"linear": linear, **preserves, "redistribute": redistribute}.items():
         if isinstance(names, str):
             raise ValueError(f"{option}: expected a list of names, got the string {names!r}; write [{names!r}]")
     preserved = tuple((reduction, _joint(names)) for reduction, names in preserves.items())
     linear = _joint(linear)
-    for name in (*chain.from_iterable(chain(linear, *(names for _, names in preserved))), *sliced):
+    for name in (*chain.from_iterable(chain(linear, *(names for _, names in preserved))), *redistribute):
         if name not in tensors:
             raise ValueError(f"'{name}' is not a tensor argument of the operator: {', '.join(tensors)}")
-    return Rule(parsed, tuple(tensors), linear, preserved, frozenset(sliced), redistribute)
+    return Rule(parsed, tuple(tensors), linear, preserved, frozenset(redistribute))
 
 
 def short(placement: Placement) -> str:

@@ -1,0 +1,1 @@
+"""The parts of :func:`moesaic.prove`, each usable alone; nothing here needs a process group but ``gradients``."""

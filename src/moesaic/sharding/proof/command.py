@@ -1,0 +1,131 @@
+"""``moesaic prove module:op``: options, finding the operator and its inputs, exit status."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from moesaic.sharding.decide import RULES, is_tensor, overload_of
+from moesaic.sharding.notation import Notation
+from moesaic.sharding.prove import prove
+
+
+@dataclass(frozen=True)
+class Options:
+    """Prove the sharding rule of an operator on simulated ranks.
+
+    Exit status: 0 nothing is wrong; 1 something is; 2 the call cannot work.
+    """
+
+    op: Annotated[str, tyro.conf.Positional]
+    """The operator, as module:name, such as mylib.ops:my_mm."""
+    inputs: str = ""
+    """A function, as module:name, that returns a tuple of inputs, or a list of such tuples. By default random floating
+    tensors of distinct sizes are made up from the rule."""
+    complete: bool = False
+    """Also fail if something is missing: right, but not admitted."""
+    backward: bool = True
+    """Compare gradients too."""
+
+
+class CallError(Exception):
+    """The call cannot work. The message says what to change."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``moesaic prove`` and return its exit status."""
+    options = tyro.cli(Options, prog="moesaic prove", args=list(arguments))
+    try:
+        op = _overload(options.op)
+        first, *also = _given_inputs(options.inputs) if options.inputs else [_made_up_inputs(op)]
+        with Console(stderr=True).status(f"proving {op._name}") as status:
+            report = prove(op, *first, also=also, backward=options.backward, on_progress=status.update)
+    except (CallError, ValueError) as error:
+        print(f"moesaic prove: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.ok and (report.complete or not options.complete) else 1
+
+
+def _overload(path: str) -> torch._ops.OpOverload:
+    found = _find(path, "operator")
+    try:
+        return overload_of(found)
+    except TypeError as error:
+        raise CallError(f"{path}: {error}") from None
+
+
+def _given_inputs(path: str) -> list[tuple[Any, ...]]:
+    function = _find(path, "function")
+    if not callable(function):
+        raise CallError(f"--inputs {path}: expected a function that returns inputs, not {type(function).__name__}")
+    inputs = function()
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    if not inputs or not all(isinstance(args, tuple) for args in inputs):
+        raise CallError(f"--inputs {path}: it has to return a tuple of inputs, or a list of such tuples")
+    return inputs
+
+
+def _find(path: str, kind: str) -> Any:
+    module_name, colon, name = path.partition(":")
+    if not colon or not name:
+        raise CallError(f"{path!r}: expected module:{kind}, such as mylib.ops:{name or 'name'}")
+    # As `python -m` does: what lies in the current folder can be imported.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # a module that it imports itself
+        raise CallError(f"there is no module {error.name!r} here or among the installed ones") from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise CallError(f"{path}: {found.__name__ if hasattr(found, '__name__') else found} has no {part!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _made_up_inputs(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    """Floating tensors for the first line of the rule: factors of distinct sizes, blocks of one that axes divide."""
+    if op not in RULES:
+        raise CallError(f"{op._name} has no sharding rule to make up inputs from: give --inputs module:function")
+    line = RULES[op].lines[0]
+    sizes = dict(_sizes(line))
+    generator = torch.Generator().manual_seed(0)
+    patterns = iter(line.inputs)
+    args: list[Any] = []
+    for argument in op._schema.arguments:
+        if argument.kwarg_only:
+            break
+        if is_tensor(argument.type):
+            shape = [torch.Size([sizes[f] for f in dim.factors]).numel() for dim in next(patterns).dims]
+            args.append(torch.randn(shape, generator=generator))
+        elif argument.has_default_value():
+            args.append(argument.default_value)
+        else:
+            raise CallError(f"{op._name}: no value for argument {argument.name!r}: give --inputs module:function")
+    try:
+        op(*args)
+    except Exception as error:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        shapes = ", ".join(str(list(a.shape)) for a in args if isinstance(a, torch.Tensor))
+        raise CallError(
+            f"{op._name} refuses inputs made up from its rule, floating tensors {shapes}: {message}\n"
+            "Give inputs that it takes with --inputs module:function, a function that returns a tuple of them."
+        ) from None
+    return tuple(args)
+
+
+def _sizes(line: Notation) -> Iterator[tuple[str, int]]:
+    inner = iter(range(2, 100))
+    whole = iter(range(13, 100))
+    for factor in line.factors:
+        leads = any(dim.leading == factor for p in (*line.inputs, *line.outputs) for dim in p.dims)
+        yield factor, 12 if factor in line.blocks else next(whole if leads else inner)

@@ -1,0 +1,117 @@
+"""Gradients through real DTensors on simulated ranks, compared with those of one process."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import Partial, Replicate
+
+from moesaic.sharding.proof.placing import join, same
+from moesaic.sharding.proof.trial import Inputs, Trial, show
+from moesaic.sharding.rule import Placements
+from moesaic.sharding.simulated import Ranks, parts_of
+
+
+class _Wrong(Exception):
+    """What is wrong."""
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The run that all are compared with.
+
+    Attributes:
+        results: which of the results have a gradient.
+        grads_in: a gradient of each of these.
+        grads: of the floating inputs; None for one that has none.
+    """
+
+    results: list[int]
+    grads_in: list[Tensor]
+    grads: list[Tensor | None]
+
+
+def one_process(trial: Trial) -> OneProcess | str:
+    """The gradients of a call, or why there are none."""
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in trial.example.tensors]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            # That is how torch tells of an operator without a formula.
+            warnings.simplefilter("error")
+            results = trial.example.run(leaves)
+            which = [i for i, r in enumerate(results) if r.requires_grad]
+            if not which:
+                return "its results need no gradient"
+            grads_in = [torch.randn(results[i].shape, generator=generator).to(results[i]) for i in which]
+            grads = torch.autograd.grad([results[i] for i in which], _floating(leaves), grads_in, allow_unused=True)
+    except (RuntimeError, NotImplementedError, UserWarning) as error:
+        return str(error).splitlines()[0]
+    return OneProcess(which, grads_in, list(grads))
+
+
+def gradient_error(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs, alone: OneProcess) -> str | None:
+    """What is wrong with the gradients where the inputs lie as ``inputs`` and the results as ``outputs``.
+
+    A gradient comes as its result lies, but replicated where that is ``Partial``; and from a sum it comes replicated.
+    """
+    as_results = [tuple(Replicate() if isinstance(p, Partial) else p for p in outputs[i]) for i in alone.results]
+    replicated = [(Replicate(),) * len(trial.mesh)] * len(as_results)
+    try:
+        for placements in [as_results] if as_results == replicated else [as_results, replicated]:
+            came_as = f" of a gradient that is {', '.join(map(show, placements))}"
+            tensors = zip(trial.example.tensors, inputs, strict=True)
+            leaves = [ranks.place(t, p, seed=i) for i, (t, p) in enumerate(tensors)]
+            leaves = [t.requires_grad_(t.is_floating_point()) for t in leaves]
+            with _step("the call"):
+                results = trial.example.run(leaves)
+            for ours, expected, p in zip(results, trial.expected, outputs, strict=True):
+                _compare("the result", trial, ours, expected, p)
+            grads_in = [ranks.place(g, p) for g, p in zip(alone.grads_in, placements, strict=True)]
+            with _step("the backward" + came_as):
+                grads = torch.autograd.grad(
+                    [results[i] for i in alone.results], _floating(leaves), grads_in, allow_unused=True
+                )
+            names = [n for n, t in zip(trial.example.names, leaves, strict=True) if t.requires_grad]
+            for name, ours, expected in zip(names, grads, alone.grads, strict=True):
+                if expected is not None:
+                    whose = f"the gradient of {name}, from the backward{came_as},"
+                    _compare(whose, trial, ours, expected)
+    except _Wrong as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    try:
+        with CommDebugMode() as counter:
+            yield
+    except Exception as error:
+        raise _Wrong(f"{name} raised {type(error).__name__}: {error}") from error
+    if counts := {str(op): n for op, n in counter.get_comm_counts().items() if n}:
+        raise _Wrong(f"{name} communicates: {', '.join(f'{n} {op}' for op, n in counts.items())}")
+
+
+def _compare(name: str, trial: Trial, ours: object, expected: Tensor, placements: Placements | None = None) -> None:
+    if not isinstance(ours, DTensor):
+        raise _Wrong(f"{name} is {type(ours).__name__}, no DTensor")
+    if placements is not None and ours.placements != placements:
+        raise _Wrong(f"{name} is {show(ours.placements)}, the rule says {show(placements)}")
+    parts = parts_of(ours)
+    atol = trial.atol(expected, parts)
+    value = join(parts, ours.placements, tuple(ours.device_mesh.shape), atol)
+    if value is None:
+        raise _Wrong(f"{name} says it is {show(ours.placements)}, but its parts are not")
+    if not same(value, expected, atol):
+        off = f"off by {float((value - expected).abs().max()):.4g}" if value.shape == expected.shape else "misshapen"
+        raise _Wrong(f"{name} is {off} as {show(ours.placements)}")
+
+
+def _floating(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [t for t in leaves if t.requires_grad]

@@ -1,0 +1,116 @@
+"""What placements mean: the part of a global value that each rank has, and the global value that parts make up."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+
+from moesaic.sharding.rule import Placements
+
+
+def axis_placements(ndim: int, dtype: torch.dtype) -> list[Placement]:
+    """Every placement of a tensor on one mesh axis: the plainest first. Means only where there are fractions."""
+    shards = [Shard(dim) for dim in range(ndim)]
+    reductions = ["sum", "avg", "max", "min"]
+    if dtype == torch.bool or dtype.is_complex or not dtype.is_signed:
+        reductions = []
+    elif not dtype.is_floating_point:
+        reductions.remove("avg")
+    return [Replicate(), *shards, *map(Partial, reductions)]
+
+
+def mesh_placements(ndim: int, dtype: torch.dtype, num_axes: int) -> Iterator[Placements]:
+    """Every placement of a tensor on a mesh."""
+    return filter(is_legal, product(axis_placements(ndim, dtype), repeat=num_axes))
+
+
+def is_legal(placements: Placements) -> bool:
+    """Whether DTensor has such a tensor: it knows no order for two reductions of one tensor."""
+    return len({p.reduce_op for p in placements if isinstance(p, Partial)}) <= 1
+
+
+def is_even(shape: Sequence[int], placements: Placements, mesh: Sequence[int]) -> bool:
+    """Whether all shards have the same size."""
+    sizes = list(shape)
+    for placement, n in zip(placements, mesh, strict=True):
+        if isinstance(placement, Shard):
+            if sizes[placement.dim] % n:
+                return False
+            sizes[placement.dim] //= n
+    return True
+
+
+def split(value: Tensor, placements: Placements, mesh: Sequence[int], seed: int = 0) -> list[Tensor]:
+    """The part of every rank, in the order of ranks. What is ``Partial`` is made of unrelated terms.
+
+    Two values that are both ``Partial`` need two seeds, lest they be related.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [value]
+    for placement, n in zip(placements, mesh, strict=True):
+        parts = [piece for part in parts for piece in _pieces(part, placement, n, generator)]
+    return [part.contiguous() for part in parts]
+
+
+def join(parts: Sequence[Tensor], placements: Placements, mesh: Sequence[int], atol: float = 0.0) -> Tensor | None:
+    """The global value, or None if there is none: sizes that no shards have, replicas that differ."""
+    values: list[Tensor | None] = list(parts)
+    for placement, n in reversed(list(zip(placements, mesh, strict=True))):
+        values = [_joined(values[i : i + n], placement, atol) for i in range(0, len(values), n)]
+    return values[0]
+
+
+def same(a: Tensor, b: Tensor, atol: float) -> bool:
+    """Whether they have the same shape and the same values, NaN being equal to NaN."""
+    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=0, atol=atol, equal_nan=True)
+
+
+def shard_sizes(size: int, n: int) -> list[int]:
+    """Sizes of the shards of a dim, as ``torch.chunk`` cuts it; the last ones may be zero."""
+    step = -(-size // n)
+    return [min(step, max(0, size - i * step)) for i in range(n)]
+
+
+def _pieces(value: Tensor, placement: Placement, n: int, generator: torch.Generator) -> list[Tensor]:
+    if isinstance(placement, Shard):
+        return list(value.split(shard_sizes(value.shape[placement.dim], n), placement.dim))
+    if not isinstance(placement, Partial):
+        return [value] * n
+    if placement.reduce_op in ("max", "min"):
+        holder = torch.randint(n, value.shape, generator=generator).to(value.device)
+        sign = 1 if placement.reduce_op == "min" else -1
+        other = [value + sign * _noise(value, generator).abs() for _ in range(n)]
+        return [torch.where(holder == rank, value, other[rank]) for rank in range(n)]
+    terms = [_noise(value, generator) for _ in range(n - 1)]
+    total = value * n if placement.reduce_op == "avg" else value
+    return [*terms, total - sum(terms, torch.zeros_like(value))]
+
+
+def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
+    # Whole numbers are made of whole numbers, so that sums of them stay exact.
+    if not value.is_floating_point() or torch.equal(value, value.round()):
+        return torch.randint(-4, 5, value.shape, generator=generator).to(value)
+    scale = float(value.abs().max()) if value.numel() else 1.0
+    return (torch.randn(value.shape, generator=generator, dtype=torch.float64) * (scale or 1.0)).to(value)
+
+
+def _joined(parts: Sequence[Tensor | None], placement: Placement, atol: float) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    first = known[0] if known else None
+    if first is None or len(known) < len(parts):
+        return None
+    if isinstance(placement, Shard):
+        dim = placement.dim
+        shapes = [[*p.shape[:dim], *p.shape[dim + 1 :]] for p in known]
+        sizes = [p.shape[dim] for p in known]
+        if any(s != shapes[0] for s in shapes) or sizes != shard_sizes(sum(sizes), len(sizes)):
+            return None
+        return torch.cat(known, dim)
+    if any(p.shape != first.shape for p in known):
+        return None
+    if not isinstance(placement, Partial):
+        return first if all(p is first or same(p, first, atol) for p in known) else None
+    stack = torch.stack(known)
+    return {"sum": stack.sum, "avg": stack.mean, "max": stack.amax, "min": stack.amin}[placement.reduce_op](0)

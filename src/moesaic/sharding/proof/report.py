@@ -1,0 +1,122 @@
+"""What a proof found, as records and as a table."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moesaic.sharding.proof.trial import Case, show
+from moesaic.sharding.rule import Placements
+
+_MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Record:
+    """Placements of the inputs and results of a call, and what was found out about them.
+
+    Attributes:
+        inputs, outputs: for each tensor, a placement for each mesh axis.
+        case: the first in which it was found; ``case.shapes`` are global.
+        error: what is wrong, in that case; "" if nothing is.
+        line: of the rule, which speaks for the case.
+        num_cases: in how many it was found.
+    """
+
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+    case: Case
+    error: str = ""
+    line: str = ""
+    num_cases: int = 1
+
+
+@dataclass(repr=False)
+class Report:
+    """What :func:`moesaic.prove` found. ``print`` shows it as a table.
+
+    Attributes:
+        op, rule: name of the operator, and its rule as it was written ("" if torch's own).
+        meshes: sizes that ranks were simulated with.
+        num_cases: calls times meshes.
+        admitted: placements that are admitted and right, without communication.
+        wrong: placements that are admitted and give wrong results or gradients: bugs.
+        missing: placements that are right in all cases, or in all where sizes divide, and are not admitted.
+        hidden: placements for which the inputs are redistributed first.
+        notes: what was not looked at.
+    """
+
+    op: str
+    rule: str
+    meshes: tuple[tuple[int, ...], ...]
+    num_cases: int = 0
+    admitted: list[Record] = field(default_factory=list)
+    wrong: list[Record] = field(default_factory=list)
+    missing: list[Record] = field(default_factory=list)
+    hidden: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("admitted", "wrong", "missing", "hidden"))
+        return f"<Report on {self.op}: {'ok' if self.ok else 'WRONG'}; {counts}>"
+
+    def __str__(self) -> str:
+        meshes = ", ".join("x".join(map(str, mesh)) for mesh in self.meshes)
+        rule = self.rule.splitlines() or ["none; DTensor's own propagation"]
+        header = [f"proof of {self.op}", *(f"  rule   {line}" for line in rule)]
+        header += [f"  ranks  {meshes}; {self.num_cases} cases"]
+        sections = [
+            *self._section("admitted and right", self.admitted),
+            *self._section("admitted and WRONG", self.wrong),
+            *self._section("right and not admitted", self.missing),
+            *self._section("redistributed first (hidden communication)", self.hidden),
+        ]
+        notes = [f"note: {text}" for text in self.notes]
+        verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG"
+        verdict += ", nothing missing" if self.complete else f", {len(self.missing)} missing"
+        return "\n".join([*header, *sections, *notes, verdict])
+
+    def _section(self, title: str, records: Sequence[Record]) -> list[str]:
+        lines = []
+        for text in dict.fromkeys(r.line for r in records):
+            of_line = [r for r in records if r.line == text]
+            lines += ["", f"{title}: {text}" if text else title]
+            axes = Counter(len(r.case.mesh) for r in of_line)
+            # The admitted pairs say nothing that the choices for one axis do not; the others may.
+            hide_pairs = records is self.admitted and axes[1]
+            shown = [r for r in of_line if len(r.case.mesh) == 1 or not hide_pairs][:_MOST_ROWS]
+            lines += self._rows(shown)
+            if len(shown) < len(of_line):
+                lines.append(f"  ... and {len(of_line) - len(shown)} more" + (" on two axes" if hide_pairs else ""))
+        return lines
+
+    def _rows(self, records: Sequence[Record]) -> list[str]:
+        num_outputs = max(len(r.outputs) for r in records)
+        names = ["-> y"] if num_outputs == 1 else [f"-> y{i}" for i in range(num_outputs)]
+        header = [*records[0].case.names, *names, "cases", "the first"]
+        rows = [
+            [*map(show, r.inputs), *map(show, r.outputs), *[""] * (num_outputs - len(r.outputs)), str(r.num_cases)]
+            for r in records
+        ]
+        rows = [[*row, str(r.case)] for row, r in zip(rows, records, strict=True)]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]
+        ]
+        for i in reversed(range(len(records))):
+            lines[i + 2 : i + 2] = [f"      {text}" for text in records[i].error.splitlines()]
+        return lines

@@ -1,0 +1,162 @@
+"""One call on one mesh: run on the part of every rank, put together, and compared with the run on the whole."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor.placement_types import Partial, Shard
+
+from moesaic.sharding.notation import REDUCTIONS
+from moesaic.sharding.proof.examples import Example
+from moesaic.sharding.proof.placing import is_even, join, mesh_placements, same, split
+from moesaic.sharding.rule import Placements, short
+
+Inputs = tuple[Placements, ...]
+Parts = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh, and the tensors that were laid on it: names of the arguments and global shapes."""
+
+    mesh: tuple[int, ...]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(str(list(shape)) for shape in self.shapes)
+        return f"{shapes} on {' x '.join(map(str, self.mesh))} ranks"
+
+
+class Trial:
+    """An example on a mesh."""
+
+    def __init__(self, example: Example, expected: Sequence[Tensor], mesh: tuple[int, ...]) -> None:
+        self.example, self.expected, self.mesh = example, tuple(expected), mesh
+        self.case = Case(mesh, tuple(example.names), example.shapes)
+        self._split: dict[tuple[int, Placements], list[Tensor]] = {}
+        self._last: tuple[Inputs, Parts | Exception] | None = None
+
+    @cached_property
+    def tolerance(self) -> float:
+        """How far values of about one may be off: rounding, as coarse as the coarsest of the dtypes."""
+        dtypes = [t.dtype for t in (*self.example.tensors, *self.expected)]
+        return 4 * max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0) ** 0.75
+
+    def atol(self, expected: Tensor, parts: Sequence[Tensor]) -> float:
+        """How far a result may be off that is put together from the parts; they may be large where it is small."""
+        return self.tolerance * max(map(_scale, (expected, *parts)))
+
+    @cached_property
+    def is_telling(self) -> list[bool]:
+        """Whether each result could be wrong at all."""
+        return [bool(torch.nan_to_num(t).any()) for t in self.expected]
+
+    def inputs_are_even(self, inputs: Sequence[Placements]) -> bool:
+        return all(is_even(shape, p, self.mesh) for shape, p in zip(self.example.shapes, inputs, strict=True))
+
+    def output_is_even(self, i: int, placements: Placements) -> bool:
+        return is_even(self.expected[i].shape, placements, self.mesh)
+
+    def all_inputs(self) -> Iterable[Inputs]:
+        """Every placement of every tensor."""
+        tensors = self.example.tensors
+        return product(*(list(mesh_placements(t.ndim, t.dtype, len(self.mesh))) for t in tensors))
+
+    def all_outputs(self) -> list[list[Placements]]:
+        """For each result, every placement of it."""
+        return [list(mesh_placements(t.ndim, t.dtype, len(self.mesh))) for t in self.expected]
+
+    def right(self, inputs: Inputs, candidates: Sequence[Iterable[Placements]]) -> list[set[Placements]]:
+        """Which of the candidates for each result are right."""
+        parts = self._run(inputs)
+        if isinstance(parts, Exception):
+            return [set() for _ in self.expected]
+        return [{p for p in candidates[i] if self._is(i, parts[i], p)} for i in range(len(self.expected))]
+
+    def error(self, inputs: Inputs, outputs: Sequence[Placements]) -> str | None:
+        """What is wrong with the results where they are said to be ``outputs``; None if they are right."""
+        parts = self._run(inputs)
+        if isinstance(parts, Exception):
+            return f"the operator raised {type(parts).__name__}: {parts}"
+        if len(outputs) != len(parts):
+            return f"{len(parts)} results, {len(outputs)} placements"
+        for i, placements in enumerate(outputs):
+            if not self._is(i, parts[i], placements):
+                name = f"result {i}: " if len(parts) > 1 else ""
+                return name + self._explain(i, parts[i], placements, inputs)
+        return None
+
+    def parts_of(self, i: int, placements: Placements) -> list[Tensor]:
+        """The parts of tensor ``i``."""
+        key = (i, placements)
+        if key not in self._split:
+            self._split[key] = split(self.example.tensors[i], placements, self.mesh, seed=i)
+        return self._split[key]
+
+    def _run(self, inputs: Inputs) -> Parts | Exception:
+        """For each result, its parts on all ranks."""
+        if self._last is None or self._last[0] != inputs:
+            self._last = (inputs, self._run_on_parts(inputs))
+        return self._last[1]
+
+    def _run_on_parts(self, inputs: Inputs) -> Parts | Exception:
+        split_inputs = [self.parts_of(i, p) for i, p in enumerate(inputs)]
+        try:
+            results = [self.example.run([parts[rank] for parts in split_inputs]) for rank in range(prod(self.mesh))]
+        except Exception as error:
+            return error
+        return [list(parts) for parts in zip(*results, strict=True)]
+
+    def _is(self, i: int, parts: Sequence[Tensor], placements: Placements) -> bool:
+        atol = self.atol(self.expected[i], parts)
+        value = join(parts, placements, self.mesh, atol)
+        return value is not None and same(value, self.expected[i], atol)
+
+    def _explain(self, i: int, parts: Sequence[Tensor], placements: Placements, inputs: Inputs) -> str:
+        said, expected = show(placements), self.expected[i]
+        value = join(parts, placements, self.mesh, self.atol(expected, parts))
+        if value is None:
+            problem = f"ranks have {', '.join(str(list(p.shape)) for p in parts)}, which are no {said}"
+            if all(p.shape == parts[0].shape for p in parts):
+                problem = f"ranks differ, which are no {said}"
+        elif value.shape != expected.shape:
+            problem = f"{said} of shape {list(value.shape)}, expected {list(expected.shape)}"
+        else:
+            off = (value.to(torch.float64) - expected.to(torch.float64)).abs()
+            where = tuple(int(j) for j in torch.unravel_index(off.nan_to_num(float("inf")).argmax(), off.shape))
+            got, wanted = float(value[where]), float(expected[where])
+            problem = f"as {said}, got {got:.4g} at {list(where)}, expected {wanted:.4g}"
+        right = self.right(inputs, self.all_outputs())[i]
+        return problem + (f" (right is {show(plainest(right))})" if right else "")
+
+
+def plainest(placements: Iterable[Placements]) -> Placements:
+    """Of several right placements the one that says most: replicated, then sharded, then reduced."""
+    return min(placements, key=_plainness)
+
+
+def _plainness(placements: Placements) -> list[tuple[int, int]]:
+    ranks = []
+    for p in placements:
+        if isinstance(p, Partial):
+            ranks.append((2, REDUCTIONS.index(p.reduce_op)))
+        else:
+            ranks.append((1, p.dim) if isinstance(p, Shard) else (0, 0))
+    return ranks
+
+
+def show(placements: Placements) -> str:
+    """``S(0)`` on one axis, ``[S(0), R]`` on two."""
+    names = ", ".join(map(short, placements))
+    return names if len(placements) == 1 else f"[{names}]"
+
+
+def _scale(t: Tensor) -> float:
+    if not t.is_floating_point() or t.numel() == 0:
+        return 1.0
+    return float(torch.nan_to_num(t, posinf=0, neginf=0).abs().max()) or 1.0

@@ -1,0 +1,178 @@
+"""``prove``: is a sharding rule right, and is it all there is? Tried on simulated ranks, in one process."""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moesaic.sharding.decide import RULES, overload_of
+from moesaic.sharding.proof.deciders import decider_of, is_local
+from moesaic.sharding.proof.examples import Example, check_inputs, check_op, in_float64, variants, with_line
+from moesaic.sharding.proof.gradients import gradient_error, one_process
+from moesaic.sharding.proof.placing import same
+from moesaic.sharding.proof.report import Report
+from moesaic.sharding.proof.search import Search
+from moesaic.sharding.proof.trial import Inputs, Trial
+from moesaic.sharding.simulated import simulated_ranks
+
+# Names no real mesh has: DTensor and its operators keep decisions by meshes that compare equal.
+_AXES = ("proof a", "proof b", "proof c")
+_MOST_COMBINATIONS = 128
+
+
+def prove(
+    op: Any,
+    *example_inputs: Any,
+    also: Sequence[tuple[Any, ...]] = (),
+    axes: Sequence[int] = (2, 3, 4),
+    meshes: Sequence[tuple[int, ...]] = ((2, 2), (2, 3)),
+    backward: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Try every placement of every input and result of an operator, and hold its sharding rule against what is right.
+
+    For every mesh, and for the example and narrower ones made of it (sizes that divide by the mesh, that do not, and
+    that are smaller than it), the inputs are split by the definition of each placement: ``Replicate``, ``Shard`` of
+    each dim, ``Partial`` sum, avg, max and min, these into unrelated terms. The operator runs on the part of every
+    rank. What results is put together by each placement and compared with the run on the whole. What the rule admits
+    has to be right, and so have the gradients that autograd brings through real DTensors. What is right in all cases,
+    or in all cases in which sizes divide evenly, the rule should admit.
+
+    It is a search for counterexamples, and looks at the sizes it is given: sizes of 12 and more let every mesh divide
+    them. Integer tensors are taken as they are, so give examples of what they can be in ``also``.
+
+    Args:
+        op: a custom_op, an ``OpOverload`` or an ``OpOverloadPacket``. One without a rule of ours is held to what
+            DTensor's own propagation decides.
+        example_inputs: positional arguments: plain tensors, random, as large as you like; whatever is not a tensor is
+            passed on as it is. Floating tensors become float64 where the operator takes that.
+        also: further examples.
+        axes: sizes of meshes of one axis.
+        meshes: shapes of larger meshes.
+        backward: whether to compare gradients. That needs a process group of its own (nothing is communicated).
+        on_progress: is told what is being looked at.
+
+    Returns:
+        a :class:`Report`; ``print`` shows it as a table.
+
+    Raises:
+        TypeError: ``op`` is no operator.
+        ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor; an operator
+            that mutates its arguments or is random; or, with ``backward``, a process group that is initialised.
+
+    Example:
+        >>> report = moesaic.prove(my_mm, torch.randn(13, 12), torch.randn(12, 14))
+        >>> assert report.ok, report
+    """
+    op = overload_of(op)
+    check_op(op)
+    if backward and dist.is_initialized():
+        raise ValueError(
+            "prove() compares gradients on simulated ranks, and a process group is initialised already: prove before "
+            "init_process_group, in a process of its own, or with backward=False"
+        )
+    meshes = [*((n,) for n in axes), *map(tuple, meshes)]
+    if not axes or any(n < 2 for mesh in meshes for n in mesh):
+        raise ValueError(f"axes, meshes: each needs an axis, and each axis two ranks at least; got {meshes}")
+    report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
+    with _one_thread():
+        for examples in _by_form(report, [_example(report, op, args) for args in (example_inputs, *also)]):
+            _prove_form(report, examples, backward, on_progress or (lambda text: None))
+    return report
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads wait for each other longer than small tensors take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
+    check_inputs(op, args)
+    given = Example(op, args)
+    if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
+        raise ValueError(f"{op._name} gives other results on the same inputs: nothing can be proved of it")
+    example = in_float64(given)
+    if example is given and any(t.is_floating_point() and t.dtype != torch.float64 for t in given.tensors):
+        report.note("the operator takes no float64: compared with the tolerance of its own dtype")
+    return with_line(example, RULES.get(op))
+
+
+def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples with the placements of one kind: the same line of the rule, numbers of dims, and arguments given."""
+    forms: dict[Any, list[Example]] = {}
+    for example in examples:
+        for variant in variants(example, report.meshes):
+            try:
+                variant.run()
+            except Exception as error:
+                shapes = ", ".join(str(list(shape)) for shape in variant.shapes)
+                report.note(f"not tried, as the operator refuses it: {shapes}: {str(error).splitlines()[0]}")
+                continue
+            text = example.line.text if example.line else ""
+            form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
+            forms.setdefault(form, []).append(variant)
+    return list(forms.values())
+
+
+def _prove_form(report: Report, examples: Sequence[Example], backward: bool, tell: Callable[[str], None]) -> None:
+    op, line = examples[0].op, examples[0].line
+    search = Search(decider_of(op), line.text if line else "")
+    expected = [example.run() for example in examples]
+    # DTensor's own propagation takes ten milliseconds a call and more.
+    most = _MOST_COMBINATIONS if op in RULES else _MOST_COMBINATIONS // 4
+    for mesh in sorted(report.meshes, key=len):
+        choices: Sequence[Inputs] | None = None
+        if len(mesh) > 1:
+            choices, number = search.combinations(len(mesh), most)
+            if number > most:
+                report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
+        for n, (example, results) in enumerate(zip(examples, expected, strict=True)):
+            tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(examples)}")
+            trial = Trial(example, results, mesh)
+            search.judge(trial, trial.all_inputs() if choices is None else choices)
+            report.num_cases += 1
+    if backward:
+        for mesh in report.meshes:
+            tell(f"gradients on {' x '.join(map(str, mesh))} ranks")
+            _prove_gradients(report, search, Trial(examples[0], expected[0], mesh))
+    report.admitted += search.records("admitted")
+    report.wrong += search.records("wrong")
+    report.missing += search.missing()
+    report.hidden += search.records("hidden")
+
+
+def _prove_gradients(report: Report, search: Search, trial: Trial) -> None:
+    alone = one_process(trial)
+    if isinstance(alone, str):
+        report.note(f"no gradient: {alone}")
+        return
+    # What torch moves in the backward of its own operators, it moves openly.
+    kind = "wrong" if trial.example.op in RULES else "hidden"
+    with simulated_ranks(*trial.mesh, names=_AXES) as ranks:
+        for inputs, outputs in _admitted(search, trial):
+            if error := gradient_error(ranks, trial, inputs, outputs, alone):
+                search.note(kind, trial.case, inputs, outputs, error)
+
+
+def _admitted(search: Search, trial: Trial) -> list[tuple[Inputs, Inputs]]:
+    """What is admitted and right in this case; of many pairs, a sample."""
+    admitted, most = [], _MOST_COMBINATIONS // 2
+    for record in search.records("admitted"):
+        inputs, outputs = record.inputs, record.outputs
+        if len(inputs[0]) != len(trial.mesh):
+            continue
+        decision = search.decider(trial.example, inputs, trial.mesh)
+        if decision is not None and decision.outputs == outputs and is_local(inputs, decision.inputs):
+            admitted.append((inputs, outputs))
+    if len(trial.mesh) > 1 and len(admitted) > most:
+        return random.Random(0).sample(admitted, most)
+    return admitted

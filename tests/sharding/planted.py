@@ -1,0 +1,78 @@
+"""Small operators with rules, right and wrong, for the tests of the proof."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+
+import moesaic
+
+R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
+P, AVG, MAX, MIN = Partial(), Partial("avg"), Partial("max"), Partial("min")
+_numbers = itertools.count()
+
+
+def define(schema: str, function: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """A new operator; its function does for real and for meta tensors."""
+    op = torch.library.custom_op(f"moesaic_planted::op{next(_numbers)}", function, mutates_args=(), schema=schema)
+    op.register_fake(function)
+    return op
+
+
+def ruled(schema: str, function: Callable[..., Any], *lines: str, **options: Any) -> torch.library.CustomOpDef:
+    """A new operator with a rule."""
+    return moesaic.sharding_rule(*lines, **options)(define(schema, function))
+
+
+def placements(*of_tensors: Placement) -> tuple[tuple[Placement], ...]:
+    """One axis."""
+    return tuple((p,) for p in of_tensors)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+ONE = "(Tensor x) -> Tensor"
+TWO = "(Tensor x, Tensor w) -> Tensor"
+BIASED = "(Tensor x, Tensor w, Tensor bias) -> Tensor"
+PAIR = "(Tensor x) -> (Tensor, Tensor)"
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+def affine(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return x @ w + bias
+
+
+def total(x: Tensor) -> Tensor:
+    return x.sum(1)
+
+
+def mean(x: Tensor) -> Tensor:
+    return x.mean(1)
+
+
+def largest(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_full((x.shape[0], 1), -float("inf"))], 1).amax(1)
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def softmax(x: Tensor) -> Tensor:
+    return x.softmax(1)
+
+
+def totals_of_both(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.sum(1), x.sum(0)
+
+
+def totals_of_blocks(x: Tensor, like: Tensor) -> Tensor:
+    return x.unflatten(0, (like.shape[0], -1)).sum(1)
