@@ -17,7 +17,7 @@ static void zero_tile(const Gradient &g, const GradientTask &t, int64_t size) {
 template <class Kind>
 static void gradient_tile(const Gradient &g, const GradientTask &t, char *packed_x, char *packed_grad, float *sums) {
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
-  constexpr int64_t kRows = kGradientWords * Kind::kStep;
+  constexpr int64_t kRows = kGradientWords<Kind> * Kind::kStep;
   const int64_t *rows = g.rows + g.first_row[t.matrix];
   const int64_t num_rows = g.first_row[t.matrix + 1] - g.first_row[t.matrix];
   const int64_t x_stride = ceil_div(t.rows, kLanes) * kLanes * kWord;
@@ -54,8 +54,8 @@ static void gradient_tile(const Gradient &g, const GradientTask &t, char *packed
 template <class Kind>
 static void gradient(const Gradient &g, Counter &counter, char *scratch) {
   char *packed_x = scratch;
-  char *packed_grad = packed_x + kGradientWords * kGradientRows * kWord;
-  float *sums = reinterpret_cast<float *>(packed_grad + kGradientWords * kPanelBytes);
+  char *packed_grad = packed_x + kGradientWords<Kind> * kGradientRows * kWord;
+  float *sums = reinterpret_cast<float *>(packed_grad + kGradientWords<Kind> * kPanelBytes);
   for (int64_t i = counter.next(); i < g.num_tasks; i = counter.next()) {
     const GradientTask &t = g.tasks[i];
     if (g.first_row[t.matrix + 1] == g.first_row[t.matrix]) {

@@ -26,9 +26,11 @@ static double spin(int64_t rounds) {
 }
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
-constexpr int64_t kProductScratch = (kInnerWords + kProductSums) * kPanelBytes;
+template <class Kind>
+constexpr int64_t kProductScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
+template <class Kind>
 constexpr int64_t kGradientScratch =
-    kGradientWords * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
+    kGradientWords<Kind> * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
 
 template <class Kind>
 constexpr Kernels table() {
@@ -36,7 +38,8 @@ constexpr Kernels table() {
           kHeight,
           Kind::kStep,
           Kind::kWidens,
-          kProductScratch > kGradientScratch ? kProductScratch : kGradientScratch,
+          kProductWords<Kind>,
+          kProductScratch<Kind> > kGradientScratch<Kind> ? kProductScratch<Kind> : kGradientScratch<Kind>,
           product<Kind>,
           gradient<Kind>,
           words_of_row<Kind>,

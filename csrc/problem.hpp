@@ -62,6 +62,7 @@ struct Kernels {
   int height;    // rows of the register tile
   int step;      // elements of the summed dim in a word
   bool widens;   // words are fp32 although the elements are bf16
+  int64_t block_words;  // of the summed dim, in a packed panel
   int64_t scratch_bytes;
   void (*product)(const Product &, Counter &, char *scratch);
   void (*gradient)(const Gradient &, Counter &, char *scratch);
@@ -71,14 +72,12 @@ struct Kernels {
 };
 
 // Limits that the task lists keep, and that scratch memory is laid out for.
-constexpr int64_t kInnerWords = 512;     // words of the summed dim in a packed panel
 constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
 constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
 constexpr int64_t kWideWords = 96;
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 256;
-constexpr int64_t kGradientWords = 256;
 
 namespace avx2 { extern const Kernels f32, bf16; }
 namespace avx512 { extern const Kernels f32, bf16; }

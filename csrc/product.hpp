@@ -171,7 +171,7 @@ static void zero_rows(const Product &p, const ProductTask &t) {
 template <class Kind>
 static void product(const Product &p, Counter &counter, char *scratch) {
   char *packed = scratch;
-  float *sums = reinterpret_cast<float *>(scratch + kInnerWords * kPanelBytes);
+  float *sums = reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
   // A task is claimed one ahead, so that its panel can be brought in.
   for (int64_t i = counter.next(), next; i < p.num_tasks; i = next) {
     next = counter.next();

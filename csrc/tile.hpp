@@ -13,6 +13,13 @@ INLINE T least(T a, T b) {
 }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Words of the summed dim that are added up one after the other. Each such block is a sum of its own, and its length a
+// compromise: sums pass through memory between blocks, and a long fp32 sum loses digits, which in bf16 nobody sees.
+template <class Kind>
+constexpr int64_t kProductWords = sizeof(typename Kind::Element) == 4 ? 256 : 512;
+template <class Kind>
+constexpr int64_t kGradientWords = sizeof(typename Kind::Element) == 4 ? 128 : 256;
+
 // Memory that the next tile will read, brought to L2 a few lines at a time while this one multiplies: a burst would
 // stop the loads of the tile itself.
 struct Ahead {
