@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -35,7 +36,7 @@ def blocked(num_weights: int) -> tuple[Callable, Callable]:
     w = integers(num_weights, D, 6)
 
     def inputs(R: int) -> tuple[Tensor, ...]:
-        return integers(2 * R, D), w, torch.tensor([[R // 4, R // 2], [0, R]])
+        return integers(2 * R, D), w, torch.tensor([[R // 4, R // 2], [R, 0]])
 
     return lambda x, w, sizes: 2 * grouped_mm(x, w, sizes), inputs
 
@@ -95,12 +96,15 @@ def check(function: Callable, inputs: Callable, backend: str, *, dynamic: bool |
 def main(backend: str) -> None:
     torch.manual_seed(0)
     if backend == "inductor":
+        # What is cached on disk may call operators as they were then: their gradients are not part of its key.
+        torch._inductor.config.force_disable_caches = True
         # It checks the strides of what an operator returns against those of its fake.
         return check(*layer(), backend, dynamic=True, sizes=(16, 9))
     cases = {
         "flat": flat(None),
         "reference": flat("reference"),
         "own experts": blocked(4),
+        "fewer experts": blocked(3),
         "shared experts": blocked(2),
         "fp32 result": fp32_result(),
         "autocast": autocast(),

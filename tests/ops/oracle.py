@@ -41,11 +41,21 @@ def run(impl: str | None, p: Problem, out_dtype: torch.dtype | None = None) -> R
         return Results(
             tiled.forward(p.x, p.w, sizes, out_dtype or p.x.dtype),
             tiled.forward(p.grad, p.w.mT, sizes, p.grad.dtype),
-            tiled.weight_grad(p.x, p.grad, sizes, p.shared),
+            tiled.weight_grad(p.x, p.grad, sizes, p.w.shape[0]),
         )
     x, w = p.x.detach().requires_grad_(), p.w.detach().requires_grad_()
     y = grouped_mm(x, w, p.group_sizes, impl=impl, out_dtype=out_dtype)
     return Results(y.detach(), *torch.autograd.grad(y, (x, w), p.grad.to(y.dtype)))
+
+
+def run_operators(code: int, p: Problem) -> Results:
+    """The three results by the operators, which check no shapes."""
+    ops = torch.ops.moesaic
+    return Results(
+        ops.grouped_mm(p.x, p.w, p.group_sizes, code),
+        ops.grouped_mm_input_grad(p.grad, p.w, p.group_sizes, code),
+        ops.grouped_mm_weight_grad(p.x, p.grad, p.group_sizes, p.w, code),
+    )
 
 
 def exact(p: Problem) -> Results:

@@ -22,12 +22,16 @@ _LARGE_SIZES = (63, 64, 65, 130)
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the groups of each block, and rows a block; ``shared``: the blocks share their matrices."""
+    """Sizes of the groups of each block, and rows a block.
+
+    In the form "own" each block has its own matrices, in "shared" all the same; the last ``missing`` groups have none.
+    """
 
     form: str
     sizes: tuple[tuple[int, ...], ...]
     num_groups: int
     capacity: int
+    missing: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -35,7 +39,7 @@ class Layout:
 
     @property
     def num_weights(self) -> int:
-        return self.num_groups * (1 if self.form == "shared" else len(self.sizes))
+        return self.num_groups * (1 if self.form == "shared" else len(self.sizes)) - self.missing
 
     @property
     def experts(self) -> list[int]:
@@ -53,11 +57,11 @@ class Layout:
         return torch.tensor(self.sizes, dtype=dtype).reshape(len(self.sizes), self.num_groups)
 
 
-def layout(form: str, sizes: Sequence[Sequence[int]], *, slack: int = 0) -> Layout:
+def layout(form: str, sizes: Sequence[Sequence[int]], *, slack: int = 0, missing: int = 0) -> Layout:
     """A layout whose fullest block has ``slack`` padding rows. The flat form has the first block alone."""
     sizes = tuple(tuple(block) for block in (sizes[:1] if form == "flat" else sizes))
     num_groups = len(sizes[0]) if sizes else 0
-    return Layout(form, sizes, num_groups, max((sum(block) for block in sizes), default=0) + slack)
+    return Layout(form, sizes, num_groups, max((sum(block) for block in sizes), default=0) + slack, missing)
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +77,6 @@ class Problem:
     group_sizes: Tensor
     grad: Tensor
     experts: list[int]
-    shared: bool
     exact: bool
 
     def __repr__(self) -> str:
@@ -122,7 +125,6 @@ def problem(
         layout.tensor(index_dtype).to(device),
         poisoned(values(layout.num_rows, N), experts < 0, strides[2]),
         experts.tolist(),
-        layout.form == "shared" and len(layout.sizes) > 1,
         exact,
     )
 
@@ -162,7 +164,18 @@ def layouts(draw: st.DrawFn) -> Layout:
     if kind == "one expert" or (kind == "mixed" and draw(st.booleans())):
         b, g = draw(st.integers(0, B - 1)), draw(st.integers(0, G - 1))
         sizes[b][g] = draw(st.sampled_from(_LARGE_SIZES))
-    return layout(form, sizes, slack=draw(st.sampled_from((0, 0, 1, 6))))
+    missing = 0
+    if form == "own" and draw(st.booleans()):
+        missing = draw(st.integers(0, B - 1))
+        sizes = without_last(sizes, missing)
+    return layout(form, sizes, slack=draw(st.sampled_from((0, 0, 1, 6))), missing=missing)
+
+
+def without_last(sizes: Sequence[Sequence[int]], missing: int) -> tuple[tuple[int, ...], ...]:
+    """The sizes, the last ``missing`` groups being empty."""
+    G = len(sizes[0])
+    end = len(sizes) * G - missing
+    return tuple(tuple(n if b * G + g < end else 0 for g, n in enumerate(block)) for b, block in enumerate(sizes))
 
 
 @st.composite

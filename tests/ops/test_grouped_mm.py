@@ -1,5 +1,7 @@
 """grouped_mm: values, in every dtype, layout and stride, of every implementation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.ops import grouped_mm
-from tests.ops.oracle import HALF, check, exact, run, uninitialised_memory_is_nan
-from tests.ops.strategies import DTYPES, FORMS, layout, problem, problems
+from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS
+from tests.ops.oracle import HALF, check, exact, run, run_operators, uninitialised_memory_is_nan
+from tests.ops.strategies import DTYPES, FORMS, layout, problem, problems, without_last
 
 IMPLS = ("reference", "torch", "tiled")
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -29,6 +32,8 @@ EDGES = {
     "own experts": layout("own", [[2, 0, 3], [0, 0, 0], [1, 5, 1]], slack=1),
     "shared experts": layout("shared", [[2, 0, 3], [0, 0, 0], [1, 0, 1]], slack=1),
     "shared and idle": layout("shared", [[0, 0], [0, 0]], slack=3),
+    "fewer experts": layout("own", [[2, 0, 3], [0, 4, 0], [1, 0, 0]], slack=1, missing=1),
+    "blocks without expert": layout("own", [[2, 3], [1, 1], [2, 0], [0, 0]], slack=2, missing=3),
     "one group a block": layout("own", [[3], [1], [0]]),
     "one shared expert": layout("shared", [[3], [1], [0]]),
     "no groups": layout("own", [[], []], slack=2),
@@ -71,6 +76,26 @@ def test_edges(impl, edge, dtype, device):
         p = problem(EDGES[edge], K, N, dtype, device=device)
         with uninitialised_memory_is_nan():
             check(p, run(impl, p))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_take_any_number_of_matrices(impl, device):
+    # A rank's shard may have fewer than the public function allows, or none.
+    for missing in range(7):
+        sizes = without_last([[2, 70], [0, 3], [1, 2]], missing)
+        p = problem(layout("own", sizes, slack=1, missing=missing), 8, 5, torch.float32, device=device)
+        with uninitialised_memory_is_nan():
+            check(p, run(impl, p) if impl == "tiled" else run_operators(IMPLEMENTATIONS[impl], p))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("missing", [1, 3, 4])  # two matrices would be shared
+def test_tiles_leave_out_rows_of_groups_without_expert(missing, device):
+    p = problem(layout("own", [[2, 1], [70, 1]], slack=1), 8, 5, torch.float32, device=device)
+    w = p.w[: 4 - missing]
+    fewer = replace(p, w=w, experts=[e if e < len(w) else -1 for e in p.experts])
+    check(fewer, run("tiled", fewer))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -62,7 +62,15 @@ VALUE_ERRORS = {
     ),
     "matrices for no form of blocks": (
         lambda: grouped_mm(X, W, sizes([1, 0], [2, 0], [0, 0])),
-        r"w: group_sizes \[3, 2\] needs 6 matrices \(each block its own\) or 2 \(shared\), got 3",
+        r"group_sizes: 3 matrices of w over 3 blocks need 1 groups a block \(each its own\) or 3 \(shared\), got 2",
+    ),
+    "too many matrices for blocks": (
+        lambda: grouped_mm(X, W.repeat(3, 1, 1), sizes([1, 0, 1, 0], [2, 0, 0, 0])),
+        r"group_sizes: 9 matrices of w over 2 blocks need 5 groups a block \(each its own\) or 9 \(shared\), got 4",
+    ),
+    "matrices without blocks": (
+        lambda: grouped_mm(X[:0], W, torch.empty(0, 2, dtype=torch.int64)),
+        r"group_sizes: 3 matrices of w over 0 blocks need 3 groups a block \(each its own\) or 3 \(shared\), got 2",
     ),
     "unequal blocks": (
         lambda: grouped_mm(X[:5], W, sizes([1, 0, 1], [2, 0, 0])),
@@ -118,6 +126,11 @@ BAD_SIZES = {
         sizes([1, 0, 1], [2, 2, 0]),
         r"group_sizes: the groups of a block add up to 4 rows, but x has 3 rows a block \(6 rows in 2 blocks\)",
     ),
+    "rows without expert": (
+        sizes([1, 0], [0, 2]),
+        r"group_sizes: group 1 of block 1 has 2 rows but no expert: w has 3 matrices for 4 groups; "
+        r"let groups past the last matrix be empty",
+    ),
     "sum beyond int32": (sizes(2**31 - 1, 2**31 - 1, 2, dtype=torch.int32), r"add up to 4294967296 rows"),
 }
 
@@ -158,7 +171,7 @@ def test_debug_checks_check_sizes_of_every_operator(case, monkeypatch):
     calls = (
         lambda: grouped_mm(X, W, bad),
         lambda: torch.ops.moesaic.grouped_mm_input_grad(grad, W, bad, operators.AUTO),
-        lambda: torch.ops.moesaic.grouped_mm_weight_grad(X, grad, bad, operators.AUTO, 0),
+        lambda: torch.ops.moesaic.grouped_mm_weight_grad(X, grad, bad, W, operators.AUTO),
     )
     for call in calls:
         with debug_checks(), pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """The way through torch._grouped_mm, which only CUDA tensors take: its arithmetic on CPU, and when it is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.impl import torch as impl
-from tests.ops.oracle import check, run
-from tests.ops.strategies import Layout, layout, layouts, problem, with_strides
+from tests.ops.oracle import check, exact, run, run_operators
+from tests.ops.strategies import Layout, layout, layouts, problem, with_strides, without_last
 
 BF16 = torch.bfloat16
 FLAT = layout("flat", [[3, 0, 6]], slack=7)
@@ -32,9 +34,31 @@ def test_values(layout: Layout, K, N_and_strides):
         # As the fake says.
         assert results.y.is_contiguous()
     if len(p.x) and len(sizes) == 1 and N % 8 == 0:
-        results = results._replace(gw=impl._library_weight_grad(p.x, p.grad, sizes))
+        results = results._replace(gw=impl._library_weight_grad(p.x, p.grad, sizes, len(p.w)))
         assert results.gw.is_contiguous()
     check(p, results)
+
+
+@pytest.mark.parametrize("missing", range(7))
+def test_groups_without_expert(missing):
+    layout = replace(BLOCKS, sizes=without_last(((3, 2), (1, 4), (2, 2)), missing), missing=missing)
+    p = problem(layout, 8, 16, BF16)
+    check(p, run_operators(2, p)._replace(y=impl._library_forward(p.x, p.w, p.group_sizes)))
+
+
+@pytest.mark.parametrize("missing", [1, 3, 5, 6])
+def test_rows_of_groups_without_expert_are_zero(missing):
+    p = problem(replace(BLOCKS, sizes=((3, 2), (1, 4), (2, 2))), 8, 16, BF16)
+    w = p.w[: 6 - missing]
+    fewer = replace(p, w=w, experts=[e if e < len(w) else -1 for e in p.experts])
+    check(fewer, run("tiled", fewer)._replace(y=impl._library_forward(p.x, w, p.group_sizes)))
+
+
+@pytest.mark.parametrize("num_matrices", [1, 2])
+def test_weight_gradient_of_fewer_matrices_than_groups(num_matrices):
+    p = problem(FLAT, 8, 16, BF16)
+    gw = impl._library_weight_grad(p.x, p.grad, as_blocks(p.group_sizes), num_matrices)
+    assert torch.equal(gw, exact(p).gw[:num_matrices].to(BF16))
 
 
 @pytest.mark.parametrize("layout", [FLAT, BLOCKS], ids=["flat", "blocks"])
@@ -46,7 +70,7 @@ def test_group_sizes_are_never_read_to_the_host(layout):
         sizes = as_blocks(sizes)
         impl._library_forward(x, w, sizes)
         if layout is FLAT:
-            impl._library_weight_grad(x, grad, sizes)
+            impl._library_weight_grad(x, grad, sizes, len(w))
 
 
 def operands(layout=FLAT, K=16, N=8, dtype=BF16, x="contiguous", w="contiguous"):
@@ -125,7 +149,7 @@ def test_what_runs_where_the_sizes_must_not_be_read(layout, taken, monkeypatch):
     impl.forward(x, w, sizes, BF16)
     impl.forward(x, w, sizes, torch.float32)
     # torch._grouped_mm sums over one ragged dim: blocks have as many as there are blocks.
-    impl.weight_grad(x, grad, sizes, False)
+    impl.weight_grad(x, grad, sizes, len(w))
     assert called == [
         "_library_forward" if taken else "forward",
         "forward",

@@ -5,6 +5,7 @@ Legend: R rows, K and N the matrix dims, E experts, B blocks, G groups a block.
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -20,13 +21,14 @@ from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.impl import reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from tests.ops.oracle import check, exact, run
-from tests.ops.strategies import FORMS, Layout, Problem, layout, problem
+from tests.ops.strategies import FORMS, Layout, Problem, layout, problem, without_last
 
 IMPLS = ("reference", "torch")
 CODES = {"reference": 1, "torch": 2}
 LAYOUTS = {
     "flat": layout("flat", [[2, 0, 3]], slack=2),
     "own": layout("own", [[2, 0], [1, 3]], slack=1),
+    "fewer": layout("own", [[2, 1], [1, 0]], slack=1, missing=1),
     "shared": layout("shared", [[2, 0], [1, 3]], slack=1),
     "empty": layout("shared", [[0, 0], [0, 0]]),
 }
@@ -46,11 +48,15 @@ def test_derivatives(name, impl):
     # Of each operator, so that the gradients of gradients are right to any order. Batched gradients go through vmap.
     p = without_poison(problem(LAYOUTS[name], 3, 4, torch.float64, exact=False))
     x, w, grad = (t.requires_grad_() for t in (p.x, p.w, p.grad))
-    code, shared = CODES[impl], int(p.shared)
+    code = CODES[impl]
+    only_its_shape = torch.full_like(w, torch.nan)
     functions = {
         "grouped_mm": (lambda x, w: ops.grouped_mm(x, w, p.group_sizes, code), (x, w)),
         "input_grad": (lambda grad, w: ops.grouped_mm_input_grad(grad, w, p.group_sizes, code), (grad, w)),
-        "weight_grad": (lambda x, grad: ops.grouped_mm_weight_grad(x, grad, p.group_sizes, code, shared), (x, grad)),
+        "weight_grad": (
+            lambda x, grad: ops.grouped_mm_weight_grad(x, grad, p.group_sizes, only_its_shape, code),
+            (x, grad),
+        ),
     }
     for function, inputs in functions.values():
         assert gradcheck(function, inputs, check_batched_grad=True)
@@ -69,7 +75,7 @@ def test_opcheck(name, impl, dtype, monkeypatch):
     torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code))
     torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code, torch.float32))
     torch.library.opcheck(ops.grouped_mm_input_grad, (grad, w, p.group_sizes, code))
-    torch.library.opcheck(ops.grouped_mm_weight_grad, (x, grad, p.group_sizes, code, int(p.shared)))
+    torch.library.opcheck(ops.grouped_mm_weight_grad, (x, grad, p.group_sizes, w, code))
 
 
 # Which dim of x, w, group_sizes and the gradient vmap takes, if any.
@@ -81,7 +87,7 @@ IN_DIMS = [
 def batch_of(layout: Layout) -> list[Problem]:
     """Three problems that differ in every operand; exact, so that the order of a sum does not matter."""
     turned = [layout.sizes, layout.sizes[::-1], tuple(block[::-1] for block in layout.sizes)]
-    layouts = [Layout(layout.form, sizes, layout.num_groups, layout.capacity) for sizes in turned]
+    layouts = [replace(layout, sizes=without_last(sizes, layout.missing)) for sizes in turned]
     return [without_poison(problem(item, 3, 4, torch.float64, seed=i)) for i, item in enumerate(layouts)]
 
 
@@ -96,15 +102,13 @@ def stack_where_batched(batch: list[Problem], in_dims: tuple[int | None, ...]) -
 
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
-@pytest.mark.parametrize("name", ["flat", "own", "shared"])
+@pytest.mark.parametrize("name", ["flat", "own", "fewer", "shared"])
 def test_vmap(name, in_dims):
-    shared = int(name == "shared")
-
     def all_three(x, w, sizes, grad):
         return (
             ops.grouped_mm(x, w, sizes, 0),
             ops.grouped_mm_input_grad(grad, w, sizes, 0),
-            ops.grouped_mm_weight_grad(x, grad, sizes, 0, shared),
+            ops.grouped_mm_weight_grad(x, grad, sizes, w, 0),
         )
 
     vmapped, looped = stack_where_batched(batch_of(LAYOUTS[name]), in_dims)
@@ -114,16 +118,15 @@ def test_vmap(name, in_dims):
 
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
-@pytest.mark.parametrize("name", ["flat", "own", "shared"])
+@pytest.mark.parametrize("name", ["flat", "own", "fewer", "shared"])
 def test_gradients_through_vmap(name, in_dims):
     (x, w, sizes, grad), looped = stack_where_batched(batch_of(LAYOUTS[name]), in_dims)
     x, w = x.requires_grad_(), w.requires_grad_()
     y = torch.vmap(lambda x, w, sizes, grad: grouped_mm(x, w, sizes) * grad, in_dims)(x, w, sizes, grad)
     ours = torch.autograd.grad(y.sum(), (x, w))
-    code, shared = 0, int(name == "shared")
     theirs = (
-        [ops.grouped_mm_input_grad(grad, w, sizes, code) for _, w, sizes, grad in looped],
-        [ops.grouped_mm_weight_grad(x, grad, sizes, code, shared) for x, _, sizes, grad in looped],
+        [ops.grouped_mm_input_grad(grad, w, sizes, 0) for _, w, sizes, grad in looped],
+        [ops.grouped_mm_weight_grad(x, grad, sizes, w, 0) for x, w, sizes, grad in looped],
     )
     for gradient, parts, dim in zip(ours, theirs, in_dims, strict=False):
         assert torch.equal(gradient, sum(parts) if dim is None else torch.stack(parts, dim))
@@ -133,6 +136,13 @@ def test_gradients_through_vmap(name, in_dims):
 def test_func_grad():
     p = problem(LAYOUTS["flat"], 3, 4, torch.float64)
     torch.func.grad(lambda x: grouped_mm(x, p.w, p.group_sizes).sum())(p.x)
+
+
+def test_vmap_of_rows_without_expert():
+    p = batch_of(LAYOUTS["fewer"])[0]
+    sizes = torch.stack([p.group_sizes, p.group_sizes + torch.tensor([[0, 0], [0, 1]])])
+    with pytest.raises(ValueError, match="group 1 of block 1 has 1 rows but no expert"):
+        torch.vmap(grouped_mm, (None, None, 0))(p.x, p.w, sizes)
 
 
 def test_nested_vmap():
@@ -194,9 +204,7 @@ def test_fake_and_meta_tensors(form, impl):
         real = run(impl, p, out_dtype)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
             fake = run(impl, on_fake_tensors(p, mode), out_dtype)
-        meta = run(
-            impl, Problem(*(t.to("meta") for t in (p.x, p.w, p.group_sizes, p.grad)), [], p.shared, False), out_dtype
-        )
+        meta = run(impl, Problem(*(t.to("meta") for t in (p.x, p.w, p.group_sizes, p.grad)), [], False), out_dtype)
         for a, b, c in zip(real, fake, meta, strict=True):
             assert a.shape == b.shape == c.shape
             assert a.dtype == b.dtype == c.dtype
@@ -204,7 +212,7 @@ def test_fake_and_meta_tensors(form, impl):
 
 
 def on_fake_tensors(p: Problem, mode: FakeTensorMode) -> Problem:
-    return Problem(*map(mode.from_tensor, (p.x, p.w, p.group_sizes, p.grad)), p.experts, p.shared, p.exact)
+    return Problem(*map(mode.from_tensor, (p.x, p.w, p.group_sizes, p.grad)), p.experts, p.exact)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -9,16 +9,22 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moesaic.ops import combine, grouped_mm, permute, sort_by_expert
 from moesaic.ops.permute import Permutation
 from moesaic.sharding import AxisRule, rule_of
 from moesaic.sharding.admission import choices_for
-from moesaic.sharding.sizes import divides
+from moesaic.sharding.sizes import divides, factor_sizes
 
 ops = torch.ops.moesaic
 K, N = 5, 7
 BLOCKS = [[2, 0, 3], [0, 0, 0], [1, 1, 1], [0, 6, 0]]
+
+# The forms of grouped_mm, each with the line of the rules that speaks for it and, in blocks, how many matrices there
+# are: in "fewer" the last group has no expert, in "none" the last block.
+LINES = {"flat": 0, "own": 1, "fewer": 1, "none": 1, "shared": 2}
+NUM_WEIGHTS = {"own": 12, "fewer": 11, "none": 9, "shared": 3}
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,12 @@ class Problem:
     def combinations(self, axis_sizes: Sequence[int]) -> Iterator[tuple[AxisRule, ...]]:
         """What is admitted on a mesh."""
         line = rule_of(self.op).lines[self.line]
+        present = (True,) * len(self.inputs) + (False,) * self.optional
+        inputs, output = [t.shape for t in self.inputs], self.function(*self.inputs).shape
+        sizes = factor_sizes(line.given(present), inputs, [output])
+        assert sizes is not None
         for choices in product(self.choices(), repeat=len(axis_sizes)):
-            if divides(line, dict.fromkeys(line.blocks, len(BLOCKS)), choices, axis_sizes):
+            if divides(line, sizes, choices, axis_sizes):
                 yield choices
 
     def expected(self) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -50,7 +60,18 @@ class Problem:
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in self.inputs]
         result = self.function(*leaves)
         grad = integers(*result.shape, seed=9)
-        return result.detach(), grad, list(torch.autograd.grad(result, with_grad(leaves), grad))
+        return result.detach(), grad, gradients(result, with_grad(leaves), grad)
+
+
+def gradients(result: Tensor, leaves: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Of each leaf; zero of one whose shape alone is read."""
+    return list(torch.autograd.grad(result, leaves, grad, materialize_grads=True))
+
+
+def lies_as(gradient: DTensor, leaf: DTensor) -> bool:
+    """As its leaf does, or is Partial where the leaf is replicated, and the other way round."""
+    pairs = zip(gradient.placements, leaf.placements, strict=True)
+    return all(a == b or {a, b} == {Replicate(), Partial()} for a, b in pairs)
 
 
 def with_grad(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -64,19 +85,23 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 def _grouped(op: str, form: str, *, rows: int, num_weights: int, sizes: Tensor) -> Problem:
     x, w, grad = integers(rows, K, seed=1), integers(num_weights, K, N, seed=2), integers(rows, N, seed=3)
-    packet, line = getattr(ops, op), ["flat", "own", "shared"].index(form)
+    packet, line = getattr(ops, op), LINES[form]
     if op == "grouped_mm":
         return Problem(grouped_mm, [x, w, sizes], packet, line)
     if op == "grouped_mm_input_grad":
         return Problem(lambda *args: packet(*args, 0), [grad, w, sizes], packet, line)
-    return Problem(lambda *args: packet(*args, 0, int(form == "shared")), [x, grad, sizes], packet, line)
+    only_its_shape = torch.full_like(w, torch.nan)
+    return Problem(lambda *args: packet(*args, 0), [x, grad, sizes, only_its_shape], packet, line)
 
 
 def grouped(op: str, form: str) -> Problem:
-    """``grouped_mm`` or one of its backward operators; ``form`` is flat, own or shared."""
+    """``grouped_mm`` or one of its backward operators; ``form`` is one of ``LINES``."""
     if form == "flat":
         return _grouped(op, form, rows=9, num_weights=3, sizes=torch.tensor([3, 0, 4]))
-    return _grouped(op, form, rows=4 * 6, num_weights=3 if form == "shared" else 12, sizes=torch.tensor(BLOCKS))
+    sizes = torch.tensor(BLOCKS)
+    if form != "shared":
+        sizes.view(-1)[NUM_WEIGHTS[form] :] = 0
+    return _grouped(op, form, rows=4 * 6, num_weights=NUM_WEIGHTS[form], sizes=sizes)
 
 
 def empty(op: str, form: str) -> Problem:
@@ -84,7 +109,7 @@ def empty(op: str, form: str) -> Problem:
     if form == "flat":
         return _grouped(op, form, rows=0, num_weights=3, sizes=torch.tensor([0, 0, 0]))
     sizes = torch.zeros_like(torch.tensor(BLOCKS))
-    return _grouped(op, form, rows=0, num_weights=3 if form == "shared" else 12, sizes=sizes)
+    return _grouped(op, form, rows=0, num_weights=NUM_WEIGHTS[form], sizes=sizes)
 
 
 def permuting(op: str, *, weighted: bool = True) -> Problem:

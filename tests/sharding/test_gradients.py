@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributed.tensor import Placement, Replicate
 
-from tests.sharding.problems import Problem, grouped, integers, permuting, with_grad
+from tests.sharding.problems import LINES, Problem, grouped, integers, lies_as, permuting, with_grad
 from tests.sharding.simulated import no_collectives, simulated_ranks, whole
 
 PROBLEMS: dict[str, Problem] = {
-    **{f"grouped_mm, {form}": grouped("grouped_mm", form) for form in ("flat", "own", "shared")},
+    **{f"grouped_mm, {form}": grouped("grouped_mm", form) for form in LINES},
     **{op: permuting(op) for op in ("permute", "combine")},
 }
 
@@ -35,8 +35,11 @@ def test_gradient_of_a_sum(name, shape):
             leaves = [t.requires_grad_(t.is_floating_point()) for t in placed]
             with no_collectives():
                 grads = torch.autograd.grad(problem.function(*leaves).sum(), with_grad(leaves))
-            for ours, theirs in zip(grads, expected, strict=True):
+            for ours, theirs, leaf in zip(grads, expected, with_grad(leaves), strict=True):
                 assert torch.equal(whole(ours), theirs), [axis.name for axis in combination]
+                if problem.op is torch.ops.moesaic.grouped_mm:
+                    # Replicated as it arrives, it must not give a weight that is sharded by columns a whole gradient.
+                    assert lies_as(ours, leaf), [axis.name for axis in combination]
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 import moesaic
-from moesaic.sharding.decide import RULES
 from moesaic.sharding.formula import operators_of_gradient
 from tests.sharding.problems import integers
-from tests.sharding.simulated import no_collectives, simulated_ranks, whole
+from tests.sharding.simulated import simulated_ranks, whole
 from tests.sharding.test_sharding_rule import MATMUL, define
 
 _numbers = itertools.count()
@@ -34,34 +33,42 @@ def product(backward) -> torch.library.CustomOpDef:
     return moesaic.sharding_rule(MATMUL, linear=["x", "w"])(op)
 
 
-@pytest.fixture
-def restored():
-    """Rules given to torch's own operators are taken back."""
-    rules = dict(RULES)
-    given = []
-    yield given.append
-    for op in given:
-        torch._library.simple_registry.singleton.find(op.name()).torch_dispatch_rules._data.pop(DTensor)
-    RULES.clear()
-    RULES.update(rules)
+RULE_OF_TORCH = """
+import pytest, torch
+from torch.distributed.tensor import Replicate, Shard
+import moesaic
+from tests.sharding.problems import integers
+from tests.sharding.simulated import no_collectives, simulated_ranks, whole
 
-
-@pytest.mark.parametrize("overload", ["mm.default", "add.Tensor"])
-def test_an_operator_of_torch(restored, overload):
-    packet, name = overload.split(".")
-    op = getattr(getattr(torch.ops.aten, packet), name)
-    restored(op)
-    line = MATMUL if packet == "mm" else "m n, m n -> m n"
+x = integers(3, 3, seed=1)
+for op, line in ((torch.ops.aten.mm.default, "m k, k n -> m n"), (torch.ops.aten.add.Tensor, "m n, m n -> m n")):
     moesaic.sharding_rule(line)(op)
-    x = integers(3, 3, seed=1)
     with simulated_ranks(2) as ranks:
         here, there = ranks.place(x, [Shard(0)]), ranks.place(x, [Shard(1)])
         # torch's own rule would gather one of them.
-        with pytest.raises(moesaic.ShardingError, match=f"aten::{packet}.*no sharding rule admits"):
+        with pytest.raises(moesaic.ShardingError, match="no sharding rule admits"):
             op(here, there)
         with no_collectives():
-            y = op(there, here) if packet == "mm" else op(here, here)
+            y = op(there, here) if op is torch.ops.aten.mm.default else op(here, here)
         assert torch.equal(whole(y), op(x, x))
+print("right")
+"""
+
+
+def test_operators_of_torch(fresh_python):
+    assert "right" in fresh_python(RULE_OF_TORCH).stdout
+
+
+def test_a_rule_replaces_the_one_before():
+    op = define("(Tensor x, Tensor w) -> Tensor", matmul)._opoverload
+    x, w = integers(4, 3, seed=1), integers(3, 6, seed=2)
+    with simulated_ranks(2) as ranks:
+        placed = ranks.place(x, [Replicate()]), ranks.place(w, [Shard(1)])
+        moesaic.sharding_rule(MATMUL)(op)
+        assert op(*placed).placements == (Shard(1),)
+        moesaic.sharding_rule("m k, k n! -> m n")(op)
+        with pytest.raises(moesaic.ShardingError):
+            op(*placed)
 
 
 @pytest.mark.parametrize("op", [torch.ops.aten.matmul, torch.ops.aten.linear.default])
@@ -86,6 +93,25 @@ def test_a_triton_op():
         assert torch.equal(whole(y), x * 2)
         y.sum().backward()
         assert torch.equal(whole(placed.grad), torch.full_like(x, 2))
+
+
+def test_numbers_that_are_equal_and_not_alike():
+    op = define("(Tensor x, Scalar number) -> Tensor", lambda x, number: x * number)
+    moesaic.sharding_rule("m -> m")(op)
+    x = torch.arange(4)
+    with simulated_ranks(2) as ranks:
+        for number in (1, 1.0, True, 1):
+            y = op(ranks.place(x, [Shard(0)]), number)
+            assert y.dtype == y.to_local().dtype == (x * number).dtype
+
+
+def test_inference_mode():
+    op = moesaic.sharding_rule(MATMUL)(define("(Tensor x, Tensor w) -> Tensor", matmul))
+    x, w = integers(4, 3, seed=1), integers(3, 6, seed=2)
+    with simulated_ranks(2) as ranks, torch.inference_mode():
+        y = op(ranks.place(x, [Replicate()]), ranks.place(w, [Shard(1)]))
+        assert y.placements == (Shard(1),)
+        assert torch.equal(whole(y), x @ w)
 
 
 def test_what_a_gradient_calls():

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.distributed.tensor import Placement
 
 import moesaic
-from moesaic.sharding.decide import RULES, overload_of
-from moesaic.sharding.rule import AxisRule, PlacementTable, Rule
 from tests.sharding import planted
 from tests.sharding.planted import AVG, BIASED, MAX, MIN, ONE, PAIR, S0, S1, TWO, P, R, random, ruled
 
@@ -59,23 +57,9 @@ def test_right_rules(name):
     assert report.admitted
 
 
-def without_partial(op: torch.library.CustomOpDef) -> torch.library.CustomOpDef:
-    """Its rule says that a sum over ranks is whole on each of them."""
-
-    class Broken(Rule):
-        def placements(self, line=None):
-            table = super().placements(line)
-            whole = [AxisRule(r.name, r.inputs, tuple(R if p == P else p for p in r.outputs), r.factor) for r in table]
-            return PlacementTable(whole, table.line, table.tensors)
-
-    rule = RULES[overload_of(op)]
-    RULES[overload_of(op)] = Broken(**vars(rule))
-    return op
-
-
 WRONG = {
     "a sum that is said to be whole": Planted(
-        without_partial(ruled(TWO, planted.matmul, "m k, k n -> m n")),
+        planted.without_partial(ruled(TWO, planted.matmul, "m k, k n -> m n")),
         (x, w),
         {((S1, S0), (R,)): "ranks differ, which are no R (right is P)"},
     ),

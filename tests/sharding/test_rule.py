@@ -60,29 +60,30 @@ TABLES = {
         "linear in grad": "P R R -> P",
         "linear in w": "R P R -> P",
     },
+    # It lies as the weight does, the fourth input.
     ("grouped_mm_weight_grad", FLAT): {
-        "replicate": "R R R -> R",
-        "k": "S(1) R R -> S(1)",
-        "n": "R S(1) R -> S(2)",
-        "linear in x": "P R R -> P",
-        "linear in grad": "R P R -> P",
+        "replicate": "R R R R -> R",
+        "k": "S(1) R R S(1) -> S(1)",
+        "n": "R S(1) R S(2) -> S(2)",
+        "linear in x": "P R R R -> P",
+        "linear in grad": "R P R R -> P",
     },
     ("grouped_mm_weight_grad", OWN): {
-        "replicate": "R R R -> R",
-        "b": "S(0) S(0) S(0) -> S(0)",
-        "k": "S(1) R R -> S(1)",
-        "n": "R S(1) R -> S(2)",
-        "linear in x": "P R R -> P",
-        "linear in grad": "R P R -> P",
+        "replicate": "R R R R -> R",
+        "b": "S(0) S(0) S(0) S(0) -> S(0)",
+        "k": "S(1) R R S(1) -> S(1)",
+        "n": "R S(1) R S(2) -> S(2)",
+        "linear in x": "P R R R -> P",
+        "linear in grad": "R P R R -> P",
     },
     # Tokens apart, experts shared: each rank has its tokens' part of the gradient.
     ("grouped_mm_weight_grad", SHARED): {
-        "replicate": "R R R -> R",
-        "b": "S(0) S(0) S(0) -> P",
-        "k": "S(1) R R -> S(1)",
-        "n": "R S(1) R -> S(2)",
-        "linear in x": "P R R -> P",
-        "linear in grad": "R P R -> P",
+        "replicate": "R R R R -> R",
+        "b": "S(0) S(0) S(0) R -> P",
+        "k": "S(1) R R S(1) -> S(1)",
+        "n": "R S(1) R S(2) -> S(2)",
+        "linear in x": "P R R R -> P",
+        "linear in grad": "R P R R -> P",
     },
     ("sort_by_expert", 0): {"replicate": "R -> R R R"},
     ("permute", 0): {
@@ -193,6 +194,8 @@ def test_a_term_that_is_added_counts_once():
         "mean in x": "P(avg) R R -> P(avg)",
         "mean in bias": "R R P(avg) -> P(avg)",
         "mean in x + bias": "P(avg) R P(avg) -> P(avg)",
+        "max in bias": "R R P(max) -> P(max)",
+        "min in bias": "R R P(min) -> P(min)",
     }
     assert str(rule) == "m k, k n, +n -> m n"
 

@@ -214,17 +214,19 @@ def test_a_largest_value():
 
 
 def test_a_result_is_reduced_in_one_way():
-    # DTensor cannot redistribute what is Partial of two reductions.
-    op = moesaic.sharding_rule("m, m -> m", linear=[("x", "y")])(define("(Tensor x, Tensor y) -> Tensor", torch.add))
-    x = integers(5, seed=1)
+    # DTensor cannot redistribute what is Partial of two reductions, but for sums and means, which commute.
+    op = define("(Tensor x, Tensor y) -> Tensor", torch.add)
+    moesaic.sharding_rule("m, +m -> m", linear=["x"])(op)
+    x, y = integers(5, seed=1), integers(5, seed=2)
     with simulated_ranks(2, 2) as ranks:
-        summed = ranks.place(x, [Partial(), Replicate()])
-        mean = ranks.place(x, [Replicate(), Partial("avg")])
-        with pytest.raises(moesaic.ShardingError, match=r"x \[P, R\], y \[R, P\(avg\)\]"):
-            op(summed, mean)
-        mixed = DTensor.from_local(x, ranks.mesh, [Partial(), Partial("avg")])
-        with pytest.raises(moesaic.ShardingError, match="x is Partial of two reductions"):
-            op(mixed, mixed)
+        mean = ranks.place(x, [Partial(), Partial("avg")])
+        with no_collectives():
+            z = op(mean, ranks.place(y, [Replicate(), Replicate()]))
+        assert z.placements == (Partial(), Partial("avg"))
+        assert torch.equal(whole(z), x + y)
+        largest = DTensor.from_local(y, ranks.mesh, [Replicate(), Partial("max")])
+        with pytest.raises(moesaic.ShardingError, match=r"x \[P, R\], y \[R, P\(max\)\]"):
+            op(ranks.place(x, [Partial(), Replicate()]), largest)
 
 
 # Plain tensors among DTensors.

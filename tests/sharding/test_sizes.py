@@ -72,6 +72,7 @@ def test_factor_sizes(text, shapes, sizes):
         ([(7, 4), (3, 4, 5), (3,), (7, 5)], FLAT),
         ([(8, 4), (6, 4, 5), (2, 3), (8, 5)], OWN),
         ([(8, 4), (3, 4, 5), (2, 3), (8, 5)], SHARED),
+        ([(8, 4), (5, 4, 5), (2, 3), (8, 5)], OWN),
         # One block: its own experts are all the experts.
         ([(8, 4), (3, 4, 5), (1, 3), (8, 5)], OWN),
         ([(0, 4), (3, 4, 5), (0, 3), (0, 5)], SHARED),
@@ -133,7 +134,7 @@ def test_divides(names, axes, blocks, expected):
     rule = rule_of(ops.grouped_mm)
     line = rule.lines[OWN]
     by_name = {choice.name: choice for choice in rule.placements(line)}
-    sizes = {"b": blocks, "c": 3, "g": 2, "k": 5, "n": 7}
+    sizes = {"b": blocks, "c": 3, "g": 2, "(b g)?": 2 * blocks, "k": 5, "n": 7}
     assert divides(line, sizes, [by_name[name] for name in names], axes) is expected
 
 

@@ -87,17 +87,16 @@ def admit(rule: Rule, line: Notation, call: Call) -> Decision:
     """
     tensors = _tensors(rule, line, call)
     choices = choices_for(rule, line, call.present)
-    found: list[AxisRule] = []
+    fitting = []
     for axis in range(len(call.axis_sizes)):
         actual = tuple(p[axis] for p in call.placements)
-        fitting = [c for c in choices if all(map(_Tensor.fits, tensors, actual, c.inputs))]
-        if fitting:
-            found.append(min(fitting, key=lambda c: _num_changes(tensors, actual, c)))
-    if len(found) < len(call.axis_sizes) or not _is_legal(line, call, found):
-        nearest_found = nearest(rule, line, call, only_movable=True)
-        if nearest_found is None:
-            raise ShardingError(_explain(rule, line, call))
-        found = list(nearest_found)
+        fits = [c for c in choices if all(map(_Tensor.fits, tensors, actual, c.inputs))]
+        fitting.append(sorted(fits, key=lambda c: _num_changes(tensors, actual, c)))
+    # The first that is legal changes least: nearly always the first of all.
+    found = next((c for c in product(*fitting) if _is_legal(line, call, c)), None)
+    found = found or nearest(rule, line, call, only_movable=True)
+    if found is None:
+        raise ShardingError(_explain(rule, line, call))
     inputs = []
     for i, tensor in enumerate(tensors):
         pairs = zip(call.placements[i], (choice.inputs[i] for choice in found), strict=True)
@@ -168,7 +167,8 @@ def _mixed(tensors: Sequence[_Tensor], call: Call) -> list[str]:
 
 
 def _reductions(placements: Placements) -> set[str]:
-    return {p.reduce_op for p in placements if isinstance(p, Partial)}
+    # Sums and means may be taken in any order, so DTensor lets them stand together.
+    return {p.reduce_op.replace("avg", "sum") for p in placements if isinstance(p, Partial)}
 
 
 def _num_changes(tensors: Sequence[_Tensor], actual: Placements, choice: AxisRule) -> int:

@@ -24,6 +24,8 @@ from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import RULES, decide, is_tensor
 from moesaic.sharding.formula import operators_of_gradient
 
+# For every operator with a rule, what was decided so far.
+_PLANS: dict[torch._ops.OpOverload, dict[Any, "_Plan"]] = {}
 _MAX_PLANS = 8192
 _NAMESPACES_OF_TORCH = ("aten", "prims", "prim", "_c10d_functional", "c10d")
 # Operators whose gradient is known to call nothing but operators with a rule.
@@ -46,13 +48,18 @@ class _Plan:
 
 
 def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
-    """Let DTensor run ``op`` by the rule it has in the registry."""
+    """Let DTensor run ``op`` by the rule it has in the registry, from now on."""
+    if op in _PLANS:  # had another rule before
+        _PLANS[op].clear()
+        return
     arguments = op._schema.arguments
     positional = [i for i, a in enumerate(arguments) if not a.kwarg_only]
     tensors = [i for i in positional if is_tensor(arguments[i].type)]
     others = [i for i in positional if not is_tensor(arguments[i].type)]
     names = [a.name for a in arguments if is_tensor(a.type)]
-    plans: dict[Any, _Plan] = {}
+    # 1, 1.0 and True are equal, but as Scalars they make results of different dtypes.
+    scalars = [i for i in others if isinstance(arguments[i].type, torch.NumberType)]
+    plans = _PLANS.setdefault(op, {})
 
     def run(cls: type, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         given = len(args)
@@ -67,8 +74,10 @@ def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
                 values = _replicate_scalars(op, slots, values)
                 break
         key = (*slots, *[value._spec for value in values], *[args[i] for i in others if i < given])
+        if scalars:
+            key = (*key, *[type(args[i]) for i in scalars if i < given])
         if kwargs:
-            key = (*key, *[(name, value) for name, value in kwargs.items() if name not in slots])
+            key = (*key, *[(name, type(value), value) for name, value in kwargs.items() if name not in slots])
         try:
             plan = plans.get(key)
         except TypeError:  # a list among the arguments, or a symbol

@@ -12,26 +12,27 @@ _ops = torch.ops.moesaic
 
 # A flat group's first row depends on every group before it: rows and experts stay whole, the matrix dims do not.
 # In blocks raggedness lies inside a block, so blocks are a dim like any other: with experts of their own they are
-# expert parallelism, sharing them they are token parallelism.
+# expert parallelism, the last blocks having fewer experts or none, and sharing them they are token parallelism.
+# The weight's gradient lies as the weight does, whose shape alone is read.
 sharding_rule(
     "r! k, e! k n, e! -> r! n",
-    "(b c) k, (b g) k n, b g -> (b c) n",
+    "(b c) k, (b g)? k n, b g -> (b c) n",
     "(b c) k, g! k n, b g! -> (b c) n",
     linear=["x", "w"],
 )(_ops.grouped_mm)
 
 sharding_rule(
     "r! n, e! k n, e! -> r! k",
-    "(b c) n, (b g) k n, b g -> (b c) k",
+    "(b c) n, (b g)? k n, b g -> (b c) k",
     "(b c) n, g! k n, b g! -> (b c) k",
     linear=["grad", "w"],
     redistribute=["grad"],
 )(_ops.grouped_mm_input_grad)
 
 sharding_rule(
-    "r! k, r! n, e! -> e! k n",
-    "(b c) k, (b c) n, b g -> (b g) k n",
-    "(b c) k, (b c) n, b g! -> g! k n",
+    "r! k, r! n, e!, ~e! k n -> e! k n",
+    "(b c) k, (b c) n, b g, ~(b g)? k n -> (b g)? k n",
+    "(b c) k, (b c) n, b g!, ~g! k n -> g! k n",
     linear=["x", "grad"],
     redistribute=["grad"],
 )(_ops.grouped_mm_weight_grad)

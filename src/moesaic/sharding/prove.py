@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from moesaic.sharding.decide import RULES, overload_of
+from moesaic.sharding.formula import operators_of_gradient
 from moesaic.sharding.proof.deciders import decider_of, is_local
 from moesaic.sharding.proof.examples import Example, check_inputs, check_op, in_float64, variants, with_line
-from moesaic.sharding.proof.gradients import gradient_error, one_process
+from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.placing import same
 from moesaic.sharding.proof.report import Report
 from moesaic.sharding.proof.search import Search
@@ -98,6 +99,10 @@ def _one_thread() -> Iterator[None]:
 def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
     check_inputs(op, args)
     given = Example(op, args)
+    try:
+        given.run()
+    except Exception as error:
+        raise ValueError(f"{op._name} refuses the inputs: {error}") from error
     if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
         raise ValueError(f"{op._name} gives other results on the same inputs: nothing can be proved of it")
     example = in_float64(given)
@@ -155,12 +160,21 @@ def _prove_gradients(report: Report, search: Search, trial: Trial) -> None:
     if isinstance(alone, str):
         report.note(f"no gradient: {alone}")
         return
-    # What torch moves in the backward of its own operators, it moves openly.
-    kind = "wrong" if trial.example.op in RULES else "hidden"
+    may_move = _may_move(trial)
     with simulated_ranks(*trial.mesh, names=_AXES) as ranks:
         for inputs, outputs in _admitted(search, trial):
-            if error := gradient_error(ranks, trial, inputs, outputs, alone):
-                search.note(kind, trial.case, inputs, outputs, error)
+            verdict = judge_gradients(ranks, trial, inputs, outputs, alone)
+            if verdict.error:
+                search.note("wrong", trial.case, inputs, outputs, verdict.error)
+            elif verdict.moved:
+                search.note("hidden" if may_move else "wrong", trial.case, inputs, outputs, verdict.moved)
+
+
+def _may_move(trial: Trial) -> bool:
+    """Whether gradients may be redistributed: by torch as it likes, by a rule if it says so."""
+    op = trial.example.op
+    of_gradient = operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
+    return op not in RULES or any(o in RULES and RULES[o].redistribute for o in of_gradient)
 
 
 def _admitted(search: Search, trial: Trial) -> list[tuple[Inputs, Inputs]]:

@@ -90,6 +90,8 @@ class Rule:
         # A mean of results is the result of the mean, whatever else stays the same: any part of what is jointly linear.
         subsets = [s for names in entries for n in range(1, len(names) + 1) for s in combinations(names, n)]
         passes += [(names, "avg", "mean") for names in subsets]
+        # What is added to the largest term is added to all of them.
+        passes += [((name,), reduction, reduction) for reduction in ("max", "min") for name in terms]
         passes += [(names, reduction, reduction) for reduction, joint in self.preserves for names in joint]
         return passes
 

@@ -28,10 +28,12 @@ def grouped_mm(
     **Flat form**, ``group_sizes [E]``: group ``e`` is the next ``group_sizes[e]`` rows and meets ``w[e]``.
 
     **Blocked form**, ``group_sizes [B, G]``: ``x`` is ``B`` equal blocks of ``C = R / B`` rows. Block ``b`` holds ``G``
-    groups from its first row on, and padding after them. ``w`` is ``[B * G, K, N]``, where each block has its own
-    experts, or ``[G, K, N]``, where the blocks share them. Raggedness lives inside a block and sharding cuts between
-    blocks, so on DTensors ``Shard(0)`` of every operand is expert parallelism and ``Shard(0)`` of ``x`` and
-    ``group_sizes`` alone is token parallelism, both without communication (see ``docs/design.md``).
+    groups from its first row on, and padding after them. Either the blocks share their experts, ``w [G, K, N]``, or
+    each has its own, ``w [W, K, N]`` with ``G = ceil(W / B)``: group ``g`` of block ``b`` meets ``w[b * G + g]``. Where
+    ``B`` does not divide ``W`` the last blocks have fewer experts, or none, and groups without expert must be empty.
+    Raggedness lives inside a block and sharding cuts between blocks, so on DTensors ``Shard(0)`` of every operand is
+    expert parallelism and ``Shard(0)`` of ``x`` and ``group_sizes`` alone is token parallelism, both without
+    communication (see ``docs/design.md``).
 
     Args:
         x: rows, fp64, fp32, bf16 or fp16, any strides.
@@ -48,7 +50,8 @@ def grouped_mm(
     and ``w``; works under ``torch.compile(fullgraph=True)``, fake tensors and ``vmap``; deterministic.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative or exceed the rows.
+        ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative, exceed the rows or
+            are those of groups without expert. (On CUDA rows of such groups give zeros.)
         TypeError: dtypes that do not fit.
         NotImplementedError: under forward-mode differentiation.
 
@@ -106,10 +109,12 @@ def _check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor) -> None:
                 f"group_sizes: expected one size for each of the {w.shape[0]} matrices of w, got {group_sizes.shape[0]}"
             )
         return
-    B, G = group_sizes.shape
-    if w.shape[0] not in (B * G, G):
+    (B, G), W = group_sizes.shape, w.shape[0]
+    own = G == -(-W // B) if B else W == 0
+    if not own and G != W:
         raise ValueError(
-            f"w: group_sizes {[B, G]} needs {B * G} matrices (each block its own) or {G} (shared), got {w.shape[0]}"
+            f"group_sizes: {W} matrices of w over {B} blocks need {-(-W // max(B, 1))} groups a block (each its own) "
+            f"or {W} (shared), got {G}"
         )
     if (x.shape[0] % B if B else x.shape[0]) != 0:
         raise ValueError(f"x: {x.shape[0]} rows are not {B} equal blocks; pad every block to the same number of rows")

@@ -1,6 +1,9 @@
 """Where each group's rows lie. Shared by the implementations, which never import each other.
 
-Legend: R rows, B blocks, C rows a block (R = B * C), G groups a block, E experts.
+Where blocks have their own experts, group ``g`` of block ``b`` belongs to expert ``b * G + g``. There may be fewer
+experts than groups; the last groups then have none, and are empty.
+
+Legend: R rows, B blocks, C rows a block (R = B * C), G groups a block, E experts, a matrix each.
 """
 
 from collections.abc import Iterator
@@ -23,14 +26,17 @@ def as_blocks(group_sizes: Tensor) -> Tensor:
     return group_sizes if group_sizes.ndim == 2 else group_sizes.unsqueeze(0)
 
 
-def are_shared(num_weights: int, group_sizes: Tensor) -> bool:
-    """Whether the blocks share their experts (``w`` is ``[G, ...]``) or each has its own (``[B * G, ...]``)."""
+def are_shared(num_matrices: int, group_sizes: Tensor) -> bool:
+    """Whether the blocks share their experts (E is G) or each has its own (E is at most B * G)."""
     blocks = as_blocks(group_sizes)
-    return blocks.shape[0] != 1 and num_weights == blocks.shape[1]
+    return blocks.shape[0] != 1 and num_matrices == blocks.shape[1]
 
 
-def check_group_sizes(num_rows: int, sizes_BG: Tensor) -> None:
-    """Raise ``ValueError`` unless every size is at least 0 and each block's sizes fit its rows. Reads values."""
+def check_group_sizes(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
+    """Raise ``ValueError`` unless sizes are at least 0, fit the rows of their block, and have an expert or are 0.
+
+    Reads values.
+    """
     B, G = sizes_BG.shape
     if B == 0 or G == 0:
         return
@@ -45,17 +51,30 @@ def check_group_sizes(num_rows: int, sizes_BG: Tensor) -> None:
             f"group_sizes: the groups of a block add up to {largest} rows, but x has {capacity} rows a block "
             f"({num_rows} rows in {B} blocks); pass counts, not cumulative offsets, or give x more rows"
         )
+    if num_matrices >= B * G or are_shared(num_matrices, sizes_BG):
+        return
+    without_expert = sizes_BG.flatten()[num_matrices:]
+    if bool(without_expert.any()):
+        i = int(without_expert.nonzero()[0])
+        b, g = divmod(num_matrices + i, G)
+        raise ValueError(
+            f"group_sizes: group {g} of block {b} has {int(without_expert[i])} rows but no expert: "
+            f"w has {num_matrices} matrices for {B * G} groups; let groups past the last matrix be empty"
+        )
 
 
-def iterate_groups(num_rows: int, sizes_BG: Tensor, *, shared: bool) -> Iterator[Group]:
-    """Yield every group, empty ones too, in row order. Reads the sizes to the host; checks them first."""
-    check_group_sizes(num_rows, sizes_BG)
+def iterate_groups(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> Iterator[Group]:
+    """Yield every group that has an expert, empty ones too, in row order. Reads the sizes; checks them first."""
+    check_group_sizes(num_rows, sizes_BG, num_matrices)
     B, G = sizes_BG.shape
+    shared = are_shared(num_matrices, sizes_BG)
     capacity = num_rows // B if B else 0
     for b, sizes in enumerate(sizes_BG.tolist()):
         start = b * capacity
         for g, size in enumerate(sizes):
-            yield Group(slice(start, start + size), g if shared else b * G + g, size)
+            expert = g if shared else b * G + g
+            if expert < num_matrices:
+                yield Group(slice(start, start + size), expert, size)
             start += size
 
 

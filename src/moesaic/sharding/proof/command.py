@@ -28,6 +28,10 @@ class Options:
     inputs: str = ""
     """A function, as module:name, that returns a tuple of inputs, or a list of such tuples. By default random floating
     tensors of distinct sizes are made up from the rule."""
+    axes: tuple[int, ...] = (2, 3, 4)
+    """Sizes of meshes of one axis."""
+    meshes: tuple[str, ...] = ("2x2", "2x3")
+    """Larger meshes."""
     complete: bool = False
     """Also fail if something is missing: right, but not admitted."""
     backward: bool = True
@@ -45,12 +49,27 @@ def run(arguments: Sequence[str]) -> int:
         op = _overload(options.op)
         first, *also = _given_inputs(options.inputs) if options.inputs else [_made_up_inputs(op)]
         with Console(stderr=True).status(f"proving {op._name}") as status:
-            report = prove(op, *first, also=also, backward=options.backward, on_progress=status.update)
+            report = prove(
+                op,
+                *first,
+                also=also,
+                axes=options.axes,
+                meshes=[_mesh(text) for text in options.meshes],
+                backward=options.backward,
+                on_progress=status.update,
+            )
     except (CallError, ValueError) as error:
         print(f"moesaic prove: {error}", file=sys.stderr)
         return 2
     print(report)
     return 0 if report.ok and (report.complete or not options.complete) else 1
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise CallError(f"--meshes {text}: expected sizes of the axes, such as 2x3")
+    return tuple(map(int, sizes))
 
 
 def _overload(path: str) -> torch._ops.OpOverload:

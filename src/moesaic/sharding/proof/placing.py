@@ -27,8 +27,8 @@ def mesh_placements(ndim: int, dtype: torch.dtype, num_axes: int) -> Iterator[Pl
 
 
 def is_legal(placements: Placements) -> bool:
-    """Whether DTensor has such a tensor: it knows no order for two reductions of one tensor."""
-    return len({p.reduce_op for p in placements if isinstance(p, Partial)}) <= 1
+    """Whether DTensor has such a tensor: reductions of one tensor that it may take in any order."""
+    return len({p.reduce_op.replace("avg", "sum") for p in placements if isinstance(p, Partial)}) <= 1
 
 
 def is_even(shape: Sequence[int], placements: Placements, mesh: Sequence[int]) -> bool:

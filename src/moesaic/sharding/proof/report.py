@@ -1,6 +1,5 @@
 """What a proof found, as records and as a table."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +7,7 @@ from moesaic.sharding.proof.trial import Case, show
 from moesaic.sharding.rule import Placements
 
 _MOST_ROWS = 40
+_RIGHT, _MOVED = "admitted and right", "redistributed first (hidden communication)"
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Report:
         header = [f"proof of {self.op}", *(f"  rule   {line}" for line in rule)]
         header += [f"  ranks  {meshes}; {self.num_cases} cases"]
         sections = [
-            *self._section("admitted and right", self.admitted),
+            *self._section(_RIGHT, self.admitted),
             *self._section("admitted and WRONG", self.wrong),
             *self._section("right and not admitted", self.missing),
-            *self._section("redistributed first (hidden communication)", self.hidden),
+            *self._section(_MOVED, self.hidden),
         ]
         notes = [f"note: {text}" for text in self.notes]
         verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG"
@@ -95,13 +95,13 @@ class Report:
         for text in dict.fromkeys(r.line for r in records):
             of_line = [r for r in records if r.line == text]
             lines += ["", f"{title}: {text}" if text else title]
-            axes = Counter(len(r.case.mesh) for r in of_line)
-            # The admitted pairs say nothing that the choices for one axis do not; the others may.
-            hide_pairs = records is self.admitted and axes[1]
-            shown = [r for r in of_line if len(r.case.mesh) == 1 or not hide_pairs][:_MOST_ROWS]
+            # Of what is as it should be, pairs say nothing that the choices for one axis do not.
+            on_one_axis = [r for r in of_line if len(r.case.mesh) == 1]
+            hide_pairs = title in (_RIGHT, _MOVED) and len(on_one_axis) > 0
+            shown = (on_one_axis if hide_pairs else of_line)[:_MOST_ROWS]
             lines += self._rows(shown)
             if len(shown) < len(of_line):
-                lines.append(f"  ... and {len(of_line) - len(shown)} more" + (" on two axes" if hide_pairs else ""))
+                lines.append(f"  ... and {len(of_line) - len(shown)} more")
         return lines
 
     def _rows(self, records: Sequence[Record]) -> list[str]:

@@ -3,7 +3,9 @@
 Each module has two functions, and knows nothing of the others:
 
 ``forward(x_RK, w_EKN, sizes_BG, out_dtype) -> y_RN``
-``weight_grad(x_RK, grad_RN, sizes_BG, shared) -> gw_EKN``
+``weight_grad(x_RK, grad_RN, sizes_BG, num_matrices) -> gw_EKN``
 
-The input gradient is ``forward`` on ``w.mT``. Both functions take any strides and return new tensors.
+The input gradient is ``forward`` on ``w.mT``. Both functions take any strides and return new tensors. The blocks
+share ``G`` matrices or have up to ``B * G`` of their own. Rows of a group without a matrix are an error where sizes are
+read to the host; elsewhere they are not read, and zero in ``y``.
 """

@@ -6,24 +6,22 @@ Legend: R rows, K and N the matrix dims, E experts, B blocks, G groups a block.
 import torch
 from torch import Tensor
 
-from moesaic.ops.grouped_mm.groups import accumulation_dtype, are_shared, iterate_groups
+from moesaic.ops.grouped_mm.groups import accumulation_dtype, iterate_groups
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``y[rows of group e] = x[rows of group e] @ w[e]``; every other row is zero."""
     acc = accumulation_dtype(x_RK.dtype)
     y_RN = x_RK.new_zeros(x_RK.shape[0], w_EKN.shape[2], dtype=out_dtype)
-    shared = are_shared(w_EKN.shape[0], sizes_BG)
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, shared=shared):
+    for group in iterate_groups(x_RK.shape[0], sizes_BG, w_EKN.shape[0]):
         y_RN[group.rows] = (x_RK[group.rows].to(acc) @ w_EKN[group.expert].to(acc)).to(out_dtype)
     return y_RN
 
 
-def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, shared: bool) -> Tensor:
+def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
     """``gw[e] = sum over the groups of e of x[rows].T @ grad[rows]``; zero for an expert without rows."""
     acc = accumulation_dtype(x_RK.dtype)
-    B, G = sizes_BG.shape
-    gw_EKN = x_RK.new_zeros(G if shared else B * G, x_RK.shape[1], grad_RN.shape[1], dtype=acc)
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, shared=shared):
+    gw_EKN = x_RK.new_zeros(num_matrices, x_RK.shape[1], grad_RN.shape[1], dtype=acc)
+    for group in iterate_groups(x_RK.shape[0], sizes_BG, num_matrices):
         gw_EKN[group.expert] += x_RK[group.rows].to(acc).mT @ grad_RN[group.rows].to(acc)
     return gw_EKN.to(x_RK.dtype)

@@ -24,21 +24,20 @@ def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtyp
     return tiled.forward(x_RK, w_EKN, sizes_BG, out_dtype)
 
 
-def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, shared: bool) -> Tensor:
+def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
     if x_RK.device.type == "cpu":
-        return _loop_weight_grad(x_RK, grad_RN, sizes_BG, shared)
+        return _loop_weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
     grad_RN = grad_RN.contiguous()
-    if sizes_BG.shape[0] == 1 and _library_takes(x_RK, grad_RN, sizes_BG):
-        return _library_weight_grad(x_RK, grad_RN, sizes_BG)
-    return tiled.weight_grad(x_RK, grad_RN, sizes_BG, shared)
+    if sizes_BG.shape[0] == 1 and num_matrices > 0 and _library_takes(x_RK, grad_RN, sizes_BG):
+        return _library_weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
+    return tiled.weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
 
 
 def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
-    shared = are_shared(w_EKN.shape[0], sizes_BG)
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, shared=shared):
+    for group in iterate_groups(x_RK.shape[0], sizes_BG, w_EKN.shape[0]):
         if group.size:
             torch.mm(x_RK[group.rows], w_EKN[group.expert], out=y_RN[group.rows])
     for rows in padding_rows(x_RK.shape[0], sizes_BG):
@@ -46,10 +45,9 @@ def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torc
     return y_RN
 
 
-def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, shared: bool) -> Tensor:
-    B, G = sizes_BG.shape
-    rows_of: list[list[slice]] = [[] for _ in range(G if shared else B * G)]
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, shared=shared):
+def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
+    rows_of: list[list[slice]] = [[] for _ in range(num_matrices)]
+    for group in iterate_groups(x_RK.shape[0], sizes_BG, num_matrices):
         if group.size:
             rows_of[group.expert].append(group.rows)
     gw_EKN = x_RK.new_empty(len(rows_of), x_RK.shape[1], grad_RN.shape[1])
@@ -95,16 +93,19 @@ def _library_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor) -> Tensor:
     blocks = []
     for b, sizes_G in enumerate(sizes_BG):
         w_GKN = w_EKN if shared else w_EKN[b * G : (b + 1) * G]
-        ends_G = sizes_G.cumsum(0).to(torch.int32)
+        if not len(w_GKN):
+            blocks.append(x_RK.new_zeros(C, w_EKN.shape[2]))
+            continue
+        ends_G = sizes_G[: len(w_GKN)].cumsum(0).to(torch.int32)
         y_CN = torch._grouped_mm(x_RK[b * C : (b + 1) * C], w_GKN, offs=ends_G)
-        # torch leaves the rows past the last group uninitialised.
+        # torch leaves the rows past the last group uninitialised. Groups without an expert are past it.
         past_end_C1 = torch.arange(C, device=y_CN.device).unsqueeze(1) >= ends_G[-1]
         blocks.append(y_CN.masked_fill_(past_end_C1, 0))
     # torch pads rows to 16 bytes; what compiles this expects the strides of the fake.
     return blocks[0].contiguous() if B == 1 else torch.cat(blocks)
 
 
-def _library_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> Tensor:
-    sizes_G = sizes_BG[0]
+def _library_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
+    sizes_G = sizes_BG[0, :num_matrices]
     gw_GKN = torch._grouped_mm(x_RK.mT, grad_RN, offs=sizes_G.cumsum(0).to(torch.int32))
     return gw_GKN.masked_fill_((sizes_G == 0)[:, None, None], 0)

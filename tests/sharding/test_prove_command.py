@@ -1,0 +1,130 @@
+"""`moesaic prove module:op`, in a module such as a user has."""
+
+import sys
+import textwrap
+
+import pytest
+
+from moesaic.cli import main
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+MODULE = """
+    import torch
+    from torch import Tensor
+    import moesaic
+
+    def define(name, rule, function, **options):
+        op = torch.library.custom_op(f"mine{number}::{{name}}", function, mutates_args=())
+        op.register_fake(function)
+        return moesaic.sharding_rule(rule, **options)(op) if rule else op
+
+    def _matmul(x: Tensor, w: Tensor) -> Tensor:
+        return x @ w
+
+    def _rows(x: Tensor, ids: Tensor) -> Tensor:
+        return x.index_select(0, ids)
+
+    def _scaled(x: Tensor, times: int) -> Tensor:
+        return x * times
+
+    right = define("right", "m k, k n -> m n", _matmul, linear=["x", "w"])
+    short = define("short", "m! k, k n -> m! n", _matmul, linear=["x", "w"])
+    wrong = define("wrong", "m k, k n -> max: m n", _matmul, linear=["x", "w"])
+    rows = define("rows", "m! d, r -> r d", _rows, linear=["x"], preserves={{"max": ["x"], "min": ["x"]}})
+    scaled = define("scaled", "m n -> m n", _scaled, linear=["x"])
+    without = define("without", "", _matmul)
+    number = 3
+
+    class group:
+        right = right
+
+    def row_inputs():
+        return torch.randn(7, 5), torch.tensor([3, 0, 6, 6])
+
+    def more_row_inputs():
+        return [row_inputs(), (torch.randn(3, 4), torch.tensor([2, 0, 1]))]
+
+    def scaled_inputs():
+        return torch.randn(7, 5), 3
+
+    def constant_inputs():
+        return torch.ones(7, 5), torch.ones(5, 3)
+
+    def no_tuple():
+        return torch.randn(7, 5)
+"""
+_count = iter(range(1000))
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module in the current folder."""
+    name = f"mine{next(_count)}"
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(MODULE).format(number=name[4:]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield name
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (":right", 0, "nothing wrong, nothing missing"),
+        (":group.right", 0, "nothing wrong, nothing missing"),
+        (":short", 0, "nothing wrong, 1 missing"),
+        (":short --complete", 1, "right and not admitted: m! k, k n -> m! n"),
+        (":wrong --no-backward", 1, "admitted and WRONG: m k, k n -> max: m n"),
+        (":rows --inputs {}:row_inputs", 0, "nothing wrong"),
+        (":rows --inputs {}:more_row_inputs", 0, "nothing wrong"),
+        (":scaled --inputs {}:scaled_inputs", 0, "[7, 5] on 2 ranks"),
+    ],
+)
+def test_exit_status_and_report(module, capsys, arguments, status, said):
+    arguments = (module + arguments).format(module).split()
+    assert main(["prove", *arguments, "--axes", "2", "3", "--meshes"]) == status
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("nowhere:op", "there is no module 'nowhere' here or among the installed ones"),
+        ("{0}.inner:op", "there is no module '{0}.inner' here"),
+        ("{0}", "'{0}': expected module:operator, such as mylib.ops:name"),
+        ("{0}:left", "{0}:left: {0} has no 'left'"),
+        ("{0}:number", "{0}:number: expected an operator: a custom_op"),
+        ("{0}:without", "without has no sharding rule to make up inputs from: give --inputs module:function"),
+        ("{0}:scaled", "scaled: no value for argument 'times': give --inputs"),
+        ("{0}:rows", "refuses inputs made up from its rule, floating tensors [13, 14], [15]: "),
+        ("{0}:rows --inputs {0}:number", "--inputs {0}:number: expected a function that returns inputs, not int"),
+        ("{0}:right --inputs {0}:no_tuple", "it has to return a tuple of inputs, or a list of such tuples"),
+        ("{0}:right --inputs {0}:constant_inputs", "x is constant: a wrong rule might pass"),
+        ("{0}:without --inputs {0}:row_inputs", "without refuses the inputs: size mismatch"),
+        ("{0}:right --axes 1", "each axis two ranks at least"),
+        ("{0}:right --meshes 2,3", "--meshes 2,3: expected sizes of the axes, such as 2x3"),
+        ("{0}:right --inputs nothing", "'nothing': expected module:function, such as mylib.ops:name"),
+    ],
+)
+def test_calls_that_cannot_work(module, capsys, arguments, error):
+    assert main(["prove", *arguments.format(module).split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moesaic prove: ")
+    assert error.format(module) in captured.err
+
+
+def test_an_error_in_the_module_itself(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("import not_installed_at_all")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+        main(["prove", f"{module}:right"])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["prove", "--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert "Exit status: 0 nothing is wrong; 1 something is; 2 the call cannot work." in said
+    assert "--inputs" in said
