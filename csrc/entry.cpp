@@ -67,10 +67,11 @@ bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vecto
 // How a product is cut. The order of a sum, and with it the bits of the result, follows from the size of the group alone;
 // where tasks begin also from the number of threads.
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
-                                       int64_t columns, const Kernels &k, bool rows_adjacent, int threads) {
+                                       int64_t columns, const Kernels &k, const moesaic_matrix &w, int threads) {
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
   int64_t most_rows = kProductRows, most_panels = kWidePanels;
-  auto is_wide = [&](const Group &g) { return rows_adjacent && g.rows <= kWideRows; };
+  const bool in_rows = w.column_stride == 1, in_columns = !in_rows && w.row_stride == 1;
+  auto is_wide = [&](const Group &g) { return (in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows; };
   auto count = [&] {
     int64_t n = 0;
     for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * (is_wide(g) ? ceil_div(panels, most_panels) : panels);
@@ -92,7 +93,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
       const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
       for (int64_t c = 0; c < columns; c += width) {
         tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(width, columns - c),
-                         is_wide(g) ? kWideWords : k.block_words});
+                         in_rows && is_wide(g) ? kWideWords : k.block_words});
       }
     }
   }
@@ -174,7 +175,7 @@ int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_mat
       x = {copy.get(), words, 1};
     }
   }
-  const auto tasks = product_tasks(filled, padding, columns, k, w.column_stride == 1, threads);
+  const auto tasks = product_tasks(filled, padding, columns, k, w, threads);
   const Product problem{x, w, w_stride, y, inner, columns, y_dtype, tasks.data(), static_cast<int64_t>(tasks.size())};
   return run(k.product, problem, k.scratch_bytes, threads);
 }

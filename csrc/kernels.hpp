@@ -6,6 +6,8 @@
 #include "tile.hpp"
 #include "pack.hpp"
 #include "product.hpp"
+#include "turned.hpp"
+#include "product_tasks.hpp"
 #include "gradient.hpp"
 
 namespace moesaic::MOESAIC_ISA {
@@ -27,7 +29,9 @@ static double spin(int64_t rounds) {
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
 template <class Kind>
-constexpr int64_t kProductScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
+constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
+template <class Kind>
+constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTurnedScratch ? kPanelScratch<Kind> : kTurnedScratch;
 template <class Kind>
 constexpr int64_t kGradientScratch =
     kGradientWords<Kind> * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;

@@ -76,8 +76,9 @@ constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
 constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
 constexpr int64_t kWideWords = 96;
+constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
-constexpr int64_t kGradientColumns = 256;
+constexpr int64_t kGradientColumns = 512;
 
 namespace avx2 { extern const Kernels f32, bf16; }
 namespace avx512 { extern const Kernels f32, bf16; }
