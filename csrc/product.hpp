@@ -70,6 +70,7 @@ static void dots(const Product &p, const ProductTask &t) {
 #pragma GCC unroll 4
       for (int j = 0; j < kAtOnce; ++j) {
         const Reg b = Kind::along(columns[j] + k * Kind::kStep, n);
+        _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
       }

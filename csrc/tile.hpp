@@ -135,6 +135,13 @@ __attribute__((noinline)) static void multiply(const Tile &t) {
   const char *rows[ROWS];
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i) rows[i] = t.rows[i];
+  // Stores leave in order, each waiting for its line: have those of the result come meanwhile.
+  if (t.result.last && !t.result.around_caches) {
+    const int64_t bytes = t.result.columns * (t.result.is_bf16 ? 2 : 4);
+    for (int i = 0; i < ROWS; ++i) {
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(t.result.y + i * t.result.row_bytes + b, 1);
+    }
+  }
   const char *panel = t.panel;
   const int64_t stride = t.panel_stride;
   char *packed = t.packed;
