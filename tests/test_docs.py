@@ -33,3 +33,25 @@ def test_flags_of_the_training_program_exist(document):
 
 
 FLAGS_OF_OTHERS = {"--nnodes", "--rdzv-id", "--signal"}
+
+
+RULES = ROOT / "docs" / "sharding_rules.md"
+
+
+def test_the_tutorial_runs(fresh_python, tmp_path):
+    script = tmp_path / "tutorial.py"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", RULES.read_text(), re.DOTALL)))
+    printed = fresh_python(script).stdout
+    assert "proof of mylib::linear" in printed
+    assert "nothing wrong, nothing missing" in printed
+
+
+def test_the_tables_are_those_of_the_rules():
+    import torch
+
+    from moesaic.sharding import rule_of
+
+    rule = rule_of(torch.ops.moesaic.grouped_mm)
+    tables = "\n\n".join(str(rule.placements(line)) for line in rule.lines)
+    assert f"```\n{tables}\n```" in RULES.read_text()
+    assert f"`{rule_of(torch.ops.moesaic.grouped_mm_weight_grad).lines[1]}`" in RULES.read_text()

@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leader:
             print(f"moesaic: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    return COMMANDS[name].run(rest)
+    try:
+        return COMMANDS[name].run(rest)
+    except BrokenPipeError:
+        # Whoever read has read enough, as `head` does. What is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _usage() -> str:

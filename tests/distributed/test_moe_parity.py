@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import moesaic
+from moesaic.layers import update_expert_bias
 from moesaic.parallel import Meshes
 from tests.distributed.parity import (
     assert_close,
@@ -16,8 +17,18 @@ from tests.distributed.parity import (
     legal_layouts,
 )
 
-DIM, HIDDEN, EXPERTS, BATCH, STEPS = 16, 12, 8, 8, 3
-# The routing of each step, made by biases on the scores: experts that are never chosen, or always.
+DIM, BATCH, STEPS = 16, 8, 3
+
+
+class Sizes(NamedTuple):
+    experts: int
+    hidden: int
+
+
+EVEN = Sizes(experts=8, hidden=12)
+
+# The routing of each step, made by biases on the scores: experts that are never chosen, or always. Counted round and
+# round where there are fewer.
 ROUTINGS: dict[str, list[dict[int, float]]] = {
     "ordinary, idle experts, idle ranks": [{}, {1: -9.0, 2: -9.0, 6: -9.0}, dict.fromkeys(range(4), -9.0)],
     "everything on one expert": [{5: 9.0}, {0: 9.0}, {7: 9.0}],
@@ -32,16 +43,17 @@ class Reference(NamedTuple):
     losses: list[Tensor]
     input_grads: list[Tensor]
     grads: list[dict[str, Tensor]]
+    norms: list[Tensor]
     weights: dict[str, Tensor]
 
 
-def make_moe(routing: str) -> moesaic.MoE:
+def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
     torch.manual_seed(0)
     only_one = routing == "everything on one expert"
     config = moesaic.MoEConfig(
         dim=DIM,
-        hidden_dim=HIDDEN,
-        num_experts=EXPERTS,
+        hidden_dim=sizes.hidden,
+        num_experts=sizes.experts,
         top_k=1 if only_one else 3,
         # The weight of a token's only expert would be 1, and the router's gradient nothing but rounding errors.
         normalize_top_k=not only_one,
@@ -60,7 +72,7 @@ def make_moe(routing: str) -> moesaic.MoE:
 def set_routing(moe: moesaic.MoE, routing: str, step: int) -> None:
     moe.router.bias.zero_()
     for expert, bias in ROUTINGS[routing][step].items():
-        moe.router.bias[expert] = bias
+        moe.router.bias[expert % len(moe.router.bias)] = bias
 
 
 def loss_of(moe: moesaic.MoE, x: Tensor, target: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -69,9 +81,9 @@ def loss_of(moe: moesaic.MoE, x: Tensor, target: Tensor, num_tokens: int) -> tup
     return y, (y - target).square().sum() / num_tokens + sum(losses)
 
 
-def run_reference(routing: str, length: int) -> Reference:
-    moe = make_moe(routing)
-    reference = Reference(copy.deepcopy(moe), [], [], [], [], [], [], {})
+def run_reference(routing: str, length: int, sizes: Sizes) -> Reference:
+    moe = make_moe(routing, sizes)
+    reference = Reference(copy.deepcopy(moe), [], [], [], [], [], [], [], {})
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2, foreach=False)
     for step in range(STEPS):
         set_routing(moe, routing, step)
@@ -85,9 +97,11 @@ def run_reference(routing: str, length: int) -> Reference:
         reference.losses.append(loss.detach())
         reference.input_grads.append(x.grad)
         reference.grads.append({n: p.grad.clone() for n, p in moe.named_parameters()})
+        reference.norms.append(torch.nn.utils.clip_grad_norm_(moe.parameters(), torch.inf))
         optimizer.step()
         optimizer.zero_grad()
-    reference.weights.update({n: p.detach() for n, p in moe.named_parameters()})
+    update_expert_bias(moe)
+    reference.weights.update({n: p.detach() for n, p in moe.named_parameters()}, bias=moe.router.bias)
     return reference
 
 
@@ -107,15 +121,19 @@ def check_run(reference: Reference, meshes: Meshes, routing: str, way: str) -> N
         assert_close(f"loss, step {step}", loss.detach(), reference.losses[step])
         assert_close(f"input gradient, step {step}", x.grad, reference.input_grads[step][mine])
         assert_gradients_close(moe, reference.grads[step])
+        norm = moesaic.clip_grad_norm_(moe.parameters(), torch.inf)
+        assert_close(f"gradient norm, step {step}", norm, reference.norms[step])
         optimizer.step()
         optimizer.zero_grad()
+    update_expert_bias(moe)
+    assert_close("bias", moe.router.bias, reference.weights["bias"])
     assert_weights_close(moe, reference.weights)
 
 
-def check_layout(layout: dict[str, int], length: int) -> None:
+def check_layout(layout: dict[str, int], length: int, sizes: Sizes = EVEN) -> None:
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     for routing in ROUTINGS:
-        reference = run_reference(routing, length)
+        reference = run_reference(routing, length, sizes)
         for way in ("dtensor", "local"):
             try:
                 check_run(reference, meshes, routing, way)

@@ -1,5 +1,7 @@
 """What `parallelize` accepts and refuses, and what the layer it returns takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -111,10 +113,18 @@ def fake_meshes(world_size: int, **sizes: int) -> Meshes:
 
 def test_refusals_name_the_size_and_the_remedy(unchecked):
     moe = moesaic.MoE(CONFIG)
-    with pytest.raises(ValueError, match=r"ep: 8 does not divide the 4 experts of 'MoE'; choose one of \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"ep: 8 ranks cannot share 4 experts; for 'MoE' choose one of \[1, 2, 4\]"):
         moesaic.parallelize(moe, fake_meshes(8, ep=8))
-    with pytest.raises(ValueError, match="etp: 8 ranks cannot share a hidden dim of 6"):
+    with pytest.raises(ValueError, match=r"etp: 8 ranks cannot share 6 hidden dims; .* one of \[1, 2\]"):
         moesaic.parallelize(moe, fake_meshes(8, etp=8))
+    with pytest.raises(ValueError, match=r"etp: the last of 4 ranks would have none of 6 .* edp 2 .* one of \[1, 2\]"):
+        moesaic.parallelize(moe, fake_meshes(8, etp=4))
+    five = moesaic.MoE(replace(CONFIG, num_experts=5))
+    with pytest.raises(ValueError, match=r"ep: the last of 4 ranks would have none of 5 .* edp 2 .* one of \[1, 2\]"):
+        moesaic.parallelize(five, fake_meshes(8, ep=4))
+    odd = moesaic.MoE(replace(CONFIG, num_experts=5, dim=9))
+    with pytest.raises(ValueError, match=r"2 does not divide 5 experts, .* dim 9, which edp 4 .* one of \[1\]"):
+        moesaic.parallelize(odd, fake_meshes(8, ep=2))
     with pytest.raises(ValueError, match="no moesaic.MoE layer.*replace_moe_blocks"):
         moesaic.parallelize(nn.Linear(3, 3), fake_meshes(1))
     with pytest.raises(ValueError, match="tp > 1 knows .* not Sequential; use tp=1"):

@@ -39,6 +39,10 @@ RIGHT = {
         ),
         (x, w, bias),
     ),
+    "add": Planted(
+        ruled(TWO, torch.add, "m n, m n -> m n", linear=[("x", "w")], preserves={"max": ["x", "w"], "min": ["x", "w"]}),
+        (x, random(12, 13, seed=1)),
+    ),
     "sum": Planted(ruled(ONE, planted.total, "m k -> m", linear=["x"]), (x,)),
     "largest": Planted(ruled(ONE, planted.largest, "m k -> max: m", preserves={"max": ["x"]}), (x,)),
     "relu": Planted(ruled(ONE, planted.relu, "m n -> m n", preserves=both_ways), (x,)),
@@ -50,7 +54,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_rules(name):
-    meshes = ((2, 2), (2, 3)) if len(RIGHT[name].inputs) < 3 else ()
+    meshes = [(2, 3)] if len(RIGHT[name].inputs) < 3 else []
     report = moesaic.prove(RIGHT[name].op, *RIGHT[name].inputs, meshes=meshes)
     assert report.ok, f"{report}"
     assert report.complete, f"{report}"
@@ -179,9 +183,19 @@ def test_missing_rules(name):
 
 
 def test_blocks_are_missing_only_where_they_divide():
-    report = moesaic.prove(MISSING["blocks, where they divide"].op, x, like)
+    report = moesaic.prove(MISSING["blocks, where they divide"].op, x, like, axes=(4, 3), meshes=[])
     (missing,) = report.missing
     assert like.numel() % missing.case.mesh[0] == 0
+
+
+def test_results_whose_shards_have_other_sizes_are_right_only_where_they_divide():
+    # Of five rows two ranks have three and two; twice as many are six and four, where shards are five and five.
+    op = ruled(ONE, lambda x: x.repeat_interleave(2, 0), "m! k -> r! k", linear=["x"], preserves=both_ways)
+    report = moesaic.prove(op, random(13, 5), axes=(2, 3), meshes=[])
+    assert report.ok, f"{report}"
+    (missing,) = report.missing
+    assert key(missing) == one_axis((S0,), (S0,))
+    assert missing.case.shapes[0][0] % missing.case.mesh[0] == 0
 
 
 def one_axis(inputs, outputs):

@@ -1,8 +1,5 @@
 """What can be proved, with which inputs, and how a report reads."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -167,9 +164,30 @@ def test_threads_are_as_they_were():
     assert torch.get_num_threads() == before
 
 
-def test_importing_it_prints_and_starts_nothing():
-    code = "import moesaic, torch.distributed as d; assert not d.is_initialized(); moesaic.prove"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b""
+def test_memory_that_is_not_written_is_not_what_was_there_before():
+    unwritten = []
+
+    def same(x: Tensor) -> Tensor:
+        unwritten.append(torch.empty(4, dtype=x.dtype))
+        return x.clone()
+
+    op = ruled(ONE, same, "m n -> m n", linear=["x"], preserves={"max": ["x"], "min": ["x"]})
+    assert moesaic.prove(op, x, axes=(2,), meshes=[], backward=False).complete
+    assert all(t.isnan().all() for t in unwritten)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_kernel_is_spared_shards_that_do_not_go_together():
+    shapes = set()
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        shapes.add((x.shape[1], w.shape[0]))
+        return x @ w
+
+    op = ruled(TWO, product, "m k, k n -> m n", linear=["x", "w"])
+    assert moesaic.prove(op, x, w, axes=(2,), meshes=[], backward=False).complete
+    assert len(shapes) > 1
+    assert all(a == b for a, b in shapes)
 
 
 def test_of_torch_itself():

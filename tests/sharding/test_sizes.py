@@ -52,6 +52,8 @@ FLAT, OWN, SHARED = range(3)
         ("(b c), (b g)?, b g -> (b c)", [(8,), (5,), (4, 2), (8,)], {"b": 4, "c": 2, "g": 2, "(b g)?": 5}),
         ("(b c), (b g)?, b g -> (b c)", [(6,), (3,), (2, 3), (6,)], None),
         ("(b c), (b g)?, b g -> (b c)", [(6,), (7,), (2, 3), (6,)], None),
+        ("(b c), (b g)?, b g -> (b c)", [(6,), (1,), (2, 1), (6,)], None),
+        ("(b c), (b g)?, b g -> (b c)", [(6,), (0,), (2, 0), (6,)], {"b": 2, "c": 3, "g": 0, "(b g)?": 0}),
         ("(b g)? -> b", [(6,), (2,)], None),
         # Empty blocks, and no blocks.
         ("(b c) k, b g -> (b c)", [(0, 2), (3, 5), (0,)], {"b": 3, "g": 5, "k": 2, "c": 0}),
@@ -75,6 +77,8 @@ def test_factor_sizes(text, shapes, sizes):
         ([(8, 4), (5, 4, 5), (2, 3), (8, 5)], OWN),
         # One block: its own experts are all the experts.
         ([(8, 4), (3, 4, 5), (1, 3), (8, 5)], OWN),
+        # One expert that several blocks share.
+        ([(8, 4), (1, 4, 5), (2, 1), (8, 5)], SHARED),
         ([(0, 4), (3, 4, 5), (0, 3), (0, 5)], SHARED),
         ([(0, 4), (0, 4, 5), (0, 3), (0, 5)], OWN),
         ([(8, 4), (4, 4, 5), (2, 3), (8, 5)], None),

@@ -78,7 +78,11 @@ def launched(monkeypatch):
         (4, ["--dp-shard", "2", "--tp", "1"], r"must equal the world size 4"),
         (1, ["--tp", "2"], "world size 1"),
         (8, ["--tp", "8"], "--tp 8 does not divide the model's num_key_value_heads, 4; what does: 1, 2, 4"),
-        (3, ["--ep", "3", "--batch-size", "3"], "--ep 3 does not divide the model's num_experts"),
+        (
+            64,
+            ["--ep", "64", "--batch-size", "64"],
+            "--ep: 64 ranks cannot share 32 experts; what fits: 1, 2, 4, 8",
+        ),
         (4, ["--batch-size", "6"], "--batch-size 6 does not divide by the 4 data parallel ranks.*; 8 does"),
     ],
     ids=str,

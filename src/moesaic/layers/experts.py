@@ -38,7 +38,8 @@ class GroupedExperts(nn.Module):
 
     The weights may be DTensors, with ``x`` and ``group_sizes`` DTensors to match: w1, w3 ``[Shard(0), Shard(2)]`` and
     w2 ``[Shard(0), Shard(1)]`` on an (ep, etp) mesh with ``x`` and ``group_sizes`` ``[Shard(0), Replicate]`` in ``ep``
-    blocks give a ``[Shard(0), Partial]`` result without a collective, forward or backward.
+    blocks give a ``[Shard(0), Partial]`` result without a collective, forward or backward. Neither E nor F has to
+    divide: ``group_sizes`` is ``[ep, ceil(E / ep)]``, and groups without an expert are empty.
 
     Args:
         num_experts, dim, hidden_dim: E, D, F.

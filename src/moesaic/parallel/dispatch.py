@@ -4,8 +4,9 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
-Legend: T this rank's tokens, K top-k, D model dim, E experts, e experts a rank, S rows sent, M rows received over ep,
-N rows gathered over etp, R routed copies among them, C capacity of a block (the largest rank's R, rounded up).
+Legend: T this rank's tokens, K top-k, D model dim, E experts, e experts a rank (the last ranks may have fewer), S rows
+sent, M rows received over ep, N rows gathered over etp, R routed copies among them, C capacity of a block (the largest
+rank's R, rounded up).
 """
 
 from typing import NamedTuple
@@ -50,7 +51,8 @@ class MeshDispatcher:
     """Dispatch over an (ep, etp) mesh. The rows it hands to the experts are DTensors, ``[Shard(0), Replicate]``.
 
     Args:
-        mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // (E / ep)``.
+        mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
+            experts, or none.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -60,7 +62,7 @@ class MeshDispatcher:
         self.all = mesh._flatten("ep_etp").get_group()
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        experts_per_rank = num_experts // self.ep.size()
+        experts_per_rank = -(-num_experts // self.ep.size())
         owner_TK = routing.ids // experts_per_rank
         sent = _one_copy_a_rank(owner_TK, self.ep.size())
         traffic = self._exchange_counts(sent.group_sizes, owner_TK)

@@ -15,19 +15,17 @@ from torch.distributed.tensor.experimental import local_map
 
 from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.dispatch import MeshDispatcher
+from moesaic.parallel.fit import expert_misfit
+from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import COLUMN, RESULTS, ROW, ROW_GRADS, ROWS, WEIGHTS
 
 ExpertsWay = Literal["dtensor", "local"]
 
 
-def check_experts(name: str, moe: MoE, *, ep: int, etp: int) -> None:
-    """Raise ``ValueError`` unless the experts of a layer can be laid over ``ep`` x ``etp`` ranks."""
-    E, F = moe.config.num_experts, moe.config.hidden_dim
-    if E % ep:
-        legal = [n for n in range(1, E + 1) if E % n == 0]
-        raise ValueError(f"ep: {ep} does not divide the {E} experts of '{name}'; choose one of {legal}")
-    if etp > F:
-        raise ValueError(f"etp: {etp} ranks cannot share a hidden dim of {F} in '{name}'; choose at most {F}")
+def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
+    """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
+    if misfit := expert_misfit(moe.config.num_experts, moe.config.hidden_dim, moe.config.dim, layout):
+        raise ValueError(f"{misfit.axis}: {misfit.problem}; for '{name}' choose one of {misfit.legal}")
 
 
 def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
@@ -44,8 +42,14 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
+    inner = experts.compute
+
+    def on_local(x: Tensor, group_sizes: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        # Of all ranks' groups there are as many; the last ranks may have fewer experts, and no rows for the others.
+        return inner(x, group_sizes[:, : w1.shape[0]], w1, w3, w2)
+
     function: Any = local_map(
-        experts.compute,
+        on_local,
         out_placements=(RESULTS,),
         in_placements=(ROWS, ROWS, COLUMN, COLUMN, ROW),
         in_grad_placements=(ROW_GRADS, ROWS, COLUMN, COLUMN, ROW),

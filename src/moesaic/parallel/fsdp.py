@@ -1,10 +1,12 @@
 """Fully sharded data parallelism: dense parameters over dp, expert parameters over edp, gradients summed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
 from moesaic.layers import GroupedExperts
 from moesaic.parallel.mesh import Meshes
@@ -13,12 +15,15 @@ from moesaic.parallel.mesh import Meshes
 def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes) -> None:
     """Apply FSDP2 to ``blocks`` and to ``model`` around them.
 
-    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp; an axis of size 1 is left alone.
+    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp; an axis of size 1 is left alone. Experts
+    that do not divide by ep are cut along the model dim: of a dim that ep cuts unevenly, torch's checkpoints take a
+    rank's part for that of another.
     """
     experts = [m for m in model.modules() if isinstance(m, GroupedExperts)]
     if meshes.layout.edp > 1 and meshes.expert is not None:
         for module in experts:
-            _shard(module, meshes.expert["edp"])
+            uneven = module.num_experts % meshes.layout.ep != 0
+            _shard(module, meshes.expert["edp"], dims=partial(_model_dim, module) if uneven else None)
     if meshes.dp_size > 1 and meshes.dense is not None:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
@@ -27,8 +32,18 @@ def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: M
             _shard(module, meshes.dense[axes], ignored)
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
-    wrapped = fully_shard(module, mesh=mesh, ignored_params=ignored)
+def _model_dim(experts: GroupedExperts, weight: nn.Parameter) -> Shard:
+    """The dim of an expert weight that neither ep nor etp cuts."""
+    return Shard(2 if weight is experts.w2 else 1)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    ignored: set[nn.Parameter] | None = None,
+    dims: Callable[[nn.Parameter], Shard] | None = None,
+) -> None:
+    wrapped = fully_shard(module, mesh=mesh, ignored_params=ignored, shard_placement_fn=dims)
     assert isinstance(wrapped, FSDPModule)
     # The loss is divided once, by the number of tokens of all ranks: gradients are sums.
     wrapped.set_gradient_divide_factor(1.0)

@@ -21,8 +21,8 @@ class MeshLayout:
         dp_shard: data parallel, parameters sharded (FSDP).
         tp: tensor and sequence parallel.
         edp: data parallel of the experts, parameters sharded.
-        ep: expert parallel; each rank has ``E / ep`` experts.
-        etp: tensor parallel inside an expert; each rank has ``F / etp`` of its hidden dim.
+        ep: expert parallel; each rank has ``ceil(E / ep)`` experts, the last ones what is left.
+        etp: tensor parallel inside an expert; each rank has ``ceil(F / etp)`` of its hidden dim, likewise.
     """
 
     dp_replicate: int

@@ -31,7 +31,8 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
     parameters are tensor-parallel over tp, tokens sequence-parallel: every rank routes its own. FSDP2 shards the dense
-    parameters over dp and the experts over edp.
+    parameters over dp and the experts over edp. Neither experts nor their hidden dim have to divide by an axis:
+    the last ranks have what is left, with edp 1 possibly nothing.
 
     Gradients are sums over all ranks. Divide the loss once, by the number of tokens of *all* ranks, and call backward
     on this rank's part; after it every gradient is that of the whole. No other factor is applied anywhere. Gradients
@@ -59,8 +60,8 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         ``model``.
 
     Raises:
-        ValueError: sizes that the axes do not divide, with the legal ones; a model that the plan does not know. Before
-            any collective.
+        ValueError: sizes that cannot be laid over the axes, with the legal ones; a model that the plan does not know.
+            Before any collective.
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
@@ -122,7 +123,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
             f"model: tp > 1 knows a moesaic.MoE or a transformers decoder, not {type(model).__name__}; use tp=1"
         )
     for name, moe in moes.items():
-        check_experts(name or type(moe).__name__, moe, ep=meshes.layout.ep, etp=meshes.layout.etp)
+        check_experts(name or type(moe).__name__, moe, meshes.layout)
 
 
 @torch.no_grad()

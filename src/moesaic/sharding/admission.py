@@ -79,12 +79,8 @@ class _Tensor:
         return actual.is_replicate() and (cut or divided)
 
 
-def admit(rule: Rule, line: Notation, call: Call) -> Decision:
-    """Where the tensors of a call lie.
-
-    Raises:
-        ShardingError: naming the placements, the nearest admitted ones, and the code that gets there.
-    """
+def admit(rule: Rule, line: Notation, call: Call) -> Decision | None:
+    """Where the tensors of a call lie; None if the rule does not admit it."""
     tensors = _tensors(rule, line, call)
     choices = choices_for(rule, line, call.present)
     fitting = []
@@ -96,7 +92,7 @@ def admit(rule: Rule, line: Notation, call: Call) -> Decision:
     found = next((c for c in product(*fitting) if _is_legal(line, call, c)), None)
     found = found or nearest(rule, line, call, only_movable=True)
     if found is None:
-        raise ShardingError(_explain(rule, line, call))
+        return None
     inputs = []
     for i, tensor in enumerate(tensors):
         pairs = zip(call.placements[i], (choice.inputs[i] for choice in found), strict=True)
@@ -175,7 +171,8 @@ def _num_changes(tensors: Sequence[_Tensor], actual: Placements, choice: AxisRul
     return sum(not t.stays(a, w) for t, a, w in zip(tensors, actual, choice.inputs, strict=True))
 
 
-def _explain(rule: Rule, line: Notation, call: Call) -> str:
+def explain(rule: Rule, line: Notation, call: Call) -> str:
+    """Why a call is not admitted: its placements, the nearest admitted ones, and the code that gets there."""
     tensors = _tensors(rule, line, call)
     if mixed := _mixed(tensors, call):
         return f"{call.op}: {mixed[0]} is Partial of two reductions at once, which DTensor cannot redistribute"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.sharding.admission import Call, Decision, ShardingError, admit
+from moesaic.sharding.admission import Call, Decision, ShardingError, admit, explain
 from moesaic.sharding.notation import Notation
 from moesaic.sharding.rule import Placements, Rule
 from moesaic.sharding.sizes import factor_sizes
@@ -72,13 +72,38 @@ def decide(
         axes: sizes of the mesh axes by name.
 
     Raises:
-        ShardingError: the rule does not admit the call.
+        ShardingError: the rule does not admit the call. It names the nearest placements that it does.
     """
-    rule, kwargs = RULES[op], kwargs or {}
+    results, line, call = _call(op, args, placements, axes, kwargs or {})
+    decision = admit(RULES[op], line, call)
+    if decision is None:
+        raise ShardingError(explain(RULES[op], line, call))
+    return replace(decision, results=results)
+
+
+def admits(
+    op: torch._ops.OpOverload, args: Sequence[Any], placements: Sequence[Placements], axes: Mapping[str, int]
+) -> Decision | None:
+    """What :func:`decide` decides, or None where it raises: without the words, which take longest."""
+    try:
+        _, line, call = _call(op, args, placements, axes, {})
+    except ShardingError:
+        return None
+    return admit(RULES[op], line, call)
+
+
+def _call(
+    op: torch._ops.OpOverload,
+    args: Sequence[Any],
+    placements: Sequence[Placements],
+    axes: Mapping[str, int],
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Tensor, ...], Notation, Call]:
+    """The results on global shapes, the line that speaks for a call, and the call as admission sees it."""
     tensors = tensor_arguments(op, args, kwargs)
     results = _results(op, args, kwargs)
     shapes = [None if t is None else tuple(t.shape) for t in tensors]
-    line, sizes = _line_for(op, rule, shapes, [tuple(r.shape) for r in results])
+    line, sizes = _line_for(op, RULES[op], shapes, [tuple(r.shape) for r in results])
     call = Call(
         op=op._name,
         axis_names=tuple(axes),
@@ -88,7 +113,7 @@ def decide(
         present=tuple(t is not None for t in tensors),
         sizes=sizes,
     )
-    return replace(admit(rule, line, call), results=results)
+    return results, line, call
 
 
 def _line_for(

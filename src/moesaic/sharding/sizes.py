@@ -69,8 +69,11 @@ def _blocks_fit(dim: Dim, sizes: dict[str, int]) -> bool:
     """Whether the blocks of a dim that may end early are as large as cutting it into that many parts makes them."""
     if not all(factor in sizes for factor in dim.factors):
         return False
-    blocks, size = sizes[dim.factors[0]], sizes[str(dim)]
-    return size == blocks * _block_size(dim, sizes) or (blocks > 0 and -(-size // blocks) == _block_size(dim, sizes))
+    blocks, block, size = sizes[dim.factors[0]], _block_size(dim, sizes), sizes[str(dim)]
+    if size == blocks * block:
+        return True
+    # One block that has it all is no blocks: another line of the rule may say what that is.
+    return blocks > 0 and -(-size // blocks) == block and size != block
 
 
 def _cut_between_blocks(size: int, blocks: int, block: int, axes: Sequence[int]) -> bool:

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.train.config import flag
 from moesaic.train.errors import UserError
@@ -40,10 +41,13 @@ def check_fits(values: dict[str, Any], layout: MeshLayout) -> None:
     rules = [
         ("num_attention_heads", "tp", layout.tp),
         ("num_key_value_heads", "tp", layout.tp),
-        ("num_experts", "ep", layout.ep),
     ]
     for key, axis, size in rules:
         count = values.get(key)
         if count is not None and count % size:
             choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise UserError(f"{flag(axis)} {size} does not divide the model's {key}, {count}; what does: {choices}")
+    experts, hidden_dim, dim = (values.get(key) for key in ("num_experts", "moe_intermediate_size", "hidden_size"))
+    if experts and hidden_dim and dim and (misfit := expert_misfit(experts, hidden_dim, dim, layout)):
+        legal = ", ".join(map(str, misfit.legal))
+        raise UserError(f"{flag(misfit.axis)}: {misfit.problem}; what fits: {legal}")

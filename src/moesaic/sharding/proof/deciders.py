@@ -11,8 +11,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor.placement_types import Partial
 
-from moesaic.sharding.admission import Decision, ShardingError
-from moesaic.sharding.decide import RULES, decide
+from moesaic.sharding.admission import Decision
+from moesaic.sharding.decide import RULES, admits
 from moesaic.sharding.proof.examples import Example
 from moesaic.sharding.rule import Placements
 
@@ -34,10 +34,7 @@ def is_local(given: Sequence[Placements], decided: Sequence[Placements]) -> bool
 
 
 def _by_rule(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:
-    try:
-        return decide(example.op, example.args, placements, dict(zip("abcd", mesh, strict=False)))
-    except ShardingError:
-        return None
+    return admits(example.op, example.args, placements, dict(zip("abcd", mesh, strict=False)))
 
 
 def _by_torch(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:

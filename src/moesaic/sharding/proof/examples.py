@@ -23,11 +23,13 @@ class Example:
 
     Attributes:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
+        narrowed: whether it was made of another one.
     """
 
     op: Op
     args: tuple[Any, ...]
     line: Notation | None = None
+    narrowed: bool = False
 
     @property
     def positions(self) -> list[int]:
@@ -151,7 +153,8 @@ def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Exam
         narrow = sizes | target
         if narrow not in seen:
             seen.append(narrow)
-            yield replace(example, args=example.arguments([_narrow(t, p, sizes, narrow) for p, t in tensors]))
+            args = example.arguments([_narrow(t, p, sizes, narrow) for p, t in tensors])
+            yield replace(example, args=args, narrowed=True)
 
 
 def _sizes(line: Notation, example: Example) -> dict[str, int]:

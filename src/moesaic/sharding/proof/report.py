@@ -78,7 +78,7 @@ class Report:
         meshes = ", ".join("x".join(map(str, mesh)) for mesh in self.meshes)
         rule = self.rule.splitlines() or ["none; DTensor's own propagation"]
         header = [f"proof of {self.op}", *(f"  rule   {line}" for line in rule)]
-        header += [f"  ranks  {meshes}; {self.num_cases} cases"]
+        header += [f"  ranks  {meshes}; {self.num_cases} {'case' if self.num_cases == 1 else 'cases'}"]
         sections = [
             *self._section(_RIGHT, self.admitted),
             *self._section("admitted and WRONG", self.wrong),

@@ -20,14 +20,15 @@ class Standing:
         everywhere: output placements that were right in all cases so far.
         where_even: those that were right in all cases in which every shard has the same size.
         seen, seen_even: those of them that had a case that could have shown them wrong.
-        refused: cases in which the inputs were not admitted; whether the inputs were even, and for which of the
-            outputs each output placement would have been.
+        admitted: whether the inputs were admitted in some case.
+        refused: cases in which they were not, with those outputs that all shards would have been even for.
     """
 
     everywhere: list[set[Placements]]
     where_even: list[set[Placements]]
     seen: list[bool]
     seen_even: list[set[Placements]]
+    admitted: bool = False
     refused: list[tuple[Case, list[set[Placements]]]] = field(default_factory=list)
 
     def is_open(self, *, even: bool) -> bool:
@@ -85,8 +86,13 @@ class Search:
                 nothing = [False] * len(outputs), [set() for _ in outputs]
                 self.standings[inputs] = Standing([set(o) for o in outputs], [set(o) for o in outputs], *nothing)
             standing = self.standings[inputs]
+            tells = standing.is_open(even=trial.inputs_are_even(inputs))
+            if trial.example.narrowed and not standing.admitted and not tells:
+                # Wrong, and refused for the sizes that were given: other sizes would not be admitted either.
+                continue
             decision = self.decider(trial.example, inputs, trial.mesh)
             if decision is not None and is_local(inputs, decision.inputs):
+                standing.admitted = True
                 error = trial.error(decision.inputs, decision.outputs)
                 self.note("wrong" if error else "admitted", trial.case, inputs, decision.outputs, error or "")
             else:
@@ -95,7 +101,7 @@ class Search:
                     moved = "; ".join(f"{name}: {show(a)} to {show(b)}" for name, a, b in pairs if a != b)
                     self.note("hidden", trial.case, inputs, decision.outputs, moved)
                 standing.refuse(trial, inputs)
-            if standing.is_open(even=trial.inputs_are_even(inputs)):
+            if tells:
                 standing.update(trial, inputs)
 
     def missing(self) -> list[Record]:

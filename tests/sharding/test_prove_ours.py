@@ -1,0 +1,72 @@
+"""The rules of our own operators are right, and complete but for what is left out on purpose."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
+BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
+PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "combine_weight_grad", "sort_by_expert"]
+
+# Right, and not admitted: by operator, why, and which placements of inputs and results. Nothing else may be missing.
+DELIBERATE = {
+    "permute": {
+        "positions are not read, but the gradient reads them": lambda x, slots, positions, *_: positions != "R",
+        "rows in shards, of which the gradient needs all": lambda x, slots, *_: slots == "S(0)",
+        "no layer has tokens that are largest or smallest": lambda x, *_: x in ("P(max)", "P(min)"),
+    },
+    "combine": {
+        "slots are not read, but the gradient reads them": lambda y, slots, *_: slots != "R",
+        "tokens in shards, of which the gradient needs all": lambda y, slots, positions, *_: positions == "S(0)",
+        "copies in shards: a rank has all copies of a token": lambda y, slots, positions, *_: positions == "S(1)",
+    },
+    "combine_weight_grad": {
+        "slots are not read, but the gradient reads them": lambda y, x, slots, *_: slots != "R",
+        "tokens in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(0)",
+        "copies in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(1)",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def found(fresh_python):
+    return json.loads(fresh_python(Path(__file__).with_name("proofs_of_ours.py")).stdout)
+
+
+@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING)
+def test_nothing_is_wrong(found, name):
+    assert found[name]["wrong"] == []
+    assert found[name]["admitted"]
+
+
+@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING)
+def test_nothing_is_missing_but_on_purpose(found, name):
+    reasons = DELIBERATE.get(name.partition(",")[0], {})
+    unexplained = []
+    for inputs, outputs, _ in found[name]["missing"]:
+        if not any(reason(*inputs, *outputs) for reason in reasons.values()):
+            unexplained.append((inputs, outputs))
+    assert not unexplained
+
+
+@pytest.mark.parametrize("op", DELIBERATE)
+def test_every_reason_is_needed(found, op):
+    missing = [r for name in found if name.partition(",")[0] == op for r in found[name]["missing"]]
+    for why, reason in DELIBERATE[op].items():
+        others = [f for f in DELIBERATE[op].values() if f is not reason]
+        alone = [r for r in missing if reason(*r[0], *r[1]) and not any(f(*r[0], *r[1]) for f in others)]
+        assert alone, why
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_grouped_mm_moves_nothing(found, name):
+    assert found[name]["hidden"] == []
+    assert found[name]["notes"] == []
+    assert {len(inputs[0].split()) for inputs, _, _ in found[name]["admitted"]} == {1, 2}
+
+
+def test_experts_over_one_axis_and_their_matrices_over_the_other(found):
+    admitted = [(inputs, outputs) for inputs, outputs, _ in found["grouped_mm, own"]["admitted"]]
+    assert (["S(0) R", "S(0) S(2)", "S(0) R"], ["S(0) S(1)"]) in admitted
+    assert (["S(0) S(1)", "S(0) S(1)", "S(0) R"], ["S(0) P"]) in admitted
