@@ -31,22 +31,33 @@ from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
 
 @dataclass(frozen=True)
 class Shape:
-    """E matrices of K x N, and R rows over them."""
+    """E matrices of K x N, and R rows over them, laid out in each of some ways."""
 
     name: str
     E: int
     K: int
     N: int
     R: int
+    layouts: tuple[str, ...] = ("balanced", "zipf")
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return PASSES[:1] if self.layouts == DECODE else PASSES
 
 
+PASSES = ("forward", "input gradient", "weight gradient")
+DECODE = ("decode",)
+TOP_K = 8
 SHAPES = (
     Shape("8 x 1024 x 3584, 4096 rows", 8, 1024, 3584, 4096),
     Shape("64 x 1024 x 512, 4096 rows", 64, 1024, 512, 4096),
     Shape("64 x 1024 x 512, 32768 rows", 64, 1024, 512, 32768),
     Shape("128 x 1024 x 256, 8192 rows", 128, 1024, 256, 8192),
+    Shape("64 x 1024 x 512, 1 token", 64, 1024, 512, TOP_K, DECODE),
+    Shape("64 x 1024 x 512, 16 tokens", 64, 1024, 512, 16 * TOP_K, DECODE),
+    Shape("128 x 1024 x 256, 1 token", 128, 1024, 256, TOP_K, DECODE),
+    Shape("128 x 1024 x 256, 16 tokens", 128, 1024, 256, 16 * TOP_K, DECODE),
 )
-PASSES = ("forward", "input gradient", "weight gradient")
 OURS, PEER = "cpu", "F.grouped_mm"
 
 # What keeps the C library from handing memory back, so that a peer's results cost no page faults the second time.
@@ -66,41 +77,57 @@ class Options:
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
 
-def group_sizes(shape: Shape, layout: str) -> Tensor:
-    """Equal groups, or groups that fall off with their rank, in random order."""
+def group_sizes(shape: Shape, layout: str) -> list[Tensor]:
+    """Equal groups; groups that fall off with their rank, in random order; or tokens that each go to 8 experts, several
+    times, so that no cache holds the weights that the next step needs.
+    """
+    generator = torch.Generator().manual_seed(0)
     if layout == "balanced":
-        return torch.full((shape.E,), shape.R // shape.E)
+        return [torch.full((shape.E,), shape.R // shape.E)]
+    if layout == "decode":
+        tokens = shape.R // TOP_K
+
+        def step() -> Tensor:
+            experts = [torch.randperm(shape.E, generator=generator)[:TOP_K] for _ in range(tokens)]
+            return torch.bincount(torch.cat(experts), minlength=shape.E)
+
+        return [step() for _ in range(16)]
     share = 1 / torch.arange(1, shape.E + 1, dtype=torch.float64)
     ends = (shape.R * share.cumsum(0) / share.sum()).round().long()
     sizes = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-    return sizes[torch.randperm(shape.E, generator=torch.Generator().manual_seed(0))]
+    return [sizes[torch.randperm(shape.E, generator=generator)]]
 
 
-def calls(shape: Shape, dtype: torch.dtype, sizes: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
-    """For each pass, the same product by each implementation."""
+def calls(shape: Shape, dtype: torch.dtype, steps: list[Tensor]) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+    """For each pass, the same products by each implementation."""
     generator = torch.Generator().manual_seed(0)
     x, w, grad = (
         torch.randn(s, generator=generator).to(dtype)
         for s in ((shape.R, shape.K), (shape.E, shape.K, shape.N), (shape.R, shape.N))
     )
-    ends = sizes.cumsum(0).to(torch.int32)
+    with_ends = [(sizes, sizes.cumsum(0).to(torch.int32)) for sizes in steps]
     ops, cpu, peer = torch.ops.moesaic, IMPLEMENTATIONS[OURS], torch.nn.functional.grouped_mm
     return {
-        "forward": {OURS: lambda: ops.grouped_mm(x, w, sizes, cpu), PEER: lambda: peer(x, w, offs=ends)},
+        "forward": {
+            OURS: lambda: [ops.grouped_mm(x, w, sizes, cpu) for sizes, _ in with_ends],
+            PEER: lambda: [peer(x, w, offs=ends) for _, ends in with_ends],
+        },
         "input gradient": {
-            OURS: lambda: ops.grouped_mm_input_grad(grad, w, sizes, cpu),
-            PEER: lambda: peer(grad, w.mT, offs=ends),
+            OURS: lambda: [ops.grouped_mm_input_grad(grad, w, sizes, cpu) for sizes, _ in with_ends],
+            PEER: lambda: [peer(grad, w.mT, offs=ends) for _, ends in with_ends],
         },
         "weight gradient": {
-            OURS: lambda: ops.grouped_mm_weight_grad(x, grad, sizes, w, cpu),
-            PEER: lambda: peer(x.mT, grad, offs=ends),
+            OURS: lambda: [ops.grouped_mm_weight_grad(x, grad, sizes, w, cpu) for sizes, _ in with_ends],
+            PEER: lambda: [peer(x.mT, grad, offs=ends) for _, ends in with_ends],
         },
     }
 
 
-def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
-    """Each operand read once, the result written once: what no cache can save."""
-    return dtype.itemsize * (shape.R * shape.K + shape.E * shape.K * shape.N + shape.R * shape.N)
+def bytes_moved(shape: Shape, dtype: torch.dtype, steps: list[Tensor]) -> int:
+    """Each row and each matrix that has rows read once, the result written once: what no cache can save."""
+    matrices = sum(int(sizes.count_nonzero()) for sizes in steps)
+    rows = len(steps) * shape.R
+    return dtype.itemsize * (rows * shape.K + matrices * shape.K * shape.N + rows * shape.N)
 
 
 class Machine:
@@ -130,18 +157,19 @@ class Machine:
         return 2 * self.source.nbytes / self.seconds(lambda: self.target.copy_(self.source))
 
 
-def check_equal(by_implementation: dict[str, Callable[[], Tensor]]) -> None:
+def check_equal(by_implementation: dict[str, Callable[[], list[Tensor]]]) -> None:
     """Fast and wrong does not count."""
-    ours, peers = (by_implementation[name]() for name in (OURS, PEER))
+    ours, peers = (by_implementation[name]()[0] for name in (OURS, PEER))
     error = (ours.double() - peers.double()).norm() / peers.double().norm()
     assert error < (1e-5 if ours.dtype == torch.float32 else 1e-2), f"relative error {error:.2g}"
 
 
 def measure(shape: Shape, dtype: torch.dtype, layout: str, machine: Machine, rounds: int) -> list[dict[str, Any]]:
-    passes = calls(shape, dtype, group_sizes(shape, layout))
+    steps = group_sizes(shape, layout)
+    passes = {name: call for name, call in calls(shape, dtype, steps).items() if name in shape.passes}
     for by_implementation in passes.values():
         check_equal(by_implementation)
-    seconds: dict[tuple[str, str], list[float]] = {(p, i): [] for p in PASSES for i in (OURS, PEER)}
+    seconds: dict[tuple[str, str], list[float]] = {(p, i): [] for p in passes for i in (OURS, PEER)}
     peaks, bandwidths = [], []
     for _ in range(rounds):
         peaks.append(machine.peak(dtype))
@@ -150,10 +178,10 @@ def measure(shape: Shape, dtype: torch.dtype, layout: str, machine: Machine, rou
             for implementation, run in by_implementation.items():
                 seconds[name, implementation].append(machine.seconds(run))
     peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
-    operations = 2 * shape.R * shape.K * shape.N
-    needed = {"compute": operations / peak, "memory": bytes_moved(shape, dtype) / bandwidth}
+    operations = 2 * len(steps) * shape.R * shape.K * shape.N
+    needed = {"compute": operations / peak, "memory": bytes_moved(shape, dtype, steps) / bandwidth}
     rows = []
-    for name in PASSES:
+    for name in passes:
         ours, peers = (statistics.median(seconds[name, i]) for i in (OURS, PEER))
         rows.append(
             {
@@ -208,7 +236,7 @@ def main(options: Options) -> None:
         machine = Machine(threads)
         of_peak[threads] = library_of_peak(machine, options.rounds)
         for shape in (SHAPES[i] for i in options.shapes):
-            for layout in ("balanced", "zipf"):
+            for layout in shape.layouts:
                 for dtype in (torch.float32, torch.bfloat16):
                     rows += measure(shape, dtype, layout, machine, options.rounds)
     for row in rows:
