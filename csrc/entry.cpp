@@ -72,6 +72,10 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   int64_t most_rows = kProductRows, most_panels = kWidePanels;
   const bool in_rows = w.column_stride == 1, in_columns = !in_rows && w.row_stride == 1;
   auto is_wide = [&](const Group &g) { return (in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows; };
+  auto words = [&](const Group &g) {
+    if (!in_rows || !is_wide(g)) return k.block_words;
+    return g.rows <= k.height ? kOneTileWords : kWideWords;
+  };
   auto count = [&] {
     int64_t n = 0;
     for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * (is_wide(g) ? ceil_div(panels, most_panels) : panels);
@@ -93,7 +97,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
       const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
       for (int64_t c = 0; c < columns; c += width) {
         tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(width, columns - c),
-                         in_rows && is_wide(g) ? kWideWords : k.block_words});
+                         words(g)});
       }
     }
   }

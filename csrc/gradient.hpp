@@ -2,7 +2,7 @@
 //
 // Both operands are packed: rows become words (pairs of rows, in bf16). The tile of x is laid out row after row as wide
 // as the task, so that a strip of it is read at a stride, and grad in panels. While tiles multiply, the rows that are
-// packed next are brought to L2.
+// packed next are brought in.
 #pragma once
 
 namespace moesaic::MOESAIC_ISA {

@@ -76,6 +76,7 @@ constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
 constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
 constexpr int64_t kWideWords = 96;
+constexpr int64_t kOneTileWords = 32;    // likewise where one tile has all the rows, and the weights are read but once
 constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;

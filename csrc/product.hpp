@@ -1,7 +1,7 @@
 // y = x @ w[e]: a task is rows of one group against a panel of columns.
 //
 // The panel is packed once, a block of the summed dim at a time, and serves all rows of the task. Where columns are
-// adjacent in memory the uppermost tile packs it on the way; while tiles multiply, the next block is brought to L2.
+// adjacent in memory the uppermost tile packs it on the way; while tiles multiply, the next block is brought in.
 #pragma once
 
 namespace moesaic::MOESAIC_ISA {
@@ -70,7 +70,7 @@ static void dots(const Product &p, const ProductTask &t) {
 #pragma GCC unroll 4
       for (int j = 0; j < kAtOnce; ++j) {
         const Reg b = Kind::along(columns[j] + k * Kind::kStep, n);
-        _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T1);
+        _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
       }

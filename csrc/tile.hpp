@@ -20,7 +20,7 @@ constexpr int64_t kProductWords = sizeof(typename Kind::Element) == 4 ? 256 : 51
 template <class Kind>
 constexpr int64_t kGradientWords = sizeof(typename Kind::Element) == 4 ? 128 : 256;
 
-// Memory that the next tile will read, brought to L2 a few lines at a time while this one multiplies: a burst would
+// Memory that the next tile will read, brought in a few lines at a time while this one multiplies: a burst would
 // stop the loads of the tile itself.
 struct Ahead {
   const char *at = nullptr;
@@ -45,7 +45,7 @@ __attribute__((always_inline)) static inline void bring(Ahead &a) {
   const int64_t n = least(a.burst, a.lines);
   a.lines -= n;
   for (int64_t i = 0; i < n; ++i) {
-    _mm_prefetch(a.at, _MM_HINT_T1);
+    _mm_prefetch(a.at, _MM_HINT_T0);
     a.at += 64;
     if (--a.left_in_row == 0) {
       a.at += a.row_skip;
