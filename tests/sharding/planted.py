@@ -24,6 +24,14 @@ def define(schema: str, function: Callable[..., Any]) -> torch.library.CustomOpD
     return op
 
 
+def define_with_keywords(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """The same, of tensors that are keyword-only, which ``custom_op`` does not take."""
+    name = f"op{next(_numbers)}"
+    torch.library.define(f"moesaic_planted::{name}", schema)
+    torch.library.impl(f"moesaic_planted::{name}", ["CPU", "Meta"])(function)
+    return getattr(torch.ops.moesaic_planted, name).default
+
+
 def ruled(schema: str, function: Callable[..., Any], *lines: str, **options: Any) -> torch.library.CustomOpDef:
     """A new operator with a rule."""
     return moesaic.sharding_rule(*lines, **options)(define(schema, function))

@@ -9,6 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 import moesaic
+from moesaic.sharding import rule_of
 from moesaic.sharding.formula import operators_of_gradient
 from tests.sharding.problems import integers
 from tests.sharding.simulated import simulated_ranks, whole
@@ -35,7 +36,7 @@ def product(backward) -> torch.library.CustomOpDef:
 
 RULE_OF_TORCH = """
 import pytest, torch
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 import moesaic
 from tests.sharding.problems import integers
 from tests.sharding.simulated import no_collectives, simulated_ranks, whole
@@ -51,6 +52,14 @@ for op, line in ((torch.ops.aten.mm.default, "m k, k n -> m n"), (torch.ops.aten
         with no_collectives():
             y = op(there, here) if op is torch.ops.aten.mm.default else op(here, here)
         assert torch.equal(whole(y), op(x, x))
+moesaic.sharding_rule("m n, m n -> m n", "m n, -> m n", linear=[("self", "other")])(torch.ops.aten.add.Tensor)
+with simulated_ranks(2) as ranks:
+    # Numbers come for tensors; added on every rank, one would count twice where the result is Partial.
+    for number in (1, 1.5, True):
+        y = ranks.place(x.float(), [Shard(0)]) + number
+        assert y.dtype == (x.float() + number).dtype and torch.equal(whole(y), x.float() + number)
+    with pytest.raises(moesaic.ShardingError):
+        ranks.place(x, [Partial()]) + 1
 print("right")
 """
 
@@ -139,6 +148,52 @@ def test_a_gradient_without_a_rule_is_refused_in_the_forward_pass():
         ones = torch.ones(4, 6).double()
         assert torch.equal(whole(placed[0].grad), ones @ w.mT)
         assert torch.equal(whole(placed[1].grad), x.mT @ ones)
+
+
+def test_inference_needs_no_gradient():
+    op = product(define("(Tensor x, Tensor w) -> Tensor", matmul))
+    x, w = integers(4, 3, seed=1), integers(3, 6, seed=2)
+    with simulated_ranks(2) as ranks:
+        placed = [ranks.place(x, [Replicate()]), ranks.place(w, [Shard(1)])]
+        assert torch.equal(whole(op(*placed)), x @ w)
+        # The same call as before, but for that.
+        placed[0].requires_grad_()
+        with pytest.raises(moesaic.ShardingError, match="its gradient calls"):
+            op(*placed)
+
+
+def test_a_gradient_is_looked_at_for_every_flag():
+    other = define("(Tensor x) -> Tensor", lambda x: x.clone())
+    op = define("(Tensor x, int mode) -> Tensor", lambda x, mode: x.clone())
+
+    def gradient(ctx, grad):
+        return other(grad) if ctx.mode else grad, None
+
+    def save(ctx, inputs, output):
+        ctx.mode = inputs[1]
+
+    op.register_autograd(gradient, setup_context=save)
+    moesaic.sharding_rule("m -> m")(op)
+    with simulated_ranks(2) as ranks:
+        x = ranks.place(integers(4, seed=1), [Shard(0)]).requires_grad_()
+        op(x, 0)
+        with pytest.raises(moesaic.ShardingError, match="its gradient calls"):
+            op(x, 1)
+
+
+def test_without_a_fake_kernel():
+    @torch.library.custom_op(f"moesaic_test::unfaked{next(_numbers)}", mutates_args=())
+    def op(x: Tensor) -> Tensor:
+        return x.clone()
+
+    moesaic.sharding_rule("m -> m")(op)
+    with simulated_ranks(2) as ranks, pytest.raises(moesaic.ShardingError, match="has no fake kernel.*register_fake"):
+        op(ranks.place(integers(4, seed=1), [Shard(0)]))
+
+
+def test_an_operator_without_a_rule_says_so():
+    with pytest.raises(KeyError, match="aten.mm.default has no sharding rule"):
+        rule_of(torch.ops.aten.mm)
 
 
 def test_a_gradient_with_a_rule_of_another_kind():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import moesaic
 from tests.sharding import planted
-from tests.sharding.planted import AVG, MAX, MIN, ONE, S0, S1, TWO, P, R, define, random, ruled
+from tests.sharding.planted import AVG, MAX, MIN, ONE, S0, S1, TWO, P, R, define, define_with_keywords, random, ruled
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # errors of its own, and several times as fast
 
@@ -43,7 +43,14 @@ def test_operators_that_cannot_be_proved():
     )
     listing = define("(Tensor x) -> Tensor[]", lambda x: [x.clone()])
     noisy = ruled(ONE, torch.rand_like, "m n -> m n")
+    by_keyword = define_with_keywords("(Tensor x, *, Tensor w) -> Tensor", lambda x, *, w: x * w)
+    without_fake = torch.library.custom_op(
+        "moesaic_planted::without_fake", lambda x: x.clone(), mutates_args=(), schema=ONE
+    )
+    moesaic.sharding_rule("m n -> m n")(without_fake)
     for op, message in (
+        (by_keyword, "the tensor w is keyword-only, and prove.. takes positional arguments only"),
+        (without_fake, "give it a fake kernel with register_fake .There was no fake impl registered"),
         (mutating, "mutates an argument"),
         (listing, "returns .*; only tensors have placements"),
         (noisy, "gives other results on the same inputs"),
@@ -58,6 +65,15 @@ def test_operators_that_cannot_be_proved():
 def test_meshes_of_one_rank_tell_nothing(sizes):
     with pytest.raises(ValueError, match="each axis two ranks at least"):
         moesaic.prove(MATMUL, x, w, **sizes)
+
+
+def test_meshes_have_three_axes_at_most():
+    with pytest.raises(ValueError, match="meshes: at most three axes; got 2x2x2x2"):
+        moesaic.prove(MATMUL, x, w, meshes=[(2, 2, 2, 2)])
+    op = ruled(ONE, planted.relu, "m -> m")
+    report = moesaic.prove(op, random(13), axes=(2,), meshes=[(2, 2, 2)], backward=False)
+    assert report.ok
+    assert {len(r.case.mesh) for r in report.admitted} == {1, 3}
 
 
 def test_every_kind_of_operator():
@@ -78,6 +94,49 @@ def test_arguments_that_are_not_tensors_and_tensors_that_are_not_given():
     # Of one sign it keeps the largest, of the other it does not: each example is held against the rule.
     assert {r.inputs[0] for r in report.wrong} == {(MAX,), (MIN,)}
     assert all(r.case.names == ("x", "bias") for r in report.wrong)
+
+
+def test_tensors_that_no_example_gives_are_noted():
+    def total(x: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
+        return x.clamp(min=0) if bias is None else x.clamp(min=0) + bias
+
+    op = define_with_keywords("(Tensor x, Tensor? bias=None, *, Tensor? scale=None) -> Tensor", total)
+    moesaic.sharding_rule("m n, n, n -> m n")(op)
+    options = {"axes": (2,), "meshes": [], "backward": False}
+    bias, scale = (f"no example gives {name}: nothing was tried with it" for name in ("bias", "scale"))
+    assert moesaic.prove(op, x, **options).notes == [bias, scale]
+    assert moesaic.prove(op, x, also=[(x, random(13))], **options).notes == [scale]
+
+
+def test_lines_that_no_example_reaches_are_noted():
+    op = ruled(TWO, planted.matmul, "m k, k n -> m n", "b m k, b k n -> b m n", linear=["x", "w"])
+    options = {"axes": (2,), "meshes": [], "backward": False}
+    note = "no example reaches the line 'b m k, b k n -> b m n': nothing was tried of it"
+    assert moesaic.prove(op, x, w, **options).notes == [note]
+    assert moesaic.prove(op, x, w, also=[(random(2, 3, 4), random(2, 4, 3))], **options).notes == []
+
+
+def test_a_rule_of_which_no_line_fits():
+    seen = []
+
+    def watching(x: Tensor, w: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return x @ w
+
+    op = ruled(TWO, watching, "m k, k n -> n m", "m, n -> m n")
+    shapes = r"x \[12, 13\], w \[13, 14\] -> \[12, 14\]"
+    with pytest.raises(ValueError, match=rf"no line of its rule fits the shapes {shapes}:\n  m k, k n -> n m\n  m, n"):
+        moesaic.prove(op, x, w)
+    assert set(seen) == {x.shape}
+
+
+def test_nothing_admitted_is_not_ok():
+    op = define(ONE, planted.relu)  # of which DTensor knows nothing
+    report = moesaic.prove(op, x, axes=(2,), meshes=[], backward=False)
+    assert not report.ok
+    assert not report.wrong
+    assert "NOTHING ADMITTED" in repr(report)
+    assert "NOTHING ADMITTED" in str(report).splitlines()[-1]
 
 
 def test_sizes_that_are_smaller_than_the_mesh_or_do_not_divide_or_do():
@@ -105,16 +164,19 @@ def test_an_example_that_the_operator_refuses_is_noted():
     assert [n for n in report.notes if n.startswith("not tried, as the operator refuses it: ") and "even" in n]
 
 
-def test_an_operator_that_takes_no_float64():
-    def half(x: Tensor, w: Tensor) -> Tensor:
-        torch._check(x.dtype == torch.bfloat16, lambda: "bfloat16 only")
-        return x @ w
+def test_numbers_that_are_all_the_same():
+    def rows(x: Tensor, ids: Tensor) -> Tensor:
+        return x[ids]
 
-    op = ruled(TWO, half, "m k, k n -> m n", linear=["x", "w"])
-    report = moesaic.prove(op, x.bfloat16(), w.bfloat16())
-    assert report.ok, f"{report}"
-    assert report.complete, f"{report}"
-    assert "the operator takes no float64: compared with the tolerance of its own dtype" in report.notes
+    op = ruled("(Tensor x, Tensor ids) -> Tensor", rows, "m! d, r -> r d", linear=["x"])
+    same, distinct = torch.tensor([3, 3, 3]), torch.tensor([0, 3, 2])
+    with pytest.raises(ValueError, match="ids is constant: a wrong rule might pass. Give distinct .* in also="):
+        moesaic.prove(op, x, same)
+    options = {"axes": (2,), "meshes": [], "backward": False}
+    assert moesaic.prove(op, x, distinct, also=[(x, same)], **options).ok
+    assert moesaic.prove(op, x, same[:1], **options).ok
+    shape = ruled(TWO, planted.totals_of_blocks, "(b c) k, ~b -> b k", linear=["x"])
+    assert moesaic.prove(shape, x, same, **options).ok
 
 
 def test_integers_and_bools_are_exact():

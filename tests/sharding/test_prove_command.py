@@ -34,6 +34,16 @@ MODULE = """
     rows = define("rows", "m! d, r -> r d", _rows, linear=["x"], preserves={{"max": ["x"], "min": ["x"]}})
     scaled = define("scaled", "m n -> m n", _scaled, linear=["x"])
     without = define("without", "", _matmul)
+    lines = moesaic.sharding_rule("m k, k n -> m n", "b! m k, b! k n -> b! m n", "m k, k -> m", linear=["x", "w"])
+    lines = lines(define("lines", "", _matmul))
+
+    def _strict(x: Tensor, w: Tensor) -> Tensor:
+        torch._check(x.ndim == 2, lambda: "matrices only")
+        return x @ w
+
+    strict = moesaic.sharding_rule("b m k, b k n -> b m n", "m k, k n -> m n")(define("strict", "", _strict))
+    faked = torch.library.custom_op(f"mine{number}::faked", _matmul, mutates_args=())
+    faked = moesaic.sharding_rule("m k, k n -> m n")(faked)
     number = 3
 
     class group:
@@ -50,6 +60,9 @@ MODULE = """
 
     def constant_inputs():
         return torch.ones(7, 5), torch.ones(5, 3)
+
+    def failing():
+        raise KeyError("no data\\nat all")
 
     def no_tuple():
         return torch.randn(7, 5)
@@ -78,6 +91,7 @@ def module(tmp_path, monkeypatch):
         (":wrong --no-backward", 1, "admitted and WRONG: m k, k n -> max: m n"),
         (":rows --inputs {}:row_inputs", 0, "nothing wrong"),
         (":rows --inputs {}:more_row_inputs", 0, "nothing wrong"),
+        (":strict", 0, "line 'b m k, b k n -> b m n': mine"),
         (":scaled --inputs {}:scaled_inputs", 0, "[7, 5] on 2 ranks"),
     ],
 )
@@ -113,6 +127,32 @@ def test_calls_that_cannot_work(module, capsys, arguments, error):
     assert captured.out == ""
     assert captured.err.startswith("moesaic prove: ")
     assert error.format(module) in captured.err
+
+
+def test_inputs_are_made_up_for_every_line(module, capsys):
+    assert main(["prove", f"{module}:lines", "--axes", "2", "--meshes", "--no-backward"]) == 0
+    said = capsys.readouterr().out
+    for line in ("m k, k n -> m n", "b! m k, b! k n -> b! m n", "m k, k -> m"):
+        assert f"admitted and right: {line}\n" in said
+    assert "note:" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("{0}:faked", "faked gives no results on meta tensors"),
+        ("{0}:right --inputs {0}:failing", "--inputs {0}:failing: it raised KeyError: 'no data"),
+        (".{0}:right", "'.{0}:right': expected module:operator"),
+        (":right", "':right': expected module:operator"),
+        ("{0}..inner:right", "'{0}..inner:right': expected module:operator"),
+        ("{0}:right --meshes 2x2x2x2", "meshes: at most three axes; got 2x2x2x2"),
+    ],
+)
+def test_one_line_says_what_is_the_matter(module, capsys, arguments, error):
+    assert main(["prove", *arguments.format(module).split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moesaic prove: ")
+    assert error.format(module) in line
 
 
 def test_an_error_in_the_module_itself(module, tmp_path):

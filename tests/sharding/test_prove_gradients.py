@@ -87,6 +87,25 @@ def test_a_gradient_that_communicates():
     assert "communicates: 1 c10d_functional.all_reduce" in wrong[(S0,)]
 
 
+@pytest.mark.parametrize("blocks", [5, 12])
+def test_a_gradient_of_blocks_that_divide_only_when_narrowed(blocks):
+    op = ruled("(Tensor x, Tensor like) -> Tensor", planted.totals_of_blocks, "(b c) d, ~b -> b d", linear=["x"])
+    # The number of rows is that of all ranks together.
+    repeat = ruled(
+        "(Tensor x, int rows) -> Tensor",
+        lambda x, rows: x.repeat_interleave(rows // x.shape[0], 0),
+        "b d -> (b c) d",
+        linear=["x"],
+    )
+    op.register_autograd(
+        lambda ctx, grad: (repeat(grad, ctx.rows), None),
+        setup_context=lambda ctx, inputs, output: setattr(ctx, "rows", inputs[0].shape[0]),
+    )
+    wrong = only_wrong(op, random(blocks * 4, 13), random(blocks))
+    assert wrong.keys() == {(S0, S0)}
+    assert "the gradient of x, from the backward of a gradient that is S(0), is misshapen" in wrong[S0, S0]
+
+
 def test_no_gradient():
     def refuse(grad, x):
         raise NotImplementedError("not of this one")

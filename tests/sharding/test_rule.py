@@ -287,3 +287,17 @@ def test_rules_that_do_not_fit(lines, options, message):
 def test_a_line_that_does_not_parse():
     with pytest.raises(NotationError, match="m m -> m"):
         make_rule(["m, m -> m", "m, m m -> m"], ["x", "w"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("(b c) k, k -> (b c)", "no dim tells the size of 'b' and 'c', of (b c)\n  (b c) k, k -> (b c)\n  ^"),
+        ("k, (b g)? k -> k", "no dim tells the size of 'b' and 'g', of (b g)?\n  k, (b g)? k -> k\n     ^"),
+    ],
+)
+def test_sizes_that_nothing_tells(text, message):
+    with pytest.raises(NotationError) as caught:
+        make_rule([text], ["x", "w"])
+    assert str(caught.value) == message
+    make_rule(["(b c) k, b -> (b c)"], ["x", "w"])

@@ -155,7 +155,7 @@ def test_a_bias_is_counted_once():
     moesaic.sharding_rule("m k, k n, +n -> m n", linear=["x", "w"])(op)
     x, w, bias = integers(5, 3, seed=1), integers(3, 4, seed=2), integers(4, seed=3)
     cases = [
-        # A replicated bias is divided among the ranks, without communication.
+        # A replicated bias counts on the first rank, without communication.
         (Shard(1), Shard(0), Replicate(), Partial()),
         (Shard(1), Shard(0), Partial(), Partial()),
         (Partial(), Replicate(), Replicate(), Partial()),
@@ -169,7 +169,7 @@ def test_a_bias_is_counted_once():
             with no_collectives():
                 y = op(*inputs, 1)
             assert y.placements == (expected,)
-            torch.testing.assert_close(whole(y), affine(x, w, bias, 1))
+            assert torch.equal(whole(y), affine(x, w, bias, 1))
         with pytest.raises(moesaic.ShardingError, match=r"bias \[P\]"):
             op(ranks.place(x, [Replicate()]), ranks.place(w, [Replicate()]), ranks.place(bias, [Partial()]), 1)
     with simulated_ranks(2, 2) as ranks:
@@ -177,6 +177,16 @@ def test_a_bias_is_counted_once():
         y = op(*(ranks.place(t, p) for t, p in zip((x, w, bias), both, strict=True)), 1)
         assert y.placements == (Partial(), Shard(1))
         assert torch.equal(whole(y), affine(x, w, bias, 1))
+
+
+def test_an_integer_term_stays_exact():
+    op = define("(Tensor x, Tensor y) -> Tensor", lambda x, y: x.sum(1) + y)
+    moesaic.sharding_rule("m k, +m -> m")(op)
+    x, y = torch.arange(12).view(3, 4), torch.tensor([2**40 + 1, 2, 4])
+    with simulated_ranks(3) as ranks:
+        z = op(ranks.place(x, [Shard(1)]), ranks.place(y, [Replicate()]))
+        assert z.dtype == z.to_local().dtype == torch.int64
+        assert torch.equal(whole(z), x.sum(1) + y)
 
 
 def test_a_tensor_of_which_only_the_shape_is_read():
@@ -305,7 +315,7 @@ def test_shapes_that_fit_no_line():
     with simulated_ranks(2) as ranks, pytest.raises(moesaic.ShardingError) as caught:
         op(ranks.place(torch.zeros(3), [Replicate()]))
     message = str(caught.value)
-    assert "no line of its rule fits the shapes x [3] -> [(3,)]:\n  a b -> a b\n  a b c -> a b c" in message
+    assert "no line of its rule fits the shapes x [3] -> [3]:\n  a b -> a b\n  a b c -> a b c" in message
 
 
 # What can be given a rule, and what it is told.

@@ -38,7 +38,10 @@ def rule_of(op: Any) -> Rule:
     Raises:
         KeyError: it has none.
     """
-    return RULES[overload_of(op)]
+    overload = overload_of(op)
+    if overload not in RULES:
+        raise KeyError(f"{overload} has no sharding rule of moesaic's; give it one: sharding_rule(...)({overload})")
+    return RULES[overload]
 
 
 def is_tensor(kind: Any) -> bool:
@@ -50,11 +53,13 @@ def is_tensor(kind: Any) -> bool:
 
 def tensor_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call gives for each tensor argument, in schema order; None for an optional one that is not given."""
-    return [
+    values = [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(op._schema.arguments)
         if is_tensor(argument.type)
     ]
+    # torch takes Python numbers for tensors, as in `x + 1`.
+    return [v if v is None or isinstance(v, Tensor) else torch.tensor(v) for v in values]
 
 
 def decide(
@@ -131,8 +136,9 @@ def _line_for(
         if sizes is not None:
             return line, sizes
     given = ", ".join(f"{n} {list(s)}" for n, s in zip(rule.tensors, shapes, strict=True) if s is not None)
+    made = ", ".join(str(list(shape)) for shape in results)
     tried = "\n".join(f"  {line}" for line in rule.lines)
-    raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {results}:\n{tried}")
+    raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {made}:\n{tried}")
 
 
 def _results(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -143,5 +149,11 @@ def _results(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
-    results = op(*map(on_meta, args), **{name: on_meta(value) for name, value in kwargs.items()})
+    try:
+        results = op(*map(on_meta, args), **{name: on_meta(value) for name, value in kwargs.items()})
+    except Exception as error:
+        if "fake impl" not in str(error) and "'Meta' backend" not in str(error):
+            raise
+        hint = "register one, which makes results of the right shapes without values: op.register_fake(function)"
+        raise ShardingError(f"{op._name} has no fake kernel; {hint}") from error
     return (results,) if isinstance(results, Tensor) else tuple(results)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed._local_tensor import maybe_run_for_local_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._redistribute import redistribute_local_tensor
-from torch.distributed.tensor.placement_types import Replicate
+from torch.distributed.tensor.placement_types import Partial, Replicate
 
 from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import RULES, decide, is_tensor
@@ -28,11 +29,11 @@ from moesaic.sharding.formula import operators_of_gradient
 _PLANS: dict[torch._ops.OpOverload, dict[Any, "_Plan"]] = {}
 _MAX_PLANS = 8192
 _NAMESPACES_OF_TORCH = ("aten", "prims", "prim", "_c10d_functional", "c10d")
-# Operators whose gradient is known to call nothing but operators with a rule.
-_DIFFERENTIABLE: set[torch._ops.OpOverload] = set()
+# Operators and flags with which their gradient is known to call nothing but operators with a rule.
+_DIFFERENTIABLE: set[Any] = set()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """What a call comes to.
 
@@ -40,11 +41,13 @@ class _Plan:
         changes: tensor arguments that are brought to another place first, by their number among those given.
         outputs: what the results are.
         here: whether this rank is on the mesh. One that is not has empty tensors and computes nothing, as in torch.
+        differentiable: whether the gradient was looked at.
     """
 
     changes: tuple[tuple[int, DTensorSpec], ...]
     outputs: tuple[DTensorSpec, ...]
     here: bool
+    differentiable: bool = False
 
 
 def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
@@ -73,21 +76,28 @@ def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
             if not isinstance(value, DTensor):
                 values = _replicate_scalars(op, slots, values)
                 break
-        key = (*slots, *[value._spec for value in values], *[args[i] for i in others if i < given])
+        key = (*slots, *[value._spec for value in values], *[_hashable(args[i]) for i in others if i < given])
         if scalars:
             key = (*key, *[type(args[i]) for i in scalars if i < given])
         if kwargs:
             key = (*key, *[(name, type(value), value) for name, value in kwargs.items() if name not in slots])
         try:
             plan = plans.get(key)
-        except TypeError:  # a list among the arguments, or a symbol
+        except TypeError:  # a symbol among the sizes
             plan = _make_plan(op, values, args, kwargs or {})
         if plan is None:
             plan = _make_plan(op, values, args, kwargs or {})
             _keep(plans, key, plan, values)
+        if not plan.differentiable and any(value.requires_grad for value in values):
+            _check_gradient(op, values, args, kwargs or {})
+            plan.differentiable = True
         return _call(op, plan, slots, values, args, kwargs)
 
     torch.library.register_torch_dispatch(op.name(), DTensor, run)
+
+
+def _hashable(argument: Any) -> Any:
+    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _keep(plans: dict[Any, _Plan], key: Any, plan: _Plan, tensors: Sequence[Any]) -> None:
@@ -109,7 +119,7 @@ def _call(
     """The operator on local tensors."""
     locals_ = [t._local_tensor for t in tensors]
     for i, target in plan.changes:
-        locals_[i] = redistribute_local_tensor(locals_[i], tensors[i]._spec, target)
+        locals_[i] = _bring(locals_[i], tensors[i]._spec, target)
     local_args, local_kwargs = list(args), dict(kwargs or ())
     for slot, local in zip(slots, locals_, strict=True):
         if isinstance(slot, int):
@@ -120,6 +130,23 @@ def _call(
     if isinstance(results, Tensor):
         return _wrap(results, plan.outputs[0])
     return tuple(_wrap(r, spec) for r, spec in zip(results, plan.outputs, strict=True))
+
+
+def _bring(local: Tensor, spec: DTensorSpec, target: DTensorSpec) -> Tensor:
+    """A rank's part of a tensor that is brought to other placements."""
+    pairs = list(zip(spec.placements, target.placements, strict=True))
+    divided = [axis for axis, (a, w) in enumerate(pairs) if a.is_replicate() and isinstance(w, Partial)]
+    if divided:
+        local = _keep_on_first(local, *[spec.mesh.get_local_rank(axis) for axis in divided])
+        placements = tuple(w if axis in divided else a for axis, (a, w) in enumerate(pairs))
+        spec = DTensorSpec(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+    return redistribute_local_tensor(local, spec, target)
+
+
+@maybe_run_for_local_tensor  # where ranks are simulated, for each of them
+def _keep_on_first(term: Tensor, *coordinates: int) -> Tensor:
+    # torch would divide it by the number of ranks, which rounds, and makes floats of integers.
+    return torch.zeros_like(term) if any(coordinates) else term
 
 
 def _wrap(local: Tensor, spec: DTensorSpec) -> DTensor:
@@ -143,6 +170,7 @@ def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], te
     replicated = []
     for slot, t in zip(slots, tensors, strict=True):
         if not isinstance(t, DTensor):
+            t = t if isinstance(t, Tensor) else torch.tensor(t)  # a Python number, as in `x + 1`
             if t.ndim and not DTensor._op_dispatcher._allow_implicit_replication:
                 name = op._schema.arguments[slot].name if isinstance(slot, int) else slot
                 raise ShardingError(
@@ -156,9 +184,13 @@ def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], te
     return replicated
 
 
-def _check_gradient(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> None:
+def _check_gradient(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> None:
     """Raise unless the gradient of ``op`` can be computed on DTensors: now, and not after the forward pass."""
-    if op in _DIFFERENTIABLE:
+    if any(type(size) is not int for t in tensors for size in t._spec.tensor_meta.shape):
+        return
+    flags = [*args, *kwargs.values()]
+    call = (op, *[(type(flag), _hashable(flag)) for flag in flags if not isinstance(flag, Tensor)])
+    if call in _DIFFERENTIABLE:
         return
     for called in operators_of_gradient(op, args, kwargs):
         if called.namespace not in _NAMESPACES_OF_TORCH and not _has_rule(called):
@@ -166,7 +198,7 @@ def _check_gradient(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any)
                 f"{op._name}: its gradient calls {called._name}, which has no sharding rule; give it one:\n"
                 f"  sharding_rule(...)(torch.ops.{called})"
             )
-    _DIFFERENTIABLE.add(op)
+    _DIFFERENTIABLE.add(call)
 
 
 def _has_rule(op: torch._ops.OpOverload) -> bool:
@@ -177,8 +209,6 @@ def _has_rule(op: torch._ops.OpOverload) -> bool:
 
 def _make_plan(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:
     mesh = _common_mesh(op, tensors)
-    if all(type(size) is int for t in tensors for size in t._spec.tensor_meta.shape):
-        _check_gradient(op, args, kwargs)
     names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
     given = [tuple(t._spec.placements) for t in tensors]
     decision = decide(op, args, given, dict(zip(names, mesh.shape, strict=True)), kwargs)

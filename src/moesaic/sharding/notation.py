@@ -11,7 +11,7 @@ of Shardy's sharding rules:
   sharded only where it divides evenly. ``(b g)?`` may end early, its last blocks incomplete or missing;
 * ``1`` is a dim of size one, never sharded; a tensor without dims is written as nothing;
 * ``+n`` before the dims of an input is a term that is added to the result, such as a bias. Where the result is
-  ``Partial`` so has the term to be, or it would be counted on every rank; one that is replicated is divided among them;
+  ``Partial`` so has the term to be, or it would be counted on every rank; one that is replicated counts on the first;
 * ``~m k`` is an input of which only the shape is read, not the values.
 """
 
@@ -133,6 +133,23 @@ def parse(text: str) -> Notation:
         raise NotationError(text, reader.last_seen[factor], problem)
     blocks = {dim.leading for p in inputs + outputs for dim in p.dims if len(dim.factors) > 1 and dim.leading}
     return Notation(text, inputs, outputs, frozenset(reader.marked | inner), frozenset(blocks))
+
+
+def check_sizes_are_told(line: Notation) -> None:
+    """Raise ``NotationError`` unless the size of every factor follows from the shapes of a call.
+
+    That of a block needs another dim, on any tensor, that tells it; one factor of a dim may be told by that dim alone.
+    """
+    dims = {dim for pattern in line.inputs + line.outputs for dim in pattern.dims}
+    told = {dim.factors[0] for dim in dims if len(dim.factors) == 1}
+    left = {dim for dim in dims if len(dim.factors) > 1 and not dim.short}
+    while solved := {dim for dim in left if sum(f not in told for f in dim.factors) <= 1}:
+        told |= {f for dim in solved for f in dim.factors}
+        left -= solved
+    left |= {dim for dim in dims if dim.short and not told.issuperset(dim.factors)}
+    for dim in sorted(left, key=str):
+        untold = " and ".join(f"'{f}'" for f in dim.factors if f not in told)
+        raise NotationError(line.text, line.text.index("("), f"no dim tells the size of {untold}, of {dim}")
 
 
 class _Reader:

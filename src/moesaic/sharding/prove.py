@@ -9,12 +9,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moesaic.sharding.decide import RULES, overload_of
+from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.formula import operators_of_gradient
-from moesaic.sharding.proof.deciders import decider_of, is_local
-from moesaic.sharding.proof.examples import Example, check_inputs, check_op, in_float64, variants, with_line
+from moesaic.sharding.proof.deciders import decider_of
+from moesaic.sharding.proof.examples import (
+    Example,
+    check_fake,
+    check_inputs,
+    check_numbers,
+    check_op,
+    first_line,
+    variants,
+    with_line,
+)
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.placing import same
+from moesaic.sharding.proof.precision import precise
 from moesaic.sharding.proof.report import Report
 from moesaic.sharding.proof.search import Search
 from moesaic.sharding.proof.trial import Inputs, Trial
@@ -44,16 +54,18 @@ def prove(
     or in all cases in which sizes divide evenly, the rule should admit.
 
     It is a search for counterexamples, and looks at the sizes it is given: sizes of 12 and more let every mesh divide
-    them. Integer tensors are taken as they are, so give examples of what they can be in ``also``.
+    them. Integer tensors are taken as they are, so give examples of what they can be in ``also``. The first must not be
+    constant.
 
     Args:
         op: a custom_op, an ``OpOverload`` or an ``OpOverloadPacket``. One without a rule of ours is held to what
             DTensor's own propagation decides.
         example_inputs: positional arguments: plain tensors, random, as large as you like; whatever is not a tensor is
-            passed on as it is. Floating tensors become float64 where the operator takes that.
+            passed on as it is. Floating tensors become float64 where the operator takes that, else float32. If it takes
+            half types only, or rounds to them, small whole numbers are drawn in their place, which are exact.
         also: further examples.
         axes: sizes of meshes of one axis.
-        meshes: shapes of larger meshes.
+        meshes: shapes of larger meshes, of at most three axes.
         backward: whether to compare gradients. That needs a process group of its own (nothing is communicated).
         on_progress: is told what is being looked at.
 
@@ -62,8 +74,9 @@ def prove(
 
     Raises:
         TypeError: ``op`` is no operator.
-        ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor; an operator
-            that mutates its arguments or is random; or, with ``backward``, a process group that is initialised.
+        ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor, or that no line
+            of the rule fits; an operator that mutates its arguments, is random, has no fake kernel or needs a tensor by
+            keyword; or, with ``backward``, a process group that is initialised.
 
     Example:
         >>> report = moesaic.prove(my_mm, torch.randn(13, 12), torch.randn(12, 14))
@@ -79,10 +92,15 @@ def prove(
     meshes = [*((n,) for n in axes), *map(tuple, meshes)]
     if not axes or any(n < 2 for mesh in meshes for n in mesh):
         raise ValueError(f"axes, meshes: each needs an axis, and each axis two ranks at least; got {meshes}")
+    if most := [mesh for mesh in meshes if len(mesh) > len(_AXES)]:
+        raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
     with _one_thread(), _poisoned():
-        for examples in _by_form(report, [_example(report, op, args) for args in (example_inputs, *also)]):
-            _prove_form(report, examples, backward, on_progress or (lambda text: None))
+        examples = [_example(report, op, args) for args in (example_inputs, *also)]
+        check_numbers(examples[0])
+        _note_what_no_example_has(report, examples)
+        for of_form in _by_form(report, examples):
+            _prove_form(report, of_form, backward, on_progress or (lambda text: None))
     return report
 
 
@@ -117,12 +135,26 @@ def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
         given.run()
     except Exception as error:
         raise ValueError(f"{op._name} refuses the inputs: {error}") from error
+    check_fake(given)
     if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
         raise ValueError(f"{op._name} gives other results on the same inputs: nothing can be proved of it")
-    example = in_float64(given)
-    if example is given and any(t.is_floating_point() and t.dtype != torch.float64 for t in given.tensors):
-        report.note("the operator takes no float64: compared with the tolerance of its own dtype")
+    example, note = precise(given)
+    if note:
+        report.note(note)
     return with_line(example, RULES.get(op))
+
+
+def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
+    """Tensor arguments that are not given, and lines of the rule that speak for none of the examples."""
+    op = examples[0].op
+    given = {position for example in examples for position in example.positions}
+    for i, argument in enumerate(op._schema.arguments):
+        if is_tensor(argument.type) and i not in given:
+            report.note(f"no example gives {argument.name}: nothing was tried with it")
+    reached = {example.line.text for example in examples if example.line}
+    for line in RULES[op].lines if op in RULES else ():
+        if line.text not in reached:
+            report.note(f"no example reaches the line '{line}': nothing was tried of it")
 
 
 def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]:
@@ -134,7 +166,7 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]
                 variant.run()
             except Exception as error:
                 shapes = ", ".join(str(list(shape)) for shape in variant.shapes)
-                report.note(f"not tried, as the operator refuses it: {shapes}: {str(error).splitlines()[0]}")
+                report.note(f"not tried, as the operator refuses it: {shapes}: {first_line(error)}")
                 continue
             text = example.line.text if example.line else ""
             form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
@@ -162,26 +194,34 @@ def _prove_form(report: Report, examples: Sequence[Example], backward: bool, tel
     if backward:
         for mesh in report.meshes:
             tell(f"gradients on {' x '.join(map(str, mesh))} ranks")
-            _prove_gradients(report, search, Trial(examples[0], expected[0], mesh))
+            _prove_gradients(report, search, mesh)
     report.admitted += search.records("admitted")
     report.wrong += search.records("wrong")
     report.missing += search.missing()
     report.hidden += search.records("hidden")
 
 
-def _prove_gradients(report: Report, search: Search, trial: Trial) -> None:
-    alone = one_process(trial)
-    if isinstance(alone, str):
-        report.note(f"no gradient: {alone}")
-        return
-    may_move = _may_move(trial)
-    with simulated_ranks(*trial.mesh, names=_AXES) as ranks:
-        for inputs, outputs in _admitted(search, trial):
-            verdict = judge_gradients(ranks, trial, inputs, outputs, alone)
+def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> None:
+    """Those of what is admitted and right, each in the first case in which it is; of many pairs, a sample."""
+    admitted, most = search.first_admitted(mesh), _MOST_COMBINATIONS // 2
+    if len(mesh) > 1 and len(admitted) > most:
+        admitted = random.Random(0).sample(admitted, most)
+    trials = list({id(trial): trial for trial, _, _ in admitted}.values())
+    alone = {id(trial): one_process(trial) for trial in trials}
+    may_move = {id(trial): _may_move(trial) for trial in trials}
+    for error in alone.values():
+        if isinstance(error, str):
+            report.note(f"no gradient: {error}")
+    with simulated_ranks(*mesh, names=_AXES) as ranks:
+        for trial, inputs, outputs in admitted:
+            expected = alone[id(trial)]
+            if isinstance(expected, str):
+                continue
+            verdict = judge_gradients(ranks, trial, inputs, outputs, expected)
             if verdict.error:
-                search.note("wrong", trial.case, inputs, outputs, verdict.error)
+                search.note("wrong", trial, inputs, outputs, verdict.error)
             elif verdict.moved:
-                search.note("hidden" if may_move else "wrong", trial.case, inputs, outputs, verdict.moved)
+                search.note("hidden" if may_move[id(trial)] else "wrong", trial, inputs, outputs, verdict.moved)
 
 
 def _may_move(trial: Trial) -> bool:
@@ -189,18 +229,3 @@ def _may_move(trial: Trial) -> bool:
     op = trial.example.op
     of_gradient = operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
     return op not in RULES or any(o in RULES and RULES[o].redistribute for o in of_gradient)
-
-
-def _admitted(search: Search, trial: Trial) -> list[tuple[Inputs, Inputs]]:
-    """What is admitted and right in this case; of many pairs, a sample."""
-    admitted, most = [], _MOST_COMBINATIONS // 2
-    for record in search.records("admitted"):
-        inputs, outputs = record.inputs, record.outputs
-        if len(inputs[0]) != len(trial.mesh):
-            continue
-        decision = search.decider(trial.example, inputs, trial.mesh)
-        if decision is not None and decision.outputs == outputs and is_local(inputs, decision.inputs):
-            admitted.append((inputs, outputs))
-    if len(trial.mesh) > 1 and len(admitted) > most:
-        return random.Random(0).sample(admitted, most)
-    return admitted

@@ -23,8 +23,8 @@ def sharding_rule(
     (the output is ``Partial``), ``k!`` stays whole, ``(b c)`` is cut between blocks only. Each axis of an n-D mesh
     takes its own choice. Forward and backward operators each need a rule of their own.
 
-    At its first call on DTensors the operator's gradient is traced without values, and an operator in it that has no
-    rule is an error there and then.
+    At its first call on DTensors that need a gradient, and for every new combination of flags, the operator's gradient
+    is traced without values; a custom operator in it that has no rule is an error there and then.
 
     A call whose placements the rule does not admit raises, naming the nearest admitted ones and the line of code that
     gets there; nothing is gathered silently.

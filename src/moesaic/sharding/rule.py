@@ -10,7 +10,7 @@ from itertools import chain, combinations
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from moesaic.sharding.notation import REDUCTIONS, Notation, Pattern, parse
+from moesaic.sharding.notation import REDUCTIONS, Notation, Pattern, check_sizes_are_told, parse
 
 Placements = tuple[Placement, ...]
 Joint = str | tuple[str, ...]
@@ -118,6 +118,7 @@ def make_rule(
     if not parsed:
         raise ValueError("a sharding rule needs at least one line")
     for line in parsed:
+        check_sizes_are_told(line)
         if len(line.inputs) != len(tensors):
             raise ValueError(
                 f"rule '{line}' has {len(line.inputs)} inputs, the operator has {len(tensors)} tensor arguments: "

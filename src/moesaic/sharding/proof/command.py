@@ -13,6 +13,7 @@ from rich.console import Console
 
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.notation import Notation
+from moesaic.sharding.proof.examples import first_line
 from moesaic.sharding.prove import prove
 
 
@@ -27,7 +28,7 @@ class Options:
     """The operator, as module:name, such as mylib.ops:my_mm."""
     inputs: str = ""
     """A function, as module:name, that returns a tuple of inputs, or a list of such tuples. By default random floating
-    tensors of distinct sizes are made up from the rule."""
+    tensors of distinct sizes are made up from every line of the rule."""
     axes: tuple[int, ...] = (2, 3, 4)
     """Sizes of meshes of one axis."""
     meshes: tuple[str, ...] = ("2x2", "2x3")
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="moesaic prove", args=list(arguments))
     try:
         op = _overload(options.op)
-        first, *also = _given_inputs(options.inputs) if options.inputs else [_made_up_inputs(op)]
+        (first, *also), notes = (_given_inputs(options.inputs), []) if options.inputs else _made_up_inputs(op)
         with Console(stderr=True).status(f"proving {op._name}") as status:
             report = prove(
                 op,
@@ -61,6 +62,8 @@ def run(arguments: Sequence[str]) -> int:
     except (CallError, ValueError) as error:
         print(f"moesaic prove: {error}", file=sys.stderr)
         return 2
+    for note in notes:
+        report.note(note)
     print(report)
     return 0 if report.ok and (report.complete or not options.complete) else 1
 
@@ -84,7 +87,10 @@ def _given_inputs(path: str) -> list[tuple[Any, ...]]:
     function = _find(path, "function")
     if not callable(function):
         raise CallError(f"--inputs {path}: expected a function that returns inputs, not {type(function).__name__}")
-    inputs = function()
+    try:
+        inputs = function()
+    except Exception as error:
+        raise CallError(f"--inputs {path}: it raised {type(error).__name__}: {first_line(error)}") from error
     inputs = inputs if isinstance(inputs, list) else [inputs]
     if not inputs or not all(isinstance(args, tuple) for args in inputs):
         raise CallError(f"--inputs {path}: it has to return a tuple of inputs, or a list of such tuples")
@@ -93,7 +99,7 @@ def _given_inputs(path: str) -> list[tuple[Any, ...]]:
 
 def _find(path: str, kind: str) -> Any:
     module_name, colon, name = path.partition(":")
-    if not colon or not name:
+    if not colon or not name or not all(module_name.split(".")):
         raise CallError(f"{path!r}: expected module:{kind}, such as mylib.ops:{name or 'name'}")
     # As `python -m` does: what lies in the current folder can be imported.
     if os.getcwd() not in sys.path:
@@ -111,11 +117,24 @@ def _find(path: str, kind: str) -> Any:
     return found
 
 
-def _made_up_inputs(op: torch._ops.OpOverload) -> tuple[Any, ...]:
-    """Floating tensors for the first line of the rule: factors of distinct sizes, blocks of one that axes divide."""
+def _made_up_inputs(op: torch._ops.OpOverload) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """Inputs for every line of the rule that they can be made up for, and a note of each other line."""
     if op not in RULES:
         raise CallError(f"{op._name} has no sharding rule to make up inputs from: give --inputs module:function")
-    line = RULES[op].lines[0]
+    inputs: list[tuple[Any, ...]] = []
+    errors: dict[str, CallError] = {}
+    for line in RULES[op].lines:
+        try:
+            inputs.append(_inputs_for(op, line))
+        except CallError as error:
+            errors[line.text] = error
+    if not inputs:
+        raise next(iter(errors.values()))
+    return inputs, [f"no inputs made up for the line '{text}': {first_line(e)}" for text, e in errors.items()]
+
+
+def _inputs_for(op: torch._ops.OpOverload, line: Notation) -> tuple[Any, ...]:
+    """Floating tensors for a line of the rule: factors of distinct sizes, blocks of one that axes divide."""
     sizes = dict(_sizes(line))
     generator = torch.Generator().manual_seed(0)
     patterns = iter(line.inputs)
@@ -133,10 +152,9 @@ def _made_up_inputs(op: torch._ops.OpOverload) -> tuple[Any, ...]:
     try:
         op(*args)
     except Exception as error:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
         shapes = ", ".join(str(list(a.shape)) for a in args if isinstance(a, torch.Tensor))
         raise CallError(
-            f"{op._name} refuses inputs made up from its rule, floating tensors {shapes}: {message}\n"
+            f"{op._name} refuses inputs made up from its rule, floating tensors {shapes}: {first_line(error)}\n"
             "Give inputs that it takes with --inputs module:function, a function that returns a tuple of them."
         ) from None
     return tuple(args)

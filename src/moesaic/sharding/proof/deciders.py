@@ -33,14 +33,17 @@ def is_local(given: Sequence[Placements], decided: Sequence[Placements]) -> bool
     )
 
 
+def _names(mesh: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"axis{i}" for i in range(len(mesh)))
+
+
 def _by_rule(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:
-    return admits(example.op, example.args, placements, dict(zip("abcd", mesh, strict=False)))
+    return admits(example.op, example.args, placements, dict(zip(_names(mesh), mesh, strict=True)))
 
 
 def _by_torch(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:
     ranks = torch.arange(prod(mesh)).view(*mesh)
-    names = tuple("abcd"[: len(mesh)])
-    device_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=names, _init_backend=False, _rank=0)
+    device_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=_names(mesh), _init_backend=False, _rank=0)
 
     def spec(t: Tensor, p: Placements) -> DTensorSpec:
         return DTensorSpec(device_mesh, p, tensor_meta=TensorMeta(t.shape, t.stride(), t.dtype))

@@ -24,12 +24,14 @@ class Example:
     Attributes:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
+        whole: whether its floating values are small whole numbers.
     """
 
     op: Op
     args: tuple[Any, ...]
     line: Notation | None = None
     narrowed: bool = False
+    whole: bool = False
 
     @property
     def positions(self) -> list[int]:
@@ -67,6 +69,12 @@ def check_op(op: Op) -> None:
     for result in op._schema.returns:
         if not isinstance(result.type, torch.TensorType):
             raise ValueError(f"{op._name} returns {result.type}; only tensors have placements")
+    for argument in op._schema.arguments:
+        if argument.kwarg_only and isinstance(argument.type, torch.TensorType):
+            raise ValueError(
+                f"{op._name}: the tensor {argument.name} is keyword-only, and prove() takes positional arguments only: "
+                "make it positional in the schema"
+            )
 
 
 def check_inputs(op: Op, args: Sequence[Any]) -> None:
@@ -90,6 +98,22 @@ def check_inputs(op: Op, args: Sequence[Any]) -> None:
             raise ValueError(f"{name} {problem}: a wrong rule might pass. Give random values, as of torch.randn")
 
 
+def check_numbers(example: Example) -> None:
+    """Refuse integers that are all the same, such as equal sizes of groups: each rank's part is like any other.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    assert example.line is not None
+    for name, t, pattern in zip(example.names, example.tensors, example.line.inputs, strict=True):
+        read = not (t.is_floating_point() or t.is_complex() or pattern.shape_only)
+        if read and t.numel() > 1 and bool((t == t.flatten()[0]).all()):
+            raise ValueError(
+                f"{example.op._name}: {name} is constant: a wrong rule might pass. Give distinct values first, and "
+                "constant ones, such as groups that are all empty, in also="
+            )
+
+
 def _degenerate(t: Tensor) -> str | None:
     if t.numel() < 2:
         return None
@@ -106,20 +130,32 @@ def _degenerate(t: Tensor) -> str | None:
     return None
 
 
-def in_float64(example: Example) -> Example:
-    """The same call in float64, so that rounding is no excuse, if the operator takes that; else the call as it is."""
-    wide = [t.double() if t.is_floating_point() else t for t in example.tensors]
+def check_fake(example: Example) -> None:
+    """Refuse an operator whose results DTensor cannot know the shapes of.
+
+    Raises:
+        ValueError: with what the operator says.
+    """
     try:
-        # The fake kernel may be choosier than the real one, and DTensor calls it.
-        for tensors in ([t.to("meta") for t in wide], wide):
-            example.run(tensors)
-    except Exception:
-        return example
-    return replace(example, args=example.arguments(wide))
+        example.run([t.to("meta") for t in example.tensors])
+    except Exception as error:
+        raise ValueError(
+            f"{example.op._name} gives no results on meta tensors, of which DTensor learns their shapes: give it a "
+            f"fake kernel with register_fake ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def with_line(example: Example, rule: Rule | None) -> Example:
-    """The example with the line of the rule that speaks for it."""
+    """The example with the line of the rule that speaks for it.
+
+    Raises:
+        ValueError: there is a rule, and none of its lines fits.
+    """
     tensors = [a for i, a in enumerate(example.args) if is_tensor(example.op._schema.arguments[i].type)]
     if rule is not None:
         results = [r.shape for r in example.run()]
@@ -128,6 +164,10 @@ def with_line(example: Example, rule: Rule | None) -> Example:
         for line in rule.lines:
             if factor_sizes(line.given(present), example.shapes, results) is not None:
                 return replace(example, line=line.given(present))
+        given = ", ".join(f"{n} {list(s)}" for n, s in zip(example.names, example.shapes, strict=True))
+        lines = "\n".join(f"  {line}" for line in rule.lines)
+        shapes = ", ".join(str(list(r)) for r in results)
+        raise ValueError(f"{example.op._name}: no line of its rule fits the shapes {given} -> {shapes}:\n{lines}")
     by_size = tuple(Pattern(tuple(Dim((f"size{n}",) if n != 1 else ()) for n in shape)) for shape in example.shapes)
     return replace(example, line=Notation("", by_size, (), frozenset()))
 

@@ -48,11 +48,17 @@ def one_process(trial: Trial) -> OneProcess | str:
             which = [i for i, r in enumerate(results) if r.requires_grad]
             if not which:
                 return "its results need no gradient"
-            grads_in = [torch.randn(results[i].shape, generator=generator).to(results[i]) for i in which]
+            grads_in = [_random(results[i], generator, whole=trial.example.whole) for i in which]
             grads = torch.autograd.grad([results[i] for i in which], _floating(leaves), grads_in, allow_unused=True)
     except (RuntimeError, NotImplementedError, UserWarning) as error:
         return str(error).splitlines()[0]
     return OneProcess(which, grads_in, list(grads))
+
+
+def _random(like: Tensor, generator: torch.Generator, *, whole: bool) -> Tensor:
+    if whole:
+        return torch.randint(-3, 4, like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator).to(like)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.wrong
+        """Whether something is admitted, and nothing of it is wrong."""
+        return bool(self.admitted) and not self.wrong
 
     @property
     def complete(self) -> bool:
@@ -72,7 +72,8 @@ class Report:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("admitted", "wrong", "missing", "hidden"))
-        return f"<Report on {self.op}: {'ok' if self.ok else 'WRONG'}; {counts}>"
+        verdict = "ok" if self.ok else "WRONG" if self.wrong else "NOTHING ADMITTED"
+        return f"<Report on {self.op}: {verdict}; {counts}>"
 
     def __str__(self) -> str:
         meshes = ", ".join("x".join(map(str, mesh)) for mesh in self.meshes)
@@ -86,7 +87,7 @@ class Report:
             *self._section(_MOVED, self.hidden),
         ]
         notes = [f"note: {text}" for text in self.notes]
-        verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG"
+        verdict = f"{len(self.wrong)} WRONG" if self.wrong else "nothing wrong" if self.ok else "NOTHING ADMITTED"
         verdict += ", nothing missing" if self.complete else f", {len(self.missing)} missing"
         return "\n".join([*header, *sections, *notes, verdict])
 

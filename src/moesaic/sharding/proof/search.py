@@ -77,6 +77,7 @@ class Search:
         self.decider, self.line = decider, line
         self.standings: dict[Inputs, Standing] = {}
         self.found: dict[str, dict[tuple[Inputs, Inputs], Record]] = {"admitted": {}, "wrong": {}, "hidden": {}}
+        self._first: dict[tuple[tuple[int, ...], Inputs, Inputs], Trial] = {}
 
     def judge(self, trial: Trial, choices: Iterable[Inputs]) -> None:
         """Look at one case of each of the choices."""
@@ -94,15 +95,17 @@ class Search:
             if decision is not None and is_local(inputs, decision.inputs):
                 standing.admitted = True
                 error = trial.error(decision.inputs, decision.outputs)
-                self.note("wrong" if error else "admitted", trial.case, inputs, decision.outputs, error or "")
+                self.note("wrong" if error else "admitted", trial, inputs, decision.outputs, error or "")
+                self._first.setdefault((trial.mesh, inputs, decision.outputs), trial)
             else:
                 if decision is not None:
                     pairs = zip(trial.example.names, inputs, decision.inputs, strict=True)
                     moved = "; ".join(f"{name}: {show(a)} to {show(b)}" for name, a, b in pairs if a != b)
-                    self.note("hidden", trial.case, inputs, decision.outputs, moved)
+                    self.note("hidden", trial, inputs, decision.outputs, moved)
                 standing.refuse(trial, inputs)
             if tells:
                 standing.update(trial, inputs)
+        trial.forget()
 
     def missing(self) -> list[Record]:
         """What is right and was refused. Of pairs, those that do not follow from what is missing on one axis."""
@@ -131,16 +134,21 @@ class Search:
         others = [_together(generator.choices(single, k=num_axes)) for _ in range(most // 3)] if single else []
         return list(dict.fromkeys([*chosen, *(c for c in others if all(map(is_legal, c)))])), len(of_good)
 
-    def note(self, kind: str, case: Case, inputs: Inputs, outputs: Inputs, error: str) -> None:
+    def note(self, kind: str, trial: Trial, inputs: Inputs, outputs: Inputs, error: str) -> None:
         """Record ``"admitted"``, ``"wrong"`` or ``"hidden"``: once for all cases."""
         known = self.found[kind].get((inputs, outputs))
-        record = known or Record(inputs, outputs, case, error, self.line, num_cases=0)
+        record = known or Record(inputs, outputs, trial.case, error, self.line, num_cases=0)
         self.found[kind][inputs, outputs] = replace(record, num_cases=record.num_cases + 1)
 
     def records(self, kind: str) -> list[Record]:
         """What was recorded; nothing is admitted and right that was wrong in some case."""
         wrong = self.found["wrong"] if kind == "admitted" else {}
         return [record for key, record in self.found[kind].items() if key not in wrong]
+
+    def first_admitted(self, mesh: tuple[int, ...]) -> list[tuple[Trial, Inputs, Inputs]]:
+        """What is admitted and right on a mesh, each with the first trial in which it is."""
+        keys = [(mesh, record.inputs, record.outputs) for record in self.records("admitted")]
+        return [(self._first[key], *key[1:]) for key in keys if key in self._first]
 
 
 def on_each_axis(inputs: Inputs) -> list[Inputs]:

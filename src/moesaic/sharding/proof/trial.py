@@ -42,15 +42,19 @@ class Trial:
         self._last: tuple[Inputs, Parts | Exception] | None = None
 
     @cached_property
-    def tolerance(self) -> float:
-        """How far values of about one may be off: rounding, as coarse as the coarsest of the dtypes."""
+    def eps(self) -> float:
+        """Of the coarsest of the dtypes."""
         dtypes = [t.dtype for t in (*self.example.tensors, *self.expected)]
-        return 4 * max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0) ** 0.75
+        return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
 
     def atol(self, expected: Tensor, parts: Sequence[Tensor]) -> float:
         """How far a result may be off that is put together from the parts: they may be larger, but not by much."""
-        scale = _scale(expected)
-        return self.tolerance * min(max(map(_scale, (expected, *parts))), 4 * scale)
+        largest, most = max(map(_scale, (expected, *parts))), 4 * _scale(expected)
+        if not self.example.whole:
+            return 4 * self.eps**0.75 * min(largest, most)
+        # Whole numbers up to 2 / eps are exact; beyond, and in fractions made of them, each step rounds once.
+        is_exact = largest * self.eps <= 2 and all(torch.equal(t, t.round()) for t in (expected, *parts))
+        return 0.25 if is_exact else 4 * self.eps * min(largest, most)
 
     @cached_property
     def is_telling(self) -> list[bool]:
@@ -98,6 +102,10 @@ class Trial:
         if key not in self._split:
             self._split[key] = split(self.example.tensors[i], placements, self.mesh, seed=i)
         return self._split[key]
+
+    def forget(self) -> None:
+        """Drop the parts, which are as large as the tensors, each time over."""
+        self._split, self._last = {}, None
 
     def _run(self, inputs: Inputs) -> Parts | Exception:
         """For each result, its parts on all ranks."""
