@@ -5,13 +5,17 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <atomic>
+
 namespace moesaic {
 namespace {
 
-bool used_threads = false;
-bool threads_were_lost = false;
+std::atomic<bool> used_threads{false};
+std::atomic<bool> threads_were_lost{false};
 
-void in_child() { threads_were_lost = used_threads || threads_were_lost; }
+void in_child() {
+  if (used_threads) threads_were_lost = true;
+}
 
 const int registered = pthread_atfork(nullptr, nullptr, in_child);
 
