@@ -14,6 +14,9 @@ ARGS   ?=
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 THREADS := $(shell t=$$(( $(CORES) / $(NPROC) )); [ $$t -ge 1 ] && echo $$t || echo 1)
 
+# Where there is a compiler, an install without the CPU kernels is a mistake.
+KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC_REQUIRE_CPU_KERNELS=1)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup train test test-torch lint format bench clean
@@ -23,10 +26,10 @@ help: ## this list
 
 # The stamp is written last: an interrupted or failed install leaves none, so the next call repairs it.
 # The build back end is installed first and used without isolation, so that its version is pinned as well.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/CMakeLists.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
+	$(KERNELS) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip check
 	@touch $@
 
@@ -62,5 +65,6 @@ bench: $(STAMP) ## run every benchmark; each prints one table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
 clean: ## delete .venv and every cache; runs/ stays
+	rm -rf csrc/CMake[CFI]* csrc/cmake_install.cmake csrc/build.ninja csrc/.[a-z]* src/moesaic/ops/*.so
 	rm -rf $(VENV) .venv-torch-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -98,6 +98,20 @@ def _parse_train(arguments: Sequence[str], leader: bool):
     return config
 
 
+def _info(arguments: Sequence[str]) -> int:
+    if arguments:
+        print("usage: moesaic info\n\nVersions, and which kernels this machine gets.")
+        return 0 if list(arguments) in (["-h"], ["--help"]) else 2
+    from moesaic.info import lines
+
+    try:
+        print("\n".join(lines()))
+    except ValueError as error:
+        print(f"moesaic info: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _prove(arguments: Sequence[str]) -> int:
     from moesaic.sharding.proof.command import run
 
@@ -105,6 +119,7 @@ def _prove(arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
+    "info": Command("say which versions and which kernels are here", _info),
     "prove": Command("prove the sharding rule of an operator on simulated ranks", _prove),
     "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
 }

@@ -10,6 +10,7 @@ from moesaic.ops import debug_checks, grouped_mm
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm import ops as operators
 from moesaic.ops.grouped_mm import tiled
+from tests.ops.cpu_isa import CPU
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ VALUE_ERRORS = {
     ),
     "unknown implementation": (
         lambda: grouped_mm(X, W, SIZES, impl="cutlass"),
-        r"impl: unknown implementation 'cutlass'; choose one of \['reference', 'torch'\] or None",
+        r"impl: unknown implementation 'cutlass'; choose one of \['cpu', 'reference', 'torch'\] or None",
     ),
 }
 
@@ -154,7 +155,7 @@ def test_mixed_with_fp64_under_autocast(unchecked):
         grouped_mm(X.double(), W, SIZES)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", *CPU])
 @pytest.mark.parametrize("case", BAD_SIZES)
 def test_sizes_are_always_checked_on_cpu(case, impl):
     bad, message = BAD_SIZES[case]

@@ -20,11 +20,11 @@ from moesaic.ops.grouped_mm import tiled
 from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.impl import reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
+from tests.ops.cpu_isa import CPU, skip_unless_supported
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, Layout, Problem, layout, problem, without_last
 
-IMPLS = ("reference", "torch")
-CODES = {"reference": 1, "torch": 2}
+IMPLS = ("reference", "torch", *CPU)
 LAYOUTS = {
     "flat": layout("flat", [[2, 0, 3]], slack=2),
     "own": layout("own", [[2, 0], [1, 3]], slack=1),
@@ -45,10 +45,11 @@ def without_poison(p: Problem) -> Problem:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_derivatives(name, impl):
+    skip_unless_supported(impl, torch.float64)  # the formulas are the same for all
     # Of each operator, so that the gradients of gradients are right to any order. Batched gradients go through vmap.
     p = without_poison(problem(LAYOUTS[name], 3, 4, torch.float64, exact=False))
     x, w, grad = (t.requires_grad_() for t in (p.x, p.w, p.grad))
-    code = CODES[impl]
+    code = operators.IMPLEMENTATIONS[impl]
     only_its_shape = torch.full_like(w, torch.nan)
     functions = {
         "grouped_mm": (lambda x, w: ops.grouped_mm(x, w, p.group_sizes, code), (x, w)),
@@ -71,7 +72,7 @@ def test_opcheck(name, impl, dtype, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     p = without_poison(problem(LAYOUTS[name], 3, 4, dtype, exact=False))
     x, w, grad = (t.requires_grad_() for t in (p.x, p.w.mT.contiguous().mT, p.grad))
-    code = CODES[impl]
+    code = operators.IMPLEMENTATIONS[impl]
     torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code))
     torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code, torch.float32))
     torch.library.opcheck(ops.grouped_mm_input_grad, (grad, w, p.group_sizes, code))
@@ -157,6 +158,7 @@ def test_nested_vmap():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast(impl, dtype):
+    skip_unless_supported(impl, dtype)
     p = problem(LAYOUTS["shared"], 9, 5, torch.float32, exact=False)
     x, w = p.x.requires_grad_(), p.w.requires_grad_()
     cast = [t.detach().to(dtype).requires_grad_() for t in (x, w)]

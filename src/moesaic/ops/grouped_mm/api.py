@@ -40,7 +40,8 @@ def grouped_mm(
         w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``.
         group_sizes: how many rows each group has (counts, not offsets), int32 or int64, on the device of ``x``.
             On CUDA the values are never read to the host; :func:`moesaic.debug_checks` checks them.
-        impl: ``"reference"`` or ``"torch"``. ``None`` picks by device and dtype. A named one never falls back.
+        impl: ``"reference"``, ``"torch"`` or ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``). ``None``
+            picks the fastest for the device and dtype. A named one never falls back.
         out_dtype: dtype of the result: that of ``x``, or ``torch.float32`` for half-precision operands.
 
     Returns:
@@ -52,7 +53,8 @@ def grouped_mm(
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative, exceed the rows or
             are those of groups without expert. (On CUDA rows of such groups give zeros.)
-        TypeError: dtypes that do not fit.
+        TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
+        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them.
         NotImplementedError: under forward-mode differentiation.
 
     Example:

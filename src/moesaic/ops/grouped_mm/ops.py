@@ -27,13 +27,14 @@ from torch import Tensor
 
 from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.debug import debug_checks_enabled
+from moesaic.ops.grouped_mm import auto
 from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes
-from moesaic.ops.grouped_mm.impl import reference
+from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 
 AUTO = 0
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2}
-_MODULES: dict[int, ModuleType] = {AUTO: torch_impl, 1: reference, 2: torch_impl}
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3}
+_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu}
 
 torch.library.define(
     "moesaic::grouped_mm",

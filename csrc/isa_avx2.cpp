@@ -1,0 +1,3 @@
+#define MOESAIC_ISA avx2
+#include "vector_avx2.hpp"
+#include "kernels.hpp"

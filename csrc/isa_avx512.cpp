@@ -1,0 +1,3 @@
+#define MOESAIC_ISA avx512
+#include "vector_avx512.hpp"
+#include "kernels.hpp"

@@ -1,0 +1,56 @@
+// The table of one instruction set. Included once in each of the files that are compiled for one.
+#pragma once
+
+#include "problem.hpp"
+// These need the instruction set's own vector file before them.
+#include "tile.hpp"
+#include "pack.hpp"
+#include "product.hpp"
+#include "turned.hpp"
+#include "product_tasks.hpp"
+#include "gradient.hpp"
+
+namespace moesaic::MOESAIC_ISA {
+
+template <class Kind>
+static double spin(int64_t rounds) {
+  constexpr int kChains = kHeight * kVectors;
+  Reg sum[kChains];
+  for (auto &s : sum) s = zero();
+  Reg a = zero(), b = zero();
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+v"(a), "+v"(b));  // else the loop would be computed at once
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) sum[c] = Kind::fma(sum[c], a, b);
+  }
+  for (int c = 0; c < kChains; ++c) asm volatile("" ::"v"(sum[c]));
+  return 2.0 * static_cast<double>(rounds) * kChains * kLanes * Kind::kStep;
+}
+
+constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
+template <class Kind>
+constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
+template <class Kind>
+constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTurnedScratch ? kPanelScratch<Kind> : kTurnedScratch;
+template <class Kind>
+constexpr int64_t kGradientScratch =
+    kGradientWords<Kind> * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
+
+template <class Kind>
+constexpr Kernels table() {
+  return {kPanel,
+          kHeight,
+          Kind::kStep,
+          Kind::kWidens,
+          kProductWords<Kind>,
+          kProductScratch<Kind> > kGradientScratch<Kind> ? kProductScratch<Kind> : kGradientScratch<Kind>,
+          product<Kind>,
+          gradient<Kind>,
+          words_of_row<Kind>,
+          spin<Kind>};
+}
+
+const Kernels f32 = table<F32>();
+const Kernels bf16 = table<BF16>();
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,88 @@
+// What the entry points hand to the kernels of an instruction set. Plain data: these files are compiled with flags that
+// other machines cannot run, so nothing here may instantiate code that the linker could share.
+#pragma once
+
+#include <stdint.h>
+
+#include "moesaic_cpu.h"
+
+namespace moesaic {
+
+// A task of the product: rows that meet one matrix, and some of its columns. Without a matrix, rows to set to zero.
+struct ProductTask {
+  int64_t first_row, rows;
+  int64_t matrix;
+  int64_t column, columns;
+  int64_t block_words;  // words of the summed dim at a time
+};
+
+// A task of the weight gradient: a tile of one matrix.
+struct GradientTask {
+  int64_t matrix;
+  int64_t row, rows;
+  int64_t column, columns;
+};
+
+// Hands out task numbers, to all threads.
+class Counter {
+ public:
+  __attribute__((always_inline)) int64_t next() { return __atomic_fetch_add(&value_, 1, __ATOMIC_RELAXED); }
+
+ private:
+  int64_t value_ = 0;
+};
+
+struct Product {
+  moesaic_matrix x;  // rows of whole words, see `words`
+  moesaic_matrix w;
+  int64_t w_stride;
+  void *y;
+  int64_t inner, columns;
+  int y_dtype;
+  const ProductTask *tasks;
+  int64_t num_tasks;
+};
+
+struct Gradient {
+  moesaic_matrix x, grad;
+  void *gw;
+  int64_t inner, columns;
+  const int64_t *rows;      // row numbers, matrix after matrix
+  const int64_t *first_row; // [matrices + 1], into `rows`
+  const GradientTask *tasks;
+  int64_t num_tasks;
+  bool stream;              // write around the caches
+};
+
+// The kernels of one instruction set and dtype. The threads of a call run the same function with one counter.
+//
+// A *word* is what a lane multiplies at once: an fp32, or a pair of bf16 that follow each other in the summed dim.
+struct Kernels {
+  int panel;     // columns of a packed panel
+  int height;    // rows of the register tile
+  int step;      // elements of the summed dim in a word
+  bool widens;   // words are fp32 although the elements are bf16
+  int64_t block_words;  // of the summed dim, in a packed panel
+  int64_t scratch_bytes;
+  void (*product)(const Product &, Counter &, char *scratch);
+  void (*gradient)(const Gradient &, Counter &, char *scratch);
+  // Row `r` of any matrix as words, with zeros after its end.
+  void (*words)(const moesaic_matrix &, int64_t r, int64_t inner, void *out);
+  double (*spin)(int64_t rounds);
+};
+
+// Limits that the task lists keep, and that scratch memory is laid out for.
+constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
+constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
+constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
+constexpr int64_t kWideWords = 96;
+constexpr int64_t kOneTileWords = 32;    // likewise where one tile has all the rows, and the weights are read but once
+constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
+constexpr int64_t kGradientRows = 288;   // rows of a gradient task
+constexpr int64_t kGradientColumns = 512;
+
+namespace avx2 { extern const Kernels f32, bf16; }
+namespace avx512 { extern const Kernels f32, bf16; }
+namespace avx512_bf16 { extern const Kernels f32, bf16; }
+
+}  // namespace moesaic

@@ -1,0 +1,128 @@
+// AVX2 and FMA: 8 lanes, and the kinds of elements on them.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace moesaic::MOESAIC_ISA {
+
+using Reg = __m256;
+constexpr int kLanes = 8;
+constexpr int kVectors = 2;  // of a panel's row; 6 x 2 accumulators, 2 of the panel and 2 spare are all 16 registers
+constexpr int kHeight = 6;
+
+INLINE Reg zero() { return _mm256_setzero_ps(); }
+INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+INLINE Reg load(const void *p) { return _mm256_loadu_ps(static_cast<const float *>(p)); }
+INLINE void store(void *p, Reg v) { _mm256_storeu_ps(static_cast<float *>(p), v); }
+INLINE void stream(void *p, Reg v) { _mm256_stream_ps(static_cast<float *>(p), v); }
+INLINE float total(Reg v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+INLINE Reg broadcast(const char *p) {
+  float word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_ps(word);
+}
+
+INLINE __m256i first(int64_t n) {
+  const int count = n > 8 ? 8 : static_cast<int>(n);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+INLINE Reg load_f32(const float *p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first(n)); }
+INLINE void store_f32(float *p, Reg v, int64_t n) {
+  if (n >= 8) {
+    _mm256_storeu_ps(p, v);
+  } else {
+    _mm256_maskstore_ps(p, first(n), v);
+  }
+}
+INLINE __m128i load_16(const uint16_t *p, int64_t n) {
+  if (n >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  uint16_t whole[8] = {0};
+  for (int64_t i = 0; i < n; ++i) whole[i] = p[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i *>(whole));
+}
+INLINE Reg widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+
+// To bf16, to nearest even; a NaN stays one.
+INLINE __m128i narrow(Reg v) {
+  __m256i bits = _mm256_castps_si256(v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+INLINE void store_bf16(uint16_t *p, Reg v, int64_t n) {
+  if (n >= 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), narrow(v));
+    return;
+  }
+  uint16_t whole[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(whole), narrow(v));
+  for (int64_t i = 0; i < n; ++i) p[i] = whole[i];
+}
+INLINE void stream_bf16(uint16_t *p, Reg lo, Reg hi) {
+  _mm256_stream_si256(reinterpret_cast<__m256i *>(p), _mm256_set_m128i(narrow(hi), narrow(lo)));
+}
+
+// 8 vectors of 8 words: rows become columns.
+INLINE void transpose(Reg *v) {
+  Reg t[8], r[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x20);
+    v[4 + i] = _mm256_permute2f128_ps(r[i], r[4 + i], 0x31);
+  }
+}
+
+struct F32 {
+  using Element = float;
+  static constexpr int kStep = 1;
+  static constexpr bool kWidens = false;
+  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm256_fmadd_ps(a, b, sum); }
+  // Words of the columns from `p` on, of which `n` are there.
+  INLINE Reg columns(const float *p, const float *, int64_t n) { return load_f32(p, n); }
+  // A whole row of a panel.
+  INLINE void panel_row(const float *p, const float *, Reg *out) {
+    out[0] = load(p);
+    out[1] = load(p + 8);
+  }
+  // Words along a row, of whose elements `n` are there.
+  INLINE Reg along(const float *p, int64_t n) { return load_f32(p, n); }
+};
+
+// Nothing multiplies bf16 here: it is converted when packed.
+struct BF16 {
+  using Element = uint16_t;
+  static constexpr int kStep = 1;
+  static constexpr bool kWidens = true;
+  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm256_fmadd_ps(a, b, sum); }
+  INLINE Reg columns(const uint16_t *p, const uint16_t *, int64_t n) { return widen(load_16(p, n)); }
+  INLINE void panel_row(const uint16_t *p, const uint16_t *, Reg *out) {
+    out[0] = widen(load_16(p, 8));
+    out[1] = widen(load_16(p + 8, 8));
+  }
+  INLINE Reg along(const uint16_t *p, int64_t n) { return widen(load_16(p, n)); }
+};
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,160 @@
+// AVX-512: 16 lanes, and the kinds of elements on them.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace moesaic::MOESAIC_ISA {
+
+using Reg = __m512;
+constexpr int kLanes = 16;
+constexpr int kVectors = 4;  // of a panel's row; 6 x 4 accumulators, 4 of the panel and 2 spare are all 32 registers
+constexpr int kHeight = 6;
+
+INLINE Reg zero() { return _mm512_setzero_ps(); }
+INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+INLINE Reg load(const void *p) { return _mm512_loadu_ps(p); }
+INLINE void store(void *p, Reg v) { _mm512_storeu_ps(p, v); }
+INLINE void stream(void *p, Reg v) { _mm512_stream_ps(static_cast<float *>(p), v); }
+INLINE float total(Reg v) { return _mm512_reduce_add_ps(v); }
+INLINE Reg broadcast(const char *p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(word));
+}
+
+INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
+
+INLINE Reg load_f32(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+INLINE void store_f32(float *p, Reg v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+INLINE __m256i load_16(const uint16_t *p, int64_t n) {
+  return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first32(n < 16 ? n : 16), p));
+}
+INLINE Reg widen(__m256i v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+
+// To bf16, to nearest even; a NaN stays one.
+INLINE __m256i narrow(Reg v) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16));
+#endif
+}
+INLINE void store_bf16(uint16_t *p, Reg v, int64_t n) {
+  _mm512_mask_storeu_epi16(p, first32(n < 16 ? n : 16), _mm512_castsi256_si512(narrow(v)));
+}
+INLINE void stream_bf16(uint16_t *p, Reg lo, Reg hi) {
+  __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(lo)), narrow(hi), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i *>(p), both);
+}
+
+// 16 vectors of 16 words: rows become columns.
+INLINE void transpose(Reg *v) {
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(v[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[8 + i], 0x88));
+    v[8 + i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd));
+    v[4 + i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88));
+    v[12 + i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
+  }
+}
+
+struct F32 {
+  using Element = float;
+  static constexpr int kStep = 1;
+  static constexpr bool kWidens = false;
+  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm512_fmadd_ps(a, b, sum); }
+  // Words of the columns from `p` on, of which `n` are there.
+  INLINE Reg columns(const float *p, const float *, int64_t n) { return load_f32(p, n); }
+  // A whole row of a panel.
+  INLINE void panel_row(const float *p, const float *, Reg *out) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) out[v] = load(p + 16 * v);
+  }
+  // Words along a row, of whose elements `n` are there.
+  INLINE Reg along(const float *p, int64_t n) { return load_f32(p, n); }
+};
+
+// bf16 where nothing multiplies it: converted when packed.
+struct WideBF16 {
+  using Element = uint16_t;
+  static constexpr int kStep = 1;
+  static constexpr bool kWidens = true;
+  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm512_fmadd_ps(a, b, sum); }
+  INLINE Reg columns(const uint16_t *p, const uint16_t *, int64_t n) { return widen(load_16(p, n)); }
+  INLINE void panel_row(const uint16_t *p, const uint16_t *, Reg *out) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      out[v] = widen(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 16 * v)));
+    }
+  }
+  INLINE Reg along(const uint16_t *p, int64_t n) { return widen(load_16(p, n)); }
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bf16, multiplied and summed in fp32 by one instruction.
+struct BF16 {
+  using Element = uint16_t;
+  static constexpr int kStep = 2;
+  static constexpr bool kWidens = false;
+  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+  // The second row may be missing at the end of an odd dim.
+  INLINE Reg columns(const uint16_t *p, const uint16_t *q, int64_t n) {
+    __m512i low = _mm512_cvtepu16_epi32(load_16(p, n));
+    if (!q) return _mm512_castsi512_ps(low);
+    __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16(q, n)), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
+  }
+  INLINE void panel_row(const uint16_t *p, const uint16_t *q, Reg *out) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
+                                          22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m512i a = _mm512_loadu_si512(p + 32 * half), b = _mm512_loadu_si512(q + 32 * half);
+      out[2 * half] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+      out[2 * half + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+  INLINE Reg along(const uint16_t *p, int64_t n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first32(n), p));
+  }
+};
+#else
+using BF16 = WideBF16;
+#endif
+
+}  // namespace moesaic::MOESAIC_ISA

@@ -1,0 +1,30 @@
+"""Which implementation ``impl=None`` is: the fastest that was measured on the device and dtype of the operands."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.grouped_mm.impl import cpu
+from moesaic.ops.grouped_mm.impl import torch as torch_impl
+from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
+
+# On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
+# whether torch's own products are faster there.
+_MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
+
+
+def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return _fastest(x_RK).forward(x_RK, w_EKN, sizes_BG, out_dtype)
+
+
+def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
+    return _fastest(x_RK).weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
+
+
+def _fastest(x: Tensor) -> ModuleType:
+    if x.device.type == "cpu" and x.dtype in cpu.DTYPES:
+        loaded = kernels()
+        if isinstance(loaded, Kernels) and loaded.isa >= _MEASURED:
+            return cpu
+    return torch_impl

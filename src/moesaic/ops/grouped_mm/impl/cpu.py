@@ -1,0 +1,89 @@
+"""grouped_mm by the kernels of ``csrc/``: fp32 and bf16 on CPU, any strides.
+
+The same call gives the same bits, whatever the number of threads. Subnormal bf16 operands count as zero where the
+processor multiplies bf16 itself.
+"""
+
+import torch
+from torch import Tensor
+
+from moesaic.ops import pool
+from moesaic.ops.grouped_mm.groups import are_shared, check_group_sizes
+from moesaic.ops.native import DTYPES, Groups, Kernels, Matrix, kernels
+
+_OK, _BAD_GROUPS, _OUT_OF_MEMORY = 0, 1, 2
+
+
+def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+    library, isa = _kernels(x_RK, w_EKN)
+    (R, K), N = x_RK.shape, w_EKN.shape[2]
+    y_RN = pool.empty((R, N), out_dtype)
+    groups, keep = _groups(sizes_BG, R, w_EKN.shape[0])
+    status = library.moesaic_cpu_grouped_mm(
+        groups,
+        _matrix(x_RK),
+        _matrix(w_EKN),
+        w_EKN.stride(0),
+        y_RN.data_ptr(),
+        K,
+        N,
+        DTYPES[x_RK.dtype],
+        DTYPES[out_dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    _check(status, R, keep, w_EKN.shape[0])
+    return y_RN
+
+
+def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
+    library, isa = _kernels(x_RK, grad_RN)
+    (R, K), N = x_RK.shape, grad_RN.shape[1]
+    gw_EKN = pool.empty((num_matrices, K, N), x_RK.dtype)
+    groups, keep = _groups(sizes_BG, R, num_matrices)
+    status = library.moesaic_cpu_weight_grad(
+        groups,
+        _matrix(x_RK),
+        _matrix(grad_RN),
+        gw_EKN.data_ptr(),
+        K,
+        N,
+        DTYPES[x_RK.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    _check(status, R, keep, num_matrices)
+    return gw_EKN
+
+
+def _kernels(x: Tensor, other: Tensor) -> Kernels:
+    if x.device.type != "cpu":
+        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
+    if x.dtype not in DTYPES or other.dtype != x.dtype:
+        raise TypeError(f'impl: "cpu" has no kernels for {x.dtype} and {other.dtype}; use "torch" or None')
+    loaded = kernels()
+    if isinstance(loaded, str):
+        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    return loaded
+
+
+def _groups(sizes_BG: Tensor, num_rows: int, num_matrices: int) -> tuple[Groups, Tensor]:
+    # The second result owns the memory that the first points to.
+    sizes_BG = sizes_BG.to(torch.int64).contiguous()
+    B, G = sizes_BG.shape
+    shared = are_shared(num_matrices, sizes_BG)
+    return Groups(sizes_BG.data_ptr(), B, G, num_rows, num_matrices, shared), sizes_BG
+
+
+def _matrix(t: Tensor) -> Matrix:
+    return Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+
+
+def _check(status: int, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
+    if status == _OK:
+        return
+    if status == _BAD_GROUPS:
+        check_group_sizes(num_rows, sizes_BG, num_matrices)  # says what is bad
+    if status == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError("grouped_mm: no memory for the kernels' buffers")
+    raise RuntimeError(f"grouped_mm: the CPU kernels returned status {status}")

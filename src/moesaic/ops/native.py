@@ -1,0 +1,87 @@
+"""The CPU kernels: loads the library built from ``csrc/``, and says which instruction set it runs on.
+
+``MOESAIC_CPU_ISA`` (``avx2``, ``avx512``, ``avx512_bf16``) names an instruction set below the best one, or ``none`` to
+do without the kernels. It is read when the library is loaded.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# The order is that of `enum moesaic_isa`.
+INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
+_ABI = 1
+
+
+class Groups(ctypes.Structure):
+    """``moesaic_groups`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("matrices", ctypes.c_int64),
+        ("shared", ctypes.c_int32),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """``moesaic_matrix`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64))
+
+
+class Kernels(NamedTuple):
+    """The library, and the number of the instruction set to use."""
+
+    library: ctypes.CDLL
+    isa: int
+
+
+@functools.cache
+def kernels() -> Kernels | str:
+    """The kernels of this machine, or why there are none.
+
+    Raises:
+        ValueError: ``MOESAIC_CPU_ISA`` names none, or one that this machine does not have.
+    """
+    if not _LIBRARY.exists():
+        return "they were not built: install a C++17 compiler with OpenMP, then moesaic again"
+    library = _declare(ctypes.CDLL(str(_LIBRARY)))  # torch, with the OpenMP that both use, is loaded by now
+    if library.moesaic_cpu_abi() != _ABI:
+        return f"{_LIBRARY} was built from other sources; install moesaic again"
+    best = library.moesaic_cpu_isa()
+    if best == 0:
+        return "this processor has neither AVX-512 nor AVX2"
+    wanted = os.environ.get("MOESAIC_CPU_ISA", INSTRUCTION_SETS[best])
+    if wanted not in INSTRUCTION_SETS[: best + 1]:
+        raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {INSTRUCTION_SETS[: best + 1]}")
+    if wanted == "none":
+        return "MOESAIC_CPU_ISA is none"
+    return Kernels(library, INSTRUCTION_SETS.index(wanted))
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    groups = ctypes.POINTER(Groups)
+    signatures = {
+        "moesaic_cpu_abi": (i32,),
+        "moesaic_cpu_isa": (i32,),
+        "moesaic_cpu_grouped_mm": (i32, groups, Matrix, Matrix, i64, pointer, i64, i64, i32, i32, i32, i32),
+        "moesaic_cpu_weight_grad": (i32, groups, Matrix, Matrix, pointer, i64, i64, i32, i32, i32),
+        "moesaic_cpu_spin": (ctypes.c_double, i64, i32, i32),
+        "moesaic_pool_limit": (None, i64),
+        "moesaic_pool_state": (None, ctypes.POINTER(i64), ctypes.POINTER(i64)),
+        "moesaic_pool_tensor": (pointer, ctypes.POINTER(i64), i32, i32),
+    }
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

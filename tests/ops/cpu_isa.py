@@ -1,0 +1,32 @@
+"""The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have."""
+
+import pytest
+import torch
+
+from moesaic.ops.grouped_mm.impl import cpu
+from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+from tests.ops import strategies
+
+_LOADED = kernels()
+HERE = INSTRUCTION_SETS[1 : _LOADED.library.moesaic_cpu_isa() + 1] if isinstance(_LOADED, Kernels) else ()
+
+# For tests that run every implementation: its name where the kernels are.
+CPU = ("cpu",) if HERE else ()
+
+needs_kernels = pytest.mark.skipif(not HERE, reason=f"no CPU kernels: {_LOADED}")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """Let ``impl="cpu"`` run on an instruction set."""
+    loaded = Kernels(_LOADED.library, INSTRUCTION_SETS.index(isa))
+    monkeypatch.setattr(cpu, "kernels", lambda: loaded)
+
+
+def dtypes_of(impl: str | None) -> tuple[torch.dtype, ...]:
+    """The dtypes that an implementation computes in."""
+    return tuple(DTYPES) if impl == "cpu" else strategies.DTYPES
+
+
+def skip_unless_supported(impl: str | None, dtype: torch.dtype, device: str = "cpu") -> None:
+    if dtype not in dtypes_of(impl) or (impl == "cpu" and device != "cpu"):
+        pytest.skip(f"{impl} has no {dtype} on {device}")

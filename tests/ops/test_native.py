@@ -1,0 +1,77 @@
+"""The CPU kernels' library: that it is here and loads, says what it runs on, and that moesaic works without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from moesaic.ops import native
+from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
+
+needs_kernels = pytest.mark.skipif(not isinstance(kernels(), Kernels), reason=f"no CPU kernels: {kernels()}")
+
+_INFO = "import sys; from moesaic.cli import main; sys.exit(main(['info']))"
+
+
+def test_the_kernels_are_here_where_they_are_insisted_on():
+    if not os.environ.get("MOESAIC_REQUIRE_CPU_KERNELS"):
+        pytest.skip("MOESAIC_REQUIRE_CPU_KERNELS is not set")
+    assert isinstance(kernels(), Kernels), kernels()
+
+
+@needs_kernels
+def test_info_names_the_instruction_set(fresh_python, monkeypatch):
+    best = kernels().library.moesaic_cpu_isa()
+    for name in INSTRUCTION_SETS[1 : best + 1]:
+        monkeypatch.setenv("MOESAIC_CPU_ISA", name)
+        assert f"CPU kernels: {name}\n" in fresh_python(_INFO).stdout
+
+
+def test_info_says_why_there_are_no_kernels(fresh_python, monkeypatch):
+    monkeypatch.setenv("MOESAIC_CPU_ISA", "none")
+    said = fresh_python(_INFO).stdout
+    assert "CPU kernels: none, " in said
+    assert "pool of large CPU results: off" in said
+
+
+@needs_kernels
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("MOESAIC_CPU_ISA", "sse2")
+    with pytest.raises(ValueError, match=r"MOESAIC_CPU_ISA: got 'sse2'; choose one of \('none', 'avx2'"):
+        kernels.__wrapped__()
+
+
+def test_a_library_that_was_not_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "libmoesaic_cpu.so")
+    assert "they were not built" in kernels.__wrapped__()
+
+
+@needs_kernels
+def test_a_library_of_other_sources(monkeypatch):
+    monkeypatch.setattr(native, "_ABI", -1)
+    assert "was built from other sources" in kernels.__wrapped__()
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads /proc and ELF")
+def test_one_openmp_for_torch_and_the_kernels(fresh_python):
+    # Two of them would have twice the threads, which fight for the cores.
+    said = fresh_python(
+        "from moesaic.ops.native import kernels; kernels()\n"
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
+    )
+    assert said.stdout.strip() == "1"
+
+
+@needs_kernels
+@pytest.mark.skipif(not shutil.which("nm"), reason="reads symbols")
+def test_only_the_c_interface_is_exported():
+    listed = subprocess.run(
+        ["nm", "-DC", "--defined-only", native._LIBRARY], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[-1] for line in listed.stdout.splitlines()}
+    ours = {name for name in names if "moesaic" in name}
+    assert "moesaic_cpu_grouped_mm" in ours
+    assert {name for name in ours if not name.startswith(("moesaic_cpu_", "moesaic_pool_"))} == set()
