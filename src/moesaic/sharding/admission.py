@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Shard
 
 from moesaic.sharding.notation import Notation
-from moesaic.sharding.rule import AxisRule, Placements, Rule, short
+from moesaic.sharding.rule import AxisRule, Placements, Rule, has_one_reduction, short
 from moesaic.sharding.sizes import divides
 
 
@@ -75,8 +75,8 @@ class _Tensor:
         """Whether it needs no communication."""
         if self.stays(actual, wanted):
             return True
-        cut, divided = self.movable and type(wanted) is Shard, self.additive and wanted == Partial()
-        return actual.is_replicate() and (cut or divided)
+        cut, counted_once = self.movable and type(wanted) is Shard, self.additive and wanted == Partial()
+        return actual.is_replicate() and (cut or counted_once)
 
 
 def admit(rule: Rule, line: Notation, call: Call) -> Decision | None:
@@ -154,17 +154,11 @@ def _tensors(rule: Rule, line: Notation, call: Call) -> list[_Tensor]:
 def _is_legal(line: Notation, call: Call, axis_rules: Sequence[AxisRule]) -> bool:
     """Whether choices for the axes go together: blocks are cut between blocks, and no result is reduced in two ways."""
     results = zip(*(r.outputs for r in axis_rules), strict=True)
-    one_reduction = all(len(_reductions(placements)) <= 1 for placements in results)
-    return one_reduction and divides(line, call.sizes, axis_rules, call.axis_sizes)
+    return all(map(has_one_reduction, results)) and divides(line, call.sizes, axis_rules, call.axis_sizes)
 
 
 def _mixed(tensors: Sequence[_Tensor], call: Call) -> list[str]:
-    return [t.name for t, placements in zip(tensors, call.placements, strict=True) if len(_reductions(placements)) > 1]
-
-
-def _reductions(placements: Placements) -> set[str]:
-    # Sums and means may be taken in any order, so DTensor lets them stand together.
-    return {p.reduce_op.replace("avg", "sum") for p in placements if isinstance(p, Partial)}
+    return [t.name for t, placements in zip(tensors, call.placements, strict=True) if not has_one_reduction(placements)]
 
 
 def _num_changes(tensors: Sequence[_Tensor], actual: Placements, choice: AxisRule) -> int:

@@ -141,13 +141,15 @@ def _line_for(
     raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {made}:\n{tried}")
 
 
+def on_meta(value: Any) -> Any:
+    """A tensor without its values; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
 def _results(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The results on global shapes, from the operator's own fake kernel."""
-
-    def on_meta(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
     try:
         results = op(*map(on_meta, args), **{name: on_meta(value) for name, value in kwargs.items()})

@@ -135,10 +135,10 @@ def _call(
 def _bring(local: Tensor, spec: DTensorSpec, target: DTensorSpec) -> Tensor:
     """A rank's part of a tensor that is brought to other placements."""
     pairs = list(zip(spec.placements, target.placements, strict=True))
-    divided = [axis for axis, (a, w) in enumerate(pairs) if a.is_replicate() and isinstance(w, Partial)]
-    if divided:
-        local = _keep_on_first(local, *[spec.mesh.get_local_rank(axis) for axis in divided])
-        placements = tuple(w if axis in divided else a for axis, (a, w) in enumerate(pairs))
+    counted_once = [axis for axis, (a, w) in enumerate(pairs) if a.is_replicate() and isinstance(w, Partial)]
+    if counted_once:
+        local = _keep_on_first(local, *[spec.mesh.get_local_rank(axis) for axis in counted_once])
+        placements = tuple(w if axis in counted_once else a for axis, (a, w) in enumerate(pairs))
         spec = DTensorSpec(spec.mesh, placements, tensor_meta=spec.tensor_meta)
     return redistribute_local_tensor(local, spec, target)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moesaic.sharding.decide import on_meta
+
 
 class _Log(TorchDispatchMode):
     def __init__(self) -> None:
@@ -38,10 +40,8 @@ def _trace(
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        t = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        if t.is_floating_point():
+        t = on_meta(value)
+        if isinstance(t, Tensor) and t.is_floating_point():
             leaves.append(t.requires_grad_())
         return t
 

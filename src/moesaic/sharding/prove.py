@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.formula import operators_of_gradient
@@ -33,6 +34,9 @@ from moesaic.sharding.simulated import simulated_ranks
 # Names no real mesh has: DTensor and its operators keep decisions by meshes that compare equal.
 _AXES = ("proof a", "proof b", "proof c")
 _MOST_COMBINATIONS = 128
+
+# An example, and what it comes to in one process.
+Run = tuple[Example, tuple[Tensor, ...]]
 
 
 def prove(
@@ -157,27 +161,26 @@ def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> No
             report.note(f"no example reaches the line '{line}': nothing was tried of it")
 
 
-def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Example]]:
+def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     """Examples with the placements of one kind: the same line of the rule, numbers of dims, and arguments given."""
-    forms: dict[Any, list[Example]] = {}
+    forms: dict[Any, list[Run]] = {}
     for example in examples:
         for variant in variants(example, report.meshes):
             try:
-                variant.run()
+                results = variant.run()
             except Exception as error:
                 shapes = ", ".join(str(list(shape)) for shape in variant.shapes)
                 report.note(f"not tried, as the operator refuses it: {shapes}: {first_line(error)}")
                 continue
             text = example.line.text if example.line else ""
             form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
-            forms.setdefault(form, []).append(variant)
+            forms.setdefault(form, []).append((variant, results))
     return list(forms.values())
 
 
-def _prove_form(report: Report, examples: Sequence[Example], backward: bool, tell: Callable[[str], None]) -> None:
-    op, line = examples[0].op, examples[0].line
+def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Callable[[str], None]) -> None:
+    op, line = runs[0][0].op, runs[0][0].line
     search = Search(decider_of(op), line.text if line else "")
-    expected = [example.run() for example in examples]
     # DTensor's own propagation takes ten milliseconds a call and more.
     most = _MOST_COMBINATIONS if op in RULES else _MOST_COMBINATIONS // 4
     for mesh in sorted(report.meshes, key=len):
@@ -186,8 +189,8 @@ def _prove_form(report: Report, examples: Sequence[Example], backward: bool, tel
             choices, number = search.combinations(len(mesh), most)
             if number > most:
                 report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
-        for n, (example, results) in enumerate(zip(examples, expected, strict=True)):
-            tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(examples)}")
+        for n, (example, results) in enumerate(runs):
+            tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)
             search.judge(trial, trial.all_inputs() if choices is None else choices)
             report.num_cases += 1

@@ -153,6 +153,11 @@ def short(placement: Placement) -> str:
     return f"S({placement.dim})" if type(placement) is Shard else str(placement)
 
 
+def has_one_reduction(placements: Placements) -> bool:
+    """Whether DTensor has such a tensor. Sums and means may be taken in any order, so they may stand together."""
+    return len({p.reduce_op.replace("avg", "sum") for p in placements if isinstance(p, Partial)}) <= 1
+
+
 def _joint(names: Sequence[Joint]) -> tuple[tuple[str, ...], ...]:
     return tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in names)
 

@@ -70,9 +70,17 @@ def whole(t: DTensor, atol: float = 0.0) -> Tensor:
 
 
 @contextlib.contextmanager
+def count_collectives() -> Iterator[dict[str, int]]:
+    """How often each collective is called inside; filled in at the end."""
+    counts: dict[str, int] = {}
+    with CommDebugMode() as counter:
+        yield counts
+    counts |= {str(op): n for op, n in counter.get_comm_counts().items() if n}
+
+
+@contextlib.contextmanager
 def no_collectives() -> Iterator[None]:
     """Fail if there is a collective inside."""
-    with CommDebugMode() as counter:
+    with count_collectives() as counts:
         yield
-    counts = {str(op): n for op, n in counter.get_comm_counts().items() if n}
     assert not counts, f"hidden collectives: {counts}"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Partial, Replicate
 
+from moesaic.sharding.proof.examples import first_line
 from moesaic.sharding.proof.placing import join, same
 from moesaic.sharding.proof.trial import Inputs, Trial, show
 from moesaic.sharding.rule import Placements
-from moesaic.sharding.simulated import Ranks, parts_of
+from moesaic.sharding.simulated import Ranks, count_collectives, parts_of
 
 
 class _Wrong(Exception):
@@ -51,7 +51,7 @@ def one_process(trial: Trial) -> OneProcess | str:
             grads_in = [_random(results[i], generator, whole=trial.example.whole) for i in which]
             grads = torch.autograd.grad([results[i] for i in which], _floating(leaves), grads_in, allow_unused=True)
     except (RuntimeError, NotImplementedError, UserWarning) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return OneProcess(which, grads_in, list(grads))
 
 
@@ -105,11 +105,11 @@ def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs,
 @contextlib.contextmanager
 def _step(name: str, moved: dict[str, None]) -> Iterator[None]:
     try:
-        with CommDebugMode() as counter:
+        with count_collectives() as counts:
             yield
     except Exception as error:
         raise _Wrong(f"{name} raised {type(error).__name__}: {error}") from error
-    if counts := {str(op): n for op, n in counter.get_comm_counts().items() if n}:
+    if counts:
         moved[f"{name} communicates: {', '.join(f'{n} {op}' for op, n in counts.items())}"] = None
 
 

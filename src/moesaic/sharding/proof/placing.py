@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from moesaic.sharding.rule import Placements
+from moesaic.sharding.rule import Placements, has_one_reduction
 
 
 def axis_placements(ndim: int, dtype: torch.dtype) -> list[Placement]:
@@ -23,12 +23,7 @@ def axis_placements(ndim: int, dtype: torch.dtype) -> list[Placement]:
 
 def mesh_placements(ndim: int, dtype: torch.dtype, num_axes: int) -> Iterator[Placements]:
     """Every placement of a tensor on a mesh."""
-    return filter(is_legal, product(axis_placements(ndim, dtype), repeat=num_axes))
-
-
-def is_legal(placements: Placements) -> bool:
-    """Whether DTensor has such a tensor: reductions of one tensor that it may take in any order."""
-    return len({p.reduce_op.replace("avg", "sum") for p in placements if isinstance(p, Partial)}) <= 1
+    return filter(has_one_reduction, product(axis_placements(ndim, dtype), repeat=num_axes))
 
 
 def is_even(shape: Sequence[int], placements: Placements, mesh: Sequence[int]) -> bool:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from moesaic.sharding.proof.deciders import Decider, is_local
-from moesaic.sharding.proof.placing import is_legal
 from moesaic.sharding.proof.report import Record
 from moesaic.sharding.proof.trial import Case, Inputs, Trial, plainest, show
-from moesaic.sharding.rule import Placements
+from moesaic.sharding.rule import Placements, has_one_reduction
 
 
 @dataclass
@@ -129,10 +128,10 @@ class Search:
         admitted = {inputs for inputs, _ in self.found["admitted"]}
         good = [inputs for inputs in single if inputs in admitted or self.standings[inputs].verdict() is not None]
         generator = random.Random(0)
-        of_good = [c for c in map(_together, product(good, repeat=num_axes)) if all(map(is_legal, c))]
+        of_good = [c for c in map(_together, product(good, repeat=num_axes)) if all(map(has_one_reduction, c))]
         chosen = generator.sample(of_good, most) if len(of_good) > most else of_good
         others = [_together(generator.choices(single, k=num_axes)) for _ in range(most // 3)] if single else []
-        return list(dict.fromkeys([*chosen, *(c for c in others if all(map(is_legal, c)))])), len(of_good)
+        return list(dict.fromkeys([*chosen, *(c for c in others if all(map(has_one_reduction, c)))])), len(of_good)
 
     def note(self, kind: str, trial: Trial, inputs: Inputs, outputs: Inputs, error: str) -> None:
         """Record ``"admitted"``, ``"wrong"`` or ``"hidden"``: once for all cases."""
