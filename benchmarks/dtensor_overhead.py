@@ -178,6 +178,7 @@ def main(options: Options) -> None:
             ratio = numbers["overhead"] / reference
             table.add_row(label, case.name, *(f"{numbers[c]:,.1f}" for c in columns), f"{ratio:.2f}x")
             rows.append({"pass": label, "operator": case.name, "microseconds": numbers, "ratio": ratio})
+    dist.barrier()
     dist.destroy_process_group()
     Console(width=140).print(table)
     if options.json:

@@ -97,4 +97,5 @@ actual = [y, *(parameter.grad for parameter in moe.parameters())]
 torch.testing.assert_close([t.full_tensor() for t in actual], [expected, *expected_grads])
 if dist.get_rank() == 0:
     print(f"experts {tuple(moe.w1.placements)}: output and all gradients are those of one process")
+dist.barrier()
 dist.destroy_process_group()

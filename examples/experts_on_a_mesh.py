@@ -41,6 +41,7 @@ def main() -> None:
     moe(tokens).square().sum().backward()
     say(f"w1 is {moe.experts.w1.placements}, its gradient {moe.experts.w1.grad.placements}")
     say(f"gradient norm over all meshes: {moesaic.clip_grad_norm_(moe.parameters(), 1.0):.4f}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

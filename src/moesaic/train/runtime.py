@@ -95,6 +95,10 @@ def started(device_name: str | None) -> Iterator[Runtime]:
             yield Runtime(device, dist.get_rank(), local_rank, dist.get_world_size())
         else:
             yield Runtime(device, 0, local_rank, 1)
+        if joined:
+            # gloo's threads may hold a tensor for a moment after its collective, and abort the process where they let
+            # go of it when Python is ending already (pytorch/pytorch#190489). While this waits, they do.
+            dist.barrier()
     finally:
         if joined:
             dist.destroy_process_group()
