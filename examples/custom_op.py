@@ -52,8 +52,8 @@ class ExpertsParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh) -> None:
         for name, dim in self.dims.items():
-            weight = distribute_tensor(getattr(module, name).data, device_mesh, [Shard(0), Shard(dim)])
-            setattr(module, name, nn.Parameter(weight))
+            weight = getattr(module, name).data
+            setattr(module, name, nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0), Shard(dim)])))
 
 
 # 3. A layer on the (ep, etp) mesh. Each ep rank sees all tokens and takes the rows of its own experts: its block.
@@ -79,11 +79,12 @@ class MoE(nn.Module):
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "etp"))
-torch.manual_seed(0)
-torch.set_default_dtype(torch.float64)
+torch.manual_seed(0), torch.set_default_dtype(torch.float64)
 moe, x, upstream = MoE(), torch.randn(20, 16), torch.randn(20, 16)
-moe.gate = nn.Linear(16, 6)
-moe.w1, moe.w3, moe.w2 = (nn.Parameter(torch.randn(6, *shape)) for shape in ((16, 22), (16, 22), (22, 16)))
+moe.gate, moe.w1, moe.w3, moe.w2 = (
+    nn.Linear(16, 6),
+    *(nn.Parameter(torch.randn(6, *shape)) for shape in ((16, 22), (16, 22), (22, 16))),
+)
 weights, ids = moe.gate(x).softmax(-1).topk(2)
 every_expert = (nn.functional.silu(x @ moe.w1) * (x @ moe.w3)) @ moe.w2
 expected = (every_expert[ids, torch.arange(20)[:, None]] * weights.unsqueeze(-1)).sum(1)
@@ -93,8 +94,8 @@ SequenceParallel(sequence_dim=0, use_local_output=True)._apply(moe.gate, init_de
 ExpertsParallel(w1=2, w3=2, w2=1)._apply(moe, mesh)
 y = moe(x.chunk(4)[dist.get_rank()])
 y.backward(distribute_tensor(upstream, mesh, [Shard(0), Shard(0)]))
-actual = [y, *(parameter.grad for parameter in moe.parameters())]
-torch.testing.assert_close([t.full_tensor() for t in actual], [expected, *expected_grads])
+actual = [t.full_tensor() for t in (y, *(parameter.grad for parameter in moe.parameters()))]
+torch.testing.assert_close(actual, [expected, *expected_grads])
 if dist.get_rank() == 0:
     print(f"experts {tuple(moe.w1.placements)}: output and all gradients are those of one process")
 dist.barrier()
