@@ -14,7 +14,7 @@ import moesaic
 from moesaic.ops import combine, permute, sort_by_expert
 
 
-# 1. The operators: your kernels, and one line each. Rows are in blocks, and each block has experts of its own.
+# 1. The operators: your kernels, one line each. Rows are in blocks, and each block has experts of its own.
 @moesaic.sharding_rule("(b c) k, (b g) k n, b g -> (b c) n", linear=["x", "w"], redistribute=["x"])
 @torch.library.custom_op("example::grouped_gemm", mutates_args=())
 def grouped_gemm(x: Tensor, w: Tensor, sizes: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class ExpertsParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh) -> None:
         for name, dim in self.dims.items():
-            weight = getattr(module, name).data
-            setattr(module, name, nn.Parameter(distribute_tensor(weight, device_mesh, [Shard(0), Shard(dim)])))
+            weight = distribute_tensor(getattr(module, name), device_mesh, [Shard(0), Shard(dim)])
+            setattr(module, name, nn.Parameter(weight))
 
 
 # 3. A layer on the (ep, etp) mesh. Each ep rank sees all tokens and takes the rows of its own experts: its block.
@@ -79,23 +79,20 @@ class MoE(nn.Module):
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "etp"))
-torch.manual_seed(0), torch.set_default_dtype(torch.float64)
-moe, x, upstream = MoE(), torch.randn(20, 16), torch.randn(20, 16)
-moe.gate, moe.w1, moe.w3, moe.w2 = (
-    nn.Linear(16, 6),
-    *(nn.Parameter(torch.randn(6, *shape)) for shape in ((16, 22), (16, 22), (22, 16))),
-)
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+moe, x, upstream, shapes = MoE(), *torch.randn(2, 20, 16), [(6, 16, 22), (6, 16, 22), (6, 22, 16)]
+moe.gate, (moe.w1, moe.w3, moe.w2) = nn.Linear(16, 6), (nn.Parameter(torch.randn(shape)) for shape in shapes)
 weights, ids = moe.gate(x).softmax(-1).topk(2)
 every_expert = (nn.functional.silu(x @ moe.w1) * (x @ moe.w3)) @ moe.w2
 expected = (every_expert[ids, torch.arange(20)[:, None]] * weights.unsqueeze(-1)).sum(1)
 expected_grads = torch.autograd.grad(expected, list(moe.parameters()), upstream)
-
 SequenceParallel(sequence_dim=0, use_local_output=True)._apply(moe.gate, init_device_mesh("cpu", (4,)))
 ExpertsParallel(w1=2, w3=2, w2=1)._apply(moe, mesh)
 y = moe(x.chunk(4)[dist.get_rank()])
 y.backward(distribute_tensor(upstream, mesh, [Shard(0), Shard(0)]))
-actual = [t.full_tensor() for t in (y, *(parameter.grad for parameter in moe.parameters()))]
-torch.testing.assert_close(actual, [expected, *expected_grads])
+grads = [parameter.grad.full_tensor() for parameter in moe.parameters()]
+torch.testing.assert_close([y.full_tensor(), *grads], [expected, *expected_grads])
 if dist.get_rank() == 0:
     print(f"experts {tuple(moe.w1.placements)}: output and all gradients are those of one process")
 dist.barrier()
