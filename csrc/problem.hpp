@@ -136,8 +136,7 @@ constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one p
 constexpr int64_t kWideWords = 96;
 constexpr int64_t kOneTileWords = 32;    // likewise where one tile has all the rows, and the weights are read but once
 constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
-constexpr int64_t kKeptRows = 384;       // likewise where the sums of two products are kept until both are there
-constexpr int64_t kKeptPanels = 4;
+constexpr int64_t kKeptPanels = 4;       // likewise where the sums of two products are kept until both are there
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;
 

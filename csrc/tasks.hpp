@@ -35,7 +35,7 @@ struct Limits {
   int64_t rows, wide_panels;
 };
 constexpr Limits kProductLimits = {kProductRows, kWidePanels};
-constexpr Limits kKeptLimits = {kKeptRows, kKeptPanels};
+constexpr Limits kKeptLimits = {kProductRows, kKeptPanels};
 
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads);
