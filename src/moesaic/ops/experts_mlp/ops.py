@@ -45,7 +45,7 @@ torch.library.define(
 )
 
 
-def _zeros(like: Tensor, *shape: int) -> Tensor:
+def _zeros(like: Tensor, *shape: Any) -> Tensor:
     """Zeros without memory."""
     return like.new_zeros(1).expand(shape)
 
@@ -133,6 +133,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     _, h1, h3 = output
     # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h1, h3)
     ctx.save_for_backward(*tensors, h1, h3)
 
 
@@ -140,7 +141,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 _DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * 11
     if grad is None:
         return tuple(result)
@@ -151,6 +152,10 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, 
     return tuple(result)
 
 
+def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp")
+
+
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
@@ -159,4 +164,5 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("moesaic::experts_mlp", _gradients, setup_context=_save)
+torch.library.register_autograd("moesaic::experts_mlp_inference", _nothing_is_kept)
 torch.library.register_autograd("moesaic::experts_mlp_backward", _no_second_derivative)
