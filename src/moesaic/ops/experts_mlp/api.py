@@ -55,7 +55,7 @@ def experts_mlp(
         w2: down projections.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
-        impl: ``"reference"`` or ``"torch"``; ``None`` picks the fastest for the device and dtype. A named one never
+        impl: ``"reference"``, ``"torch"`` or ``"cpu"``; ``None`` picks the fastest for the device and dtype. A named one never
             falls back.
 
     Returns:

@@ -21,13 +21,13 @@ from torch import Tensor
 from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
-from moesaic.ops.experts_mlp.impl import reference
+from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
 
 AUTO = 0
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2}
-_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl}
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3}
+_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu}
 
 _OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(
