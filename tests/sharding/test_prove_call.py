@@ -280,7 +280,7 @@ def test_operators_with_many_tensors():
     wrong = ruled(schema, chain, f"{pattern} -> m n", linear=["x3"])
     assert {r.inputs[3] for r in moesaic.prove(wrong, *examples, axes=(2,), meshes=[]).wrong} == {(P,), (AVG,)}
     whole = ruled(
-        schema, lambda x, *others: x.exp() * (1 + sum(t.sum() for t in others)), "m n" + ", m! n!" * 7 + " -> m! n"
+        schema, lambda x, *others: x.exp() * (1 + sum(t.sum() for t in others)), "m! n" + ", p! q!" * 7 + " -> m! n"
     )
     missing = moesaic.prove(whole, *examples, axes=(2,), meshes=[]).missing
     assert (S0,) in [r.inputs[0] for r in missing]
