@@ -1,0 +1,111 @@
+"""Kernels only: ``experts_implementation="moesaic"`` in every transformers model with the experts interface.
+
+The modules keep their parameters, under their names and in their layout; only the computation between the router and
+the residual is ours.
+
+Legend: T tokens, K top-k, R rows, E experts, D model dim, F hidden dim, N width of the first projection (2F if gated).
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.moe import ExpertsInterface
+
+from moesaic.ops import combine, grouped_mm, permute, sort_by_expert
+
+NAME = "moesaic"
+
+
+def register() -> None:
+    """Make ``experts_implementation="moesaic"`` known to transformers, for this process. Calling it again does nothing.
+
+    Serves whatever the interface carries: concatenated or interleaved gate and up projections, transposed weights,
+    biases, a module's own ``_apply_gate``, un-gated experts, a norm after the experts, and the ids that transformers'
+    expert parallelism gives to experts of other ranks. Weights are read where they lie, through strided views.
+
+    Models whose experts do not go through the interface (Llama-4) ignore ``experts_implementation``, as transformers
+    does with its own; see :func:`swap_moe`.
+
+    Example:
+        >>> moesaic.integrations.transformers.register()
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", experts_implementation="moesaic")
+        >>> model.set_experts_implementation("eager")  # and back
+    """
+    ExpertsInterface.register(NAME, experts_forward)
+
+
+class _Weights(NamedTuple):
+    """An experts module's parameters, as ``y = x @ w + b``: views, and no copies."""
+
+    first_EDN: Tensor
+    first_bias_EN: Tensor | None
+    down_EFD: Tensor
+    down_bias_ED: Tensor | None
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What an experts module of transformers computes, with our operators.
+
+    ``z[t] = sum over k of weights[t, k] * norm(gate(x[t] @ first[e] + b[e]) @ down[e] + c[e])``, ``e = index[t, k]``;
+    copies with ``e >= E`` add nothing.
+
+    Args:
+        experts: a module whose class went through ``transformers.integrations.moe.use_experts_implementation``.
+        hidden_states: ``[T, D]``.
+        top_k_index: ``[T, K]``.
+        top_k_weights: ``[T, K]``.
+
+    Returns:
+        ``[T, D]``, of the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: the module does not follow the interface, or its weights are quantized or DTensors.
+    """
+    first_EDN, first_bias_EN, down_EFD, down_bias_ED = _weights(experts)
+    rows = sort_by_expert(top_k_index, first_EDN.shape[0])
+    h_RN = _linear(permute(hidden_states, rows), first_EDN, first_bias_EN, rows.group_sizes)
+    h_RF = experts._apply_gate(h_RN) if experts.has_gate else experts.act_fn(h_RN)
+    y_RD = _linear(h_RF, down_EFD, down_bias_ED, rows.group_sizes)
+    if experts.has_post_expert_norm:
+        y_RD = experts.post_expert_norm(y_RD)
+    return combine(y_RD, rows, top_k_weights).to(hidden_states.dtype)
+
+
+def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Tensor) -> Tensor:
+    y_RN = grouped_mm(x_RK, w_EKN, group_sizes)
+    if bias_EN is None:
+        return y_RN
+    # The bias of every row as a product too: rows of no expert get none, and its gradient is a sum in a fixed order.
+    return y_RN + grouped_mm(x_RK.new_ones(x_RK.shape[0], 1), bias_EN.unsqueeze(1), group_sizes)
+
+
+def _weights(experts: nn.Module) -> _Weights:
+    if not all(hasattr(experts, flag) for flag in ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")):
+        raise TypeError(
+            f"experts: {type(experts).__name__} does not follow transformers' experts interface; decorate its class "
+            "with transformers.integrations.moe.use_experts_implementation"
+        )
+    first, down = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    first_w, down_w = _parameter(experts, first), _parameter(experts, down)
+    return _Weights(
+        first_w if experts.is_transposed else first_w.mT,
+        _parameter(experts, f"{first}_bias") if experts.has_bias else None,
+        down_w if experts.is_transposed else down_w.mT,
+        _parameter(experts, f"{down}_bias") if experts.has_bias else None,
+    )
+
+
+def _parameter(experts: nn.Module, name: str) -> Tensor:
+    value = getattr(experts, name, None)
+    remedy = 'use another experts_implementation, such as "eager"'
+    if not isinstance(value, Tensor):
+        raise TypeError(f"experts: {type(experts).__name__} has no parameter '{name}'; {remedy}")
+    if isinstance(value, DTensor):
+        raise TypeError(
+            f"experts: '{name}' of {type(experts).__name__} is a DTensor, and the interface hands over local tokens; "
+            f"{remedy}, or swap_moe() and moesaic.parallelize()"
+        )
+    if not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise TypeError(f"experts: '{name}' of {type(experts).__name__} is quantized, {value.dtype}; {remedy}")
+    return value
