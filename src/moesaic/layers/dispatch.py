@@ -40,9 +40,14 @@ class Dispatcher(Protocol):
         ...
 
 
+def input_and_result_weights(weights: Tensor, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+    """What to multiply the experts' inputs and results by: the weights where they belong, and None."""
+    return (weights, None) if routing.weigh_inputs else (None, weights)
+
+
 class _LocalRecord(NamedTuple):
     permutation: Permutation
-    weights: Tensor
+    weights: Tensor | None
 
 
 class LocalDispatcher:
@@ -50,8 +55,9 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         permutation = sort_by_expert(routing.ids, num_experts)
-        rows_RD = permute(x, permutation)
-        return Dispatched(rows_RD, permutation.group_sizes, _LocalRecord(permutation, routing.weights))
+        before, after = input_and_result_weights(routing.weights, routing)
+        rows_RD = permute(x, permutation, before)
+        return Dispatched(rows_RD, permutation.group_sizes, _LocalRecord(permutation, after))
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         record: _LocalRecord = dispatched.record

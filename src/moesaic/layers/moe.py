@@ -16,7 +16,7 @@ from moesaic.layers.router import TopKRouter
 
 
 class SharedExpert(nn.Module):
-    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``."""
+    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, times ``sigmoid(x gate)`` if gated."""
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -24,10 +24,12 @@ class SharedExpert(nn.Module):
         self.w1 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype) if config.shared_gate else None
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+        y = self.w2(self.activation(self.w1(x)) * self.w3(x))
+        return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
 class MoE(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
-from moesaic.layers.dispatch import Dispatched
+from moesaic.layers.dispatch import Dispatched, input_and_result_weights
 from moesaic.layers.router import Routing
 from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
@@ -44,7 +44,7 @@ class _Record(NamedTuple):
     sent: Permutation
     traffic: Traffic
     rows: Permutation
-    weights_NK: Tensor
+    weights_NK: Tensor | None
 
 
 class MeshDispatcher:
@@ -74,13 +74,14 @@ class MeshDispatcher:
         ids_NK = self._to_experts(local_ids_SK, traffic)
 
         rows = sort_by_expert(ids_NK, experts_per_rank, num_rows=traffic.capacity)
-        x_CD = permute(x_ND, rows)
+        before_NK, after_NK = input_and_result_weights(weights_NK, routing)
+        x_CD = permute(x_ND, rows, before_NK)
         num_blocks = self.ep.size()
         rows_dt = to_dtensor(x_CD, self.mesh, ROWS, grad_placements=ROW_GRADS, blocks=num_blocks)
         sizes_dt = to_dtensor(
             rows.group_sizes.unsqueeze(0), self.mesh, (Shard(0), Replicate()), grad_placements=None, blocks=num_blocks
         )
-        return Dispatched(rows_dt, sizes_dt, _Record(sent, traffic, rows, weights_NK))
+        return Dispatched(rows_dt, sizes_dt, _Record(sent, traffic, rows, after_NK))
 
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
