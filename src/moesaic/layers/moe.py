@@ -16,7 +16,7 @@ from moesaic.layers.router import TopKRouter
 
 
 class SharedExpert(nn.Module):
-    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, times ``sigmoid(x gate)`` if gated."""
+    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, ``* sigmoid(x gate)`` if gated."""
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
