@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.models.aria.modeling_aria import AriaExperts
@@ -28,12 +30,32 @@ from tests.integrations.families import (
 )
 
 register()
-E, D, F, K = 5, 32, 24, 3
+E, D, HIDDEN, K = 5, 32, 24, 3
+
+
+@use_experts_implementation(has_bias=True)
+class BiasedExperts(MixtralExperts):
+    """Biases on both projections, and the gate of most: a combination that no model has yet."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(self.num_experts, 2 * config.intermediate_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        outputs = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            gate, up = F.linear(hidden_states, self.gate_up_proj[e], self.gate_up_proj_bias[e]).chunk(2, -1)
+            y = F.linear(self.act_fn(gate) * up, self.down_proj[e], self.down_proj_bias[e])
+            outputs = outputs + y * (top_k_weights * (top_k_index == e)).sum(-1, keepdim=True)
+        return outputs
+
 
 # All that the interface carries, by the class that needs it.
 LAYOUTS = {
     "concatenated": MixtralExperts,
     "transposed": AriaExperts,
+    "biases": BiasedExperts,
     "interleaved, transposed, biases, own gate": GptOssExperts,
     "transposed, biases, own gate": OpenAIPrivacyFilterExperts,
     "own gate": DeepseekV4Experts,
@@ -48,7 +70,7 @@ def make_experts(layout: str, implementation: str = "moesaic", **changes: object
     values = {
         **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), E),
         **dict.fromkeys(("hidden_size", "moe_hidden_size"), D),
-        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), F),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), HIDDEN),
         "moe_latent_size": None,
         "mlp_hidden_act": "relu2",
         "hidden_act": "silu",
@@ -100,6 +122,30 @@ def test_every_layout_computes_what_it_did(layout):
     actual = run(make_experts(layout), *make_inputs())
     for name, value in expected.items():
         assert_close(actual[name], value, name)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "mish", "tanh"])
+@pytest.mark.parametrize("layout", ["concatenated", "un-gated"])
+def test_activations(layout, name):
+    of_config = {"hidden_act": name, "mlp_hidden_act": name}
+    expected = run(make_experts(layout, "eager", **of_config), *make_inputs())
+    with Calls() as calls:
+        actual = run(make_experts(layout, **of_config), *make_inputs())
+    assert ("experts_mlp" in calls.names) == (name not in ("mish", "tanh"))
+    for tensor, value in expected.items():
+        assert_close(actual[tensor], value, tensor)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 @each_layout
@@ -217,7 +263,7 @@ class Plain(nn.Module):
 class Renamed(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(E, 2 * F, D))
+        self.w = nn.Parameter(torch.zeros(E, 2 * HIDDEN, D))
 
 
 def test_modules_that_cannot_be_served_are_refused():

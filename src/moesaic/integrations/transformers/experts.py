@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
-from moesaic.ops import combine, grouped_mm, permute, sort_by_expert
+from moesaic.integrations.transformers.activations import activation_name
+from moesaic.ops import combine, experts_mlp, grouped_mm, permute, sort_by_expert
+from moesaic.ops.experts_mlp.activation import Activation
 
 NAME = "moesaic"
 
@@ -23,6 +26,9 @@ def register() -> None:
     Serves whatever the interface carries: concatenated or interleaved gate and up projections, transposed weights,
     biases, a module's own ``_apply_gate``, un-gated experts, a norm after the experts, and the ids that transformers'
     expert parallelism gives to experts of other ranks. Weights are read where they lie, through strided views.
+
+    Experts of the common kind, ``act(gate) * up`` or un-gated, with an activation of :func:`moesaic.experts_mlp`, run
+    as that one operator; others as two :func:`moesaic.grouped_mm` around the module's own functions.
 
     Models whose experts do not go through the interface (Llama-4) ignore ``experts_implementation``, as transformers
     does with its own; see :func:`swap_moe`.
@@ -62,14 +68,48 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     Raises:
         TypeError: the module does not follow the interface, or its weights are quantized or DTensors.
     """
-    first_EDN, first_bias_EN, down_EFD, down_bias_ED = _weights(experts)
-    rows = sort_by_expert(top_k_index, first_EDN.shape[0])
-    h_RN = _linear(permute(hidden_states, rows), first_EDN, first_bias_EN, rows.group_sizes)
+    weights = _weights(experts)
+    activation = _fused_activation(experts)
+    if activation is not None:
+        return _fused(experts, weights, activation, hidden_states, top_k_index, top_k_weights)
+    rows = sort_by_expert(top_k_index, weights.first_EDN.shape[0])
+    h_RN = _linear(permute(hidden_states, rows), weights.first_EDN, weights.first_bias_EN, rows.group_sizes)
     h_RF = experts._apply_gate(h_RN) if experts.has_gate else experts.act_fn(h_RN)
-    y_RD = _linear(h_RF, down_EFD, down_bias_ED, rows.group_sizes)
+    y_RD = _linear(h_RF, weights.down_EFD, weights.down_bias_ED, rows.group_sizes)
     if experts.has_post_expert_norm:
         y_RD = experts.post_expert_norm(y_RD)
     return combine(y_RD, rows, top_k_weights).to(hidden_states.dtype)
+
+
+def _fused_activation(experts: Any) -> Activation | None:
+    """The activation, where the module computes what :func:`experts_mlp` does."""
+    has_own_gate = experts.has_gate and type(experts)._apply_gate is not moe._default_apply_gate
+    if has_own_gate or experts.has_post_expert_norm:
+        return None
+    return activation_name(experts.act_fn)
+
+
+def _fused(
+    experts: Any, weights: _Weights, activation: Activation, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    # Halves by chunk, whose gradients are put together by one copy and not added to two tensors of zeros.
+    w1, w3 = weights.first_EDN.chunk(2, dim=2) if experts.has_gate else (weights.first_EDN, None)
+    b1, b3 = weights.first_bias_EN, None
+    if experts.has_gate and b1 is not None:
+        b1, b3 = b1.chunk(2, dim=1)
+    z_TD = experts_mlp(
+        x_TD,
+        ids_TK,
+        weights_TK,
+        w1,
+        w3,
+        weights.down_EFD,
+        activation=activation,
+        b1=b1,
+        b3=b3,
+        b2=weights.down_bias_ED,
+    )
+    return z_TD.to(x_TD.dtype)
 
 
 def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Tensor) -> Tensor:
