@@ -1,10 +1,13 @@
 """A tiny random model of every family, and how the results of two models are taken and compared."""
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+from moesaic.integrations.transformers import to_transformers_state_dict
 
 VOCAB = 61
 _COMMON = {
@@ -20,6 +23,7 @@ _COMMON = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "experts_implementation": "eager",
 }
 _MLA = {
     "moe_intermediate_size": 12,
@@ -130,11 +134,21 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _recorder(routes: list[Tensor]) -> Any:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        ids = next(t for t in output if not t.is_floating_point())
-        routes.append(ids.sort(-1).values)
+    def record(router: Any, args: Any, output: Any) -> None:
+        ids = [t for t in output if isinstance(t, Tensor) and not t.is_floating_point()]
+        # Llama-4's gives back scores, -inf before a sigmoid where an expert is not chosen.
+        routes.append((ids[0] if ids else output[0].topk(router.top_k).indices).sort(-1).values)
 
     return record
+
+
+def original_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients of a model with swapped layers, under the original names: they go the way of the weights."""
+    holder = copy.deepcopy(model)
+    with torch.no_grad():
+        for mine, its in zip(holder.parameters(), model.parameters(), strict=True):
+            mine.copy_(its.grad)
+    return to_transformers_state_dict(holder)
 
 
 def assert_close(actual: Tensor, expected: Tensor, name: str, rtol: float = 1e-5) -> None:

@@ -105,7 +105,6 @@ def run(experts: nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.T
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "Llama-4"])
 def test_a_model_computes_what_it_did(family):
     model = make_model(family)
-    model.set_experts_implementation("eager")
     expected = results_of(model)
     model.set_experts_implementation("moesaic")
     assert_equal_results(results_of(model), expected)
@@ -248,7 +247,7 @@ def test_mixed_precision(layout):
 
 @pytest.mark.parametrize("mode", [{"do_sample": False}, {"num_beams": 2}, {"cache_implementation": "static"}])
 def test_generation(mode):
-    model = make_model("Qwen3-MoE", experts_implementation="eager")
+    model = make_model("Qwen3-MoE")
     arguments = {"max_new_tokens": 8, "min_new_tokens": 8, **mode}
     expected = model.generate(token_ids(2, 5), **arguments)
     model.set_experts_implementation("moesaic")

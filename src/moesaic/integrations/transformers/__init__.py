@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from moesaic.integrations.transformers.experts import register
-from moesaic.integrations.transformers.export import export_pretrained, replace_moe_blocks, to_transformers_state_dict
+from moesaic.integrations.transformers.export import export_pretrained, to_transformers_state_dict
+from moesaic.integrations.transformers.swap import swap_moe, unswap_moe
 
-__all__ = ["export_pretrained", "register", "replace_moe_blocks", "to_transformers_state_dict"]
+__all__ = ["export_pretrained", "register", "swap_moe", "to_transformers_state_dict", "unswap_moe"]
