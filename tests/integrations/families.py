@@ -91,6 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_model(family: str, **changes: Any) -> Any:
     """A causal language model of the family with spread-out random weights, biases too, in eval mode."""
+    torch.manual_seed(0)
     stem, sizes = FAMILIES[family]
     config_class = getattr(transformers, f"{stem}TextConfig" if family == "Llama-4" else f"{stem}Config")
     model = getattr(transformers, f"{stem}ForCausalLM")(config_class(**(_COMMON | sizes | changes)))

@@ -23,10 +23,11 @@ def to_transformers_state_dict(model: nn.Module, *, keep: bool = True) -> dict[s
     Raises:
         ValueError: a layer that :func:`swap_moe` did not put there.
     """
-    return _to_theirs(model, model.state_dict(), keep)
+    return original_state(model, model.state_dict(), keep)
 
 
-def _to_theirs(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """A state of the model, or what is named and shaped like one, in the original names and layouts."""
     origins = _origins(model)
     ours = dict(ours)
     state: dict[str, Tensor] = {}
@@ -90,38 +91,26 @@ def export_pretrained(model: nn.Module, path: str | Path, *, tokenizer: PreTrain
         raise failure
 
 
-def save_pretrained(
-    model: Any, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **arguments: Any
-) -> None:
-    """``model.save_pretrained`` of a model with swapped layers: original names and layouts, all its arguments.
-
-    Raises:
-        ValueError: the model is parallelized.
-    """
-    state = model.state_dict() if state_dict is None else state_dict
-    placed = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
-    if placed is not None:
-        raise ValueError(f"model: '{placed}' is a DTensor; export_pretrained(model, path) gathers it, on every rank")
-    _plain(model, _to_theirs(model, state)).save_pretrained(save_directory, **arguments)
-
-
 def _write(model: Any, state: dict[str, Tensor], path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     # save_pretrained logs, and returns, where the path is a file.
     Path(path).mkdir(parents=True, exist_ok=True)
-    _plain(model, state).save_pretrained(path)
+    plain_model(model, state).save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
 
-def _plain(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
+def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
     """A model of transformers around a state: one whose own blocks are in their places."""
-    # FSDP gives a model a class of its own, derived from transformers'.
-    architecture = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
     with torch.device("meta"):
-        plain = architecture(copy.deepcopy(model.config))
+        plain = architecture_of(model)(copy.deepcopy(model.config))
     missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     lacking = [name for name in missing if name not in plain.all_tied_weights_keys]
     if lacking or unexpected:
         raise ValueError(f"cannot export: missing {lacking}, no place for {unexpected}")
     plain.generation_config = model.generation_config
     return plain
+
+
+def architecture_of(model: nn.Module) -> Any:
+    """The class of transformers that a model is of: FSDP gives it one of its own, derived from that."""
+    return next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))

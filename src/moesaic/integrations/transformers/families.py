@@ -59,6 +59,10 @@ def _softmax_and_gated_shared(block: Any) -> dict[str, Any]:
     return _softmax(block) | {"shared_hidden_dim": block.shared_expert.gate_proj.out_features, "shared_gate": True}
 
 
+def _softmax_and_shared(block: Any) -> dict[str, Any]:
+    return _softmax(block) | {"shared_hidden_dim": block.shared_experts.gate_proj.out_features}
+
+
 def _deepseek_v2(block: Any) -> dict[str, Any]:
     gate = block.gate
     fields = {
@@ -122,6 +126,9 @@ _DEEPSEEK_V2 = (*_PLAIN, *shared("shared_experts"))
 _DEEPSEEK_V3 = (*_DEEPSEEK_V2, same("gate.e_score_correction_bias", "router.bias"))
 
 FAMILIES: dict[str, Family] = {
+    "aria.modeling_aria:AriaTextMoELayer": Family(
+        (*TURNED_EXPERTS, _ROUTER, *shared("shared_experts")), _softmax_and_shared
+    ),
     "deepseek_v2.modeling_deepseek_v2:DeepseekV2Moe": Family(_DEEPSEEK_V2, _deepseek_v2),
     "deepseek_v3.modeling_deepseek_v3:DeepseekV3MoE": Family(_DEEPSEEK_V3, _deepseek_v3),
     "ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeSparseMoeBlock": Family(

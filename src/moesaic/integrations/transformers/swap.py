@@ -4,7 +4,6 @@ No number changes on the way, and no tensor is left out: a block that has one wi
 lacks one, is refused by name.
 """
 
-from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from moesaic.integrations.transformers import methods
 from moesaic.integrations.transformers.activations import activation_name
-from moesaic.integrations.transformers.export import save_pretrained
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
 from moesaic.integrations.transformers.links import Link
 from moesaic.integrations.transformers.origin import Origin, origin_of
@@ -40,8 +39,8 @@ def swap_moe(
     """Replace the MoE blocks of a transformers model by :class:`moesaic.MoE`, in place, with their weights and routing.
 
     The model computes what it did before, up to rounding; in half precision our gate scores in fp32, where some of
-    theirs do not. ``save_pretrained``, which transformers' ``Trainer`` calls too, goes on writing the original names and
-    layouts, and ``load_state_dict`` takes them beside ours. Call it before the optimizer is made, and before
+    theirs do not. ``save_pretrained``, which transformers' ``Trainer`` calls too, goes on writing the original names
+    and layouts, and ``load_state_dict`` takes them. Call it before the optimizer is made, and before
     :func:`moesaic.parallelize`. The way back: :func:`unswap_moe` in memory, :func:`export_pretrained` to disk,
     parallelized or not.
 
@@ -77,7 +76,7 @@ def swap_moe(
     for swap in swaps:
         parent, _, child = swap.name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
-    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    methods.install(model)
     return model
 
 
@@ -103,9 +102,7 @@ def unswap_moe(model: Model) -> Model:
     for name, layer, origin in layers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _block_for(layer, origin))
-    for module in model.modules():
-        if getattr(module.__dict__.get("save_pretrained"), "__func__", None) is save_pretrained:
-            del module.save_pretrained
+    methods.remove(model)
     return model
 
 
