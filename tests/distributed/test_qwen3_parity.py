@@ -58,6 +58,7 @@ def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, num_tokens: int) -> 
 def check_model(layout: dict[str, int], tied: bool, recompute: bool, way: str) -> None:
     reference = make_model(tied=tied)
     model = copy.deepcopy(reference)
+    torch.manual_seed(1)  # the same batches, however many random numbers a model takes
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     moesaic.parallelize(model, meshes, experts=way)
     if recompute:

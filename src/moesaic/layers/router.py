@@ -17,14 +17,10 @@ from moesaic.ops.autocast import no_autocast
 
 
 class Routing(NamedTuple):
-    """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input).
-
-    The weights multiply the experts' results, or with ``weigh_inputs`` what goes into them.
-    """
+    """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input)."""
 
     ids: Tensor
     weights: Tensor
-    weigh_inputs: bool = False
 
 
 class TopKRouter(nn.Module):
@@ -91,7 +87,7 @@ class TopKRouter(nn.Module):
                 weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
             if self.training:
                 self._balance(logits_TE, scores_TE, ids_TK)
-            return Routing(ids_TK, weights_TK * self.config.route_scale, self.config.weigh_inputs)
+            return Routing(ids_TK, weights_TK * self.config.route_scale)
 
     @torch.no_grad()
     def _choose(self, scores_TE: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from transformers.activations import (
     SiLUActivation,
 )
 
-from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops import Activation
 
 _NAMES: dict[type, Activation] = {
     nn.SiLU: "silu",

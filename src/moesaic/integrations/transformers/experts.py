@@ -14,8 +14,7 @@ from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
 from moesaic.integrations.transformers.activations import activation_name
-from moesaic.ops import combine, experts_mlp, grouped_mm, permute, sort_by_expert
-from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops import Activation, combine, experts_mlp, grouped_mm, permute, sort_by_expert
 
 NAME = "moesaic"
 

@@ -153,7 +153,7 @@ def _config(
         dim=D,
         hidden_dim=F,
         num_experts=E,
-        activation=activation,  # type: ignore[arg-type]  # MoEConfig checks it
+        activation=activation,
         aux_loss_coef=aux_loss_coef,
         z_loss_coef=z_loss_coef,
         bias_update_speed=bias_update_speed,

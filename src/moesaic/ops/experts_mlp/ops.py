@@ -151,6 +151,10 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, 
     return tuple(result)
 
 
+def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp")
+
+
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
@@ -159,4 +163,5 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("moesaic::experts_mlp", _gradients, setup_context=_save)
+torch.library.register_autograd("moesaic::experts_mlp_inference", _nothing_is_kept)
 torch.library.register_autograd("moesaic::experts_mlp_backward", _no_second_derivative)
