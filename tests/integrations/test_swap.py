@@ -38,16 +38,37 @@ def layers_of(model: nn.Module) -> list[moesaic.MoE]:
 @each_family
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
 def test_a_model_computes_what_it_did(family, mode):
-    model = make_model(family, attention_dropout=0.0).train(mode != "eval")
+    check_results(
+        make_model(family, attention_dropout=0.0).train(mode != "eval"), checkpointing=mode == "checkpointing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("DeepSeek-V2", {"topk_method": "greedy"}),
+        ("DeepSeek-V3", {"norm_topk_prob": False, "routed_scaling_factor": 1.7}),
+        ("Ernie-4.5-MoE", {"moe_num_shared_experts": 0}),
+        ("Llama-4", {"num_experts_per_tok": 1}),
+        ("OLMoE", {"hidden_act": "gelu_pytorch_tanh", "norm_topk_prob": True}),
+        ("Qwen3-MoE", {"norm_topk_prob": False, "tie_word_embeddings": True, "mlp_only_layers": []}),
+    ],
+)
+def test_other_settings(family, changes):
+    check_results(make_model(family, **changes))
+
+
+def check_results(model: nn.Module, checkpointing: bool = False) -> None:
     expected = results_of(model)
     num_routers = len(expected.routes)
     swap_moe(model)
     assert len(layers_of(model)) == num_routers
-    if mode == "checkpointing":
+    if checkpointing:
         model.activation_checkpointing_enable()
     actual = results_of(model)
     gradients = original_gradients(model)
     gradients = {name: gradients[name] for name in expected.gradients}
+    # Recomputed layers route once more.
     assert_equal_results(actual._replace(gradients=gradients, routes=actual.routes[:num_routers]), expected)
 
 
@@ -58,13 +79,16 @@ def test_there_and_back(family, dtype):
     model.get_input_embeddings().requires_grad_(False)
     before, logits = snapshot(model), model(input_ids=token_ids(2, 9)).logits
     swap_moe(model)
+    assert not any(module.training for module in model.modules())
     assert snapshot(model).keys() != before.keys()
     theirs = to_transformers_state_dict(model)
     assert theirs.keys() == before.keys()
     assert unswap_moe(model) is model
     assert snapshot(model) == before
     assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(theirs[name], tensor) for name, tensor in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
+        assert theirs[name].dtype == tensor.dtype, name
     assert torch.equal(model(input_ids=token_ids(2, 9)).logits, logits)
     assert not layers_of(model)
     assert "save_pretrained" not in vars(model)
@@ -80,9 +104,11 @@ def test_what_is_trained_comes_back(family):
         for layer in layers_of(model):
             for tensor in layer.state_dict().values():
                 tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) / 8)
+    model.train()
     blocks = [name for name, module in model.named_modules() if isinstance(module, moesaic.MoE)]
     logits = model(input_ids=token_ids(2, 9)).logits
     unswap_moe(model)
+    assert all(module.training for module in model.modules())
     for name, tensor in model.state_dict().items():
         is_inside = any(name.startswith(f"{block}.") for block in blocks)
         assert (tensor == before[name]).all() == (not is_inside), name
@@ -208,6 +234,8 @@ def test_states_in_which_a_model_cannot_be_swapped():
     model = make_model("DeepSeek-V3").double()
     model.model.layers[1].mlp.gate.e_score_correction_bias.fill_(1 / 3)
     refusal(model, "'gate.e_score_correction_bias' is not exact in fp32")
+    del model.model.layers[1].mlp.gate.e_score_correction_bias
+    refusal(model, r"it has nothing for \['router.bias'\] of moesaic.MoE")
     with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that swap_moe put there"):
         unswap_moe(make_model("Mixtral"))
 
