@@ -22,6 +22,10 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
     return _fastest(x_RK).weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
 
 
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    _fastest(x_RK).weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
+
+
 def _fastest(x: Tensor) -> ModuleType:
     if x.device.type == "cpu" and x.dtype in cpu.DTYPES:
         loaded = kernels()
