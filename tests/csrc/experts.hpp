@@ -107,6 +107,19 @@ ExpertsResults by_loop(const ExpertsProblem &p) {
   return r;
 }
 
+// Matrices [experts, rows, columns] transposed.
+std::vector<float> turn(const std::vector<float> &matrices, int64_t experts, int64_t rows, int64_t columns) {
+  std::vector<float> turned(matrices.size());
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        turned[(e * columns + c) * rows + r] = matrices[(e * rows + r) * columns + c];
+      }
+    }
+  }
+  return turned;
+}
+
 bool compare(const ExpertsProblem &p, const Guarded *ours, const std::vector<float> &expected, int dtype,
              const char *what) {
   bool right = true;
@@ -156,14 +169,19 @@ bool one_experts_problem(int isa) {
                gw2 = result(expected.gw2.size(), p.dtype, wanted()),
                gb1 = result(expected.gb1.size(), p.dtype, wanted()),
                gb3 = result(expected.gb3.size(), p.dtype, p.gated && wanted());
+    const bool turned[3] = {draw(0, 1) > 0, draw(0, 1) > 0, draw(0, 1) > 0};
     const moesaic_experts_grads grads = {data(gx),  reinterpret_cast<float *>(data(gweights)),
-                                         data(gw1), data(gw3), data(gw2), data(gb1), data(gb3)};
+                                         data(gw1), data(gw3), data(gw2), data(gb1), data(gb3),
+                                         turned[0], turned[1], turned[2]};
+    const auto expected_gw1 = turned[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
+               expected_gw3 = turned[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,
+               expected_gw2 = turned[2] ? turn(expected.gw2, p.E, p.F, p.D) : expected.gw2;
     right = moesaic_cpu_experts_backward(&routing, &experts, p.x.matrix, p.grad.matrix, data(h1), data(h3), &grads, isa,
                                          threads) == MOESAIC_OK;
     right = right && compare(p, gx.get(), expected.gx, p.dtype, "gx") &&
             compare(p, gweights.get(), expected.gweights, MOESAIC_F32, "gweights") &&
-            compare(p, gw1.get(), expected.gw1, p.dtype, "gw1") && compare(p, gw3.get(), expected.gw3, p.dtype, "gw3") &&
-            compare(p, gw2.get(), expected.gw2, p.dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
+            compare(p, gw1.get(), expected_gw1, p.dtype, "gw1") && compare(p, gw3.get(), expected_gw3, p.dtype, "gw3") &&
+            compare(p, gw2.get(), expected_gw2, p.dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
             compare(p, gb3.get(), expected.gb3, p.dtype, "gb3");
   }
   if (!right) {

@@ -16,7 +16,7 @@ import torch
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
-_ABI = 2
+_ABI = 3
 
 
 class Groups(ctypes.Structure):
@@ -69,7 +69,10 @@ class Experts(ctypes.Structure):
 class ExpertsGrads(ctypes.Structure):
     """``moesaic_experts_grads`` of ``csrc/moesaic_cpu.h``."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3"))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3")),
+        *((name, ctypes.c_int32) for name in ("w1_turned", "w3_turned", "w2_turned")),
+    )
 
 
 class Kernels(NamedTuple):

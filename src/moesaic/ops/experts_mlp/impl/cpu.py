@@ -15,6 +15,7 @@ from torch import Tensor
 from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.grouped_mm.groups import is_turned
 from moesaic.ops.native import DTYPES, Experts, ExpertsGrads, Kernels, Matrix, Routing, Weights, kernels
 
 _OK, _OUT_OF_MEMORY = 0, 2
@@ -53,6 +54,7 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         pool.empty(tuple(t.shape), dtype) if wanted and t is not None else None
         for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
     ]
+    turned = [w is not None and is_turned(w) for w in (p.w1_EDF, p.w3_EDF, p.w2_EFD)]
     status = library.moesaic_cpu_experts_backward(
         routing,
         _experts(problem),
@@ -60,14 +62,22 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         _matrix(grad_TD),
         h1_TKF.data_ptr(),
         _pointer(h3_TKF),
-        ExpertsGrads(*map(_pointer, found)),
+        ExpertsGrads(*map(_pointer, found), *turned),
         isa,
         torch.get_num_threads(),
     )
     del keep
     _check(status)
-    x, weights, *others = found
-    return Gradients(x, None if weights is None else weights.to(p.weights_TK.dtype), *others)
+    x, weights, *matrices = found[:5]
+    weights = None if weights is None else weights.to(p.weights_TK.dtype)
+    matrices = [_as_turned(g) if g is not None and t else g for g, t in zip(matrices, turned, strict=True)]
+    return Gradients(x, weights, *matrices, *found[5:])
+
+
+def _as_turned(contiguous: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as that of one whose transpose is contiguous."""
+    E, rows, columns = contiguous.shape
+    return contiguous.view(E, columns, rows).mT
 
 
 def _kernels(problem: Problem) -> Kernels:
