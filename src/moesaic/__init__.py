@@ -1,11 +1,12 @@
 """moesaic: mixture-of-experts layers tiled over a device mesh.
 
-Operators (:func:`grouped_mm`), sharding rules that make an operator DTensor-aware in one line (:func:`sharding_rule`)
-and their proof (:func:`prove`), layers (:class:`MoE`), and plans that lay them over ranks (:func:`parallelize`).
+Operators (:func:`grouped_mm`, :func:`experts_mlp`), sharding rules that make an operator DTensor-aware in one line
+(:func:`sharding_rule`) and their proof (:func:`prove`), layers (:class:`MoE`), and plans that lay them over ranks
+(:func:`parallelize`).
 """
 
 from moesaic.layers import GroupedExperts, MoE, MoEConfig, TopKRouter, balance_losses
-from moesaic.ops import debug_checks, grouped_mm
+from moesaic.ops import debug_checks, experts_mlp, grouped_mm
 from moesaic.parallel import build_meshes, clip_grad_norm_, parallelize
 from moesaic.sharding import ShardingError, prove, sharding_rule
 
@@ -19,6 +20,7 @@ __all__ = [
     "build_meshes",
     "clip_grad_norm_",
     "debug_checks",
+    "experts_mlp",
     "grouped_mm",
     "parallelize",
     "prove",

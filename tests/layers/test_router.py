@@ -209,7 +209,7 @@ def config(**options) -> moesaic.MoEConfig:
         ({"bias_update_speed": -1.0}, "bias_update_speed: must be at least 0, got -1.0"),
         ({"shared_hidden_dim": -1}, "shared_hidden_dim: must be at least 0, got -1"),
         ({"score": "tanh"}, r"score: got 'tanh'; choose one of ('softmax', 'sigmoid')"),
-        ({"activation": "relu"}, r"activation: got 'relu'; choose one of ('silu', 'gelu')"),
+        ({"activation": "elu"}, r"activation: got 'elu'; choose one of ('silu', 'gelu', 'gelu_tanh', 'relu', 'relu2')"),
         ({"num_groups": 4}, r"num_groups: 4 does not divide num_experts (6)"),
         ({"num_groups": 2, "top_groups": 3}, r"top_groups: 3 is more than num_groups (2)"),
         ({"top_k": 7}, "top_k: 7 is more than the 6 experts a token can choose from"),

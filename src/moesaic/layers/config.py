@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.ops import ACTIVATIONS, Activation
+
 Score = Literal["softmax", "sigmoid"]
-Activation = Literal["silu", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class MoEConfig:
         hidden_dim: F, the hidden dim of one expert.
         num_experts: E.
         top_k: K, how many experts a token goes to.
-        activation: of the gate projection, ``act(x w1) * (x w3)``.
+        activation: of the gate projection, ``act(x w1) * (x w3)``; those of :func:`moesaic.experts_mlp`.
         score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
         route_scale: factor on the routing weights, after normalisation.
@@ -53,7 +54,7 @@ class MoEConfig:
         for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
-        for name, choices in (("score", ("softmax", "sigmoid")), ("activation", ("silu", "gelu"))):
+        for name, choices in (("score", ("softmax", "sigmoid")), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {choices}")
         if self.num_experts % self.num_groups:

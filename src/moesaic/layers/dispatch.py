@@ -1,9 +1,9 @@
 """Bring tokens to experts and back, on one process.
 
 Dispatch and combine are two phases with a frozen record between them, so that a parallel dispatcher can put
-communication around the same local steps.
+communication around the experts.
 
-Legend: T tokens, K top-k, R rows, D model dim, E experts.
+Legend: T tokens, K copies a token (top-k), D model dim.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from moesaic.layers.router import Routing
-from moesaic.ops import Permutation, combine, permute, sort_by_expert
 
 
 class Dispatched(NamedTuple):
-    """Rows for the experts, and what ``combine`` needs to bring the results back.
+    """Tokens where the experts are, and what ``combine`` needs to bring the results back.
 
     Attributes:
-        rows: ``[R, D]``, grouped by expert.
-        group_sizes: of the rows, as :func:`moesaic.grouped_mm` takes them.
+        x: tokens, as :func:`moesaic.experts_mlp` takes them, in blocks or not.
+        topk_ids, topk_weights: their routing.
         record: belongs to the dispatcher that made it.
     """
 
-    rows: Tensor
-    group_sizes: Tensor
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
     record: Any
 
 
@@ -32,27 +32,19 @@ class Dispatcher(Protocol):
     """The two phases around the experts."""
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        """Lay tokens ``x [T, D]`` out as rows grouped by expert."""
+        """Bring tokens ``x [T, D]`` to the experts."""
         ...
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Weigh and sum the experts' results ``rows [R, D]`` back to tokens ``[T, D]``."""
+    def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
+        """Bring the experts' results ``z``, shaped as the dispatched tokens, back: ``[T, D]``."""
         ...
-
-
-class _LocalRecord(NamedTuple):
-    permutation: Permutation
-    weights: Tensor
 
 
 class LocalDispatcher:
-    """All experts are here: sort, and un-sort."""
+    """All experts are here, and so are the tokens."""
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        permutation = sort_by_expert(routing.ids, num_experts)
-        rows_RD = permute(x, permutation)
-        return Dispatched(rows_RD, permutation.group_sizes, _LocalRecord(permutation, routing.weights))
+        return Dispatched(x, routing.ids, routing.weights, None)
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        record: _LocalRecord = dispatched.record
-        return combine(rows, record.permutation, record.weights)
+    def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
+        return z

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
-from moesaic.layers.experts import ACTIVATIONS, GroupedExperts
+from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.router import TopKRouter
+from moesaic.ops import activate
 
 
 class SharedExpert(nn.Module):
@@ -24,10 +25,10 @@ class SharedExpert(nn.Module):
         self.w1 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+        return self.w2(activate(self.activation, self.w1(x)) * self.w3(x))
 
 
 class MoE(nn.Module):
@@ -38,7 +39,7 @@ class MoE(nn.Module):
 
     Args:
         config: sizes and choices.
-        impl: implementation of :func:`moesaic.grouped_mm`; None picks by device and dtype.
+        impl: implementation of :func:`moesaic.experts_mlp`; None picks by device and dtype.
         device, dtype: of the parameters.
 
     Attributes:
@@ -87,8 +88,8 @@ class MoE(nn.Module):
         x_TD = x.flatten(0, -2)
         routing = self.router(x_TD)
         dispatched = self.dispatcher.dispatch(x_TD, routing, self.config.num_experts)
-        rows_RD = self.experts(dispatched.rows, dispatched.group_sizes)
-        y_TD = self.dispatcher.combine(rows_RD, dispatched)
+        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
+        y_TD = self.dispatcher.combine(z, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.

@@ -1,7 +1,19 @@
 """Operators on plain tensors. They know nothing of DTensor, modules or process groups."""
 
 from moesaic.ops.debug import debug_checks
+from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, activate, experts_mlp
 from moesaic.ops.grouped_mm import grouped_mm
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 
-__all__ = ["Permutation", "combine", "debug_checks", "grouped_mm", "permute", "sort_by_expert"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Permutation",
+    "activate",
+    "combine",
+    "debug_checks",
+    "experts_mlp",
+    "grouped_mm",
+    "permute",
+    "sort_by_expert",
+]

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from moesaic.layers.dispatch import Dispatched
 from moesaic.layers.router import Routing
@@ -23,6 +24,7 @@ from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import RESULT_GRADS, RESULTS, ROW_GRADS, ROWS
+from moesaic.sharding.rule import Placements
 
 
 class Traffic(NamedTuple):
@@ -30,7 +32,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         send, receive: rows to and from each ep rank.
-        gather: rows that each etp rank brings to the all-gather.
+        gather: rows that each etp rank brings to the all-gather, N in all.
         capacity: C.
     """
 
@@ -43,12 +45,10 @@ class Traffic(NamedTuple):
 class _Record(NamedTuple):
     sent: Permutation
     traffic: Traffic
-    rows: Permutation
-    weights_NK: Tensor
 
 
 class MeshDispatcher:
-    """Dispatch over an (ep, etp) mesh. The rows it hands to the experts are DTensors, ``[Shard(0), Replicate]``.
+    """Dispatch over an (ep, etp) mesh. What it hands to the experts are DTensors in blocks, ``[Shard(0), Replicate]``.
 
     Args:
         mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
@@ -65,7 +65,7 @@ class MeshDispatcher:
         experts_per_rank = -(-num_experts // self.ep.size())
         owner_TK = routing.ids // experts_per_rank
         sent = _one_copy_a_rank(owner_TK, self.ep.size())
-        traffic = self._exchange_counts(sent.group_sizes, owner_TK)
+        traffic = self._exchange_counts(sent.group_sizes)
 
         num_sent = sum(traffic.send)
         sent = Permutation(sent.slots[:num_sent], sent.positions, sent.group_sizes)
@@ -73,51 +73,53 @@ class MeshDispatcher:
         x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
         ids_NK = self._to_experts(local_ids_SK, traffic)
 
-        rows = sort_by_expert(ids_NK, experts_per_rank, num_rows=traffic.capacity)
-        x_CD = permute(x_ND, rows)
-        num_blocks = self.ep.size()
-        rows_dt = to_dtensor(x_CD, self.mesh, ROWS, grad_placements=ROW_GRADS, blocks=num_blocks)
-        sizes_dt = to_dtensor(
-            rows.group_sizes.unsqueeze(0), self.mesh, (Shard(0), Replicate()), grad_placements=None, blocks=num_blocks
+        return Dispatched(
+            self._in_blocks(x_ND, traffic.capacity, grad_placements=ROW_GRADS),
+            self._in_blocks(ids_NK, traffic.capacity, grad_placements=None, padding=-1),
+            self._in_blocks(weights_NK, traffic.capacity, grad_placements=ROW_GRADS),
+            _Record(sent, traffic),
         )
-        return Dispatched(rows_dt, sizes_dt, _Record(sent, traffic, rows, weights_NK))
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
-        y_CD = from_dtensor(rows, RESULTS, grad_placements=RESULT_GRADS)
-        # Summed over the copies here, while it is still Partial over etp: fewer rows to reduce and to send.
-        z_ND = combine(y_CD, record.rows, record.weights_NK)
+        z_1CD = from_dtensor(z, RESULTS, grad_placements=RESULT_GRADS)
+        z_ND = z_1CD[0, : sum(record.traffic.gather)]
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
         return combine(z_SD, record.sent)
+
+    def _in_blocks(
+        self, t_N: Tensor, capacity: int, *, grad_placements: Placements | None, padding: int = 0
+    ) -> DTensor:
+        """This rank's block, filled up to the capacity of all."""
+        t_1C = pad(t_N, (0, 0, 0, capacity - t_N.shape[0]), value=padding).unsqueeze(0)
+        return to_dtensor(t_1C, self.mesh, ROWS, grad_placements=grad_placements, blocks=self.ep.size())
 
     def _to_experts(self, t: Tensor, traffic: Traffic) -> Tensor:
         t = all_to_all(t, traffic.send, traffic.receive, self.ep)
         return all_gather_rows(t, traffic.gather, self.etp)
 
     @torch.no_grad()
-    def _exchange_counts(self, rows_P: Tensor, owner_TK: Tensor) -> Traffic:
+    def _exchange_counts(self, rows_P: Tensor) -> Traffic:
         """One small all-gather and one copy to the host, for all sizes of this layer's exchange."""
-        copies_P = torch.zeros_like(rows_P).scatter_add_(0, owner_TK.flatten(), torch.ones_like(owner_TK.flatten()))
-        mine = torch.stack([rows_P, copies_P])
-        everyone = mine.new_empty(self.all.size(), *mine.shape)
-        dist.all_gather(list(everyone.unbind(0)), mine, group=self.all)
-        # [ep source, etp source, rows or copies, ep destination]
+        everyone = rows_P.new_empty(self.all.size(), *rows_P.shape)
+        dist.all_gather(list(everyone.unbind(0)), rows_P, group=self.all)
+        # [ep source, etp source, ep destination]
         counts = everyone.unflatten(0, (self.ep.size(), self.etp.size())).cpu()
         here, q = self.ep.rank(), self.etp.rank()
         return Traffic(
-            send=counts[here, q, 0].tolist(),
-            receive=counts[:, q, 0, here].tolist(),
-            gather=counts[:, :, 0, here].sum(0).tolist(),
-            capacity=round_up_capacity(int(counts[:, :, 1].sum((0, 1)).max())),
+            send=counts[here, q].tolist(),
+            receive=counts[:, q, here].tolist(),
+            gather=counts[:, :, here].sum(0).tolist(),
+            capacity=round_up_capacity(int(counts.sum((0, 1)).max())),
         )
 
 
 def round_up_capacity(rows: int) -> int:
     """Round up to one of eight sizes an octave, so that shapes, and the caches keyed by them, repeat.
 
-    At most an eighth more, and that of zero rows which no group covers, so grouped_mm does not compute them. At least
-    one row, because DTensor refuses to view a sharded dim of size zero.
+    At most an eighth more, and that of tokens which go to no expert, so nothing is computed for them. At least one,
+    because DTensor refuses to view a sharded dim of size zero.
 
     Example:
         >>> [round_up_capacity(n) for n in (0, 5, 17, 1000)]

@@ -44,20 +44,16 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
     inner = experts.compute
 
-    def on_local(x: Tensor, group_sizes: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        # Of all ranks' groups there are as many; the last ranks may have fewer experts, and no rows for the others.
-        return inner(x, group_sizes[:, : w1.shape[0]], w1, w3, w2)
-
     function: Any = local_map(
-        on_local,
+        inner,
         out_placements=(RESULTS,),
-        in_placements=(ROWS, ROWS, COLUMN, COLUMN, ROW),
-        in_grad_placements=(ROW_GRADS, ROWS, COLUMN, COLUMN, ROW),
+        in_placements=(ROWS, ROWS, ROWS, COLUMN, COLUMN, ROW),
+        in_grad_placements=(ROW_GRADS, ROWS, ROW_GRADS, COLUMN, COLUMN, ROW),
         device_mesh=mesh,
     )
 
-    def compute(x: Tensor, group_sizes: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        return function(x, group_sizes, w1, w3, w2)
+    def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        return function(x, topk_ids, topk_weights, w1, w3, w2)
 
     experts.compute = compute
 

@@ -3,14 +3,15 @@
 ===============  ======================  ==============================
 tensor           placements              placements of its gradient
 ===============  ======================  ==============================
-rows             ``[Shard(0), R]``       ``[Shard(0), Partial]``
+tokens           ``[Shard(0), R]``       ``[Shard(0), Partial]``
 w1, w3           ``[Shard(0), Shard(2)]``  the same
 w2               ``[Shard(0), Shard(1)]``  the same
 result           ``[Shard(0), Partial]``  ``[Shard(0), R]``
 ===============  ======================  ==============================
 
-Rows and results are in ``ep`` blocks of equal capacity. w1 and w3 are column-parallel over etp and w2 row-parallel, so
-neither direction needs a collective: the sums that ``Partial`` asks for are the reduce-scatters of the dispatcher.
+Tokens, with their routing, and results are in ``ep`` blocks of equal capacity. w1 and w3 are column-parallel over etp
+and w2 row-parallel, so neither direction needs a collective: the sums that ``Partial`` asks for are the reduce-scatters
+of the dispatcher.
 """
 
 from torch.distributed.tensor import Partial, Replicate, Shard

@@ -42,3 +42,18 @@ sharding_rule("t! k! -> r!, t! k!, e!")(_ops.sort_by_expert)
 sharding_rule("t! d, r!, t! k!, t! k! -> r! d", linear=["x", "weights"])(_ops.permute)
 sharding_rule("r! d, r!, t! k!, t! k! -> t! d", linear=["y", "weights"])(_ops.combine)
 sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=["y", "x"])(_ops.combine_weight_grad)
+
+# `n` tokens a block, `k` copies a token, `e` experts a block. Blocks are expert parallelism, tokens and copies may be
+# cut at will, and the hidden dim `f` is tensor parallelism: column-parallel w1 and w3, row-parallel w2. The
+# pre-activations lie by token and copy, not sorted by expert, and so are dims like any other.
+_tokens, _weights = "b n d!, b n k, b n k, ~b e", "(b e)? d! f, (b e)? d! f, (b e)? f d!"
+_biases, _hidden = "(b e)? f, (b e)? f", "b n k f, b n k f"
+sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
+sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!", linear=["weights", "w2"], redistribute=["experts"])(
+    _ops.experts_mlp_inference
+)
+sharding_rule(
+    f"b n d!, {_tokens}, {_weights}, {_biases}, {_hidden} -> b n d!, b n k, {_weights}, {_biases}",
+    linear=["grad"],
+    redistribute=["grad", "experts"],
+)(_ops.experts_mlp_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.formula import operators_of_gradient
+from moesaic.sharding.proof.candidates import on_one_axis
 from moesaic.sharding.proof.deciders import decider_of
 from moesaic.sharding.proof.examples import (
     Example,
@@ -183,16 +184,21 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
     search = Search(decider_of(op), line.text if line else "")
     # DTensor's own propagation takes ten milliseconds a call and more.
     most = _MOST_COMBINATIONS if op in RULES else _MOST_COMBINATIONS // 4
+    choices: Sequence[Inputs] = ()
     for mesh in sorted(report.meshes, key=len):
-        choices: Sequence[Inputs] | None = None
-        if len(mesh) > 1:
+        if len(mesh) == 1:
+            choices, number = on_one_axis(Trial(*runs[0], mesh), RULES.get(op))
+            if number > len(choices):
+                what = "what is admitted, all that differ from it in one tensor, and a sample of the others"
+                report.note(f"one axis: {len(choices)} of {number} placements, {what}")
+        else:
             choices, number = search.combinations(len(mesh), most)
             if number > most:
                 report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
         for n, (example, results) in enumerate(runs):
             tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)
-            search.judge(trial, trial.all_inputs() if choices is None else choices)
+            search.judge(trial, choices)
             report.num_cases += 1
     if backward:
         for mesh in report.meshes:

@@ -1,0 +1,180 @@
+"""The public function ``experts_mlp``: its contract and its checks."""
+
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.ops.autocast import autocast
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation
+from moesaic.ops.experts_mlp.ops import AUTO, IMPLEMENTATIONS
+from moesaic.ops.forward_ad import refuse_forward_ad
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
+
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def experts_mlp(
+    x: Float[Tensor, "*B T D"],
+    topk_ids: Int[Tensor, "*B T K"],
+    topk_weights: Float[Tensor, "*B T K"],
+    w1: Float[Tensor, "W D F"],
+    w3: Float[Tensor, "W D F"] | None,
+    w2: Float[Tensor, "W F D"],
+    *,
+    activation: Activation = "silu",
+    b1: Float[Tensor, "W F"] | None = None,
+    b3: Float[Tensor, "W F"] | None = None,
+    b2: Float[Tensor, "W D"] | None = None,
+    impl: str | None = None,
+) -> Float[Tensor, "*B T D"]:
+    """The routed experts, whole: gather, gated MLP of each token copy's expert, weighted sum over copies.
+
+    ``z[t] = sum over k of topk_weights[t, k] * mlp(x[t], topk_ids[t, k])`` with
+    ``mlp(x, e) = (act(x w1[e] + b1[e]) * (x w3[e] + b3[e])) w2[e] + b2[e]``, and without ``w3``
+    ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``.
+
+    For the backward pass it keeps its arguments and the pre-activations ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]``
+    each, and nothing else. Where no gradient is asked for it keeps nothing.
+
+    **Blocked form**, ``x [B, T, D]``: block ``b`` has experts of its own, ``G = ceil(W / B)`` of them, of which
+    ``topk_ids`` are the numbers within the block: ``0`` is matrix ``b * G``. Where ``B`` does not divide ``W`` the last
+    blocks have fewer experts, or none. Sharding cuts between blocks, so on DTensors ``Shard(0)`` of every operand is
+    expert parallelism, ``Shard(1)`` of ``x``, ``topk_ids`` and ``topk_weights`` is token parallelism, and ``Shard(2)``
+    of ``w1``, ``w3`` with ``Shard(1)`` of ``w2`` is tensor parallelism, all without communication.
+
+    Args:
+        x: tokens, fp64, fp32, bf16 or fp16.
+        topk_ids: the experts of each token, int32 or int64. Ids that are not those of an expert mark copies that are
+            not here (of experts on other ranks, say): they add nothing.
+        topk_weights: of any float dtype.
+        w1, w3: gate and up projections, of the dtype of ``x``, any strides: an ``[E, F, D]`` checkpoint is used as
+            ``w.mT``. ``w3=None`` for an MLP without gate.
+        w2: down projections.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
+        b1, b3, b2: biases. ``b2`` is for plain tensors only.
+        impl: ``"reference"`` or ``"torch"``; ``None`` picks the fastest for the device and dtype. A named one never
+            falls back.
+
+    Returns:
+        The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
+        pre-activations and their gated product are rounded to the dtype of ``x``.
+
+    Under ``torch.autocast`` tokens and weights are cast to the autocast dtype. Differentiable once, in everything but
+    the ids; works under ``torch.compile(fullgraph=True)`` and with fake tensors; deterministic.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``.
+        TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
+        NotImplementedError: under forward-mode differentiation, and for second derivatives.
+
+    Example:
+        >>> x, w1, w3, w2 = torch.randn(5, 8), *torch.randn(2, 3, 8, 16), torch.randn(3, 16, 8)
+        >>> weights, ids = torch.rand(5, 3).topk(2)
+        >>> moesaic.experts_mlp(x, ids, weights, w1, w3, w2).shape
+        torch.Size([5, 8])
+
+    The expert of Mixtral and its successors (Shazeer 2020, arXiv 2002.05202, for gated MLPs); the question is
+    pytorch/torchtitan issue 434.
+    """
+    refuse_forward_ad("experts_mlp", x, topk_weights, w1, w3, w2, b1, b3, b2)
+    names = ("x", "w1", "w2", "w3", "b1", "b3", "b2")
+    given = {name: t for name, t in zip(names, (x, w1, w2, w3, b1, b3, b2), strict=True) if t is not None}
+    given = dict(zip(given, autocast(*given.values()), strict=True))
+    _check_dtypes(given, topk_ids, topk_weights)
+    _check_shapes(given, topk_ids, topk_weights)
+    activation_code, impl_code = _activation_code(activation), _impl_code(impl)
+
+    x, w1, w2 = given["x"], given["w1"], given["w2"]
+    in_blocks = x.ndim == 3
+    tokens = (x, topk_ids, topk_weights)
+    x_BTD, ids_BTK, weights_BTK = tokens if in_blocks else (t.unsqueeze(0) for t in tokens)
+    B, W = x_BTD.shape[0], w1.shape[0]
+    # Of this only the shape is read.
+    experts_BG = ids_BTK.new_empty(B, -(-W // max(B, 1)))
+    operands = (x_BTD, ids_BTK, weights_BTK, experts_BG, w1, given.get("w3"), w2, given.get("b1"), given.get("b3"))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given.values(), topk_weights)):
+        z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl_code)
+    else:
+        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl_code)
+    if "b2" in given:
+        z_BTD = z_BTD + _down_bias(ids_BTK, weights_BTK, given["b2"], experts_BG.shape[1])
+    return z_BTD if in_blocks else z_BTD.squeeze(0)
+
+
+def _down_bias(ids_BTK: Tensor, weights_BTK: Tensor, b2_WD: Tensor, G: int) -> Tensor:
+    """``sum over k of weights[t, k] * b2[ids[t, k]]``, as a matrix product with the weights by expert."""
+    (B, T, _), (W, D) = ids_BTK.shape, b2_WD.shape
+    acc = accumulation_dtype(b2_WD.dtype)
+    here = (ids_BTK >= 0) & (ids_BTK < G)
+    weights_BTG = weights_BTK.new_zeros(B, T, G, dtype=acc).scatter_add(
+        2, torch.where(here, ids_BTK, 0).to(torch.int64), torch.where(here, weights_BTK, 0).to(acc)
+    )
+    b2_BGD = torch.nn.functional.pad(b2_WD.to(acc), (0, 0, 0, B * G - W)).view(B, G, D)
+    return (weights_BTG @ b2_BGD).to(b2_WD.dtype)
+
+
+def _activation_code(activation: str) -> int:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
+    return ACTIVATIONS.index(activation)
+
+
+def _impl_code(impl: str | None) -> int:
+    if impl is None:
+        return AUTO
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None")
+    return IMPLEMENTATIONS[impl]
+
+
+def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+    x = given["x"]
+    if x.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {_FLOAT_DTYPES}")
+    for name, t in given.items():
+        if t.dtype != x.dtype:
+            raise TypeError(
+                f"{name}: dtype {t.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast"
+            )
+    if weights.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"topk_weights: dtype {weights.dtype} is not supported; use one of {_FLOAT_DTYPES}")
+    if ids.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"topk_ids: dtype {ids.dtype} is not supported; use int32 or int64")
+
+
+def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+    x, w1 = given["x"], given["w1"]
+    if x.ndim not in (2, 3):
+        raise ValueError(
+            f"x: expected [T, D] or [B, T, D], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)"
+        )
+    if ids.shape[:-1] != x.shape[:-1] or ids.ndim != x.ndim:
+        raise ValueError(
+            f"topk_ids: expected [{', '.join(map(str, x.shape[:-1]))}, K] to match x, got {list(ids.shape)}"
+        )
+    if weights.shape != ids.shape:
+        raise ValueError(f"topk_weights: expected {list(ids.shape)} to match topk_ids, got {list(weights.shape)}")
+    if w1.ndim != 3:
+        raise ValueError(f"w1: expected [E, D, F], got {list(w1.shape)}")
+    D, (W, _, F) = x.shape[-1], w1.shape
+    expected = {"w1": [W, D, F], "w3": [W, D, F], "w2": [W, F, D], "b1": [W, F], "b3": [W, F], "b2": [W, D]}
+    for name, shape in expected.items():
+        if name in given and list(given[name].shape) != shape:
+            _refuse_shape(name, given[name], shape, D)
+    if "b3" in given and "w3" not in given:
+        raise ValueError("b3: given without w3; leave it out, or give the projection that it belongs to")
+    if x.ndim == 3 and x.shape[0] == 0 and W:
+        raise ValueError(f"x: no block for {W} experts; give it at least one, of no tokens if there are none")
+    for name, t in {**given, "topk_ids": ids, "topk_weights": weights}.items():
+        if t.device != x.device:
+            raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
+
+
+def _refuse_shape(name: str, t: Tensor, shape: list[int], D: int) -> NoReturn:
+    turned = (t.ndim == 3 and list(t.mT.shape) == shape) or (name == "w1" and t.shape[2] == D)
+    hint = f"; {name} looks transposed, pass {name}.mT" if turned else ""
+    of = "x" if name == "w1" else "x and w1"
+    raise ValueError(f"{name}: expected {shape} to match {of}, got {list(t.shape)}{hint}")

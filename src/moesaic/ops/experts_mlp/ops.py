@@ -1,0 +1,167 @@
+"""torch.library definitions of experts_mlp: operators, fakes and gradients.
+
+``experts_mlp`` gives back, beside the result, the pre-activations that its gradient needs; where no gradient is asked
+for, ``experts_mlp_inference`` does not keep them. ``experts_mlp_backward`` gives all gradients at once; those that
+``needs`` does not name are zeros without memory. It has no gradient of its own.
+
+Tokens come in ``B`` blocks of ``N``, each with experts of its own: expert ``g`` of block ``b`` is matrix ``b * G + g``
+of the weights, and the last blocks may have fewer. An implementation sees one block: its ids are numbers of matrices.
+Of ``experts [B, G]`` only the shape is read. It tells ``G``, which a rank's shard of the weights alone would not.
+
+The first argument that is not a tensor is an int in each of them: DTensor's cache of sharding decisions ignores what
+stands before the first int.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.autocast import untouched_by_autocast
+from moesaic.ops.experts_mlp import auto
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS
+from moesaic.ops.experts_mlp.impl import reference
+from moesaic.ops.experts_mlp.impl import torch as torch_impl
+from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
+
+AUTO = 0
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2}
+_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl}
+
+_OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
+torch.library.define(
+    "moesaic::experts_mlp",
+    f"({_OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "moesaic::experts_mlp_inference",
+    f"({_OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> Tensor",
+)
+torch.library.define(
+    "moesaic::experts_mlp_backward",
+    f"(Tensor grad, {_OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, int impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros without memory."""
+    return like.new_zeros(1).expand(shape)
+
+
+def _problem(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Tensor, *others: Any) -> Problem:
+    """The one-block form: ids count the matrices of all blocks, those of copies that are not here are -1."""
+    B, G = experts_BG.shape
+    if B > 1:
+        first_B11 = torch.arange(0, B * G, G, device=ids_BNK.device)[:, None, None]
+        ids_BNK = torch.where((ids_BNK >= 0) & (ids_BNK < G), ids_BNK + first_B11, -1)
+    x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
+    w1, w3, w2, b1, b3, activation = others
+    return Problem(x_TD, ids_TK, weights_TK, w1, w3, w2, b1, b3, ACTIVATIONS[activation])
+
+
+@torch.library.impl("moesaic::experts_mlp", "default")
+@untouched_by_autocast
+def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, activation, impl = args
+    z_TD, h1_TKF, h3_TKF = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), True)
+    h1 = h1_TKF.unflatten(0, x.shape[:2])
+    return z_TD.view(x.shape), h1, _zeros(h1, *h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
+
+
+@torch.library.impl("moesaic::experts_mlp_inference", "default")
+@untouched_by_autocast
+def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
+    *tensors, activation, impl = args
+    return _MODULES[impl].forward(_problem(x, ids, *tensors, activation), False).z_TD.view(x.shape)
+
+
+@torch.library.impl("moesaic::experts_mlp_backward", "default")
+@untouched_by_autocast
+def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, h1, h3, activation, needs, impl = args
+    problem = _problem(x, ids, *tensors, activation)
+    h3_TKF = None if problem.w3_EDF is None else h3.flatten(0, 1)
+    found: Gradients = _MODULES[impl].backward(
+        grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs)
+    )
+    blank = _blank_gradients(x, ids, *tensors)
+    given = [b if g is None else g.view(b.shape) for b, g in zip(blank, found, strict=True)]
+    return tuple(given)
+
+
+def _blank_gradients(x: Tensor, ids: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[Tensor]:
+    """Zeros without memory in the place of every gradient, of an argument that is not given too."""
+    w1, _, w2, b1, b3 = args
+    W, _, F = w1.shape
+    return [
+        _zeros(x, *x.shape),
+        _zeros(weights, *weights.shape),
+        _zeros(w1, *w1.shape),
+        _zeros(w1, *w1.shape),
+        _zeros(w2, *w2.shape),
+        _zeros(w1 if b1 is None else b1, W, F),
+        _zeros(w1 if b3 is None else b3, W, F),
+    ]
+
+
+@torch.library.register_fake("moesaic::experts_mlp")
+def _forward_fake(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, w1, w3, *_ = args
+    h1 = x.new_empty(*ids.shape, w1.shape[2])
+    return x.new_empty(x.shape), h1, _zeros(h1, *h1.shape) if w3 is None else torch.empty_like(h1)
+
+
+@torch.library.register_fake("moesaic::experts_mlp_inference")
+def _inference_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("moesaic::experts_mlp_backward")
+def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, _, _, _, needs, _ = args
+    _, _, _, w3, _, b1, b3 = tensors
+    given = (True, True, True, w3 is not None, True, b1 is not None, b3 is not None and w3 is not None)
+    blank = _blank_gradients(x, ids, *tensors)
+    wanted = Needs.unpack(needs)
+    return tuple(b.new_empty(b.shape) if n and g else b for b, n, g in zip(blank, wanted, given, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, ctx.impl = inputs
+    _, h1, h3 = output
+    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, h1, h3)
+
+
+# Where they stand among the operators' arguments: x, weights, w1, w3, w2, b1, b3.
+_DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * 11
+    if grad is None:
+        return tuple(result)
+    needs = Needs(*(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE))
+    found = torch.ops.moesaic.experts_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs.pack(), ctx.impl)
+    for i, wanted, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
+        result[i] = gradient if wanted else None
+    return tuple(result)
+
+
+def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp")
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
+        "which can be differentiated any number of times"
+    )
+
+
+torch.library.register_autograd("moesaic::experts_mlp", _gradients, setup_context=_save)
+torch.library.register_autograd("moesaic::experts_mlp_inference", _nothing_is_kept)
+torch.library.register_autograd("moesaic::experts_mlp_backward", _no_second_derivative)

@@ -1,0 +1,67 @@
+"""What the permutation operators compute, in torch's own operations.
+
+They gather through an index and never scatter with atomics, so they are deterministic on every device.
+
+Legend: T tokens, K copies a token (top-k), R rows, D model dim, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.debug import debug_checks_enabled
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
+
+
+def sort_by_expert(ids: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat = ids.flatten().to(torch.int64)
+    valid = (flat >= 0) & (flat < num_experts)
+    key = torch.where(valid, flat, num_experts)
+    order = torch.sort(key, stable=True).indices
+    group_sizes_E = key.new_zeros(num_experts + 1).scatter_add_(0, key, torch.ones_like(key))[:num_experts]
+    num_valid = group_sizes_E.sum()
+    if (ids.device.type == "cpu" or debug_checks_enabled()) and int(num_valid) > num_rows:
+        raise ValueError(f"num_rows: {num_rows} rows cannot hold the {int(num_valid)} routed token copies")
+    rows = torch.arange(flat.numel(), device=ids.device)
+    positions = torch.empty_like(order).scatter_(0, order, rows)
+    positions = torch.where(valid, positions, -1).view(ids.shape)
+    slots = torch.where(rows < num_valid, order, -1)[:num_rows]
+    slots = torch.nn.functional.pad(slots, (0, num_rows - slots.numel()), value=-1)
+    return slots, positions, group_sizes_E.clone()
+
+
+def permute(x: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+    K = positions.shape[1]
+    if x.shape[0] == 0 or K == 0:
+        return x.new_zeros(slots.shape[0], x.shape[1])
+    y_RD = x.index_select(0, slots.clamp(min=0) // K)
+    if weights is not None:
+        weight_R = weights.flatten().index_select(0, slots.clamp(min=0))
+        acc = accumulation_dtype(x.dtype)
+        y_RD = (y_RD.to(acc) * weight_R.to(acc).unsqueeze(1)).to(x.dtype)
+    return y_RD.masked_fill_((slots < 0).unsqueeze(1), 0)
+
+
+def combine(y: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+    acc = accumulation_dtype(y.dtype)
+    z_TD = y.new_zeros(positions.shape[0], y.shape[1], dtype=acc)
+    if y.shape[0] == 0:
+        return z_TD.to(y.dtype)
+    for k, position_T in enumerate(positions.unbind(1)):
+        y_TD = y.index_select(0, position_T.clamp(min=0)).to(acc)
+        if weights is not None:
+            y_TD = y_TD * weights[:, k].to(acc).unsqueeze(1)
+        # Filled and not multiplied by zero: the row read for an absent copy may hold an Inf.
+        z_TD += y_TD.masked_fill_((position_T < 0).unsqueeze(1), 0)
+    return z_TD.to(y.dtype)
+
+
+def combine_weight_grad(y: Tensor, x: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    acc = accumulation_dtype(y.dtype)
+    gw_TK = y.new_zeros(positions.shape, dtype=acc)
+    if y.shape[0] == 0:
+        return gw_TK
+    x = x.to(acc)
+    for k, position_T in enumerate(positions.unbind(1)):
+        dot_T = (y.index_select(0, position_T.clamp(min=0)).to(acc) * x).sum(1)
+        gw_TK[:, k] = dot_T.masked_fill_(position_T < 0, 0)
+    return gw_TK
