@@ -108,10 +108,10 @@ def _down_bias(ids_BTK: Tensor, weights_BTK: Tensor, b2_WD: Tensor, G: int) -> T
     """``sum over k of weights[t, k] * b2[ids[t, k]]``, as a matrix product with the weights by expert."""
     (B, T, _), (W, D) = ids_BTK.shape, b2_WD.shape
     acc = accumulation_dtype(b2_WD.dtype)
-    here = (ids_BTK >= 0) & (ids_BTK < G)
-    weights_BTG = weights_BTK.new_zeros(B, T, G, dtype=acc).scatter_add(
-        2, torch.where(here, ids_BTK, 0).to(torch.int64), torch.where(here, weights_BTK, 0).to(acc)
-    )
+    # One column more than there are experts, for copies that are not here.
+    columns_BTK = torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK, G).to(torch.int64)
+    blank = weights_BTK.new_zeros(B, T, G + 1, dtype=acc)
+    weights_BTG = blank.scatter_add(2, columns_BTK, weights_BTK.to(acc))[..., :G]
     b2_BGD = torch.nn.functional.pad(b2_WD.to(acc), (0, 0, 0, B * G - W)).view(B, G, D)
     return (weights_BTG @ b2_BGD).to(b2_WD.dtype)
 

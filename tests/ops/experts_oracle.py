@@ -1,0 +1,178 @@
+"""What a right result of experts_mlp is: the loop over experts, in fp64 the truth, in the operands' dtype the measure.
+
+The rule: the largest error may be ``MARGINS`` times that of the loop in the same dtype, in which every intermediate is
+rounded to the dtype and products of half types are accumulated in fp32. Of few elements the largest error is luck:
+there one rounding of the largest value stands in for it if that is more, and twice the margin is allowed.
+
+Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts, r the copies of one expert.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moesaic.ops import ACTIVATIONS, activate, experts_mlp
+from tests.ops.strategies import with_strides
+
+HALF = (torch.bfloat16, torch.float16)
+MARGINS = {torch.bfloat16: 1.5, torch.float16: 1.5, torch.float32: 4.0, torch.float64: 4.0}
+FEW = 64
+OPERANDS = ("x", "weights", "w1", "w3", "w2", "b1", "b3", "b2")
+
+
+@dataclass(frozen=True, repr=False)
+class Experts:
+    """A call of ``experts_mlp``, and the gradient of its result. ``None`` for what is not given."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+    w1: Tensor
+    w3: Tensor | None
+    w2: Tensor
+    b1: Tensor | None
+    b3: Tensor | None
+    b2: Tensor | None
+    grad: Tensor
+    activation: str = "silu"
+
+    def __repr__(self) -> str:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        shapes = {n: f"{list(t.shape)} {t.stride()}" for n, t in tensors.items() if isinstance(t, Tensor)}
+        return f"Experts({self.x.dtype}, {self.activation}, ids {self.ids.tolist()}, {shapes})"
+
+    def operands(self) -> dict[str, Tensor]:
+        """The floating operands that are given."""
+        given = {name: getattr(self, name) for name in OPERANDS}
+        return {name: t for name, t in given.items() if t is not None}
+
+
+def experts(
+    T: int,
+    K: int,
+    E: int,
+    D: int,
+    F: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool = True,
+    biased: bool = False,
+    activation: str = "silu",
+    routing: str = "random",
+    weights_dtype: torch.dtype | None = None,
+    strides: str = "contiguous",
+    seed: int = 0,
+) -> Experts:
+    """Random operands. ``routing``: random with copies that are not here, all to one expert, or none here."""
+    g = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    def matrices(*shape: int) -> Tensor:
+        return with_strides(values(*shape, scale=max(shape[1], 1) ** -0.5), strides)
+
+    ids = torch.randint(-1, E + 1, (T, K), generator=g)
+    if routing == "one":
+        ids = torch.full((T, K), E - 1)
+    elif routing == "none":
+        ids = torch.full((T, K), E)
+    return Experts(
+        values(T, D),
+        ids,
+        torch.rand(T, K, generator=g, dtype=torch.float64).to(weights_dtype or dtype),
+        matrices(E, D, F),
+        matrices(E, D, F) if gated else None,
+        matrices(E, F, D),
+        values(E, F) if biased else None,
+        values(E, F) if biased and gated else None,
+        values(E, D) if biased else None,
+        values(T, D),
+        activation,
+    )
+
+
+@st.composite
+def any_experts(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Experts:
+    dim = st.sampled_from((1, 2, 3, 5, 8, 16, 17, 33, 64, 70))
+    dtype = draw(st.sampled_from(dtypes))
+    return experts(
+        draw(st.sampled_from((0, 1, 2, 5, 13, 40, 100))),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from((1, 2, 3, 7, 20))),
+        draw(dim),
+        draw(dim),
+        dtype,
+        gated=draw(st.booleans()),
+        biased=draw(st.booleans()),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        routing=draw(st.sampled_from(("random", "random", "random", "one", "none"))),
+        weights_dtype=draw(st.sampled_from((dtype, torch.float32))),
+        strides=draw(st.sampled_from(("contiguous", "transposed", "sliced"))),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def cast(p: Experts, dtype: torch.dtype) -> Experts:
+    changed: dict[str, Any] = {name: t.to(dtype) for name, t in p.operands().items()}
+    return replace(p, **changed, grad=p.grad.to(dtype))
+
+
+def loop(p: Experts) -> dict[str, Tensor]:
+    """The result ``z`` and the gradient of every operand, by the loop over experts and torch's own derivatives."""
+    leaf = {name: t.detach().clone().requires_grad_() for name, t in p.operands().items()}
+    z = torch.zeros_like(p.x)
+    for k in range(p.ids.shape[1]):
+        for e in range(p.w1.shape[0]):
+            t = (p.ids[:, k] == e).nonzero().squeeze(1)
+            y = leaf["x"][t] @ leaf["w1"][e]
+            y = activate(p.activation, y + leaf["b1"][e] if "b1" in leaf else y)
+            if "w3" in leaf:
+                up = leaf["x"][t] @ leaf["w3"][e]
+                y = y * (up + leaf["b3"][e] if "b3" in leaf else up)
+            y = y @ leaf["w2"][e]
+            y = y + leaf["b2"][e] if "b2" in leaf else y
+            z = z.index_add(0, t, (leaf["weights"][t, k].unsqueeze(1) * y).to(z.dtype))
+    return _with_gradients(z, leaf, p.grad)
+
+
+def run(impl: str | None, p: Experts) -> dict[str, Tensor]:
+    """The same by an implementation."""
+    leaf = {name: t.detach().requires_grad_() for name, t in p.operands().items()}
+    z = experts_mlp(
+        leaf["x"],
+        p.ids,
+        leaf["weights"],
+        leaf["w1"],
+        leaf.get("w3"),
+        leaf["w2"],
+        activation=p.activation,
+        b1=leaf.get("b1"),
+        b3=leaf.get("b3"),
+        b2=leaf.get("b2"),
+        impl=impl,
+    )
+    return _with_gradients(z, leaf, p.grad)
+
+
+def _with_gradients(z: Tensor, leaf: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    found = torch.autograd.grad(z, list(leaf.values()), grad, materialize_grads=True)
+    return {"z": z.detach()} | dict(zip(leaf, found, strict=True))
+
+
+def check(p: Experts, ours: dict[str, Tensor]) -> None:
+    """Assert that the result and all gradients are right, by the rule."""
+    truth, measure = loop(cast(p, torch.float64)), loop(p)
+    for name, t in ours.items():
+        assert t.dtype == (p.weights.dtype if name == "weights" else p.x.dtype), name
+        assert t.shape == truth[name].shape, name
+        if not t.numel():
+            continue
+        rounding = torch.finfo(p.x.dtype).eps * float(truth[name].abs().max())
+        allowed = max(float((measure[name].double() - truth[name]).abs().max()), rounding)
+        error = float((t.double() - truth[name]).abs().max())
+        margin = MARGINS[p.x.dtype] * (2 if t.numel() < FEW else 1)
+        assert error <= margin * allowed, f"{name}: error {error:g}, the loop's is {allowed:g}"
