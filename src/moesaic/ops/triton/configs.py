@@ -72,7 +72,7 @@ _HALF_TABLE = {
         "small": Config(16, 64, 64, warps=4, stages=2, ctas=2),
     },
     ("down_gradient", "some"): {
-        "hopper": Config(64, 64, 64, warps=4, stages=4, ctas=2),
+        "hopper": Config(64, 128, 64, warps=4, stages=4, ctas=2),
         "ampere": Config(64, 64, 64, warps=4, stages=3),
         "small": Config(64, 64, 64, warps=4, stages=2),
     },

@@ -75,6 +75,12 @@ def tile_rows(first, end, M: tl.constexpr):
 
 
 @triton.jit
+def halves(block, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right columns: what follows a product holds many values an element, and half at a time fits."""
+    return tl.split(tl.permute(tl.reshape(block, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def load_rows(row_pointers, k, K, stride, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """Columns ``k`` to ``k + BLOCK`` of rows, zero past K."""
     columns = k + tl.arange(0, BLOCK)

@@ -67,7 +67,7 @@ def _launch(
     num_blocks = triton.cdiv(K, config.BM) * triton.cdiv(N, config.BN)
     size = rows_per_chunk(groups.num_rows, num_blocks, config, gpu)
     chunks = chunk_map(groups, size)
-    is_split = groups.num_rows // size > 1
+    is_split = size < groups.num_rows
     partial_SKN = gw_EKN.new_empty(chunks.partials.shape[0] if is_split else 0, K, N, dtype=torch.float32)
     _weight_grad_kernel[(min(gpu.num_sms * config.ctas, chunks.chunks.shape[0] * num_blocks),)](
         x,
