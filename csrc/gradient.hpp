@@ -9,10 +9,10 @@ namespace moesaic::MOESAIC_ISA {
 
 template <class Kind>
 static void zero_tile(const Gradient &g, const GradientTask &t) {
-  constexpr int64_t kSize = sizeof(ElementOf<Kind>);
+  const int64_t size = g.gw_dtype == MOESAIC_BF16 ? 2 : 4;
   for (int64_t r = t.row; r < t.row + t.rows; ++r) {
-    char *out = static_cast<char *>(g.gw) + ((t.matrix * g.inner + r) * g.columns + t.column) * kSize;
-    __builtin_memset(out, 0, t.columns * kSize);
+    char *out = static_cast<char *>(g.gw) + ((t.matrix * g.inner + r) * g.columns + t.column) * size;
+    __builtin_memset(out, 0, t.columns * size);
   }
 }
 
@@ -28,16 +28,16 @@ INLINE int64_t rows_in(const Gradient &g, const RowBlock &b) {
                g.first_row[b.task->matrix + 1] - g.first_row[b.task->matrix] - b.first);
 }
 
-// Where the block's rows of an operand lie, if they follow each other.
+// Where the block's rows of an operand lie.
 template <class Kind>
-static Ahead rows_region(const Gradient &g, const moesaic_matrix &m, const RowBlock &b, int64_t column,
-                         int64_t columns) {
+static Ahead rows_region(const Gradient &g, const moesaic_matrix &m, const int64_t *numbers, const RowBlock &b,
+                         int64_t column, int64_t columns) {
   const int64_t n = b.task ? rows_in<Kind>(g, b) : 0;
   if (n <= 0 || m.column_stride != 1) return {};
-  const int64_t *rows = g.rows + g.first_row[b.task->matrix] + b.first;
-  if (rows[n - 1] - rows[0] != n - 1) return {};
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
-  return Ahead::region(element<Kind>(m, rows[0], column), n, columns * kSize, m.row_stride * kSize);
+  const int64_t first = g.first_row[b.task->matrix] + b.first;
+  return Ahead::region(element<Kind>(m, numbers ? 0 : first, column), n, columns * kSize, m.row_stride * kSize,
+                       numbers ? numbers + first : nullptr);
 }
 
 struct GradientScratch {
@@ -48,18 +48,19 @@ struct GradientScratch {
 // `next` is the block that comes after this one.
 template <class Kind>
 static void gradient_block(const Gradient &g, const RowBlock &b, const RowBlock &next, const GradientScratch &scratch) {
-  constexpr int64_t kSize = sizeof(ElementOf<Kind>);
+  const bool is_bf16 = g.gw_dtype == MOESAIC_BF16;
+  const int64_t size = is_bf16 ? 2 : 4;
   const GradientTask &t = *b.task;
-  const int64_t *rows = g.rows + g.first_row[t.matrix] + b.first;
+  const int64_t row = g.first_row[t.matrix] + b.first;
   const int64_t n = rows_in<Kind>(g, b);
-  const bool last = g.first_row[t.matrix] + b.first + n == g.first_row[t.matrix + 1];
+  const bool last = row + n == g.first_row[t.matrix + 1];
   const int64_t x_stride = ceil_div(t.rows, kLanes) * kLanes * kWord;
   const int64_t panels = ceil_div(t.columns, kPanel);
   const Strips strips(t.rows);
   Ahead ahead_x, ahead_grad;
   if (next.task) {
-    ahead_x = rows_region<Kind>(g, g.x, next, next.task->row, next.task->rows);
-    ahead_grad = rows_region<Kind>(g, g.grad, next, next.task->column, next.task->columns);
+    ahead_x = rows_region<Kind>(g, g.x, g.x_rows, next, next.task->row, next.task->rows);
+    ahead_grad = rows_region<Kind>(g, g.grad, g.grad_rows, next, next.task->column, next.task->columns);
   }
   Tile tile;
   tile.row_step = x_stride;
@@ -69,19 +70,20 @@ static void gradient_block(const Gradient &g, const RowBlock &b, const RowBlock 
   const int64_t bursts = panels * strips.count * (tile.words / kUnroll);
   ahead_x.spread(bursts);
   ahead_grad.spread(bursts);
-  pack_rows<Kind>(g.x, rows, 0, n, t.row, t.rows, scratch.x, x_stride);
+  pack_rows<Kind>(g.x, g.x_rows ? g.x_rows + row : nullptr, row, n, t.row, t.rows, scratch.x, x_stride);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t column = t.column + panel * kPanel;
     const int64_t width = least<int64_t>(kPanel, t.columns - panel * kPanel);
-    pack_rows<Kind>(g.grad, rows, 0, n, column, width, scratch.grad, kPanelBytes);
+    pack_rows<Kind>(g.grad, g.grad_rows ? g.grad_rows + row : nullptr, row, n, column, width, scratch.grad,
+                    kPanelBytes);
     tile.panel = scratch.grad;
-    tile.result = {nullptr,    b.first == 0, last, nullptr, g.columns * kSize, width, kSize == 2,
-                   g.stream && width == kPanel};
+    tile.result = {nullptr, b.first == 0, last, nullptr, g.columns * size, width, is_bf16,
+                   g.stream && width == kPanel, g.adds};
     for (int64_t s = 0; s < strips.count; ++s) {
       const int64_t r = strips.begin(s);
       const int height = static_cast<int>(strips.begin(s + 1) - r);
       for (int i = 0; i < height; ++i) tile.rows[i] = scratch.x + (r + i) * kWord;
-      tile.result.y = static_cast<char *>(g.gw) + ((t.matrix * g.inner + t.row + r) * g.columns + column) * kSize;
+      tile.result.y = static_cast<char *>(g.gw) + ((t.matrix * g.inner + t.row + r) * g.columns + column) * size;
       tile.result.sums = scratch.sums + (panel * kGradientRows + r) * kPanel;
       multiply_packed<Kind>(height, width, tile);
     }
@@ -100,7 +102,7 @@ static void gradient(const Gradient &g, Counter &counter, char *memory) {
     next = counter.next();
     const GradientTask &t = g.tasks[i];
     const int64_t rows = g.first_row[t.matrix + 1] - g.first_row[t.matrix];
-    if (!rows) zero_tile<Kind>(g, t);
+    if (!rows && !g.adds) zero_tile<Kind>(g, t);
     for (int64_t first = 0; first < rows; first += kRows) {
       RowBlock after;
       if (first + kRows < rows) {

@@ -9,6 +9,8 @@
 #include "turned.hpp"
 #include "product_tasks.hpp"
 #include "gradient.hpp"
+#include "activation.hpp"
+#include "experts.hpp"
 
 namespace moesaic::MOESAIC_ISA {
 
@@ -27,14 +29,11 @@ static double spin(int64_t rounds) {
   return 2.0 * static_cast<double>(rounds) * kChains * kLanes * Kind::kStep;
 }
 
-constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
-template <class Kind>
-constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
-template <class Kind>
-constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTurnedScratch ? kPanelScratch<Kind> : kTurnedScratch;
 template <class Kind>
 constexpr int64_t kGradientScratch =
     kGradientWords<Kind> * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
+template <class Kind>
+constexpr int64_t kUpScratch = kProductScratch<Kind> + 2 * kKeptSums * kWord;
 
 template <class Kind>
 constexpr Kernels table() {
@@ -43,9 +42,13 @@ constexpr Kernels table() {
           Kind::kStep,
           Kind::kWidens,
           kProductWords<Kind>,
-          kProductScratch<Kind> > kGradientScratch<Kind> ? kProductScratch<Kind> : kGradientScratch<Kind>,
+          kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,
           product<Kind>,
           gradient<Kind>,
+          up<Kind>,
+          down<Kind>,
+          combine<Kind>,
+          row_sums<Kind>,
           words_of_row<Kind>,
           spin<Kind>};
 }

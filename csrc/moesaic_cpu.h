@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 1
+#define MOESAIC_CPU_ABI 2
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -51,10 +51,57 @@ MOESAIC_API int moesaic_cpu_isa(void);
 MOESAIC_API int moesaic_cpu_grouped_mm(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix w, int64_t w_stride, void *y,
                            int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads);
 
-/* gw[e] = sum over the rows of e of x[r]^T grad[r]; zero where there are none.
-   x [rows, inner]; grad [rows, columns]; gw [matrices, inner, columns], contiguous, of the operands' dtype. */
+/* gw[e] = sum over the rows of e of x[r]^T grad[r]; zero where there are none. With `accumulate`, added to what gw holds.
+   x [rows, inner]; grad [rows, columns]; gw [matrices, inner, columns], contiguous. */
 MOESAIC_API int moesaic_cpu_weight_grad(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix grad, void *gw,
-                            int64_t inner, int64_t columns, int dtype, int isa, int threads);
+                            int64_t inner, int64_t columns, int dtype, int gw_dtype, int accumulate, int isa,
+                            int threads);
+
+/* Where the copies of tokens go. Those whose id is not that of an expert are not here. */
+typedef struct {
+  const int64_t *ids;   /* [tokens, copies] */
+  const float *weights; /* likewise */
+  int64_t tokens, copies;
+} moesaic_routing;
+
+typedef struct {
+  moesaic_matrix matrix;
+  int64_t stride; /* from expert to expert */
+} moesaic_weights;
+
+enum moesaic_activation {
+  MOESAIC_SILU = 0,
+  MOESAIC_GELU = 1,
+  MOESAIC_GELU_TANH = 2,
+  MOESAIC_RELU = 3,
+  MOESAIC_RELU2 = 4, /* relu squared */
+};
+
+/* Gated MLPs, or without w3.matrix.data MLPs: (act(x @ w1 + b1) * (x @ w3 + b3)) @ w2. All of one dtype. */
+typedef struct {
+  moesaic_weights w1, w3, w2; /* [experts, dim, hidden], the same, [experts, hidden, dim] */
+  moesaic_matrix b1, b3;      /* [experts, hidden]; data may be NULL */
+  int64_t experts, dim, hidden;
+  int32_t activation, dtype;
+} moesaic_experts;
+
+/* z[t] = sum over the copies k of token t of weights[t, k] * mlp(x[t], expert of t, k).
+   x [tokens, dim]; z likewise, contiguous; h1, h3 [tokens, copies, hidden], contiguous: the pre-activations,
+   zero for copies that are not here, or NULL. */
+MOESAIC_API int moesaic_cpu_experts(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x, void *z,
+                        void *h1, void *h3, int isa, int threads);
+
+/* Results of the backward pass, contiguous; NULL where one is not wanted. */
+typedef struct {
+  void *x;
+  float *weights;
+  void *w1, *w3, *w2, *b1, *b3;
+} moesaic_experts_grads;
+
+/* The gradients, from that of z and from h1 and h3. */
+MOESAIC_API int moesaic_cpu_experts_backward(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x,
+                                 moesaic_matrix grad, const void *h1, const void *h3,
+                                 const moesaic_experts_grads *grads, int isa, int threads);
 
 /* Multiply-adds of registers alone, to measure the machine's peak: the floating-point operations that it did. */
 MOESAIC_API double moesaic_cpu_spin(int64_t rounds, int dtype, int isa);

@@ -43,9 +43,11 @@ static void pack_rows(const moesaic_matrix &m, const int64_t *numbers, int64_t f
   }
 }
 
-// The same for a matrix whose columns are contiguous: the summed dim lies in order, so words are read whole.
+// The same for a matrix whose columns are contiguous: the summed dim lies in order, so words are read whole. Columns
+// are `numbers[column..]` where there are numbers.
 template <class Kind>
-static void pack_columns(const moesaic_matrix &m, int64_t first, int64_t n, int64_t column, int64_t width, char *out) {
+static void pack_columns(const moesaic_matrix &m, const int64_t *numbers, int64_t first, int64_t n, int64_t column,
+                         int64_t width, char *out) {
   const int64_t words = ceil_div(n, Kind::kStep);
   for (int64_t c = 0; c < width; c += kLanes) {
     for (int64_t w = 0; w < words; w += kLanes) {
@@ -53,7 +55,11 @@ static void pack_columns(const moesaic_matrix &m, int64_t first, int64_t n, int6
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
         const int64_t there = c + i < width ? n - w * Kind::kStep : 0;
-        square[i] = there > 0 ? Kind::along(element<Kind>(m, first + w * Kind::kStep, column + c + i), there) : zero();
+        square[i] = zero();
+        if (there > 0) {
+          const int64_t at = numbers ? numbers[column + c + i] : column + c + i;
+          square[i] = Kind::along(element<Kind>(m, first + w * Kind::kStep, at), there);
+        }
       }
       transpose(square);
       const int64_t here = least<int64_t>(kLanes, words - w);

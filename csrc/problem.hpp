@@ -32,10 +32,17 @@ class Counter {
   int64_t value_ = 0;
 };
 
-struct Product {
-  moesaic_matrix x;  // rows of whole words, see `words`
-  moesaic_matrix w;
+// x @ w, over rows of whole words of x, see `words`.
+struct Term {
+  moesaic_matrix x, w;
   int64_t w_stride;
+};
+
+// The sum of up to two terms, of the same sizes.
+struct Product {
+  Term terms[2];
+  int num_terms;
+  const int64_t *x_rows;  // the row of x that each row of the result takes; NULL: the same
   void *y;
   int64_t inner, columns;
   int y_dtype;
@@ -47,11 +54,58 @@ struct Gradient {
   moesaic_matrix x, grad;
   void *gw;
   int64_t inner, columns;
-  const int64_t *rows;      // row numbers, matrix after matrix
-  const int64_t *first_row; // [matrices + 1], into `rows`
+  int gw_dtype;
+  const int64_t *x_rows, *grad_rows;  // row numbers, matrix after matrix; NULL: they follow each other
+  const int64_t *first_row;           // [matrices + 1], into them
   const GradientTask *tasks;
   int64_t num_tasks;
-  bool stream;              // write around the caches
+  bool stream;  // write around the caches
+  bool adds;    // to what is there
+};
+
+// What the experts' kernels share: where the copies of tokens lie. Row r of the sorted order is copy `slots[r]`.
+struct Up {
+  Product gate, up;  // without `up` (num_terms is 0) there is no gate: act(x @ w1)
+  moesaic_matrix b1, b3;  // of elements; row e is expert e's; data may be NULL
+  const int64_t *slots;
+  void *h;  // sorted rows of `h_stride` elements
+  int64_t h_stride;
+  void *h1, *h3;  // by slot; may be NULL
+  int activation;
+  int64_t num_tasks;
+};
+
+// The gradient of h, and what follows from it.
+struct Down {
+  Product product;  // grad @ w2^T; without terms only `h` is wanted
+  const int64_t *slots;
+  const float *weights;  // by slot
+  const void *h1, *h3;   // by slot
+  void *dh1, *dh3, *h;   // sorted rows of `stride` elements: gradients of h1 and h3, and weight * h; may be NULL
+  int64_t stride;
+  float *dots;  // [rows, panels]: parts of <grad, h @ w2>; may be NULL
+  int activation;
+  int64_t num_tasks;
+};
+
+// z[t] = sum over k of weights[t, k] * y[positions[t, k]], where there is such a row.
+struct Combine {
+  const void *y;
+  const int64_t *positions;
+  const float *weights;  // NULL: 1
+  int64_t tokens, copies, columns;
+  void *z;
+  int64_t tokens_at_once;
+  int64_t num_tasks;
+};
+
+// sums[e] = the sum of the rows of e.
+struct RowSums {
+  const void *rows;
+  int64_t stride, columns;
+  const int64_t *first_row;
+  void *sums;
+  int64_t num_tasks;
 };
 
 // The kernels of one instruction set and dtype. The threads of a call run the same function with one counter.
@@ -66,6 +120,10 @@ struct Kernels {
   int64_t scratch_bytes;
   void (*product)(const Product &, Counter &, char *scratch);
   void (*gradient)(const Gradient &, Counter &, char *scratch);
+  void (*up)(const Up &, Counter &, char *scratch);
+  void (*down)(const Down &, Counter &, char *scratch);
+  void (*combine)(const Combine &, Counter &, char *scratch);
+  void (*row_sums)(const RowSums &, Counter &, char *scratch);
   // Row `r` of any matrix as words, with zeros after its end.
   void (*words)(const moesaic_matrix &, int64_t r, int64_t inner, void *out);
   double (*spin)(int64_t rounds);
@@ -78,6 +136,7 @@ constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one p
 constexpr int64_t kWideWords = 96;
 constexpr int64_t kOneTileWords = 32;    // likewise where one tile has all the rows, and the weights are read but once
 constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
+constexpr int64_t kKeptPanels = 4;       // likewise where the sums of two products are kept until both are there
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;
 

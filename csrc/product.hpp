@@ -1,42 +1,74 @@
-// y = x @ w[e]: a task is rows of one group against a panel of columns.
+// y = x @ w[e], or a sum of two such products: a task is rows of one group against a panel of columns.
 //
 // The panel is packed once, a block of the summed dim at a time, and serves all rows of the task. Where columns are
-// adjacent in memory the uppermost tile packs it on the way; while tiles multiply, the next block is brought in.
+// adjacent in memory the uppermost tile packs it on the way; while tiles multiply, the next block is brought in. Rows
+// of x are read where they lie, so that gathering them costs nothing.
 #pragma once
 
 namespace moesaic::MOESAIC_ISA {
 
 struct Block {
+  int64_t term;
   int64_t first, count;  // elements of the summed dim
 };
 
 template <class Kind>
 INLINE int64_t num_blocks(const Product &p, const ProductTask &t) {
-  return ceil_div(p.inner, t.block_words * Kind::kStep);
+  return p.num_terms * ceil_div(p.inner, t.block_words * Kind::kStep);
 }
 
 template <class Kind>
 INLINE Block block(const Product &p, const ProductTask &t, int64_t i) {
-  const int64_t count = t.block_words * Kind::kStep, first = i * count;
-  return {first, least(count, p.inner - first)};
+  const int64_t count = t.block_words * Kind::kStep, blocks = ceil_div(p.inner, count);
+  const int64_t first = i % blocks * count;
+  return {i / blocks, first, least(count, p.inner - first)};
 }
 
 template <class Kind>
-INLINE moesaic_matrix weight(const Product &p, int64_t matrix) {
-  return {static_cast<const ElementOf<Kind> *>(p.w.data) + matrix * p.w_stride, p.w.row_stride, p.w.column_stride};
+INLINE moesaic_matrix weight(const Term &term, int64_t matrix) {
+  return {static_cast<const ElementOf<Kind> *>(term.w.data) + matrix * term.w_stride, term.w.row_stride,
+          term.w.column_stride};
+}
+
+// Where the sums of a task go: to the result, or, kept, panel after panel of fp32.
+struct Place {
+  char *data;
+  int64_t row_bytes, panel_bytes;
+  bool is_bf16, kept;
+
+  INLINE char *at(const Place &p, int64_t row, int64_t column) {
+    return p.data + row * p.row_bytes + column / kPanel * p.panel_bytes + column % kPanel * (p.is_bf16 ? 2 : 4);
+  }
+};
+
+INLINE Place place(const Product &p, const ProductTask &t, float *keep) {
+  if (keep) return {reinterpret_cast<char *>(keep), kPanelBytes, t.rows * kPanelBytes, false, true};
+  const bool is_bf16 = p.y_dtype == MOESAIC_BF16;
+  const int64_t size = is_bf16 ? 2 : 4;
+  return {static_cast<char *>(p.y) + (t.first_row * p.columns + t.column) * size, p.columns * size, kPanel * size,
+          is_bf16, false};
+}
+
+INLINE int64_t row_of_x(const Product &p, int64_t row) { return p.x_rows ? p.x_rows[row] : row; }
+
+template <class Kind>
+INLINE const char *words_of_x(const Term &term, int64_t row, int64_t k) {
+  return static_cast<const char *>(term.x.data) + (row * term.x.row_stride + k / Kind::kStep) * kWord;
 }
 
 // Whether the rows are so few that packing would cost more than it saves, and the summed dim is contiguous.
 INLINE bool takes_dots(const Product &p, const ProductTask &t) {
-  return t.rows <= kFewRows && t.columns <= kPanel && p.w.row_stride == 1 && p.w.column_stride != 1;
+  const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
+  return t.rows <= kFewRows && t.columns <= kPanel && a.row_stride == 1 && a.column_stride != 1 && b.row_stride == 1 &&
+         b.column_stride != 1;
 }
 
 template <class Kind>
 static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index) {
-  if (t.matrix < 0 || takes_dots(p, t)) return {};
+  if (t.matrix < 0 || !p.inner || takes_dots(p, t)) return {};
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
-  const moesaic_matrix w = weight<Kind>(p, t.matrix);
   const Block b = block<Kind>(p, t, index);
+  const moesaic_matrix w = weight<Kind>(p.terms[b.term], t.matrix);
   const int64_t width = t.columns;
   const void *start = element<Kind>(w, b.first, t.column);
   if (w.column_stride == 1) return Ahead::region(start, b.count, width * kSize, w.row_stride * kSize);
@@ -45,90 +77,98 @@ static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index
 }
 
 template <class Kind, int ROWS>
-static void dots(const Product &p, const ProductTask &t) {
+static void dots(const Product &p, const ProductTask &t, const Place &out) {
   constexpr int kAtOnce = 4;
-  const moesaic_matrix w = weight<Kind>(p, t.matrix);
   const int64_t words = ceil_div(p.inner, Kind::kStep);
   const int64_t width = t.columns;  // one panel
-  const char *x = static_cast<const char *>(p.x.data) + t.first_row * p.x.row_stride * kWord;
-  float sums[ROWS][kPanel];
-  for (int64_t c = 0; c < width; c += kAtOnce) {
-    Reg sum[kAtOnce][ROWS];
-    const ElementOf<Kind> *columns[kAtOnce];
-#pragma GCC unroll 4
-    for (int j = 0; j < kAtOnce; ++j) {
-      columns[j] = element<Kind>(w, 0, t.column + least<int64_t>(c + j, width - 1));
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) sum[j][i] = zero();
+  float sums[ROWS][kPanel] = {};
+  for (int term = 0; term < p.num_terms; ++term) {
+    const moesaic_matrix w = weight<Kind>(p.terms[term], t.matrix);
+    const float *x[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      x[i] = reinterpret_cast<const float *>(words_of_x<Kind>(p.terms[term], row_of_x(p, t.first_row + i), 0));
     }
-    auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-      Reg a[ROWS];
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) {
-        a[i] = load_f32(reinterpret_cast<const float *>(x + (i * p.x.row_stride + k) * kWord), words - k);
-      }
+    for (int64_t c = 0; c < width; c += kAtOnce) {
+      Reg sum[kAtOnce][ROWS];
+      const ElementOf<Kind> *columns[kAtOnce];
 #pragma GCC unroll 4
       for (int j = 0; j < kAtOnce; ++j) {
-        const Reg b = Kind::along(columns[j] + k * Kind::kStep, n);
-        _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T0);
+        columns[j] = element<Kind>(w, 0, t.column + least<int64_t>(c + j, width - 1));
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
+        for (int i = 0; i < ROWS; ++i) sum[j][i] = zero();
       }
-    };
-    for (int64_t k = 0; k < words; k += kLanes) step(k, p.inner - k * Kind::kStep);
-    for (int j = 0; j < kAtOnce && c + j < width; ++j)
-      for (int i = 0; i < ROWS; ++i) sums[i][c + j] = total(sum[j][i]);
+      auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+        Reg a[ROWS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) a[i] = load_f32(x[i] + k, words - k);
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) {
+          const Reg b = Kind::along(columns[j] + k * Kind::kStep, n);
+          _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T0);
+#pragma GCC unroll 4
+          for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
+        }
+      };
+      for (int64_t k = 0; k < words; k += kLanes) step(k, p.inner - k * Kind::kStep);
+      for (int j = 0; j < kAtOnce && c + j < width; ++j)
+        for (int i = 0; i < ROWS; ++i) sums[i][c + j] += total(sum[j][i]);
+    }
   }
   for (int i = 0; i < ROWS; ++i) {
     for (int64_t c = 0; c < width; c += kLanes) {
-      const int64_t at = (t.first_row + i) * p.columns + t.column + c;
+      char *at = Place::at(out, i, c);
       const Reg v = load_f32(sums[i] + c, width - c);
-      if (p.y_dtype == MOESAIC_BF16) {
-        store_bf16(static_cast<uint16_t *>(p.y) + at, v, width - c);
+      if (out.is_bf16) {
+        store_bf16(reinterpret_cast<uint16_t *>(at), v, width - c);
       } else {
-        store_f32(static_cast<float *>(p.y) + at, v, width - c);
+        store_f32(reinterpret_cast<float *>(at), v, width - c);
       }
     }
   }
 }
 
+// The rows of x of a strip, to be brought in while the one above multiplies.
 template <class Kind>
-INLINE const char *words_of_x(const Product &p, int64_t row, int64_t k) {
-  return static_cast<const char *>(p.x.data) + (row * p.x.row_stride + k / Kind::kStep) * kWord;
+INLINE Ahead rows_of_strip(const Product &p, const Term &term, int64_t row, int64_t rows, const Block &b,
+                           int64_t words) {
+  const int64_t bytes = words * kWord, stride = term.x.row_stride * kWord;
+  if (p.x_rows) return Ahead::region(words_of_x<Kind>(term, 0, b.first), rows, bytes, stride, p.x_rows + row);
+  return Ahead::region(words_of_x<Kind>(term, row, b.first), rows, bytes, stride);
 }
 
 // One panel and block of the summed dim: leaves the panel in `packed` where more than one tile needs it.
 template <class Kind>
 static void multiply_panel(const Product &p, const ProductTask &t, int64_t column, const Block &b, Tile &tile,
-                           char *packed, float *sums) {
-  const int64_t y_size = p.y_dtype == MOESAIC_BF16 ? 2 : 4;
-  const moesaic_matrix w = weight<Kind>(p, t.matrix);
-  const int64_t width = least<int64_t>(kPanel, t.column + t.columns - column);
+                           const Place &out, char *packed, float *sums) {
+  const Term &term = p.terms[b.term];
+  const moesaic_matrix w = weight<Kind>(term, t.matrix);
+  const int64_t width = least<int64_t>(kPanel, t.columns - column);
   const Strips strips(t.rows);
   tile.result.columns = width;
+  tile.panel_stride = w.row_stride;
   const bool in_place = w.column_stride == 1 && width == kPanel && b.count % Kind::kStep == 0;
   if (!in_place) {
     if (w.row_stride == 1 && w.column_stride != 1) {
-      pack_columns<Kind>(w, b.first, b.count, column, width, packed);
+      pack_columns<Kind>(w, nullptr, b.first, b.count, t.column + column, width, packed);
     } else {
-      pack_rows<Kind>(w, nullptr, b.first, b.count, column, width, packed, kPanelBytes);
+      pack_rows<Kind>(w, nullptr, b.first, b.count, t.column + column, width, packed, kPanelBytes);
     }
   }
   for (int64_t s = 0; s < strips.count; ++s) {
     const int64_t r = strips.begin(s);
     const int rows = static_cast<int>(strips.begin(s + 1) - r);
-    for (int i = 0; i < rows; ++i) tile.rows[i] = words_of_x<Kind>(p, t.first_row + r + i, b.first);
+    for (int i = 0; i < rows; ++i) tile.rows[i] = words_of_x<Kind>(term, row_of_x(p, t.first_row + r + i), b.first);
     Ahead below;
-    if (column == t.column && s + 1 < strips.count) {
-      below = Ahead::region(words_of_x<Kind>(p, t.first_row + strips.begin(s + 1), b.first), kHeight - 1,
-                            tile.words * kWord, p.x.row_stride * kWord);
+    if (column == 0 && s + 1 < strips.count) {
+      const int64_t next = strips.begin(s + 1), end = strips.begin(s + 2);
+      below = rows_of_strip<Kind>(p, term, t.first_row + next, end - next, b, tile.words);
       below.spread(tile.words / kUnroll);
     }
     tile.ahead_rows = &below;
-    tile.result.y = static_cast<char *>(p.y) + ((t.first_row + r) * p.columns + column) * y_size;
+    tile.result.y = Place::at(out, r, column);
     tile.result.sums = sums + r * kPanel;
     if (in_place && s == 0) {
-      tile.panel = reinterpret_cast<const char *>(element<Kind>(w, b.first, column));
+      tile.panel = reinterpret_cast<const char *>(element<Kind>(w, b.first, t.column + column));
       if (strips.count == 1) {
         by_rows<Kind, kVectors, Source::kInPlace>(rows, tile);
       } else {
@@ -143,21 +183,19 @@ static void multiply_panel(const Product &p, const ProductTask &t, int64_t colum
 
 // One block of the summed dim. `ahead` is the block that follows.
 template <class Kind>
-static void multiply_block(const Product &p, const ProductTask &t, int64_t index, Ahead ahead, char *packed,
-                           float *sums) {
-  const bool is_bf16 = p.y_dtype == MOESAIC_BF16;
+static void multiply_block(const Product &p, const ProductTask &t, int64_t index, Ahead ahead, const Place &out,
+                           char *packed, float *sums) {
   const Block b = block<Kind>(p, t, index);
   Tile tile;
   tile.row_step = kWord;
   tile.words = ceil_div(b.count, Kind::kStep);
   tile.packed = packed;
-  tile.panel_stride = p.w.row_stride;
   tile.ahead = &ahead;
   ahead.spread(Strips(t.rows).count * ceil_div(t.columns, kPanel) * (tile.words / kUnroll));
-  tile.result = {nullptr, index == 0, index + 1 == num_blocks<Kind>(p, t), nullptr, p.columns * (is_bf16 ? 2 : 4), 0,
-                 is_bf16, false};
+  tile.result = {nullptr, index == 0, !out.kept && index + 1 == num_blocks<Kind>(p, t), nullptr, out.row_bytes, 0,
+                 out.is_bf16, false, false};
   for (int64_t c = 0; c < t.columns; c += kPanel) {
-    multiply_panel<Kind>(p, t, t.column + c, b, tile, packed, sums + c * t.rows);
+    multiply_panel<Kind>(p, t, c, b, tile, out, packed, sums + c * t.rows);
   }
 }
 

@@ -3,43 +3,56 @@
 
 namespace moesaic::MOESAIC_ISA {
 
+constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
 template <class Kind>
-static void zero_rows(const Product &p, const ProductTask &t) {
-  const int64_t y_size = p.y_dtype == MOESAIC_BF16 ? 2 : 4;
-  __builtin_memset(static_cast<char *>(p.y) + t.first_row * p.columns * y_size, 0, t.rows * p.columns * y_size);
+constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
+template <class Kind>
+constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTurnedScratch ? kPanelScratch<Kind> : kTurnedScratch;
+
+// The task's part of the result where there is nothing to sum.
+static void zero_task(const Place &out, const ProductTask &t) {
+  const int64_t panels = ceil_div(t.columns, kPanel);
+  if (out.kept) {
+    __builtin_memset(out.data, 0, panels * out.panel_bytes);
+    return;
+  }
+  for (int64_t r = 0; r < t.rows; ++r) __builtin_memset(Place::at(out, r, 0), 0, t.columns * (out.is_bf16 ? 2 : 4));
+}
+
+// One task, into `keep` if that is given. `next` of `next_product` is the task that follows.
+template <class Kind>
+static void product_task(const Product &p, const ProductTask &t, const Product &next_product, const ProductTask *next,
+                         float *keep, char *scratch) {
+  const Place out = place(p, t, keep);
+  if (t.matrix < 0 || !p.inner) return zero_task(out, t);
+  if (takes_dots(p, t)) {
+    switch (t.rows) {
+      case 1: return dots<Kind, 1>(p, t, out);
+      case 2: return dots<Kind, 2>(p, t, out);
+      case 3: return dots<Kind, 3>(p, t, out);
+      default: return dots<Kind, 4>(p, t, out);
+    }
+  }
+  if (takes_turn<Kind>(p, t)) return turned_product<Kind>(p, t, next_product, next, out, scratch);
+  float *sums = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
+  const int64_t blocks = num_blocks<Kind>(p, t);
+  for (int64_t b = 0; b < blocks; ++b) {
+    Ahead ahead;
+    if (b + 1 < blocks) {
+      ahead = weight_region<Kind>(p, t, b + 1);
+    } else if (next) {
+      ahead = weight_region<Kind>(next_product, *next, 0);
+    }
+    multiply_block<Kind>(p, t, b, ahead, out, scratch, sums);
+  }
 }
 
 template <class Kind>
 static void product(const Product &p, Counter &counter, char *scratch) {
-  char *packed = scratch;
-  float *sums = reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
   // A task is claimed one ahead, so that its panel can be brought in.
   for (int64_t i = counter.next(), next; i < p.num_tasks; i = next) {
     next = counter.next();
-    const ProductTask &t = p.tasks[i];
-    if (t.matrix < 0) {
-      zero_rows<Kind>(p, t);
-    } else if (takes_dots(p, t)) {
-      switch (t.rows) {
-        case 1: dots<Kind, 1>(p, t); break;
-        case 2: dots<Kind, 2>(p, t); break;
-        case 3: dots<Kind, 3>(p, t); break;
-        default: dots<Kind, 4>(p, t);
-      }
-    } else if (takes_turn<Kind>(p, t)) {
-      turned_product<Kind>(p, t, next < p.num_tasks ? &p.tasks[next] : nullptr, scratch);
-    } else {
-      const int64_t blocks = num_blocks<Kind>(p, t);
-      for (int64_t b = 0; b < blocks; ++b) {
-        Ahead ahead;
-        if (b + 1 < blocks) {
-          ahead = weight_region<Kind>(p, t, b + 1);
-        } else if (next < p.num_tasks) {
-          ahead = weight_region<Kind>(p, p.tasks[next], 0);
-        }
-        multiply_block<Kind>(p, t, b, ahead, packed, sums);
-      }
-    }
+    product_task<Kind>(p, p.tasks[i], p, next < p.num_tasks ? &p.tasks[next] : nullptr, nullptr, scratch);
   }
 }
 

@@ -24,17 +24,24 @@ constexpr int64_t kGradientWords = sizeof(typename Kind::Element) == 4 ? 128 : 2
 // stop the loads of the tile itself.
 struct Ahead {
   const char *at = nullptr;
-  int64_t row_skip = 0;  // from behind a row's last line to the next row's first
+  const char *base = nullptr;
+  const int64_t *numbers = nullptr;  // of the rows, from `base`; NULL: they follow each other
+  int64_t stride = 0;                // bytes from row to row
   int64_t row_lines = 0, left_in_row = 0;
+  int64_t row = 0;
   int64_t lines = 0;
   int64_t burst = 0;
 
-  INLINE Ahead region(const void *data, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
+  INLINE Ahead region(const void *data, int64_t rows, int64_t row_bytes, int64_t stride_bytes,
+                      const int64_t *numbers = nullptr) {
     Ahead a;
-    a.at = static_cast<const char *>(data);
+    if (rows <= 0) return a;
+    a.base = static_cast<const char *>(data);
+    a.numbers = numbers;
+    a.stride = stride_bytes;
     a.row_lines = a.left_in_row = ceil_div(row_bytes, 64);
-    a.row_skip = stride_bytes - a.row_lines * 64;
     a.lines = rows * a.row_lines;
+    a.at = a.base + (numbers ? numbers[0] * stride_bytes : 0);
     return a;
   }
   void spread(int64_t calls) { burst = calls > 0 ? ceil_div(lines, calls) : 0; }
@@ -43,15 +50,16 @@ constexpr int64_t kUnroll = 8;  // words between bursts
 
 __attribute__((always_inline)) static inline void bring(Ahead &a) {
   const int64_t n = least(a.burst, a.lines);
-  a.lines -= n;
   for (int64_t i = 0; i < n; ++i) {
     _mm_prefetch(a.at, _MM_HINT_T0);
     a.at += 64;
-    if (--a.left_in_row == 0) {
-      a.at += a.row_skip;
+    if (--a.left_in_row == 0 && a.lines > i + 1) {
+      ++a.row;
+      a.at = a.base + (a.numbers ? a.numbers[a.row] : a.row) * a.stride;
       a.left_in_row = a.row_lines;
     }
   }
+  a.lines -= n;
 }
 
 // Where the sums of a tile go: to the result, or to `sums` until the last block of the summed dim has come.
@@ -63,6 +71,7 @@ struct Result {
   int64_t columns;
   bool is_bf16;
   bool around_caches;  // whole, aligned lines only
+  bool adds;           // to what is there
 };
 
 struct Tile {
@@ -98,6 +107,17 @@ INLINE void finish(const Result &r, Reg (&sum)[ROWS][VECTORS]) {
     return;
   }
   char *y = r.y;
+  if (r.adds) {
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const int64_t here = r.columns - v * kLanes;
+        const char *there = r.y + i * r.row_bytes;
+        sum[i][v] = add(sum[i][v], r.is_bf16 ? load_elements(reinterpret_cast<const uint16_t *>(there) + v * kLanes, here)
+                                             : load_elements(reinterpret_cast<const float *>(there) + v * kLanes, here));
+      }
+  }
 #pragma GCC unroll 6
   for (int i = 0; i < ROWS; ++i) {
     if (r.is_bf16) {

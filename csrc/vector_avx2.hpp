@@ -23,6 +23,29 @@ INLINE float total(Reg v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+INLINE Reg all(float v) { return _mm256_set1_ps(v); }
+INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+INLINE Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+INLINE Reg magnitude(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+INLINE Reg nearest(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The second where either is NaN.
+INLINE Reg larger(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+INLINE Reg smaller(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+// `yes` where a <= b, `no` where not or where either is NaN.
+INLINE Reg where_at_most(Reg a, Reg b, Reg yes, Reg no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+// a * 2^n of a whole n in -150..128, in two steps of which neither leaves the exponents there are.
+INLINE Reg times_power_of_2(Reg a, Reg n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  auto power = [&](__m256i e) __attribute__((always_inline)) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, bias), 23));
+  };
+  return mul(mul(a, power(half)), power(_mm256_sub_epi32(whole, half)));
+}
 INLINE Reg broadcast(const char *p) {
   float word;
   __builtin_memcpy(&word, p, 4);
@@ -72,6 +95,14 @@ INLINE void store_bf16(uint16_t *p, Reg v, int64_t n) {
 INLINE void stream_bf16(uint16_t *p, Reg lo, Reg hi) {
   _mm256_stream_si256(reinterpret_cast<__m256i *>(p), _mm256_set_m128i(narrow(hi), narrow(lo)));
 }
+
+// Up to a vector of elements as fp32, and back.
+INLINE Reg load_elements(const float *p, int64_t n) { return load_f32(p, n); }
+INLINE Reg load_elements(const uint16_t *p, int64_t n) { return widen(load_16(p, n)); }
+INLINE Reg rounded_to(const float *, Reg v) { return v; }
+INLINE Reg rounded_to(const uint16_t *, Reg v) { return widen(narrow(v)); }
+INLINE void store_elements(float *p, Reg v, int64_t n) { store_f32(p, v, n); }
+INLINE void store_elements(uint16_t *p, Reg v, int64_t n) { store_bf16(p, v, n); }
 
 // 8 vectors of 8 words: rows become columns.
 INLINE void transpose(Reg *v) {

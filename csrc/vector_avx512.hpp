@@ -19,6 +19,22 @@ INLINE Reg load(const void *p) { return _mm512_loadu_ps(p); }
 INLINE void store(void *p, Reg v) { _mm512_storeu_ps(p, v); }
 INLINE void stream(void *p, Reg v) { _mm512_stream_ps(static_cast<float *>(p), v); }
 INLINE float total(Reg v) { return _mm512_reduce_add_ps(v); }
+INLINE Reg all(float v) { return _mm512_set1_ps(v); }
+INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+INLINE Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+INLINE Reg magnitude(Reg a) { return _mm512_abs_ps(a); }
+INLINE Reg nearest(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The second where either is NaN.
+INLINE Reg larger(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+INLINE Reg smaller(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+// `yes` where a <= b, `no` where not or where either is NaN.
+INLINE Reg where_at_most(Reg a, Reg b, Reg yes, Reg no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), yes);
+}
+// a * 2^n of a whole n in -150..128.
+INLINE Reg times_power_of_2(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
 INLINE Reg broadcast(const char *p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);
@@ -57,6 +73,14 @@ INLINE void stream_bf16(uint16_t *p, Reg lo, Reg hi) {
   __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(lo)), narrow(hi), 1);
   _mm512_stream_si512(reinterpret_cast<__m512i *>(p), both);
 }
+
+// Up to a vector of elements as fp32, and back.
+INLINE Reg load_elements(const float *p, int64_t n) { return load_f32(p, n); }
+INLINE Reg load_elements(const uint16_t *p, int64_t n) { return widen(load_16(p, n)); }
+INLINE Reg rounded_to(const float *, Reg v) { return v; }
+INLINE Reg rounded_to(const uint16_t *, Reg v) { return widen(narrow(v)); }
+INLINE void store_elements(float *p, Reg v, int64_t n) { store_f32(p, v, n); }
+INLINE void store_elements(uint16_t *p, Reg v, int64_t n) { store_bf16(p, v, n); }
 
 // 16 vectors of 16 words: rows become columns.
 INLINE void transpose(Reg *v) {

@@ -19,10 +19,10 @@ def drained():
     """Nothing idle from before, and nothing lent after."""
     gc.collect()
     pool.kernels().library.moesaic_pool_limit(0)
-    pool._limit.cache_clear()
+    pool.limit.cache_clear()
     before = pool.state().lent
     yield
-    pool._limit.cache_clear()
+    pool.limit.cache_clear()
     assert pool.state().lent == before
 
 
@@ -64,7 +64,7 @@ def test_much_larger_memory_is_kept_for_larger_results():
 
 def test_limit(monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU_POOL_MB", "16")
-    pool._limit.cache_clear()
+    pool.limit.cache_clear()
     tensors = [pool.empty((2 * MB,), torch.float32) for _ in range(3)]
     assert pool.state()[1:] == (0, 16 * MB)
     del tensors
@@ -73,7 +73,7 @@ def test_limit(monkeypatch):
 
 def test_off(monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU_POOL_MB", "0")
-    pool._limit.cache_clear()
+    pool.limit.cache_clear()
     before = lent()
     kept = pool.empty((2 * MB,), torch.float32)
     assert lent() == before
@@ -84,7 +84,7 @@ def test_off(monkeypatch):
 @pytest.mark.parametrize("bad", ["-1", "1.5", "many", ""])
 def test_bad_limit(bad, monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU_POOL_MB", bad)
-    pool._limit.cache_clear()
+    pool.limit.cache_clear()
     with pytest.raises(ValueError, match=f"MOESAIC_CPU_POOL_MB: got '{bad}'; give a number of megabytes"):
         pool.empty((2 * MB,), torch.float32)
 

@@ -19,6 +19,7 @@ FLAT = torch.tensor([3, 0, 4, 2])
 IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, 1]])
 K, N = 13, 14
 AUTO = 0
+SILU = 0
 
 
 def random(*shape: int) -> Tensor:
@@ -56,6 +57,45 @@ def permuting() -> dict:
     }
 
 
+def fused() -> dict:
+    """experts_mlp and its backward: 4 blocks of 5 tokens, 3 copies each, of 3 experts a block or fewer."""
+    B, N, C, G, D, F = 4, 5, 3, 3, 6, 7
+    ids = torch.randint(-1, G, (B, N, C), generator=torch.Generator().manual_seed(1))
+    # The expert that is missing is the last block's last.
+    few = torch.cat([ids[:-1], torch.where(ids[-1:] == G - 1, -1, ids[-1:])])
+    x, weights, grad = random(B, N, D), random(B, N, C), random(B, N, D).flip(0)
+
+    def operands(W: int, ids: Tensor, *, gated: bool = True, biased: bool = False) -> tuple:
+        w3, b1 = random(W, D, F) + 1 if gated else None, random(W, F) if biased else None
+        b3 = random(W, F) + 1 if gated and biased else None
+        return (x, ids, weights, random(B, G), random(W, D, F), w3, random(W, F, D), b1, b3)
+
+    forms = {
+        "biased": operands(12, ids, biased=True),
+        "plain": operands(12, ids, gated=False),
+        "fewer": operands(11, few),
+    }
+    calls = {}
+    for form, args in forms.items():
+        meshes = [(2, 2)] if form == "fewer" else []
+        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, AUTO), {"axes": (2,), "meshes": meshes}
+        calls[f"inference, {form}"] = (
+            ops.experts_mlp_inference,
+            (*args, SILU, AUTO),
+            {"axes": (2,), "meshes": [], "backward": False},
+        )
+    args = forms["biased"]
+    _, h1, h3 = ops.experts_mlp(*args, SILU, AUTO)
+    everything = (grad, *args, h1, h3, SILU, 0b1111111, AUTO)
+    # It has no gradient.
+    calls["experts_backward, biased"] = (
+        ops.experts_mlp_backward,
+        everything,
+        {"axes": (2, 4), "meshes": [], "backward": False},
+    )
+    return calls
+
+
 def as_text(records) -> list:
     return [
         [[" ".join(map(short, p)) for p in r.inputs], [" ".join(map(short, p)) for p in r.outputs], r.error]
@@ -65,7 +105,7 @@ def as_text(records) -> list:
 
 if __name__ == "__main__":
     found = {}
-    for name, (op, args, options) in (grouped() | permuting()).items():
+    for name, (op, args, options) in (grouped() | permuting() | fused()).items():
         report = moesaic.prove(op, *args, **options)
         kinds = ("admitted", "wrong", "missing", "hidden")
         found[name] = {kind: as_text(getattr(report, kind)) for kind in kinds} | {"notes": report.notes}

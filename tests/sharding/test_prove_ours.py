@@ -7,7 +7,15 @@ import pytest
 
 FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
 BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
+FUSED = [f"{op}, {form}" for op in ("experts_mlp", "inference") for form in ("biased", "plain", "fewer")]
+FUSED.append("experts_backward, biased")
 PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "combine_weight_grad", "sort_by_expert"]
+
+
+def is_reduced(placements):
+    """Whether one of them is Partial. (A rule passes Partial through to all results or to none.)"""
+    return any(p.startswith("P") for p in placements)
+
 
 # Right, and not admitted: by operator, why, and which placements of inputs and results. Nothing else may be missing.
 DELIBERATE = {
@@ -26,6 +34,12 @@ DELIBERATE = {
         "tokens in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(0)",
         "copies in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(1)",
     },
+    "experts_mlp": {
+        "the pre-activations are not linear in what the result is linear in": lambda *all: is_reduced(all[:9]),
+    },
+    "experts_backward": {
+        "one gradient or another is not linear in it": lambda grad, *others: is_reduced(others[:11]),
+    },
 }
 
 
@@ -34,13 +48,13 @@ def found(fresh_python):
     return json.loads(fresh_python(Path(__file__).with_name("proofs_of_ours.py")).stdout)
 
 
-@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING)
+@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED)
 def test_nothing_is_wrong(found, name):
     assert found[name]["wrong"] == []
     assert found[name]["admitted"]
 
 
-@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING)
+@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED)
 def test_nothing_is_missing_but_on_purpose(found, name):
     reasons = DELIBERATE.get(name.partition(",")[0], {})
     unexplained = []
@@ -74,3 +88,10 @@ def test_experts_over_one_axis_and_their_matrices_over_the_other(found):
     admitted = [(inputs, outputs) for inputs, outputs, _ in found["grouped_mm, own"]["admitted"]]
     assert (["S(0) R", "S(0) S(2)", "S(0) R"], ["S(0) S(1)"]) in admitted
     assert (["S(0) S(1)", "S(0) S(1)", "S(0) R"], ["S(0) P"]) in admitted
+
+
+def test_experts_mlp_is_expert_token_and_tensor_parallel(found):
+    admitted = [(inputs, outputs) for inputs, outputs, _ in found["experts_mlp, fewer"]["admitted"]]
+    assert (["S(0)"] * 7, ["S(0)"] * 3) in admitted
+    assert (["S(1)"] * 3 + ["R"] * 4, ["S(1)"] * 3) in admitted
+    assert (["R"] * 4 + ["S(2)", "S(2)", "S(1)"], ["P", "S(3)", "S(3)"]) in admitted

@@ -16,7 +16,7 @@ import torch
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
-_ABI = 1
+_ABI = 2
 
 
 class Groups(ctypes.Structure):
@@ -36,6 +36,40 @@ class Matrix(ctypes.Structure):
     """``moesaic_matrix`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64))
+
+
+class Weights(ctypes.Structure):
+    """``moesaic_weights`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (("matrix", Matrix), ("stride", ctypes.c_int64))
+
+
+class Routing(ctypes.Structure):
+    """``moesaic_routing`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("copies", ctypes.c_int64),
+    )
+
+
+class Experts(ctypes.Structure):
+    """``moesaic_experts`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (
+        *((name, Weights) for name in ("w1", "w3", "w2")),
+        *((name, Matrix) for name in ("b1", "b3")),
+        *((name, ctypes.c_int64) for name in ("experts", "dim", "hidden")),
+        *((name, ctypes.c_int32) for name in ("activation", "dtype")),
+    )
+
+
+class ExpertsGrads(ctypes.Structure):
+    """``moesaic_experts_grads`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3"))
 
 
 class Kernels(NamedTuple):
@@ -70,12 +104,14 @@ def kernels() -> Kernels | str:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    groups = ctypes.POINTER(Groups)
+    groups, routing, experts, grads = (ctypes.POINTER(t) for t in (Groups, Routing, Experts, ExpertsGrads))
     signatures = {
         "moesaic_cpu_abi": (i32,),
         "moesaic_cpu_isa": (i32,),
         "moesaic_cpu_grouped_mm": (i32, groups, Matrix, Matrix, i64, pointer, i64, i64, i32, i32, i32, i32),
-        "moesaic_cpu_weight_grad": (i32, groups, Matrix, Matrix, pointer, i64, i64, i32, i32, i32),
+        "moesaic_cpu_weight_grad": (i32, groups, Matrix, Matrix, pointer, i64, i64, i32, i32, i32, i32, i32),
+        "moesaic_cpu_experts": (i32, routing, experts, Matrix, pointer, pointer, pointer, i32, i32),
+        "moesaic_cpu_experts_backward": (i32, routing, experts, Matrix, Matrix, pointer, pointer, grads, i32, i32),
         "moesaic_cpu_spin": (ctypes.c_double, i64, i32, i32),
         "moesaic_pool_limit": (None, i64),
         "moesaic_pool_state": (None, ctypes.POINTER(i64), ctypes.POINTER(i64)),

@@ -34,7 +34,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         isinstance(loaded, str)
         or dtype not in DTYPES
         or dtype.itemsize * torch.Size(shape).numel() < SMALLEST
-        or _limit(loaded) == 0
+        or limit(loaded) == 0
         or torch.are_deterministic_algorithms_enabled()  # torch fills what is uninitialised then
     ):
         return torch.empty(shape, dtype=dtype)
@@ -52,7 +52,7 @@ def state() -> PoolState:
         return PoolState(0, 0, 0)
     lent, idle = ctypes.c_int64(), ctypes.c_int64()
     loaded.library.moesaic_pool_state(ctypes.byref(lent), ctypes.byref(idle))
-    return PoolState(lent.value, idle.value, _limit(loaded))
+    return PoolState(lent.value, idle.value, limit(loaded))
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
@@ -61,10 +61,11 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 @functools.cache
-def _limit(loaded: Kernels) -> int:
+def limit(loaded: Kernels) -> int:
+    """The most bytes that are kept idle. The kernels' own buffers lie in the pool too, once this was called."""
     text = os.environ.get("MOESAIC_CPU_POOL_MB", str(_DEFAULT_MB))
     if not text.isdecimal():
         raise ValueError(f"MOESAIC_CPU_POOL_MB: got {text!r}; give a number of megabytes, 0 for no pool")
-    limit = int(text) << 20
-    loaded.library.moesaic_pool_limit(limit)
-    return limit
+    most = int(text) << 20
+    loaded.library.moesaic_pool_limit(most)
+    return most

@@ -48,12 +48,15 @@ sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=
 # pre-activations lie by token and copy, not sorted by expert, and so are dims like any other.
 _tokens, _weights = "b n d!, b n k, b n k, ~b e", "(b e)? d! f, (b e)? d! f, (b e)? f d!"
 _biases, _hidden = "(b e)? f, (b e)? f", "b n k f, b n k f"
+_shapes_of_biases = "~(b e)? f, ~(b e)? f"
 sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
-sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!", linear=["weights", "w2"], redistribute=["experts"])(
-    _ops.experts_mlp_inference
-)
 sharding_rule(
-    f"b n d!, {_tokens}, {_weights}, {_biases}, {_hidden} -> b n d!, b n k, {_weights}, {_biases}",
+    f"{_tokens}, {_weights}, {_biases} -> b n d!",
+    linear=["weights", ("w3", "b3"), "w2"],
+    redistribute=["experts"],
+)(_ops.experts_mlp_inference)
+sharding_rule(
+    f"b n d!, {_tokens}, {_weights}, {_shapes_of_biases}, {_hidden} -> b n d!, b n k, {_weights}, {_biases}",
     linear=["grad"],
     redistribute=["grad", "experts"],
 )(_ops.experts_mlp_backward)

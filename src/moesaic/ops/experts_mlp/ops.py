@@ -21,14 +21,14 @@ from torch import Tensor
 from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
-from moesaic.ops.experts_mlp.impl import reference
+from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
 
 AUTO = 0
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "triton": 4}
-_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 4: triton_impl}
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
+_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
 _OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(
@@ -46,7 +46,7 @@ torch.library.define(
 )
 
 
-def _zeros(like: Tensor, *shape: int) -> Tensor:
+def _zeros(like: Tensor, *shape: Any) -> Tensor:
     """Zeros without memory."""
     return like.new_zeros(1).expand(shape)
 
@@ -134,6 +134,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     _, h1, h3 = output
     # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h1, h3)
     ctx.save_for_backward(*tensors, h1, h3)
 
 
@@ -141,7 +142,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 _DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * 11
     if grad is None:
         return tuple(result)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.ops.fastest import shape_class
 from moesaic.ops.triton import device, tuner
 from moesaic.ops.triton.maps import Groups
 
@@ -31,10 +32,6 @@ class Config:
     ctas: int = 1
 
 
-# Largest average of rows a group in each shape class.
-_CLASSES = {"few": 16, "some": 64}
-_MANY = "many"
-
 _HALF_TABLE = {
     ("matmul", "few"): {
         "hopper": Config(16, 64, 128, warps=4, stages=4, ctas=2),
@@ -46,7 +43,7 @@ _HALF_TABLE = {
         "ampere": Config(64, 128, 64, warps=4, stages=3),
         "small": Config(64, 64, 64, warps=4, stages=2),
     },
-    ("matmul", _MANY): {
+    ("matmul", "many"): {
         "hopper": Config(128, 256, 64, warps=8, stages=3),
         "ampere": Config(128, 128, 64, warps=8, stages=3),
         "small": Config(128, 64, 64, warps=4, stages=2),
@@ -61,7 +58,7 @@ _HALF_TABLE = {
         "ampere": Config(64, 64, 64, warps=4, stages=3),
         "small": Config(64, 64, 64, warps=4, stages=2),
     },
-    ("up_projection", _MANY): {
+    ("up_projection", "many"): {
         "hopper": Config(128, 128, 64, warps=8, stages=4),
         "ampere": Config(128, 128, 32, warps=8, stages=4),
         "small": Config(64, 64, 64, warps=4, stages=2),
@@ -76,7 +73,7 @@ _HALF_TABLE = {
         "ampere": Config(64, 64, 64, warps=4, stages=3),
         "small": Config(64, 64, 64, warps=4, stages=2),
     },
-    ("down_gradient", _MANY): {
+    ("down_gradient", "many"): {
         "hopper": Config(128, 128, 64, warps=8, stages=4),
         "ampere": Config(128, 128, 32, warps=8, stages=4),
         "small": Config(64, 64, 64, warps=4, stages=2),
@@ -91,7 +88,7 @@ _HALF_TABLE = {
         "ampere": Config(128, 128, 32, warps=8, stages=3),
         "small": Config(64, 64, 32, warps=4, stages=2),
     },
-    ("weight_grad", _MANY): {
+    ("weight_grad", "many"): {
         "hopper": Config(128, 256, 64, warps=8, stages=3),
         "ampere": Config(128, 128, 64, warps=8, stages=3),
         "small": Config(64, 64, 64, warps=4, stages=2),
@@ -102,7 +99,7 @@ _HALF_TABLE = {
 _FP32 = {
     "few": Config(16, 64, 32, warps=4, stages=3, ctas=2),
     "some": Config(64, 64, 32, warps=8, stages=2),
-    _MANY: Config(64, 64, 32, warps=8, stages=2),
+    "many": Config(64, 64, 32, warps=8, stages=2),
 }
 
 _INTERPRETED = Config(32, 32, 32, GROUP_M=2)
@@ -110,18 +107,13 @@ _INTERPRETED = Config(32, 32, 32, GROUP_M=2)
 
 def choose(kernel: str, x_RK: Tensor, *, K: int, N: int, groups: Groups, run: Callable[[Config], object]) -> Config:
     """The configuration of a launch; ``run(config)`` is the launch, for the tuner to time."""
-    default = table(kernel, x_RK.dtype, shape_class(groups), device.describe(x_RK.device).kind)
+    B, G = groups.bounds.shape[0], groups.bounds.shape[1] - 2
+    shape = shape_class(groups.num_rows, B * G)
+    default = table(kernel, x_RK.dtype, shape, device.describe(x_RK.device).kind)
     if not tuner.is_enabled():
         return default
     key = f"{kernel} {x_RK.dtype} K={K} N={N} groups={groups.bounds.numel()} rows=2^{groups.num_rows.bit_length()}"
     return tuner.best(key, default, x_RK.device, run)
-
-
-def shape_class(groups: Groups) -> str:
-    """By the average number of rows a group, for their numbers are known to the device alone."""
-    B, G = groups.bounds.shape[0], groups.bounds.shape[1] - 2
-    average = groups.num_rows / max(B * G, 1)
-    return next((name for name, most in _CLASSES.items() if average <= most), _MANY)
 
 
 def table(kernel: str, dtype: torch.dtype, shape: str, kind: str) -> Config:

@@ -34,8 +34,10 @@ def _admitted(trial: Trial, rule: Rule | None) -> list[Inputs]:
     line = trial.example.line
     if rule is None or line is None:
         return []
+    # The example's has no patterns for the tensors that are not given.
+    whole = next(other for other in rule.lines if other.text == line.text)
     present = tuple(name in trial.example.names for name in rule.tensors)
-    return [tuple((p,) for p in choice.inputs) for choice in choices_for(rule, line, present)]
+    return [tuple((p,) for p in choice.inputs) for choice in choices_for(rule, whole, present)]
 
 
 def _near(inputs: Inputs, of_tensors: Sequence[Sequence[Placements]]) -> Iterator[Inputs]:

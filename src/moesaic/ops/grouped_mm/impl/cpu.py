@@ -37,10 +37,33 @@ def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtyp
 
 
 def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
+    gw_EKN = pool.empty((num_matrices, x_RK.shape[1], grad_RN.shape[1]), x_RK.dtype)
+    _weight_grad(gw_EKN, x_RK, grad_RN, sizes_BG, accumulate=False)
+    return gw_EKN
+
+
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    """``into[e] += sum over the groups of e of x[rows].T @ grad[rows]``, each sum in fp32 and rounded once.
+
+    ``into`` is contiguous, of the operands' dtype or fp32, and keeps its values where an expert has no rows.
+    """
+    if into_EKN.dtype not in (x_RK.dtype, torch.float32):
+        raise TypeError(
+            f"into: got {into_EKN.dtype} for operands of {x_RK.dtype}; accumulate into that dtype or torch.float32"
+        )
+    K, N = x_RK.shape[1], grad_RN.shape[1]
+    if into_EKN.shape[1:] != (K, N) or not into_EKN.is_contiguous():
+        raise ValueError(
+            f"into: got shape {list(into_EKN.shape)} and strides {into_EKN.stride()}; "
+            f"give a contiguous [E, K, N] tensor with K {K} and N {N}"
+        )
+    _weight_grad(into_EKN, x_RK, grad_RN, sizes_BG, accumulate=True)
+
+
+def _weight_grad(gw_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, *, accumulate: bool) -> None:
     library, isa = _kernels(x_RK, grad_RN)
-    (R, K), N = x_RK.shape, grad_RN.shape[1]
-    gw_EKN = pool.empty((num_matrices, K, N), x_RK.dtype)
-    groups, keep = _groups(sizes_BG, R, num_matrices)
+    R, (E, K, N) = x_RK.shape[0], gw_EKN.shape
+    groups, keep = _groups(sizes_BG, R, E)
     status = library.moesaic_cpu_weight_grad(
         groups,
         _matrix(x_RK),
@@ -49,11 +72,12 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
         K,
         N,
         DTYPES[x_RK.dtype],
+        DTYPES[gw_EKN.dtype],
+        accumulate,
         isa,
         torch.get_num_threads(),
     )
-    _check(status, R, keep, num_matrices)
-    return gw_EKN
+    _check(status, R, keep, E)
 
 
 def _kernels(x: Tensor, other: Tensor) -> Kernels:

@@ -1,0 +1,160 @@
+#include "tasks.hpp"
+
+#include <new>
+
+namespace moesaic {
+namespace {
+
+constexpr int64_t kTasksPerThread = 4;   // so that no thread is left with the last large task
+constexpr int64_t kSmallestSplit = 48;   // rows; fewer would be packed for too little
+constexpr int64_t kStreamedBytes = 8 << 20;  // results that fit in a cache are better left there
+constexpr int64_t kPooledBytes = 1 << 20;
+constexpr int64_t kRowsAtOnce = 64;
+
+}  // namespace
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return __builtin_cpu_supports("avx512bf16") ? MOESAIC_ISA_AVX512_BF16 : MOESAIC_ISA_AVX512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MOESAIC_ISA_AVX2;
+#endif
+  return MOESAIC_ISA_NONE;
+}
+
+const Kernels *kernels(int dtype, int isa) {
+  static const int best = best_isa();
+  if (isa > best || (dtype != MOESAIC_F32 && dtype != MOESAIC_BF16)) return nullptr;
+  const bool f32 = dtype == MOESAIC_F32;
+  switch (isa) {
+    case MOESAIC_ISA_AVX2: return f32 ? &avx2::f32 : &avx2::bf16;
+    case MOESAIC_ISA_AVX512: return f32 ? &avx512::f32 : &avx512::bf16;
+    case MOESAIC_ISA_AVX512_BF16: return f32 ? &avx512_bf16::f32 : &avx512_bf16::bf16;
+    default: return nullptr;
+  }
+}
+
+bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vector<Group> &padding) {
+  const int64_t capacity = g.blocks ? g.rows / g.blocks : g.rows;
+  if (!g.blocks && g.rows) padding.push_back({0, g.rows, -1});
+  for (int64_t b = 0; b < g.blocks; ++b) {
+    int64_t used = 0;
+    for (int64_t i = 0; i < g.groups; ++i) {
+      const int64_t size = g.sizes[b * g.groups + i];
+      const int64_t matrix = g.shared ? i : b * g.groups + i;
+      if (size < 0 || size > capacity - used || (size && matrix >= g.matrices)) return false;
+      if (size) groups.push_back({b * capacity + used, size, matrix});
+      used += size;
+    }
+    if (used < capacity) padding.push_back({b * capacity + used, capacity - used, -1});
+  }
+  return true;
+}
+
+Layout layout(const moesaic_matrix &w) {
+  return w.column_stride == 1 ? Layout::kRows : w.row_stride == 1 ? Layout::kColumns : Layout::kApart;
+}
+
+// How a product is cut. The order of a sum, and with it the bits of the result, follows from the size of the group alone;
+// where tasks begin also from the number of threads.
+std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
+                                       int64_t columns, const Kernels &k, Layout w, Limits limits, int threads) {
+  const int64_t panel = k.panel, panels = ceil_div(columns, panel);
+  int64_t most_rows = limits.rows, most_panels = limits.wide_panels;
+  const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
+  auto is_wide = [&](const Group &g) { return (in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows; };
+  auto words = [&](const Group &g) {
+    if (!in_rows || !is_wide(g)) return k.block_words;
+    return g.rows <= k.height ? kOneTileWords : kWideWords;
+  };
+  auto count = [&] {
+    int64_t n = 0;
+    for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * (is_wide(g) ? ceil_div(panels, most_panels) : panels);
+    return n;
+  };
+  while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
+    if (most_panels > 1) {
+      most_panels /= 2;
+    } else {
+      most_rows /= 2;
+    }
+  }
+  std::vector<ProductTask> tasks;
+  tasks.reserve(count() + padding.size());
+  for (const Group &g : groups) {
+    const int64_t parts = ceil_div(g.rows, most_rows);
+    const int64_t width = (is_wide(g) ? most_panels : 1) * panel;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
+      for (int64_t c = 0; c < columns; c += width) {
+        tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(width, columns - c),
+                         words(g)});
+      }
+    }
+  }
+  for (const Group &g : padding) {
+    for (int64_t r = 0; r < g.rows; r += kProductRows) {
+      tasks.push_back({g.first_row + r, std::min(kProductRows, g.rows - r), -1, 0, columns, 0});
+    }
+  }
+  return tasks;
+}
+
+std::vector<GradientTask> gradient_tasks(int64_t matrices, int64_t inner, int64_t columns) {
+  const int64_t parts = ceil_div(inner, kGradientRows), wide = ceil_div(columns, kGradientColumns);
+  std::vector<GradientTask> tasks;
+  tasks.reserve(matrices * parts * wide);
+  for (int64_t m = 0; m < matrices; ++m) {
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = i * inner / parts, end = (i + 1) * inner / parts;
+      for (int64_t c = 0; c < columns; c += kGradientColumns) {
+        tasks.push_back({m, begin, end - begin, c, std::min(kGradientColumns, columns - c)});
+      }
+    }
+  }
+  return tasks;
+}
+
+bool is_streamed(const void *result, int64_t row_bytes, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(result) % 64 == 0 && row_bytes % 64 == 0 && bytes >= kStreamedBytes;
+}
+
+char *Workspace::take(int64_t bytes) {
+  release();
+  pooled_ = bytes >= kPooledBytes;
+  // Never NULL for no bytes at all.
+  data_ = static_cast<char *>(pooled_ ? moesaic_pool_take(bytes) : malloc(std::max<int64_t>(bytes, 1)));
+  if (!data_) throw std::bad_alloc();
+  return data_;
+}
+
+void Workspace::release() {
+  if (pooled_) {
+    moesaic_pool_give(data_);
+  } else {
+    free(data_);
+  }
+  data_ = nullptr;
+}
+
+void as_words(moesaic_matrix &x, int64_t rows, int64_t inner, const Kernels &k, Workspace &copy, int threads) {
+  if (x.column_stride == 1 && !k.widens && inner % k.step == 0 && x.row_stride % k.step == 0) {
+    x.row_stride /= k.step;
+    return;
+  }
+  const int64_t words = ceil_div(inner, k.step), chunks = ceil_div(rows, kRowsAtOnce);
+  char *out = copy.take(rows * words * 4);
+  Counter counter;
+  in_parallel(static_cast<int>(std::min<int64_t>(threads, chunks)), [&] {
+    for (int64_t i = counter.next(); i < chunks; i = counter.next()) {
+      const int64_t end = std::min(rows, (i + 1) * kRowsAtOnce);
+      for (int64_t r = i * kRowsAtOnce; r < end; ++r) k.words(x, r, inner, out + r * words * 4);
+    }
+  });
+  x = {out, words, 1};
+}
+
+}  // namespace moesaic

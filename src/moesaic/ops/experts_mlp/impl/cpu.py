@@ -1,0 +1,122 @@
+"""experts_mlp by the kernels of ``csrc/``: fp32 and bf16 on CPU, any strides.
+
+No gathered copy of the tokens and no pass of its own for the activation: rows are gathered by the products that read
+them, and the activation is applied to sums that have not left the cache. The same call gives the same bits, whatever
+the number of threads.
+
+Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from moesaic.ops import pool
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS
+from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.native import DTYPES, Experts, ExpertsGrads, Kernels, Matrix, Routing, Weights, kernels
+
+_OK, _OUT_OF_MEMORY = 0, 2
+
+
+def forward(problem: Problem, save: bool) -> Forward:
+    library, isa = _kernels(problem)
+    x_TD, (T, K), F = problem.x_TD, problem.ids_TK.shape, problem.w1_EDF.shape[2]
+    routing, keep = _routing(problem)
+    z_TD = pool.empty(tuple(x_TD.shape), x_TD.dtype)
+    h1_TKF = pool.empty((T, K, F), x_TD.dtype) if save else None
+    h3_TKF = pool.empty((T, K, F), x_TD.dtype) if save and problem.w3_EDF is not None else None
+    status = library.moesaic_cpu_experts(
+        routing,
+        _experts(problem),
+        _matrix(x_TD),
+        z_TD.data_ptr(),
+        _pointer(h1_TKF),
+        _pointer(h3_TKF),
+        isa,
+        torch.get_num_threads(),
+    )
+    del keep
+    _check(status)
+    return Forward(z_TD, h1_TKF, h3_TKF)
+
+
+def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
+    library, isa = _kernels(problem)
+    routing, keep = _routing(problem)
+    h1_TKF, h3_TKF = h1_TKF.contiguous(), None if h3_TKF is None else h3_TKF.contiguous()
+    p = problem
+    given = (p.x_TD, p.weights_TK, p.w1_EDF, p.w3_EDF, p.w2_EFD, p.b1_EF, p.b3_EF)
+    dtypes = (p.x_TD.dtype, torch.float32, *[p.x_TD.dtype] * 5)
+    found = [
+        pool.empty(tuple(t.shape), dtype) if wanted and t is not None else None
+        for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
+    ]
+    status = library.moesaic_cpu_experts_backward(
+        routing,
+        _experts(problem),
+        _matrix(p.x_TD),
+        _matrix(grad_TD),
+        h1_TKF.data_ptr(),
+        _pointer(h3_TKF),
+        ExpertsGrads(*map(_pointer, found)),
+        isa,
+        torch.get_num_threads(),
+    )
+    del keep
+    _check(status)
+    x, weights, *others = found
+    return Gradients(x, None if weights is None else weights.to(p.weights_TK.dtype), *others)
+
+
+def _kernels(problem: Problem) -> Kernels:
+    x = problem.x_TD
+    if x.device.type != "cpu":
+        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
+    if x.dtype not in DTYPES:
+        raise TypeError(f'impl: "cpu" has no kernels for {x.dtype}; use "torch" or None')
+    loaded = kernels()
+    if isinstance(loaded, str):
+        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    pool.limit(loaded)  # the kernels take their own memory from it
+    return loaded
+
+
+def _routing(problem: Problem) -> tuple[Routing, tuple[Tensor, Tensor]]:
+    # The second result owns the memory that the first points to.
+    ids_TK = problem.ids_TK.to(torch.int64).contiguous()
+    weights_TK = problem.weights_TK.to(torch.float32).contiguous()
+    return Routing(ids_TK.data_ptr(), weights_TK.data_ptr(), *ids_TK.shape), (ids_TK, weights_TK)
+
+
+def _experts(problem: Problem) -> Experts:
+    return Experts(
+        _weights(problem.w1_EDF),
+        _weights(problem.w3_EDF),
+        _weights(problem.w2_EFD),
+        _matrix(problem.b1_EF),
+        _matrix(problem.b3_EF),
+        *problem.w1_EDF.shape,
+        ACTIVATIONS.index(problem.activation),
+        DTYPES[problem.x_TD.dtype],
+    )
+
+
+def _weights(t: Tensor | None) -> Weights:
+    return Weights() if t is None else Weights(_matrix(t), t.stride(0))
+
+
+def _matrix(t: Tensor | None) -> Matrix:
+    return Matrix() if t is None else Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def _check(status: int) -> None:
+    if status == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError("experts_mlp: no memory for the kernels' buffers")
+    if status != _OK:
+        raise RuntimeError(f"experts_mlp: the CPU kernels returned status {status}")

@@ -1,0 +1,177 @@
+// Random problems for the experts' entry points, against a loop over copies of tokens.
+//
+// With relu every value is a small number that both types hold, or is rounded at the same places: results have the bits
+// of the loop's. Of the other activations it is only asked that they write all of their results and nothing else.
+#pragma once
+
+#include <cmath>
+
+#include "operands.hpp"
+
+namespace {
+
+float rounded(float v, int dtype) {
+  char bits[4];
+  put(bits, 0, v, dtype);
+  return get(bits, 0, dtype);
+}
+
+struct ExpertsProblem {
+  int64_t T, K, E, D, F;
+  int dtype, activation;
+  bool gated, biased;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  Operand x, w1, w3, w2, b1, b3, grad;
+
+  bool here(int64_t slot) const { return ids[slot] >= 0 && ids[slot] < E; }
+};
+
+ExpertsProblem draw_experts() {
+  ExpertsProblem p;
+  const std::vector<int64_t> dims = {1, 2, 3, 15, 16, 17, 33, 63, 64, 65, 97, 130, 200};
+  p.T = pick({0, 1, 2, 3, 5, 8, 13, 70, 220});
+  p.K = draw(1, 4);
+  p.E = draw(1, 6);
+  p.D = pick(dims);
+  p.F = pick(dims);
+  if (p.T > 20) p.D = pick({1, 17, 33}), p.F = pick({2, 16, 65});
+  p.dtype = static_cast<int>(draw(0, 1));
+  p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(MOESAIC_SILU, MOESAIC_RELU2));
+  p.gated = draw(0, 3);
+  p.biased = draw(0, 1);
+  const int64_t kind = draw(0, 3);
+  for (int64_t s = 0; s < p.T * p.K; ++s) {
+    p.ids.push_back(kind == 0 ? 0 : kind == 1 ? draw(-1, p.E) : draw(0, p.E - 1));
+    p.weights.push_back(std::ldexp(1.f, static_cast<int>(draw(-1, 1))));
+  }
+  p.x = operand(1, p.T, p.D, p.dtype, 1);
+  p.w1 = operand(p.E, p.D, p.F, p.dtype, 1);
+  p.w3 = operand(p.E, p.D, p.F, p.dtype, 1);
+  p.w2 = operand(p.E, p.F, p.D, p.dtype, 1);
+  p.b1 = operand(1, p.E, p.F, p.dtype, 2);
+  p.b3 = operand(1, p.E, p.F, p.dtype, 2);
+  p.grad = operand(1, p.T, p.D, p.dtype, 1);
+  return p;
+}
+
+// What each result is by the loop, in the order of the arguments.
+struct ExpertsResults {
+  std::vector<float> z, h1, h3, gx, gweights, gw1, gw3, gw2, gb1, gb3;
+};
+
+ExpertsResults by_loop(const ExpertsProblem &p) {
+  ExpertsResults r;
+  r.z.assign(p.T * p.D, 0.f), r.gx = r.z;
+  r.h1.assign(p.T * p.K * p.F, 0.f), r.h3 = r.h1;
+  r.gweights.assign(p.T * p.K, 0.f);
+  r.gw1.assign(p.E * p.D * p.F, 0.f), r.gw3 = r.gw1, r.gw2 = r.gw1;
+  r.gb1.assign(p.E * p.F, 0.f), r.gb3 = r.gb1;
+  auto round = [&](float v) { return rounded(v, p.dtype); };
+  std::vector<float> a(p.F), weighted(p.F), dh1(p.F), dh3(p.F);
+  for (int64_t s = 0; s < p.T * p.K; ++s) {
+    if (!p.here(s)) continue;
+    const int64_t t = s / p.K, e = p.ids[s];
+    const float w = p.weights[s];
+    for (int64_t f = 0; f < p.F; ++f) {
+      float h1 = p.biased ? p.b1.at(0, e, f) : 0, h3 = p.biased ? p.b3.at(0, e, f) : 0, u = 0;
+      for (int64_t d = 0; d < p.D; ++d) {
+        h1 += p.x.at(0, t, d) * p.w1.at(e, d, f);
+        h3 += p.x.at(0, t, d) * p.w3.at(e, d, f);
+        u += p.grad.at(0, t, d) * p.w2.at(e, f, d);
+      }
+      h1 = r.h1[s * p.F + f] = round(h1);
+      h3 = r.h3[s * p.F + f] = round(h3);
+      const float up = p.gated ? h3 : 1, relu = h1 > 0 ? h1 : 0;
+      a[f] = round(relu * up);
+      weighted[f] = round(w * (relu * up));
+      r.gweights[s] += u * a[f];
+      dh1[f] = h1 > 0 ? round(w * u * up) : 0;
+      dh3[f] = round(w * u * relu);
+      r.gb1[e * p.F + f] += dh1[f];
+      r.gb3[e * p.F + f] += dh3[f];
+    }
+    for (int64_t d = 0; d < p.D; ++d) {
+      float y = 0, gx = 0;
+      for (int64_t f = 0; f < p.F; ++f) {
+        y += a[f] * p.w2.at(e, f, d);
+        gx += dh1[f] * p.w1.at(e, d, f) + (p.gated ? dh3[f] * p.w3.at(e, d, f) : 0);
+        r.gw1[(e * p.D + d) * p.F + f] += p.x.at(0, t, d) * dh1[f];
+        r.gw3[(e * p.D + d) * p.F + f] += p.x.at(0, t, d) * dh3[f];
+        r.gw2[(e * p.F + f) * p.D + d] += weighted[f] * p.grad.at(0, t, d);
+      }
+      r.z[t * p.D + d] += w * round(y);
+      r.gx[t * p.D + d] += round(gx);
+    }
+  }
+  return r;
+}
+
+bool compare(const ExpertsProblem &p, const Guarded *ours, const std::vector<float> &expected, int dtype,
+             const char *what) {
+  bool right = true;
+  for (size_t i = 0; ours && right && i < expected.size(); ++i) {
+    if (p.activation == MOESAIC_RELU) {
+      right = same(ours->data(), static_cast<int64_t>(i), expected[i], dtype, what);
+    } else {
+      right = std::isfinite(get(ours->data(), static_cast<int64_t>(i), dtype));
+    }
+  }
+  return right;
+}
+
+bool one_experts_problem(int isa) {
+  const ExpertsProblem p = draw_experts();
+  const ExpertsResults expected = by_loop(p);
+  const int threads = static_cast<int>(draw(1, 3));
+  const moesaic_matrix none = {nullptr, 0, 0};
+  const moesaic_routing routing = {p.ids.data(), p.weights.data(), p.T, p.K};
+  const moesaic_experts experts = {{p.w1.matrix, p.w1.stride},
+                                   {p.gated ? p.w3.matrix : none, p.w3.stride},
+                                   {p.w2.matrix, p.w2.stride},
+                                   p.biased ? p.b1.matrix : none,
+                                   p.biased && p.gated ? p.b3.matrix : none,
+                                   p.E,
+                                   p.D,
+                                   p.F,
+                                   p.activation,
+                                   p.dtype};
+  auto result = [&](size_t elements, int dtype, bool wanted) {
+    const int64_t bytes = static_cast<int64_t>(elements) * (dtype == MOESAIC_BF16 ? 2 : 4);
+    return wanted ? std::make_unique<Guarded>(bytes, draw(0, 1)) : nullptr;
+  };
+  auto data = [](const std::unique_ptr<Guarded> &g) { return g ? g->data() : nullptr; };
+  const bool save = draw(0, 3);
+  const auto z = result(expected.z.size(), p.dtype, true), h1 = result(expected.h1.size(), p.dtype, save),
+             h3 = result(expected.h3.size(), p.dtype, save && p.gated);
+  bool right = moesaic_cpu_experts(&routing, &experts, p.x.matrix, data(z), data(h1), data(h3), isa, threads) == MOESAIC_OK;
+  right = right && compare(p, z.get(), expected.z, p.dtype, "z") && compare(p, h1.get(), expected.h1, p.dtype, "h1") &&
+          compare(p, h3.get(), expected.h3, p.dtype, "h3");
+  if (save && right) {
+    auto wanted = [&] { return draw(0, 3) > 0; };
+    const auto gx = result(expected.gx.size(), p.dtype, wanted()),
+               gweights = result(expected.gweights.size(), MOESAIC_F32, wanted()),
+               gw1 = result(expected.gw1.size(), p.dtype, wanted()),
+               gw3 = result(expected.gw3.size(), p.dtype, p.gated && wanted()),
+               gw2 = result(expected.gw2.size(), p.dtype, wanted()),
+               gb1 = result(expected.gb1.size(), p.dtype, wanted()),
+               gb3 = result(expected.gb3.size(), p.dtype, p.gated && wanted());
+    const moesaic_experts_grads grads = {data(gx),  reinterpret_cast<float *>(data(gweights)),
+                                         data(gw1), data(gw3), data(gw2), data(gb1), data(gb3)};
+    right = moesaic_cpu_experts_backward(&routing, &experts, p.x.matrix, p.grad.matrix, data(h1), data(h3), &grads, isa,
+                                         threads) == MOESAIC_OK;
+    right = right && compare(p, gx.get(), expected.gx, p.dtype, "gx") &&
+            compare(p, gweights.get(), expected.gweights, MOESAIC_F32, "gweights") &&
+            compare(p, gw1.get(), expected.gw1, p.dtype, "gw1") && compare(p, gw3.get(), expected.gw3, p.dtype, "gw3") &&
+            compare(p, gw2.get(), expected.gw2, p.dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
+            compare(p, gb3.get(), expected.gb3, p.dtype, "gb3");
+  }
+  if (!right) {
+    fprintf(stderr, "isa %d dtype %d activation %d T %lld K %lld E %lld D %lld F %lld gated %d biased %d threads %d\n", isa,
+            p.dtype, p.activation, static_cast<long long>(p.T), static_cast<long long>(p.K), static_cast<long long>(p.E),
+            static_cast<long long>(p.D), static_cast<long long>(p.F), p.gated, p.biased, threads);
+  }
+  return right;
+}
+
+}  // namespace

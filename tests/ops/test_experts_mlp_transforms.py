@@ -1,0 +1,109 @@
+"""experts_mlp under what PyTorch does to operators: schema checks, fake tensors, autocast, compilation."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moesaic.ops import experts_mlp
+from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
+from tests.ops.experts_oracle import experts, run
+
+ops = torch.ops.moesaic
+CODES = [0, *(code for name, code in IMPLEMENTATIONS.items() if name in ("reference", "torch"))]
+
+
+def arguments(gated=True, biased=False, dtype=torch.float32):
+    p = experts(6, 2, 3, 8, 12, dtype, gated=gated, biased=biased)
+    return (p.x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
+
+
+def differentiable(args):
+    return tuple(t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)])
+def test_opcheck(code, gated, biased):
+    args = arguments(gated, biased)
+    torch.library.opcheck(ops.experts_mlp_inference, (*args, 0, code))
+    _, h1, h3 = ops.experts_mlp(*args, 0, code)
+    for needs in (0, 1, 0b1111111):
+        torch.library.opcheck(ops.experts_mlp_backward, (args[0], *args, h1, h3, 0, needs, code))
+    # `experts`, of which the shape alone is read, has no gradient.
+    floating = differentiable(args)
+    torch.library.opcheck(ops.experts_mlp, (*floating[:3], floating[3].detach(), *floating[4:], 0, code))
+
+
+@pytest.mark.parametrize("needs", [0, 1, 0b0010110, 0b1111111])
+@pytest.mark.parametrize("gated", [True, False])
+def test_fakes_say_what_comes(gated, needs):
+    args = arguments(gated, biased=True)
+    z, h1, h3 = ops.experts_mlp(*args, 0, 0)
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, needs, 0)
+    with FakeTensorMode() as mode:
+        fake = tuple(mode.from_tensor(t) if t is not None else None for t in args)
+        outputs = ops.experts_mlp(*fake, 0, 0)
+        found = (*outputs, *ops.experts_mlp_backward(outputs[0], *fake, *outputs[1:], 0, needs, 0))
+    for real, said in zip((z, h1, h3, *gradients), found, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (said.shape, said.stride(), said.dtype)
+
+
+def test_unwanted_gradients_take_no_memory():
+    args = arguments(gated=False)
+    z, h1, h3 = ops.experts_mlp(*args, 0, 0)
+    assert h3.untyped_storage().nbytes() == 4
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, 1, 0)
+    assert [g.untyped_storage().nbytes() for g in gradients[1:]] == [4] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast(dtype):
+    p = experts(6, 2, 3, 8, 12, dtype, weights_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = experts_mlp(p.x, p.ids, p.weights, p.w1, p.w3, p.w2)
+        same = run(None, p)["z"]
+    assert z.dtype == (torch.bfloat16 if dtype == torch.float32 else torch.float64)
+    assert torch.equal(z, same)
+
+
+# Without a rule of its own torch goes through the batch, and says that this is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap(unchecked):
+    p = experts(6, 2, 3, 8, 12, torch.float64)
+    x = torch.stack([p.x, p.x + 1])
+
+    def one(x):
+        return experts_mlp(x, p.ids, p.weights, p.w1, p.w3, p.w2)
+
+    torch.testing.assert_close(torch.vmap(one)(x), torch.stack([one(x[0]), one(x[1])]))
+
+
+COMPILED = """
+import torch, moesaic
+from moesaic.ops import experts_mlp
+
+torch.manual_seed(0)
+E, D, F, K = 3, 8, 12, 2
+w = [torch.randn(s, requires_grad=True) for s in ((E, D, F), (E, D, F), (E, F, D))]
+
+def layer(x, ids, weights, w1, w3, w2):
+    return experts_mlp(x, ids, weights, w1, w3, w2).sin()
+
+compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+for T in (6, 9, 1):
+    x, weights, ids = torch.randn(T, D, requires_grad=True), torch.rand(T, K), torch.randint(-1, E, (T, K))
+    for call in (lambda f: f(x, ids, weights, *w), lambda f: f(x, ids, weights, w[0], None, w[2])):
+        expected, actual = call(layer), call(compiled)
+        torch.testing.assert_close(actual, expected)
+        leaves = [x, w[0], w[2]]
+        torch.testing.assert_close(
+            torch.autograd.grad(actual.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, ids, weights, *w), layer(x, ids, weights, *w))
+print("same")
+"""
+
+
+def test_compiled_in_one_graph(fresh_python):
+    assert fresh_python(COMPILED).stdout.strip() == "same"
