@@ -1,7 +1,8 @@
 """Which implementation is the fastest on CUDA, by operator and shape class: what ``impl=None`` goes by there.
 
 **Awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on none.
-Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of ``benchmarks/results/`` that justifies it.
+Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of
+``benchmarks/results/`` that justifies it.
 """
 
 # Largest average of rows a group.

@@ -55,8 +55,8 @@ def experts_mlp(
         w2: down projections.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
-        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16) or ``"triton"`` (kernels for CUDA in fp32,
-            bf16 and fp16); ``None`` picks the fastest for the device and dtype. A named one never falls back.
+        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16) or ``"triton"`` (kernels for CUDA in
+            fp32, bf16 and fp16); ``None`` picks the fastest for the device and dtype. A named one never falls back.
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
