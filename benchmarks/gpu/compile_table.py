@@ -11,7 +11,6 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def _task(args: tuple[str, str, str]) -> list[Row]:
     return compile_launches(capability, getattr(torch, dtype), activation)
 
 
-def main(options: Options, show: Callable[[Table], None] = Console(width=150).print) -> None:
+def main(options: Options) -> None:
     tasks = [(c, d, a) for c in options.capabilities for d in options.dtypes for a in options.activations]
     # A process of its own each, for the stand-in driver stays; spawned, since torch has threads.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -194,7 +193,7 @@ def main(options: Options, show: Callable[[Table], None] = Console(width=150).pr
         table.add_column(column, justify="right" if column in ("registers", "spilled", "shared") else "left")
     for row in rows:
         table.add_row(*(str(v) for v in list(asdict(row).values())[:-1]), "yes" if row.has_tma else "")
-    show(table)
+    Console(width=150).print(table)
     worst = [row for row in rows if row.spilled_bytes or row.shared_bytes > SHARED_LIMITS[row.capability]]
     print(f"{len(rows)} kernels, {len(worst)} that spill or do not fit")
     if options.json:
