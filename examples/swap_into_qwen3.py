@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moesaic
-from moesaic.integrations.transformers import export_pretrained, replace_moe_blocks
+from moesaic.integrations.transformers import export_pretrained, swap_moe
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     ids = torch.randint(256, (2, 33))
     before = model(input_ids=ids).logits
 
-    replace_moe_blocks(model, aux_loss_coef=0.01)
+    swap_moe(model, aux_loss_coef=0.01)
     print(f"swapped in; logits moved by {(model(input_ids=ids).logits - before).abs().max():.1g}")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -129,6 +129,7 @@ def _launch_products(num_rows: int, dtype: torch.dtype) -> None:
     grouped_mm.forward(x, w, sizes, dtype)
     grouped_mm.forward(grad, w.mT, sizes, dtype)
     grouped_mm.weight_grad(x, grad, sizes, E)
+    grouped_mm.weight_grad_into(w.float(), x, grad, sizes)
 
 
 def _describe(

@@ -62,6 +62,8 @@ def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
         z_loss_coef=0.01,
         bias_update_speed=0.01,
         shared_hidden_dim=10,
+        shared_gate=True,
+        weigh_inputs=only_one,
     )
     moe = moesaic.MoE(config)
     for parameter in moe.parameters():

@@ -125,7 +125,7 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
     odd = moesaic.MoE(replace(CONFIG, num_experts=5, dim=9))
     with pytest.raises(ValueError, match=r"2 does not divide 5 experts, .* dim 9, which edp 4 .* one of \[1\]"):
         moesaic.parallelize(odd, fake_meshes(8, ep=2))
-    with pytest.raises(ValueError, match="no moesaic.MoE layer.*replace_moe_blocks"):
+    with pytest.raises(ValueError, match="no moesaic.MoE layer.*swap_moe"):
         moesaic.parallelize(nn.Linear(3, 3), fake_meshes(1))
     with pytest.raises(ValueError, match="tp > 1 knows .* not Sequential; use tp=1"):
         moesaic.parallelize(nn.Sequential(moe), fake_meshes(2, tp=2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
-from moesaic.integrations.transformers import replace_moe_blocks
+from moesaic.integrations.transformers import swap_moe
 from tests.distributed.parity import assert_close, assert_gradients_close, assert_weights_close
 
 VOCAB, BATCH, LENGTH, STEPS = 61, 8, 7, 3
@@ -45,7 +45,7 @@ def make_model(*, tied: bool) -> Qwen3MoeForCausalLM:
         initializer_range=0.2,
         use_cache=False,
     )
-    return replace_moe_blocks(Qwen3MoeForCausalLM(config), aux_loss_coef=0.02, z_loss_coef=0.001)
+    return swap_moe(Qwen3MoeForCausalLM(config), aux_loss_coef=0.02, z_loss_coef=0.001)
 
 
 def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,7 @@ def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, num_tokens: int) -> 
 def check_model(layout: dict[str, int], tied: bool, recompute: bool, way: str) -> None:
     reference = make_model(tied=tied)
     model = copy.deepcopy(reference)
+    torch.manual_seed(1)  # the same batches, however many random numbers a model takes
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     moesaic.parallelize(model, meshes, experts=way)
     if recompute:

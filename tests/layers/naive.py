@@ -27,10 +27,12 @@ def moe(layer: moesaic.MoE, x: Tensor) -> Tensor:
             weights = weights / weights.sum()
         y = torch.zeros_like(token)
         for weight, e in zip(weights * config.route_scale, chosen, strict=True):
-            hidden = act(token @ experts.w1[e]) * (token @ experts.w3[e])
-            y = y + weight * (hidden @ experts.w2[e])
+            before, after = (weight, 1) if config.weigh_inputs else (1, weight)
+            hidden = act(before * token @ experts.w1[e]) * (before * token @ experts.w3[e])
+            y = y + after * (hidden @ experts.w2[e])
         if shared is not None:
-            y = y + shared.w2.weight @ (act(shared.w1.weight @ token) * (shared.w3.weight @ token))
+            gate = 1 if shared.gate is None else (shared.gate.weight @ token).sigmoid()
+            y = y + gate * (shared.w2.weight @ (act(shared.w1.weight @ token) * (shared.w3.weight @ token)))
         outputs.append(y)
     return torch.stack(outputs).reshape(x.shape) if outputs else x * 0
 
@@ -40,8 +42,8 @@ def choose(config: moesaic.MoEConfig, scores: list[float], bias: list[float]) ->
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = config.num_experts // config.num_groups
     groups = [range(g * size, (g + 1) * size) for g in range(config.num_groups)]
-    best_two = [sum(sorted((biased[e] for e in group), reverse=True)[:2]) for group in groups]
-    kept = sorted(range(config.num_groups), key=lambda g: -best_two[g])[: config.top_groups]
+    best = [sum(sorted((biased[e] for e in group), reverse=True)[: config.group_best]) for group in groups]
+    kept = sorted(range(config.num_groups), key=lambda g: -best[g])[: config.top_groups]
     candidates = [e for g in kept for e in groups[g]]
     return sorted(candidates, key=lambda e: -biased[e])[: config.top_k]
 

@@ -40,11 +40,12 @@ def check(layer: moesaic.TopKRouter, x: torch.Tensor, routing: Routing) -> None:
     route_scale=st.sampled_from([1.0, 2.5]),
     bias=st.booleans(),
     groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 2), (6, 3), (12, 5)]),
+    group_best=st.integers(1, 3),
     top_k=st.integers(1, 5),
     num_tokens=st.integers(0, 9),
     seed=st.integers(0, 2**16),
 )
-def test_routing(score, normalize_top_k, route_scale, bias, groups, top_k, num_tokens, seed):
+def test_routing(score, normalize_top_k, route_scale, bias, groups, group_best, top_k, num_tokens, seed):
     num_groups, top_groups = groups
     layer = router(
         seed=seed,
@@ -53,9 +54,10 @@ def test_routing(score, normalize_top_k, route_scale, bias, groups, top_k, num_t
         score=score,
         normalize_top_k=normalize_top_k,
         route_scale=route_scale,
-        bias_update_speed=0.01 if bias else 0.0,
+        score_bias=bias,
         num_groups=num_groups,
         top_groups=top_groups,
+        group_best=group_best,
     )
     x = naive.tokens(num_tokens, 6, seed=seed)
     check(layer, x, layer(x))
@@ -204,6 +206,8 @@ def config(**options) -> moesaic.MoEConfig:
         ({"top_k": 0}, "top_k: must be at least 1, got 0"),
         ({"num_groups": 0}, "num_groups: must be at least 1, got 0"),
         ({"top_groups": 0}, "top_groups: must be at least 1, got 0"),
+        ({"group_best": 0}, "group_best: must be at least 1, got 0"),
+        ({"shared_gate": True}, "shared_gate: there is no dense expert to gate; set shared_hidden_dim"),
         ({"aux_loss_coef": -0.5}, "aux_loss_coef: must be at least 0, got -0.5"),
         ({"z_loss_coef": -1e-3}, "z_loss_coef: must be at least 0, got -0.001"),
         ({"bias_update_speed": -1.0}, "bias_update_speed: must be at least 0, got -1.0"),

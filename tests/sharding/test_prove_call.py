@@ -260,3 +260,30 @@ def test_of_torch_itself():
     assert moved
     assert all(": S(0) to " in error for error in moved)
     assert ((AVG,), (R,)) in {r.inputs for r in report.admitted}
+
+
+def test_operators_with_many_tensors():
+    """Not all placements are tried of eight tensors, but always what is admitted, and what is near it."""
+    schema = "(" + ", ".join(f"Tensor x{i}" for i in range(8)) + ") -> Tensor"
+
+    def chain(*tensors):
+        return torch.stack([t.double().sin() for t in tensors]).prod(0)
+
+    examples = [random(4, 6) + i for i in range(8)]
+    pattern = ", ".join(["m n"] * 8)
+    right = ruled(schema, chain, f"{pattern} -> m n", linear=[])
+    report = moesaic.prove(right, *examples, axes=(2,), meshes=[])
+    assert report.ok, report
+    assert report.complete, report
+    assert "of 5764801 placements, one factor each, all that differ from these in one tensor" in str(report.notes)
+
+    deleted = ruled(schema, chain, ", ".join(["m n!"] * 8) + " -> m n!")
+    assert [r.inputs for r in moesaic.prove(deleted, *examples, axes=(2,), meshes=[]).missing] == [((S1,),) * 8]
+
+    wrong = ruled(schema, chain, f"{pattern} -> m n", linear=["x3"])
+    assert {r.inputs[3] for r in moesaic.prove(wrong, *examples, axes=(2,), meshes=[]).wrong} == {(P,), (AVG,)}
+    whole = ruled(
+        schema, lambda x, *others: x.exp() * (1 + sum(t.sum() for t in others)), "m! n" + ", p! q!" * 7 + " -> m! n"
+    )
+    missing = moesaic.prove(whole, *examples, axes=(2,), meshes=[]).missing
+    assert (S0,) in [r.inputs[0] for r in missing]

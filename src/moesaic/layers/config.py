@@ -21,12 +21,16 @@ class MoEConfig:
         score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
         route_scale: factor on the routing weights, after normalisation.
+        weigh_inputs: multiply what goes into the experts by the routing weights, and not what comes out (Llama 4).
         num_groups, top_groups: group-limited routing (DeepSeek-V3): the experts form ``num_groups`` equal groups, and
-            a token chooses from the ``top_groups`` of them whose two best scores sum highest.
+            a token chooses from the ``top_groups`` of them whose ``group_best`` best scores sum highest.
+        group_best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
         z_loss_coef: coefficient of the router z-loss; 0 turns it off.
-        bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out.
+        bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out, or as it is.
+        score_bias: have that bias even where nothing moves it.
         shared_hidden_dim: hidden dim of a dense expert that every token goes through; 0 for none.
+        shared_gate: multiply the dense expert's result by ``sigmoid(x g)``, one number a token (Qwen2-MoE).
 
     Raises:
         ValueError: a value out of range, with the values that are allowed.
@@ -40,15 +44,19 @@ class MoEConfig:
     score: Score = "softmax"
     normalize_top_k: bool = True
     route_scale: float = 1.0
+    weigh_inputs: bool = False
     num_groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     aux_loss_coef: float = 0.0
     z_loss_coef: float = 0.0
     bias_update_speed: float = 0.0
+    score_bias: bool = False
     shared_hidden_dim: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_groups", "top_groups"):
+        for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_groups", "top_groups", "group_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
@@ -61,6 +69,8 @@ class MoEConfig:
             raise ValueError(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups: {self.top_groups} is more than num_groups ({self.num_groups})")
+        if self.shared_gate and not self.shared_hidden_dim:
+            raise ValueError("shared_gate: there is no dense expert to gate; set shared_hidden_dim")
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(f"top_k: {self.top_k} is more than the {reachable} experts a token can choose from")

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer. It knows nothing of meshes; a parallel plan replaces its dispatcher.
 
-Legend: T tokens, D model dim.
+Legend: T tokens, K copies a token (top-k), D model dim.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
-from moesaic.layers.router import TopKRouter
+from moesaic.layers.router import Routing, TopKRouter
 from moesaic.ops import activate
 
 
 class SharedExpert(nn.Module):
-    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``."""
+    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, ``* sigmoid(x gate)`` if gated."""
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -25,10 +25,12 @@ class SharedExpert(nn.Module):
         self.w1 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
+        self.gate = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype) if config.shared_gate else None
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(activate(self.activation, self.w1(x)) * self.w3(x))
+        y = self.w2(activate(self.activation, self.w1(x)) * self.w3(x))
+        return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
 class MoE(nn.Module):
@@ -87,10 +89,20 @@ class MoE(nn.Module):
             )
         x_TD = x.flatten(0, -2)
         routing = self.router(x_TD)
-        dispatched = self.dispatcher.dispatch(x_TD, routing, self.config.num_experts)
-        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
-        y_TD = self.dispatcher.combine(z, dispatched)
+        y_TD = self._weigh_inputs(x_TD, routing) if self.config.weigh_inputs else self._route(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
+
+    def _route(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        dispatched = self.dispatcher.dispatch(x_TD, routing, self.config.num_experts)
+        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
+        return self.dispatcher.combine(z, dispatched)
+
+    def _weigh_inputs(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Every copy of a token is a token of its own, for each has another weight. Llama 4 has one copy a token."""
+        weighed_TKD = (x_TD.unsqueeze(1) * routing.weights.unsqueeze(2)).to(x_TD.dtype)
+        one_expert = Routing(routing.ids.reshape(-1, 1), torch.ones_like(routing.weights).reshape(-1, 1))
+        y_TKD = self._route(weighed_TKD.flatten(0, 1), one_expert).view(weighed_TKD.shape)
+        return y_TKD.sum(1)

@@ -38,7 +38,7 @@ class TopKRouter(nn.Module):
 
     Attributes:
         weight: ``[E, D]``.
-        bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0.
+        bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0 and ``score_bias`` is not set.
         load: ``[E]`` int64 buffer, tokens an expert since the last reset, of this process's own tokens.
         reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. The identity here;
             a parallel plan replaces it.
@@ -53,7 +53,8 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim, device=device, dtype=dtype))
-        bias = torch.zeros(config.num_experts, device=device) if config.bias_update_speed else None
+        has_bias = config.score_bias or config.bias_update_speed > 0
+        bias = torch.zeros(config.num_experts, device=device) if has_bias else None
         self.register_buffer("bias", bias)
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load", load, persistent=False)
@@ -95,9 +96,9 @@ class TopKRouter(nn.Module):
             scores_TE = scores_TE + self.bias
         if config.num_groups > 1:
             groups_TGe = scores_TE.unflatten(1, (config.num_groups, -1))
-            best_two = groups_TGe.topk(min(2, groups_TGe.shape[2]), dim=2).values.sum(2)
-            kept_TG = torch.zeros_like(best_two, dtype=torch.bool)
-            kept_TG.scatter_(1, best_two.topk(config.top_groups, dim=1).indices, True)
+            best_TG = groups_TGe.topk(min(config.group_best, groups_TGe.shape[2]), dim=2).values.sum(2)
+            kept_TG = torch.zeros_like(best_TG, dtype=torch.bool)
+            kept_TG.scatter_(1, best_TG.topk(config.top_groups, dim=1).indices, True)
             scores_TE = groups_TGe.masked_fill(~kept_TG.unsqueeze(2), float("-inf")).flatten(1)
         return scores_TE.topk(config.top_k, dim=1).indices
 

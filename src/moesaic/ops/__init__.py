@@ -2,13 +2,14 @@
 
 from moesaic.ops.debug import debug_checks
 from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, activate, experts_mlp
-from moesaic.ops.grouped_mm import grouped_mm
+from moesaic.ops.grouped_mm import accumulate_weight_grad, grouped_mm
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Permutation",
+    "accumulate_weight_grad",
     "activate",
     "combine",
     "debug_checks",

@@ -50,7 +50,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
-            (:func:`moesaic.integrations.transformers.replace_moe_blocks`), or, with tp 1, any module with MoE layers.
+            (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
             Materialised, on the mesh's device; parameters and buffers are taken from the first rank.
         meshes: from :func:`moesaic.build_meshes`.
         experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
@@ -116,7 +116,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
     if not moes:
         raise ValueError(
             "model: it has no moesaic.MoE layer; for a transformers model call "
-            "moesaic.integrations.transformers.replace_moe_blocks first"
+            "moesaic.integrations.transformers.swap_moe first"
         )
     if meshes.tp_size > 1 and not is_decoder and not isinstance(model, MoE):
         raise ValueError(

@@ -189,7 +189,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
         if len(mesh) == 1:
             choices, number = on_one_axis(Trial(*runs[0], mesh), RULES.get(op))
             if number > len(choices):
-                what = "what is admitted, all that differ from it in one tensor, and a sample of the others"
+                what = "one factor each, all that differ from these in one tensor, and a sample of the others"
                 report.note(f"one axis: {len(choices)} of {number} placements, {what}")
         else:
             choices, number = search.combinations(len(mesh), most)

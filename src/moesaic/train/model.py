@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moesaic.integrations.transformers import replace_moe_blocks
+from moesaic.integrations.transformers import swap_moe
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
 from moesaic.train.config import TrainConfig
@@ -55,7 +55,7 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
     try:
-        replace_moe_blocks(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
+        swap_moe(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
         parallelize(model, meshes, experts=config.experts)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.ops import grouped_mm
+from moesaic.ops import accumulate_weight_grad, grouped_mm
 from moesaic.ops.triton import available, device, tuner
-from tests.ops.oracle import check, run, uninitialised_memory_is_nan
+from tests.ops.oracle import check, exact, run, uninitialised_memory_is_nan
 from tests.ops.strategies import FORMS, layout, problem, problems
 from tests.ops.test_grouped_mm import EDGES
 
@@ -76,6 +76,30 @@ def test_a_hot_expert_is_split(monkeypatch, form, sizes):
         check(p, run("triton", p))
     [partials] = added
     assert partials[:, 1].max() > 1
+
+
+@pytest.mark.parametrize("into_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[[2, 130, 0], [3, 70, 1]], [[2, 0], [0, 1]]], ids=["split", "whole"])
+def test_weight_gradients_are_added_to_what_is_there(sizes, into_dtype):
+    p = problem(layout("shared", sizes, slack=1), 16, 30, torch.bfloat16)
+    into = torch.randint(-8, 9, p.w.shape, generator=torch.Generator().manual_seed(1)).to(into_dtype)
+    expected = (into.double() + exact(p).gw).to(into_dtype)
+    with uninitialised_memory_is_nan():
+        accumulate_weight_grad(into, p.x, p.grad, p.group_sizes, impl="triton")
+    assert torch.equal(into, expected)
+
+
+def test_experts_without_rows_keep_their_values(monkeypatch, tmp_path):
+    # Tuning runs a launch many times, and not on the tensor that is added to.
+    monkeypatch.setenv("MOESAIC_TRITON_AUTOTUNE", "1")
+    monkeypatch.setenv("MOESAIC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuner, "neighbours", lambda default: [default])
+    p = problem(layout("flat", [[3, 0, 6]], slack=2), 8, 16, torch.float32)
+    into = torch.zeros(3, 8, 16)
+    into[1] = torch.inf
+    accumulate_weight_grad(into, p.x, p.grad, p.group_sizes, impl="triton")
+    assert into[1].isinf().all()
+    assert torch.equal(into[[0, 2]].double(), exact(p).gw[[0, 2]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation
-from moesaic.ops.experts_mlp.ops import AUTO, IMPLEMENTATIONS
+from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
+from moesaic.ops.implementations import code_of
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -55,8 +56,9 @@ def experts_mlp(
         w2: down projections.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
-        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16) or ``"triton"`` (kernels for CUDA in
-            fp32, bf16 and fp16); ``None`` picks the fastest for the device and dtype. A named one never falls back.
+        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
+            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
+            never falls back.
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
@@ -68,7 +70,8 @@ def experts_mlp(
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``.
         TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
-        RuntimeError: ``impl="triton"`` without triton, or off CUDA.
+        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
+            ``impl="triton"`` without triton, or off CUDA.
         NotImplementedError: under forward-mode differentiation, and for second derivatives.
 
     Example:
@@ -86,7 +89,7 @@ def experts_mlp(
     given = dict(zip(given, autocast(*given.values()), strict=True))
     _check_dtypes(given, topk_ids, topk_weights)
     _check_shapes(given, topk_ids, topk_weights)
-    activation_code, impl_code = _activation_code(activation), _impl_code(impl)
+    activation_code, impl_code = _activation_code(activation), code_of(impl, IMPLEMENTATIONS)
 
     x, w1, w2 = given["x"], given["w1"], given["w2"]
     in_blocks = x.ndim == 3
@@ -121,14 +124,6 @@ def _activation_code(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
     return ACTIVATIONS.index(activation)
-
-
-def _impl_code(impl: str | None) -> int:
-    if impl is None:
-        return AUTO
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None")
-    return IMPLEMENTATIONS[impl]
 
 
 def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:

@@ -25,8 +25,8 @@ from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
+from moesaic.ops.implementations import AUTO
 
-AUTO = 0
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
 _MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 

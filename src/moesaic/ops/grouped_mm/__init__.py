@@ -1,5 +1,6 @@
 """Grouped matrix multiplication: row block ``i`` of ``x`` meets ``w[i]``."""
 
+from moesaic.ops.grouped_mm.accumulate import accumulate_weight_grad
 from moesaic.ops.grouped_mm.api import grouped_mm
 
-__all__ = ["grouped_mm"]
+__all__ = ["accumulate_weight_grad", "grouped_mm"]

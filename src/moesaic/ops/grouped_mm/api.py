@@ -6,7 +6,8 @@ from torch import Tensor
 
 from moesaic.ops.autocast import autocast
 from moesaic.ops.forward_ad import refuse_forward_ad
-from moesaic.ops.grouped_mm.ops import AUTO, IMPLEMENTATIONS, grouped_mm_op
+from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, grouped_mm_op
+from moesaic.ops.implementations import code_of
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -69,16 +70,8 @@ def grouped_mm(
     refuse_forward_ad("grouped_mm", x, w)
     x, w = autocast(x, w)
     _check_dtypes(x, w, group_sizes, out_dtype)
-    _check_shapes(x, w, group_sizes)
-    return grouped_mm_op(x, w, group_sizes, _impl_code(impl), out_dtype)
-
-
-def _impl_code(impl: str | None) -> int:
-    if impl is None:
-        return AUTO
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(IMPLEMENTATIONS)} or None")
-    return IMPLEMENTATIONS[impl]
+    check_shapes(x, w, group_sizes)
+    return grouped_mm_op(x, w, group_sizes, code_of(impl, IMPLEMENTATIONS), out_dtype)
 
 
 def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dtype | None) -> None:
@@ -94,31 +87,33 @@ def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dt
         raise TypeError("out_dtype: torch.float32 would lose the precision of torch.float64 operands; omit it")
 
 
-def _check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor) -> None:
+def check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor, name: str = "w") -> None:
+    """Raise ``ValueError`` unless shapes and devices fit; ``name`` is that of ``w`` in messages."""
     if x.ndim != 2:
         raise ValueError(f"x: expected [R, K], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)")
     if w.ndim != 3:
-        raise ValueError(f"w: expected [E, K, N], got {list(w.shape)}")
+        raise ValueError(f"{name}: expected [E, K, N], got {list(w.shape)}")
     if group_sizes.ndim not in (1, 2):
         raise ValueError(f"group_sizes: expected [E] or [B, G], got {list(group_sizes.shape)}")
     if x.shape[1] != w.shape[1]:
-        hint = "; w looks transposed, pass w.mT" if x.shape[1] == w.shape[2] else ""
-        raise ValueError(f"w: expected [E, {x.shape[1]}, N] to match x {list(x.shape)}, got {list(w.shape)}{hint}")
-    for name, t in (("w", w), ("group_sizes", group_sizes)):
+        hint = f"; {name} looks transposed, pass {name}.mT" if x.shape[1] == w.shape[2] else ""
+        raise ValueError(f"{name}: expected [E, {x.shape[1]}, N] to match x {list(x.shape)}, got {list(w.shape)}{hint}")
+    for argument, t in ((name, w), ("group_sizes", group_sizes)):
         if t.device != x.device:
-            raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
+            raise ValueError(f"{argument}: is on {t.device}, x on {x.device}; move it there")
     if group_sizes.ndim == 1:
         if group_sizes.shape[0] != w.shape[0]:
             raise ValueError(
-                f"group_sizes: expected one size for each of the {w.shape[0]} matrices of w, got {group_sizes.shape[0]}"
+                f"group_sizes: expected one size for each of the {w.shape[0]} matrices of {name}, "
+                f"got {group_sizes.shape[0]}"
             )
         return
     (B, G), W = group_sizes.shape, w.shape[0]
     own = G == -(-W // B) if B else W == 0
     if not own and G != W:
         raise ValueError(
-            f"group_sizes: {W} matrices of w over {B} blocks need {-(-W // max(B, 1))} groups a block (each its own) "
-            f"or {W} (shared), got {G}"
+            f"group_sizes: {W} matrices of {name} over {B} blocks need {-(-W // max(B, 1))} groups a block "
+            f"(each its own) or {W} (shared), got {G}"
         )
     if (x.shape[0] % B if B else x.shape[0]) != 0:
         raise ValueError(f"x: {x.shape[0]} rows are not {B} equal blocks; pad every block to the same number of rows")

@@ -25,6 +25,10 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
     return _fastest("grouped_mm_weight_grad", x_RK, sizes_BG).weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
 
 
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    _fastest("grouped_mm_weight_grad", x_RK, sizes_BG).weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
+
+
 def _fastest(operator: str, x: Tensor, sizes_BG: Tensor) -> ModuleType:
     if x.device.type == "cuda":
         return _MODULES[on_cuda(operator, x.shape[0], sizes_BG.numel())]

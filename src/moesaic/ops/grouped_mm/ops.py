@@ -32,8 +32,8 @@ from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes
 from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
+from moesaic.ops.implementations import AUTO
 
-AUTO = 0
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
 _MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
@@ -50,7 +50,8 @@ torch.library.define(
 )
 
 
-def _module(impl: int, x: Tensor, sizes_BG: Tensor, w: Tensor) -> ModuleType:
+def module_of(impl: int, x: Tensor, sizes_BG: Tensor, w: Tensor) -> ModuleType:
+    """The implementation of a code; under ``debug_checks`` the sizes are checked first."""
     if debug_checks_enabled():
         check_group_sizes(x.shape[0], sizes_BG, w.shape[0])
     return _MODULES[impl]
@@ -60,21 +61,21 @@ def _module(impl: int, x: Tensor, sizes_BG: Tensor, w: Tensor) -> ModuleType:
 @untouched_by_autocast
 def _forward(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return _module(impl, x, sizes_BG, w).forward(x, w, sizes_BG, out_dtype or x.dtype)
+    return module_of(impl, x, sizes_BG, w).forward(x, w, sizes_BG, out_dtype or x.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_input_grad", "default")
 @untouched_by_autocast
 def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return _module(impl, grad, sizes_BG, w).forward(grad, w.mT, sizes_BG, grad.dtype)
+    return module_of(impl, grad, sizes_BG, w).forward(grad, w.mT, sizes_BG, grad.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_weight_grad", "default")
 @untouched_by_autocast
 def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return _module(impl, x, sizes_BG, w).weight_grad(x, grad, sizes_BG, w.shape[0])
+    return module_of(impl, x, sizes_BG, w).weight_grad(x, grad, sizes_BG, w.shape[0])
 
 
 @torch.library.register_fake("moesaic::grouped_mm")

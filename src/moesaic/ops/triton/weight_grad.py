@@ -6,6 +6,8 @@ afterwards: the work is spread, and the bits are the same every time.
 Legend: R rows, K and N the matrix dims, E experts.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,22 @@ def weight_grad(
     return gw_EKN
 
 
+def weight_grad_into(into_EKN: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+    """Add it to a contiguous tensor of the operands' dtype or fp32. An expert without rows keeps its values."""
+    _, K, N = into_EKN.shape
+    if into_EKN.numel() == 0 or groups.num_rows == 0:
+        return
+
+    def run_elsewhere(config: Config) -> None:
+        # The tuner runs it many times.
+        _launch(x, grad, groups, config, torch.empty_like(into_EKN), None, None)
+
+    config = choose("weight_grad", x, K=K, N=N, groups=groups, run=run_elsewhere)
+    # What is added to needs registers beside the sum.
+    config = replace(config, BN=min(config.BN, 128))
+    _launch(x, grad, groups, config, into_EKN, None, None, accumulate=True)
+
+
 def rows_per_chunk(num_rows: int, num_blocks: int, config: Config, gpu: Device) -> int:
     """All rows, where an expert's gradient has blocks for all multiprocessors; else less, a multiple of a step."""
     if num_blocks >= gpu.num_sms:
@@ -61,6 +79,7 @@ def _launch(
     gw_EKN: Tensor,
     x_rows: Tensor | None,
     grad_rows: Tensor | None,
+    accumulate: bool = False,
 ) -> None:
     _, K, N = gw_EKN.shape
     gpu = device.describe(x.device)
@@ -89,6 +108,7 @@ def _launch(
         GATHER_GRAD=grad_rows is not None,
         IS_SHARED=groups.is_shared,
         IS_SPLIT=is_split,
+        ACCUMULATE=accumulate,
         PRECISION=precision(x.dtype),
         BM=config.BM,
         BN=config.BN,
@@ -98,13 +118,13 @@ def _launch(
         num_stages=config.stages,
     )
     if is_split:
-        _add_partials(partial_SKN, chunks, gw_EKN)
+        _add_partials(partial_SKN, chunks, gw_EKN, accumulate)
 
 
-def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor) -> None:
+def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor, accumulate: bool) -> None:
     size = gw_EKN.shape[1] * gw_EKN.shape[2]
     grid = (partial_SKN.shape[0], triton.cdiv(size, _REDUCED))
-    _add_partials_kernel[grid](partial_SKN, chunks.partials, gw_EKN, size, BLOCK=_REDUCED)
+    _add_partials_kernel[grid](partial_SKN, chunks.partials, gw_EKN, size, ACCUMULATE=accumulate, BLOCK=_REDUCED)
 
 
 @triton.jit
@@ -141,6 +161,7 @@ def _weight_grad_kernel(
     GATHER_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -177,13 +198,20 @@ def _weight_grad_kernel(
             if slot >= 0:
                 tl.store(partial + slot * matrix + at, acc, mask=mask)
             else:
-                tl.store(gw + expert * matrix + at, acc.to(gw.dtype.element_ty), mask=mask)
+                _finish(gw + expert * matrix + at, acc, mask & (finish > begin) if ACCUMULATE else mask, ACCUMULATE)
         else:
-            tl.store(gw + expert * matrix + at, acc.to(gw.dtype.element_ty), mask=mask)
+            _finish(gw + expert * matrix + at, acc, mask & (finish > begin) if ACCUMULATE else mask, ACCUMULATE)
 
 
 @triton.jit
-def _add_partials_kernel(partial, partials, gw, size, BLOCK: tl.constexpr):
+def _finish(pointers, acc, mask, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, acc.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_partials_kernel(partial, partials, gw, size, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
     slot = tl.program_id(0)
     expert, number = tl.load(partials + 2 * slot), tl.load(partials + 2 * slot + 1)
     if number > 0:
@@ -191,4 +219,4 @@ def _add_partials_kernel(partial, partials, gw, size, BLOCK: tl.constexpr):
         acc = tl.zeros((BLOCK,), tl.float32)
         for i in tl.range(0, number):
             acc += tl.load(partial + (slot + i).to(tl.int64) * size + at, mask=at < size)
-        tl.store(gw + expert.to(tl.int64) * size + at, acc.to(gw.dtype.element_ty), mask=at < size)
+        _finish(gw + expert.to(tl.int64) * size + at, acc, at < size, ACCUMULATE)

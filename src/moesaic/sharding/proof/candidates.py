@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from math import prod
 
@@ -17,27 +18,28 @@ _SAMPLE = 512
 def on_one_axis(trial: Trial, rule: Rule | None) -> tuple[list[Inputs], int]:
     """Choices of placements for all tensors, and how many there are.
 
-    Up to a few thousand they are all of them. Of more: what the rule admits, all that differ from that in one tensor,
-    and a sample of the others, the same every time.
+    Up to a few thousand they are all of them. Of more: what the rule admits, or would without its marks for factors
+    that stay whole; all that differ from that in one tensor; and a sample of the others, the same every time.
     """
     of_tensors = [list(mesh_placements(t.ndim, t.dtype, 1)) for t in trial.example.tensors]
     number = prod(map(len, of_tensors))
     if number <= _MOST:
         return list(trial.all_inputs()), number
-    admitted = _admitted(trial, rule)
+    likely = _likely(trial, rule)
     others = _random(of_tensors)
-    near = chain.from_iterable(_near(inputs, of_tensors) for inputs in admitted)
-    return list(dict.fromkeys([*admitted, *near, *islice(others, _SAMPLE)])), number
+    near = chain.from_iterable(_near(inputs, of_tensors) for inputs in likely)
+    return list(dict.fromkeys([*likely, *near, *islice(others, _SAMPLE)])), number
 
 
-def _admitted(trial: Trial, rule: Rule | None) -> list[Inputs]:
+def _likely(trial: Trial, rule: Rule | None) -> list[Inputs]:
     line = trial.example.line
     if rule is None or line is None:
         return []
     # The example's has no patterns for the tensors that are not given.
     whole = next(other for other in rule.lines if other.text == line.text)
     present = tuple(name in trial.example.names for name in rule.tensors)
-    return [tuple((p,) for p in choice.inputs) for choice in choices_for(rule, whole, present)]
+    choices = choices_for(rule, replace(whole, whole=frozenset()), present)
+    return [tuple((p,) for p in choice.inputs) for choice in choices]
 
 
 def _near(inputs: Inputs, of_tensors: Sequence[Sequence[Placements]]) -> Iterator[Inputs]:

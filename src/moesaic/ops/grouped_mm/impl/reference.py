@@ -25,3 +25,12 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
     for group in iterate_groups(x_RK.shape[0], sizes_BG, num_matrices):
         gw_EKN[group.expert] += x_RK[group.rows].to(acc).mT @ grad_RN[group.rows].to(acc)
     return gw_EKN.to(x_RK.dtype)
+
+
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    """``into[e] += sum over the groups of e of x[rows].T @ grad[rows]``, rounded once."""
+    acc = accumulation_dtype(x_RK.dtype)
+    sums_EKN = into_EKN.to(acc)
+    for group in iterate_groups(x_RK.shape[0], sizes_BG, into_EKN.shape[0]):
+        sums_EKN[group.expert] += x_RK[group.rows].to(acc).mT @ grad_RN[group.rows].to(acc)
+    into_EKN.copy_(sums_EKN)

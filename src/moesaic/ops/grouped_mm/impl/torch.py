@@ -33,6 +33,11 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
     return tiled.weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
 
 
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    # In the dtype of the sum, else it would be rounded twice.
+    into_EKN += weight_grad(x_RK.to(into_EKN.dtype), grad_RN.to(into_EKN.dtype), sizes_BG, into_EKN.shape[0])
+
+
 def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)

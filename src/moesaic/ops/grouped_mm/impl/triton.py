@@ -24,3 +24,11 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
     with torch.cuda.device_of(x_RK):
         groups = maps.group_bounds(sizes_BG, x_RK.shape[0], num_matrices)
         return kernels.weight_grad(x_RK, grad_RN, groups, x_RK.dtype)
+
+
+def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
+    kernels = available.load("weight_grad", x_RK)
+    maps = available.load("maps", x_RK)
+    with torch.cuda.device_of(x_RK):
+        groups = maps.group_bounds(sizes_BG, x_RK.shape[0], into_EKN.shape[0])
+        kernels.weight_grad_into(into_EKN, x_RK, grad_RN, groups)

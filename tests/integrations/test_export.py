@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
-from moesaic.integrations.transformers import export_pretrained, replace_moe_blocks
+from moesaic.integrations.transformers import export_pretrained, swap_moe
 
 
 def make_model(**changes: object) -> Qwen3MoeForCausalLM:
@@ -38,7 +38,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 def test_swapping_in_changes_nothing_but_rounding(changes):
     model = make_model(**changes)
     expected = logits_of(model)
-    replace_moe_blocks(model)
+    swap_moe(model)
     assert sum(isinstance(m, moesaic.MoE) for m in model.modules()) == 2 - len(model.config.mlp_only_layers)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-6)
 
@@ -47,7 +47,7 @@ def test_swapping_in_changes_nothing_but_rounding(changes):
 def test_weights_go_in_and_out_exactly(tmp_path, changes):
     model = make_model(**changes)
     expected = {n: p.clone() for n, p in model.state_dict().items()}
-    export_pretrained(replace_moe_blocks(model), tmp_path)
+    export_pretrained(swap_moe(model), tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
@@ -55,7 +55,7 @@ def test_weights_go_in_and_out_exactly(tmp_path, changes):
 
 
 def train_and_export(folder: str, layout: dict[str, int]) -> None:
-    model = replace_moe_blocks(make_model()).train()
+    model = swap_moe(make_model()).train()
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     moesaic.parallelize(model, meshes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
@@ -79,28 +79,28 @@ def test_a_trained_parallel_model_loads_in_plain_transformers(ranks, tmp_path, l
 
 def test_a_model_without_blocks_is_refused():
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no Qwen3-MoE block to replace"):
-        replace_moe_blocks(model)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no MoE block; known ones are"):
+        swap_moe(model)
     with pytest.raises(ValueError, match="on the meta device; materialise the model first"), torch.device("meta"):
-        replace_moe_blocks(make_model())
+        swap_moe(make_model())
 
 
 def test_frozen_blocks_stay_frozen():
     model = make_model().requires_grad_(False)
     model.model.layers[0].mlp.gate.weight.requires_grad_(True)
-    replace_moe_blocks(model)
+    swap_moe(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable == ["model.layers.0.mlp.router.weight"]
 
 
 def test_what_the_blocks_cannot_give_is_refused():
     with pytest.raises(ValueError, match="output_router_logits is set"):
-        replace_moe_blocks(make_model(output_router_logits=True))
+        swap_moe(make_model(output_router_logits=True))
 
 
 def test_export_refuses_what_the_architecture_has_no_place_for(tmp_path):
-    model = replace_moe_blocks(make_model())
+    model = swap_moe(make_model())
     config = moesaic.MoEConfig(dim=32, hidden_dim=12, num_experts=8, top_k=3, bias_update_speed=0.1)
     model.model.layers[1].mlp = moesaic.MoE(config)
-    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' has a shared expert or a balance bias"):
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' is no layer that swap_moe put there"):
         export_pretrained(model, tmp_path)

@@ -1,0 +1,150 @@
+"""Kernels only: ``experts_implementation="moesaic"`` in every transformers model with the experts interface.
+
+The modules keep their parameters, under their names and in their layout; only the computation between the router and
+the residual is ours.
+
+Legend: T tokens, K top-k, R rows, E experts, D model dim, F hidden dim, N width of the first projection (2F if gated).
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations import moe
+from transformers.integrations.moe import ExpertsInterface
+
+from moesaic.integrations.transformers.activations import activation_name
+from moesaic.ops import Activation, combine, experts_mlp, grouped_mm, permute, sort_by_expert
+
+NAME = "moesaic"
+
+
+def register() -> None:
+    """Make ``experts_implementation="moesaic"`` known to transformers, for this process. Calling it again does nothing.
+
+    Serves whatever the interface carries: concatenated or interleaved gate and up projections, transposed weights,
+    biases, a module's own ``_apply_gate``, un-gated experts, a norm after the experts, and the ids that transformers'
+    expert parallelism gives to experts of other ranks. Weights are read where they lie, through strided views.
+
+    Experts of the common kind, ``act(gate) * up`` or un-gated, with an activation of :func:`moesaic.experts_mlp`, run
+    as that one operator; others as two :func:`moesaic.grouped_mm` around the module's own functions.
+
+    Models whose experts do not go through the interface (Llama-4) ignore ``experts_implementation``, as transformers
+    does with its own; see :func:`swap_moe`.
+
+    Example:
+        >>> moesaic.integrations.transformers.register()
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", experts_implementation="moesaic")
+        >>> model.set_experts_implementation("eager")  # and back
+    """
+    ExpertsInterface.register(NAME, experts_forward)
+
+
+class _Weights(NamedTuple):
+    """An experts module's parameters, as ``y = x @ w + b``: views, and no copies."""
+
+    first_EDN: Tensor
+    first_bias_EN: Tensor | None
+    down_EFD: Tensor
+    down_bias_ED: Tensor | None
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What an experts module of transformers computes, with our operators.
+
+    ``z[t] = sum over k of weights[t, k] * norm(gate(x[t] @ first[e] + b[e]) @ down[e] + c[e])``, ``e = index[t, k]``;
+    copies with ``e >= E`` add nothing.
+
+    Args:
+        experts: a module whose class went through ``transformers.integrations.moe.use_experts_implementation``.
+        hidden_states: ``[T, D]``.
+        top_k_index: ``[T, K]``.
+        top_k_weights: ``[T, K]``.
+
+    Returns:
+        ``[T, D]``, of the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: the module does not follow the interface, or its weights are quantized or DTensors.
+    """
+    weights = _weights(experts)
+    activation = _fused_activation(experts)
+    if activation is not None:
+        return _fused(experts, weights, activation, hidden_states, top_k_index, top_k_weights)
+    rows = sort_by_expert(top_k_index, weights.first_EDN.shape[0])
+    h_RN = _linear(permute(hidden_states, rows), weights.first_EDN, weights.first_bias_EN, rows.group_sizes)
+    h_RF = experts._apply_gate(h_RN) if experts.has_gate else experts.act_fn(h_RN)
+    y_RD = _linear(h_RF, weights.down_EFD, weights.down_bias_ED, rows.group_sizes)
+    if experts.has_post_expert_norm:
+        y_RD = experts.post_expert_norm(y_RD)
+    return combine(y_RD, rows, top_k_weights).to(hidden_states.dtype)
+
+
+def _fused_activation(experts: Any) -> Activation | None:
+    """The activation, where the module computes what :func:`experts_mlp` does."""
+    has_own_gate = experts.has_gate and type(experts)._apply_gate is not moe._default_apply_gate
+    if has_own_gate or experts.has_post_expert_norm:
+        return None
+    return activation_name(experts.act_fn)
+
+
+def _fused(
+    experts: Any, weights: _Weights, activation: Activation, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    # Halves by chunk, whose gradients are put together by one copy and not added to two tensors of zeros.
+    w1, w3 = weights.first_EDN.chunk(2, dim=2) if experts.has_gate else (weights.first_EDN, None)
+    b1, b3 = weights.first_bias_EN, None
+    if experts.has_gate and b1 is not None:
+        b1, b3 = b1.chunk(2, dim=1)
+    z_TD = experts_mlp(
+        x_TD,
+        ids_TK,
+        weights_TK,
+        w1,
+        w3,
+        weights.down_EFD,
+        activation=activation,
+        b1=b1,
+        b3=b3,
+        b2=weights.down_bias_ED,
+    )
+    return z_TD.to(x_TD.dtype)
+
+
+def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Tensor) -> Tensor:
+    y_RN = grouped_mm(x_RK, w_EKN, group_sizes)
+    if bias_EN is None:
+        return y_RN
+    # The bias of every row as a product too: rows of no expert get none, and its gradient is a sum in a fixed order.
+    return y_RN + grouped_mm(x_RK.new_ones(x_RK.shape[0], 1), bias_EN.unsqueeze(1), group_sizes)
+
+
+def _weights(experts: nn.Module) -> _Weights:
+    if not all(hasattr(experts, flag) for flag in ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")):
+        raise TypeError(
+            f"experts: {type(experts).__name__} does not follow transformers' experts interface; decorate its class "
+            "with transformers.integrations.moe.use_experts_implementation"
+        )
+    first, down = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    first_w, down_w = _parameter(experts, first), _parameter(experts, down)
+    return _Weights(
+        first_w if experts.is_transposed else first_w.mT,
+        _parameter(experts, f"{first}_bias") if experts.has_bias else None,
+        down_w if experts.is_transposed else down_w.mT,
+        _parameter(experts, f"{down}_bias") if experts.has_bias else None,
+    )
+
+
+def _parameter(experts: nn.Module, name: str) -> Tensor:
+    value = getattr(experts, name, None)
+    remedy = 'use another experts_implementation, such as "eager"'
+    if not isinstance(value, Tensor):
+        raise TypeError(f"experts: {type(experts).__name__} has no parameter '{name}'; {remedy}")
+    if isinstance(value, DTensor):
+        raise TypeError(
+            f"experts: '{name}' of {type(experts).__name__} is a DTensor, and the interface hands over local tokens; "
+            f"{remedy}, or swap_moe() and moesaic.parallelize()"
+        )
+    if not value.is_floating_point() or value.dtype.itemsize < 2:
+        raise TypeError(f"experts: '{name}' of {type(experts).__name__} is quantized, {value.dtype}; {remedy}")
+    return value

@@ -1,0 +1,116 @@
+"""Write a model with swapped layers as transformers would have."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesaic.integrations.transformers.origin import Origin, origin_of
+from moesaic.layers import MoE
+
+
+@torch.no_grad()
+def to_transformers_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The whole state of a model with swapped layers, under transformers' names and layouts, on the CPU.
+
+    Collective: DTensors are gathered one by one. Where ``keep`` is false this process takes part and returns nothing.
+
+    Raises:
+        ValueError: a layer that :func:`swap_moe` did not put there.
+    """
+    return original_state(model, model.state_dict(), keep)
+
+
+def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """A state of the model, or what is named and shaped like one, in the original names and layouts."""
+    origins = _origins(model)
+    ours = dict(ours)
+    state: dict[str, Tensor] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        if keep:
+            state[name] = tensor.detach().cpu().contiguous()
+
+    for prefix, origin in origins.items():
+        theirs = origin.block.state_dict()
+        for link in origin.links:
+            tensor = link.join(*(_whole(ours.pop(prefix + name)) for name in link.ours))
+            # The layer keeps a router's bias in fp32, whatever the model has.
+            put(prefix + link.theirs, tensor.to(theirs[link.theirs].dtype) if link.is_bias else tensor)
+    for name, tensor in ours.items():
+        put(name, _whole(tensor))
+    return state
+
+
+def _origins(model: nn.Module) -> dict[str, Origin]:
+    """By the prefix of the layer's tensors."""
+    origins = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoE):
+            continue
+        origin = origin_of(layer)
+        if origin is None:
+            raise ValueError(f"model: '{name}' is no layer that swap_moe put there; transformers has no names for it")
+        origins[f"{name}." if name else ""] = origin
+    return origins
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def export_pretrained(model: nn.Module, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Collective: every rank calls it; rank 0 writes safetensors, config and tokenizer, and all return when it is done.
+
+    Raises:
+        ValueError: the model has state that transformers' architecture has no place for.
+        RuntimeError: on the other ranks, where rank 0 could not write.
+    """
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    state = to_transformers_state_dict(model, keep=is_writer)
+    failure: Exception | None = None
+    if is_writer:
+        try:
+            _write(model, state, path, tokenizer)
+        except Exception as error:
+            failure = error
+    if dist.is_initialized():
+        # Also the barrier that all return after; without it a failure would leave the others waiting for rank 0.
+        message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+        dist.broadcast_object_list(message, src=0)
+        if message[0] is not None and not is_writer:
+            raise RuntimeError(f"rank 0 could not export to {path}: {message[0]}")
+    if failure is not None:
+        raise failure
+
+
+def _write(model: Any, state: dict[str, Tensor], path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    # save_pretrained logs, and returns, where the path is a file.
+    Path(path).mkdir(parents=True, exist_ok=True)
+    plain_model(model, state).save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A model of transformers around a state: one whose own blocks are in their places."""
+    with torch.device("meta"):
+        plain = architecture_of(model)(copy.deepcopy(model.config))
+    missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
+    lacking = [name for name in missing if name not in plain.all_tied_weights_keys]
+    if lacking or unexpected:
+        raise ValueError(f"cannot export: missing {lacking}, no place for {unexpected}")
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def architecture_of(model: nn.Module) -> Any:
+    """The class of transformers that a model is of: FSDP gives it one of its own, derived from that."""
+    return next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))

@@ -1,0 +1,238 @@
+"""Put :class:`moesaic.MoE` layers in the place of a transformers model's MoE blocks, and the blocks back.
+
+No number changes on the way, and no tensor is left out: a block that has one without a place in the layer, or that
+lacks one, is refused by name.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from moesaic.integrations.transformers import methods
+from moesaic.integrations.transformers.activations import activation_name
+from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
+from moesaic.integrations.transformers.links import Link
+from moesaic.integrations.transformers.origin import Origin, origin_of
+from moesaic.layers import MoE, MoEConfig
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class _Swap(NamedTuple):
+    name: str
+    block: nn.Module
+    family: Family
+    config: MoEConfig
+
+
+def swap_moe(
+    model: Model,
+    *,
+    aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    bias_update_speed: float = 0.0,
+    impl: str | None = None,
+) -> Model:
+    """Replace the MoE blocks of a transformers model by :class:`moesaic.MoE`, in place, with their weights and routing.
+
+    The model computes what it did before, up to rounding; in half precision our gate scores in fp32, where some of
+    theirs do not. ``save_pretrained``, which transformers' ``Trainer`` calls too, goes on writing the original names
+    and layouts, and ``load_state_dict`` takes them. Call it before the optimizer is made, and before
+    :func:`moesaic.parallelize`. The way back: :func:`unswap_moe` in memory, :func:`export_pretrained` to disk,
+    parallelized or not.
+
+    Args:
+        model: a model of transformers, materialised. Families: see ``docs/transformers.md``.
+        aux_loss_coef, z_loss_coef: of the balance losses, collected by :func:`moesaic.balance_losses`.
+        bias_update_speed: for families with a correction bias on the scores, see
+            :func:`moesaic.layers.update_expert_bias`.
+        impl: implementation of the operators; None picks by device and dtype.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no block to replace, or one that the layer cannot stand in for, named; it is on the
+            meta device or sharded; it is set to return router logits. Nothing has changed then.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
+        >>> model = swap_moe(model)
+    """
+    _check_model(model)
+    swaps = []
+    for name, block in model.named_modules():
+        if (family := family_of(block)) is not None:
+            try:
+                config = _config(block, family, aux_loss_coef, z_loss_coef, bias_update_speed)
+                _check_tensors(block, family, config)
+            except ValueError as error:
+                raise ValueError(f"model: '{name}' ({type(block).__name__}): {error}") from error
+            swaps.append(_Swap(name, block, family, config))
+    _check_all_are_known(model, swaps)
+    for swap in swaps:
+        parent, _, child = swap.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
+    methods.install(model)
+    return model
+
+
+def unswap_moe(model: Model) -> Model:
+    """Put the blocks that :func:`swap_moe` took out back in, in place, with the layers' weights as they are now.
+
+    Names, shapes and dtypes are those from before; the router's counts are dropped, and so are gradients.
+
+    Raises:
+        ValueError: nothing has been swapped in, or the model is parallelized; nothing has changed then.
+
+    Example:
+        >>> keys = list(model.state_dict())
+        >>> list(unswap_moe(swap_moe(model)).state_dict()) == keys
+        True
+    """
+    layers = [(name, module, origin) for name, module in model.named_modules() if (origin := origin_of(module))]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no layer that swap_moe put there")
+    for name, layer, _ in layers:
+        if any(isinstance(p, DTensor) for p in layer.parameters()):
+            raise ValueError(f"model: '{name}' is parallelized; export_pretrained() writes it in the original layout")
+    for name, layer, origin in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _block_for(layer, origin))
+    methods.remove(model)
+    return model
+
+
+class _PairMoE(MoE):
+    """For decoder layers that expect router results beside the output, and drop them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if model.config.get_text_config().to_dict().get("output_router_logits"):
+        raise ValueError(
+            "model: config.output_router_logits is set, but the blocks that give them are replaced; set it to False, "
+            "and use aux_loss_coef with moesaic.balance_losses()"
+        )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"model: '{name}' is a DTensor; swap_moe comes before anything that shards")
+
+
+def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
+    inside = {module for swap in swaps for module in swap.block.modules()}
+    # What transformers' experts interface leaves on a module that goes through it.
+    unknown = {type(m).__name__ for m in model.modules() if hasattr(m, "has_post_expert_norm") and m not in inside}
+    if unknown:
+        raise ValueError(
+            f"model: {', '.join(sorted(unknown))} of {type(model).__name__} belong to no block that moesaic.MoE can "
+            'stand in for; register() and experts_implementation="moesaic" run them on our kernels'
+        )
+    if not swaps:
+        known = sorted(place.rpartition(":")[2] for place in FAMILIES)
+        raise ValueError(f"model: {type(model).__name__} has no MoE block; known ones are {', '.join(known)}")
+
+
+def _config(
+    block: Any, family: Family, aux_loss_coef: float, z_loss_coef: float, bias_update_speed: float
+) -> MoEConfig:
+    activation = activation_name(block.experts.act_fn)
+    if activation is None:
+        raise ValueError(f"hidden_act: {type(block.experts.act_fn).__name__} is no activation of moesaic.MoE")
+    gate_up = next(link for link in family.links if link.theirs == "experts.gate_up_proj")
+    E, D, F = gate_up.split(block.experts.gate_up_proj)[0].shape
+    fields = family.fields(block)
+    if bias_update_speed and not fields.get("score_bias"):
+        raise ValueError(f"bias_update_speed: {bias_update_speed}, but its router has no bias; leave it at 0")
+    return MoEConfig(
+        dim=D,
+        hidden_dim=F,
+        num_experts=E,
+        activation=activation,
+        aux_loss_coef=aux_loss_coef,
+        z_loss_coef=z_loss_coef,
+        bias_update_speed=bias_update_speed,
+        **fields,
+    )
+
+
+def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
+    """Every tensor of the block has a place in the layer, and the other way round."""
+    theirs = block.state_dict()
+    links = _links_of(block, family)
+    if left := theirs.keys() - {link.theirs for link in links}:
+        raise ValueError(f"moesaic.MoE has no place for {sorted(left)}")
+    with torch.device("meta"):
+        ours = MoE(config).state_dict().keys()
+    if lacking := ours - {name for link in links for name in link.ours}:
+        raise ValueError(f"it has nothing for {sorted(lacking)} of moesaic.MoE")
+    for name, tensor in theirs.items():
+        if tensor.is_meta:
+            raise ValueError(f"'{name}' is on the meta device; materialise the model first")
+    for link in links:
+        tensor = theirs[link.theirs]
+        if link.is_bias and not torch.equal(tensor.float().to(tensor.dtype), tensor):
+            raise ValueError(f"'{link.theirs}' is not exact in fp32, which is what the layer keeps it in")
+
+
+def _links_of(block: nn.Module, family: Family) -> tuple[Link, ...]:
+    names = block.state_dict().keys()
+    return tuple(link for link in family.links if link.theirs in names)
+
+
+@torch.no_grad()
+def _layer_for(swap: _Swap, impl: str | None) -> MoE:
+    block, links = swap.block, _links_of(swap.block, swap.family)
+    with torch.device("meta"):
+        layer = (_PairMoE if swap.family.returns_pair else MoE)(swap.config, impl=impl)
+    theirs = block.state_dict(keep_vars=True)
+    device = next(iter(theirs.values())).device
+    for link in links:
+        tensor = theirs[link.theirs]
+        dtype = torch.float32 if link.is_bias else tensor.dtype
+        for name, part in zip(link.ours, link.split(tensor.detach().to(dtype)), strict=True):
+            # Cloned, else the optimizer, a checkpoint or a plan would meet parameters that share storage.
+            _put(layer, name, part.clone(memory_format=torch.contiguous_format), tensor.requires_grad)
+    layer.router.load = torch.zeros_like(layer.router.load, device=device)
+    layer.register_load_state_dict_pre_hook(_take_original_names)
+    layer.train(block.training)
+    # The block stays, for the way back, without its weights.
+    layer.origin = Origin(block.to("meta"), links)  # type: ignore[assignment]
+    return layer
+
+
+@torch.no_grad()
+def _block_for(layer: nn.Module, origin: Origin) -> nn.Module:
+    block = origin.block
+    ours, theirs = layer.state_dict(keep_vars=True), block.state_dict(keep_vars=True)
+    for link in origin.links:
+        parts = [ours[name] for name in link.ours]
+        tensor = link.join(*(part.detach() for part in parts)).clone(memory_format=torch.contiguous_format)
+        if link.is_bias:
+            tensor = tensor.to(theirs[link.theirs].dtype)
+        _put(block, link.theirs, tensor, any(part.requires_grad for part in parts))
+    return block.train(layer.training)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _take_original_names(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    origin = origin_of(layer)
+    assert origin is not None
+    for link in origin.links:
+        if prefix + link.theirs in state_dict and link.theirs not in link.ours:
+            tensor = state_dict.pop(prefix + link.theirs)
+            for name, part in zip(link.ours, link.split(tensor), strict=True):
+                state_dict[prefix + name] = part

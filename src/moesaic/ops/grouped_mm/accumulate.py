@@ -1,0 +1,69 @@
+"""The public function ``accumulate_weight_grad``: a weight gradient added to a buffer that is there."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moesaic.ops.grouped_mm.api import check_shapes
+from moesaic.ops.grouped_mm.groups import as_blocks
+from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, module_of
+from moesaic.ops.implementations import code_of
+
+# No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
+torch.library.define(
+    "moesaic::grouped_mm_accumulate_weight_grad",
+    "(Tensor(a!) into, Tensor x, Tensor grad, Tensor group_sizes, int impl) -> ()",
+)
+
+
+@torch.library.impl("moesaic::grouped_mm_accumulate_weight_grad", "default")
+def _accumulate(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
+    sizes_BG = as_blocks(group_sizes)
+    module_of(impl, x, sizes_BG, into).weight_grad_into(into, x, grad, sizes_BG)
+
+
+@torch.library.register_fake("moesaic::grouped_mm_accumulate_weight_grad")
+def _accumulate_fake(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
+    return None
+
+
+def accumulate_weight_grad(
+    into: Float[Tensor, "W K N"],
+    x: Float[Tensor, "R K"],
+    grad: Float[Tensor, "R N"],
+    group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
+    *,
+    impl: str | None = None,
+) -> None:
+    """Add the weight gradient of :func:`moesaic.grouped_mm` to ``into``, in place.
+
+    ``into[e] += sum over the groups of e of x[rows].T @ grad[rows]``: what ``y = grouped_mm(x, w, group_sizes)`` adds
+    to ``w.grad`` where ``grad`` is that of ``y``, without a tensor of the weights' size in between. For gradients kept
+    in fp32 beside half-precision weights over several backward passes ("main gradients").
+
+    Args:
+        into: contiguous; of the dtype of ``x``, or fp32. An expert without rows keeps its values.
+        x, grad, group_sizes: as in :func:`moesaic.grouped_mm`.
+        impl: as in :func:`moesaic.grouped_mm`.
+
+    Each sum is accumulated in fp32 for half types and rounded once. Not differentiable. For plain tensors: give it the
+    local shards of DTensors.
+
+    Raises:
+        ValueError: shapes that do not fit, ``into`` that is not contiguous or that requires a gradient.
+        TypeError: dtypes that do not fit.
+    """
+    if grad.dtype != x.dtype:
+        raise TypeError(f"grad: dtype {grad.dtype} differs from x's {x.dtype}; cast one of them")
+    if into.dtype not in (x.dtype, torch.float32) or x.dtype == torch.float64 != into.dtype:
+        raise TypeError(f"into: got {into.dtype} for operands of {x.dtype}; give that dtype, or fp32 for half types")
+    if grad.shape != (x.shape[0], into.shape[-1]):
+        raise ValueError(f"grad: expected [{x.shape[0]}, {into.shape[-1]}] to match x and into, got {list(grad.shape)}")
+    check_shapes(x, into, group_sizes, "into")
+    if not into.is_contiguous():
+        raise ValueError(f"into: has strides {into.stride()}; give a contiguous tensor")
+    if into.requires_grad:
+        raise ValueError("into: requires a gradient, and this has none; give a buffer, such as into.detach()")
+    torch.ops.moesaic.grouped_mm_accumulate_weight_grad(
+        into, x.detach(), grad.detach(), group_sizes, code_of(impl, IMPLEMENTATIONS)
+    )
