@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moesaic.ops import grouped_mm
+from moesaic.ops import experts_mlp, grouped_mm
+from tests.ops.experts_oracle import experts
 from tests.ops.strategies import layout, problem
 
 _CALL = """
@@ -31,6 +32,12 @@ def test_on_the_cpu_says_so(fresh_python):
     pytest.importorskip("triton")
     said = fresh_python(_CALL.format(block="")).stdout
     assert 'impl: "triton" computes on CUDA, x is on cpu; move it there, or use "torch" or None' in said
+
+
+def test_the_fused_experts_say_so_too():
+    p = experts(5, 2, 3, 8, 12, torch.float64)
+    with pytest.raises(TypeError, match='impl: "triton" has no kernels for torch.float64; use "torch" or None'):
+        experts_mlp(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, impl="triton")
 
 
 def test_dtype_without_kernels():

@@ -102,16 +102,16 @@ def test_experts_without_rows_keep_their_values(monkeypatch, tmp_path):
     assert torch.equal(into[[0, 2]].double(), exact(p).gw[[0, 2]])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy_of_long_sums(on, dtype):
     on("9.0")
     p = problem(layout("shared", [[300, 0, 257], [129, 400, 1]], slack=3), 500, 16, dtype, exact=False)
     check(p, run("triton", p), margin=1.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_call_same_bits(dtype):
-    p = problem(layout("shared", [[70, 0, 150], [90, 30, 2]], slack=3), 40, 33, dtype, exact=False)
+    p = problem(layout("shared", [[70, 0, 50], [9, 30, 2]], slack=3), 40, 33, dtype, exact=False)
     for a, b in zip(run("triton", p), run("triton", p), strict=True):
         assert torch.equal(a, b)
 
