@@ -44,7 +44,7 @@ template <class Kind>
 static void finish_up(const Up &u, const ProductTask &t, const float *gate, const float *up) {
   using Element = ElementOf<Kind>;
   const int64_t hidden = u.gate.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
-  float b1[kKeptPanels * kPanel], b3[kKeptPanels * kPanel];
+  float b1[2 * kKeptPanels * kPanel], b3[2 * kKeptPanels * kPanel];
   read_bias<Kind>(u.b1, t, b1);
   read_bias<Kind>(u.b3, t, b3);
   for (int64_t r = 0; r < t.rows; ++r) {

@@ -70,9 +70,11 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
     if (!in_rows || !is_wide(g)) return k.block_words;
     return g.rows <= k.height ? kOneTileWords : kWideWords;
   };
+  // Where one tile has all the rows their weights are read once, best in long pieces.
+  auto width = [&](const Group &g) { return !is_wide(g) ? 1 : g.rows <= k.height ? 2 * most_panels : most_panels; };
   auto count = [&] {
     int64_t n = 0;
-    for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * (is_wide(g) ? ceil_div(panels, most_panels) : panels);
+    for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * ceil_div(panels, width(g));
     return n;
   };
   while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
@@ -86,11 +88,11 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   tasks.reserve(count() + padding.size());
   for (const Group &g : groups) {
     const int64_t parts = ceil_div(g.rows, most_rows);
-    const int64_t width = (is_wide(g) ? most_panels : 1) * panel;
+    const int64_t step = width(g) * panel;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
-      for (int64_t c = 0; c < columns; c += width) {
-        tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(width, columns - c),
+      for (int64_t c = 0; c < columns; c += step) {
+        tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(step, columns - c),
                          words(g)});
       }
     }

@@ -237,3 +237,22 @@ def test_configuration_is_a_value():
         config().top_k = 3
     with pytest.raises(ValueError, match="top_k: 9"):
         dataclasses.replace(config(), top_k=9)
+
+
+def test_the_gate_of_half_precision_input_keeps_no_wide_copy_of_it():
+    router = moesaic.TopKRouter(moesaic.MoEConfig(dim=64, hidden_dim=8, num_experts=4, top_k=2), dtype=torch.bfloat16)
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        weights = router(x).weights
+    assert all(t.dtype == torch.bfloat16 for t in saved if t.numel() >= x.numel())
+
+    # The gradients are those of the fp32 product.
+    upstream = torch.randn_like(weights)
+    ours = torch.autograd.grad(weights, [x, router.weight], upstream)
+    wide_x, wide = x.detach().float().requires_grad_(), moesaic.TopKRouter(router.config)
+    wide.weight.data = router.weight.detach().float()
+    expected = torch.autograd.grad(wide(wide_x).weights, [wide_x, wide.weight], upstream)
+    for mine, exact in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert torch.equal(mine, exact.bfloat16())

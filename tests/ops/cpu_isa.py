@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesaic.ops.experts_mlp.impl import cpu as experts_cpu
 from moesaic.ops.grouped_mm.impl import cpu
 from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
 from tests.ops import strategies
@@ -19,7 +20,8 @@ needs_kernels = pytest.mark.skipif(not HERE, reason=f"no CPU kernels: {_LOADED}"
 def use(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     """Let ``impl="cpu"`` run on an instruction set."""
     loaded = Kernels(_LOADED.library, INSTRUCTION_SETS.index(isa))
-    monkeypatch.setattr(cpu, "kernels", lambda: loaded)
+    for module in (cpu, experts_cpu):
+        monkeypatch.setattr(module, "kernels", lambda: loaded)
 
 
 def dtypes_of(impl: str | None) -> tuple[torch.dtype, ...]:

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 import moesaic
 from moesaic.ops import ACTIVATIONS, experts_mlp
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
+from tests.ops.cpu_isa import CPU
 from tests.ops.experts_oracle import Experts, any_experts, check, experts, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # an fp64 result has no oracle
-ANYWHERE = ("reference", "torch", None)
+ANYWHERE = ("reference", "torch", *CPU, None)
 
 
-@pytest.mark.parametrize("impl", ANYWHERE)
+@pytest.mark.parametrize("impl", ["reference", "torch", None])
 @given(p=any_experts(DTYPES))
 def test_values_and_gradients(impl, p: Experts):
     check(p, run(impl, p))

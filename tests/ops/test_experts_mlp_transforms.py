@@ -12,8 +12,8 @@ ops = torch.ops.moesaic
 CODES = [0, *(code for name, code in IMPLEMENTATIONS.items() if name in ("reference", "torch"))]
 
 
-def arguments(gated=True, biased=False, dtype=torch.float32):
-    p = experts(6, 2, 3, 8, 12, dtype, gated=gated, biased=biased)
+def arguments(gated=True, biased=False, dtype=torch.float32, strides="contiguous"):
+    p = experts(6, 2, 3, 8, 12, dtype, gated=gated, biased=biased, strides=strides)
     return (p.x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
 
 
@@ -36,8 +36,9 @@ def test_opcheck(code, gated, biased):
 
 @pytest.mark.parametrize("needs", [0, 1, 0b0010110, 0b1111111])
 @pytest.mark.parametrize("gated", [True, False])
-def test_fakes_say_what_comes(gated, needs):
-    args = arguments(gated, biased=True)
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "sliced"])
+def test_fakes_say_what_comes(strides, gated, needs):
+    args = arguments(gated, biased=True, strides=strides)
     z, h1, h3 = ops.experts_mlp(*args, 0, 0)
     gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, needs, 0)
     with FakeTensorMode() as mode:
@@ -46,6 +47,14 @@ def test_fakes_say_what_comes(gated, needs):
         found = (*outputs, *ops.experts_mlp_backward(outputs[0], *fake, *outputs[1:], 0, needs, 0))
     for real, said in zip((z, h1, h3, *gradients), found, strict=True):
         assert (real.shape, real.stride(), real.dtype) == (said.shape, said.stride(), said.dtype)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_gradients_lie_as_their_weights_do(code):
+    args = arguments(strides="transposed")
+    z, h1, h3 = ops.experts_mlp(*args, 0, code)
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, 0b1111111, code)
+    assert all(g.mT.is_contiguous() for g in gradients[2:5])
 
 
 def test_unwanted_gradients_take_no_memory():

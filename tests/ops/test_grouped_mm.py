@@ -247,3 +247,11 @@ def test_default_implementation(dtype):
     fastest = "cpu" if dtype in dtypes_of("cpu") and HERE[-1:] == ("avx512_bf16",) else "torch"
     for ours, expected in zip(run(None, p), run(fastest, p), strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_the_gradient_of_turned_weights_lies_as_they_do(code):
+    p = problem(layout("flat", [[3, 0, 6]]), 8, 16, torch.float32, strides=("contiguous", "transposed", "contiguous"))
+    gw = torch.ops.moesaic.grouped_mm_weight_grad(p.x, p.grad, p.group_sizes, p.w, code)
+    assert gw.mT.is_contiguous()
+    assert torch.equal(gw, exact(p).gw.float())

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moesaic.layers.balance import is_recomputing, load_balancing_loss, record_loss, router_z_loss
 from moesaic.layers.config import MoEConfig
+from moesaic.layers.gate import gate_logits
 from moesaic.ops.autocast import no_autocast
 
 
@@ -79,7 +79,7 @@ class TopKRouter(nn.Module):
         """Route the tokens of ``x``."""
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
-            logits_TE = F.linear(x.to(gate_dtype), self.weight.to(gate_dtype))
+            logits_TE = gate_logits(x, self.weight, gate_dtype)
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
             ids_TK = self._choose(scores_TE.detach())
             weights_TK = scores_TE.gather(1, ids_TK)

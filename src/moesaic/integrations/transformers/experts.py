@@ -91,8 +91,7 @@ def _fused_activation(experts: Any) -> Activation | None:
 def _fused(
     experts: Any, weights: _Weights, activation: Activation, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    # Halves by chunk, whose gradients are put together by one copy and not added to two tensors of zeros.
-    w1, w3 = weights.first_EDN.chunk(2, dim=2) if experts.has_gate else (weights.first_EDN, None)
+    w1, w3 = _halves(experts, weights.first_EDN) if experts.has_gate else (weights.first_EDN, None)
     b1, b3 = weights.first_bias_EN, None
     if experts.has_gate and b1 is not None:
         b1, b3 = b1.chunk(2, dim=1)
@@ -109,6 +108,15 @@ def _fused(
         b2=weights.down_bias_ED,
     )
     return z_TD.to(x_TD.dtype)
+
+
+def _halves(experts: Any, first_EDN: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up projection, cut so that their gradients are put together by one copy, in the parameter's layout."""
+    if experts.is_transposed:
+        gate, up = first_EDN.chunk(2, dim=2)
+        return gate, up
+    gate, up = first_EDN.mT.chunk(2, dim=1)
+    return gate.mT, up.mT
 
 
 def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Tensor) -> Tensor:

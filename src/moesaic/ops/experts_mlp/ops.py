@@ -12,6 +12,7 @@ The first argument that is not a tensor is an int in each of them: DTensor's cac
 stands before the first int.
 """
 
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
+from moesaic.ops.grouped_mm.groups import empty_gradient, lying_as
 from moesaic.ops.implementations import AUTO
 
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
@@ -89,7 +91,16 @@ def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor,
     )
     blank = _blank_gradients(x, ids, *tensors)
     given = [b if g is None else g.view(b.shape) for b, g in zip(blank, found, strict=True)]
+    for i, w in _projections(tensors):
+        if found[i] is not None:
+            given[i] = lying_as(w, given[i])
     return tuple(given)
+
+
+def _projections(tensors: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+    """The given projections among the arguments after x and ids, each with the place of its gradient."""
+    _, _, w1, w3, w2, *_ = tensors
+    return ((i, w) for i, w in ((2, w1), (3, w3), (4, w2)) if w is not None)
 
 
 def _blank_gradients(x: Tensor, ids: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[Tensor]:
@@ -126,7 +137,11 @@ def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Te
     given = (True, True, True, w3 is not None, True, b1 is not None, b3 is not None and w3 is not None)
     blank = _blank_gradients(x, ids, *tensors)
     wanted = Needs.unpack(needs)
-    return tuple(b.new_empty(b.shape) if n and g else b for b, n, g in zip(blank, wanted, given, strict=True))
+    empty = [b.new_empty(b.shape) if n and g else b for b, n, g in zip(blank, wanted, given, strict=True)]
+    for i, w in _projections(tensors):
+        if wanted[i]:
+            empty[i] = empty_gradient(w, w.dtype)
+    return tuple(empty)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -10,8 +10,8 @@ operator                                computes, for the rows of each group    
 ``grouped_mm_weight_grad(x, grad, w)``  ``gw[e] = x.T @ grad``                      input_grad, grouped_mm
 ======================================  ==========================================  =======================
 
-Of the weight that ``grouped_mm_weight_grad`` gets only the shape is read: it tells how many matrices there are, so also
-whether the blocks share them; and of DTensors it tells where the gradient is to lie.
+Of the weight that ``grouped_mm_weight_grad`` gets only shape and strides are read: they tell how many matrices there
+are, so also whether the blocks share them, and how the gradient is to lie in memory; and of DTensors, on which ranks.
 
 All three take weights of any number of matrices up to that of groups, for a rank's shard may have fewer.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm import auto
-from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes
+from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes, empty_gradient, is_turned
 from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
@@ -75,7 +75,10 @@ def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tens
 @untouched_by_autocast
 def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return module_of(impl, x, sizes_BG, w).weight_grad(x, grad, sizes_BG, w.shape[0])
+    module = module_of(impl, x, sizes_BG, w)
+    if is_turned(w):
+        return module.weight_grad(grad, x, sizes_BG, w.shape[0]).mT
+    return module.weight_grad(x, grad, sizes_BG, w.shape[0])
 
 
 @torch.library.register_fake("moesaic::grouped_mm")
@@ -90,7 +93,7 @@ def _input_grad_fake(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) ->
 
 @torch.library.register_fake("moesaic::grouped_mm_weight_grad")
 def _weight_grad_fake(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
-    return x.new_empty(w.shape[0], x.shape[1], grad.shape[1])
+    return empty_gradient(w, x.dtype)
 
 
 def grouped_mm_op(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:

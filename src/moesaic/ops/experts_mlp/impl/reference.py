@@ -103,4 +103,5 @@ def _hidden(name: str, h1_rF: Tensor, h3_rF: Tensor | None) -> Tensor:
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    # zeros_like has made it lie as its argument does.
     return None if gradient is None or like is None else gradient.to(like.dtype)

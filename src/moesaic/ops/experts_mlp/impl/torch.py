@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.ops.experts_mlp.activation import activate, derivative
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
-from moesaic.ops.grouped_mm.groups import accumulation_dtype
+from moesaic.ops.grouped_mm.groups import accumulation_dtype, is_turned
 from moesaic.ops.grouped_mm.impl import torch as grouped
 from moesaic.ops.permute import kernels as permuting
 
@@ -56,6 +56,8 @@ class _Rows:
         return (y_RN + padded.index_select(0, biases_R)).to(x_RK.dtype)
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor, w_EKN: Tensor) -> Tensor:
+        if is_turned(w_EKN):
+            return grouped.weight_grad(grad_RN, x_RK, self.sizes_1E, w_EKN.shape[0]).mT
         return grouped.weight_grad(x_RK, grad_RN, self.sizes_1E, w_EKN.shape[0])
 
     def bias_grad(self, grad_RN: Tensor, b_EN: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""The gate: logits in a wide dtype, of which the backward pass keeps no copy of the tokens in that dtype.
+
+Legend: T tokens, D model dim, E experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.ops.autocast import no_autocast
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x W^T [T, E]``, computed in ``dtype``; what is saved for the gradient are ``x`` and ``W`` as they are."""
+    if x_TD.dtype == dtype:
+        return F.linear(x_TD, weight_ED.to(dtype))
+    return _Gate.apply(x_TD, weight_ED, dtype)
+
+
+class _Gate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    # pyrefly: ignore [bad-override]
+    def forward(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x_TD, weight_ED, ctx.dtype = inputs
+        ctx.save_for_backward(x_TD, weight_ED)
+
+    @staticmethod
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_TD, weight_ED = ctx.saved_tensors
+        gx = gw = None
+        with no_autocast(grad_TE.device.type):
+            if ctx.needs_input_grad[0]:
+                gx = (grad_TE @ weight_ED.to(ctx.dtype)).to(x_TD.dtype)
+            if ctx.needs_input_grad[1]:
+                gw = (grad_TE.mT @ x_TD.to(ctx.dtype)).to(weight_ED.dtype)
+        return gx, gw, None
