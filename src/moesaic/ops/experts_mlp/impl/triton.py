@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.grouped_mm.groups import is_turned
 from moesaic.ops.triton import available
 
 
@@ -41,6 +42,13 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     gx = gweights = gw1 = gw3 = gw2 = gb1 = gb3 = None
     with torch.cuda.device_of(x):
         routed = routing.route(problem.ids_TK, w1.shape[0])
+
+        def sums(w: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> Tensor:
+            """The gradient of a weight, lying in memory as that does."""
+            if is_turned(w):
+                return sums(w.mT, grad, grad_of, rows, rows_of).mT
+            return weight_grad.weight_grad(rows, grad, routed.groups, w.dtype, x_rows=rows_of, grad_rows=grad_of)
+
         wanted = down_gradient.Wanted(routing_weights=needs.weights, weighted=needs.w2, biases=has_b1 or has_b3)
         hidden = down_gradient.down_gradient(
             grad_TD, w2, h1_TKF, h3_TKF, problem.weights_TK, problem.activation, routed, wanted
@@ -48,11 +56,11 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         if needs.weights:
             gweights = hidden.weights.to(problem.weights_TK.dtype)
         if needs.w2:
-            gw2 = weight_grad.weight_grad(hidden.weighted, grad_TD, routed.groups, w2.dtype, grad_rows=routed.tokens)
+            gw2 = sums(w2, hidden.weighted, None, grad_TD, routed.tokens)
         if needs.w1:
-            gw1 = weight_grad.weight_grad(x, hidden.gh1, routed.groups, w1.dtype, x_rows=routed.tokens)
+            gw1 = sums(w1, x, routed.tokens, hidden.gh1, None)
         if needs.w3 and w3 is not None:
-            gw3 = weight_grad.weight_grad(x, hidden.gh3, routed.groups, w3.dtype, x_rows=routed.tokens)
+            gw3 = sums(w3, x, routed.tokens, hidden.gh3, None)
         if needs.x:
             plus = None if w3 is None else Product(hidden.gh3, w3.mT)
             gx_RD = matmul.grouped_mm(Product(hidden.gh1, w1.mT), routed.groups, x.dtype, plus=plus)
