@@ -20,7 +20,8 @@ import json, sys
 import moesaic
 
 missing = [name for name in moesaic.__all__ if not hasattr(moesaic, name)]
-loaded = sorted(set({OPTIONAL!r}) & set(sys.modules))
+# torch imports triton itself, where it is installed.
+loaded = sorted((set({OPTIONAL!r}) - {{"triton"}} | {{"moesaic.ops.triton.matmul"}}) & set(sys.modules))
 print(json.dumps({{"all": moesaic.__all__, "missing": missing, "loaded": loaded}}))
 """
 

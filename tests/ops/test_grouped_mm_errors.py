@@ -83,7 +83,7 @@ VALUE_ERRORS = {
     ),
     "unknown implementation": (
         lambda: grouped_mm(X, W, SIZES, impl="cutlass"),
-        r"impl: unknown implementation 'cutlass'; choose one of \['cpu', 'reference', 'torch'\] or None",
+        r"impl: unknown implementation 'cutlass'; choose one of \['cpu', 'reference', 'torch', 'triton'\] or None",
     ),
 }
 

@@ -56,8 +56,9 @@ def experts_mlp(
         w2: down projections.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
-        impl: ``"reference"``, ``"torch"`` or ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``). ``None``
-            picks the fastest for the device and dtype. A named one never falls back.
+        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
+            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
+            never falls back.
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
@@ -69,7 +70,8 @@ def experts_mlp(
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``.
         TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
-        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them.
+        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
+            ``impl="triton"`` without triton, or off CUDA.
         NotImplementedError: under forward-mode differentiation, and for second derivatives.
 
     Example:

@@ -6,22 +6,28 @@ from torch import Tensor
 
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
+from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.fastest import on_cuda
 from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
 
 # Elsewhere the kernels run when they are named, but nobody has measured whether torch's own products are faster.
 _MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
+_MODULES = {"torch": torch_impl, "triton": triton_impl}
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    return _fastest(problem.x_TD).forward(problem, save)
+    return _fastest(problem).forward(problem, save)
 
 
 def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
-    return _fastest(problem.x_TD).backward(grad_TD, problem, h1_TKF, h3_TKF, needs)
+    return _fastest(problem).backward(grad_TD, problem, h1_TKF, h3_TKF, needs)
 
 
-def _fastest(x: Tensor) -> ModuleType:
+def _fastest(problem: Problem) -> ModuleType:
+    x = problem.x_TD
+    if x.device.type == "cuda":
+        return _MODULES[on_cuda("experts_mlp", problem.ids_TK.numel(), problem.w1_EDF.shape[0])]
     if x.device.type == "cpu" and x.dtype in DTYPES:
         loaded = kernels()
         if isinstance(loaded, Kernels) and loaded.isa >= _MEASURED:

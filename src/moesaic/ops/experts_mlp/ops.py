@@ -24,12 +24,13 @@ from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
+from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
 from moesaic.ops.grouped_mm.groups import empty_gradient, lying_as
 from moesaic.ops.implementations import AUTO
 
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3}
-_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu}
+IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
+_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
 _OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(

@@ -41,8 +41,9 @@ def grouped_mm(
         w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``.
         group_sizes: how many rows each group has (counts, not offsets), int32 or int64, on the device of ``x``.
             On CUDA the values are never read to the host; :func:`moesaic.debug_checks` checks them.
-        impl: ``"reference"``, ``"torch"`` or ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``). ``None``
-            picks the fastest for the device and dtype. A named one never falls back.
+        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
+            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
+            never falls back.
         out_dtype: dtype of the result: that of ``x``, or ``torch.float32`` for half-precision operands.
 
     Returns:
@@ -55,7 +56,8 @@ def grouped_mm(
         ValueError: shapes that do not fit, an unknown ``impl``, and on CPU sizes that are negative, exceed the rows or
             are those of groups without expert. (On CUDA rows of such groups give zeros.)
         TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
-        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them.
+        RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
+            ``impl="triton"`` without triton, or off CUDA.
         NotImplementedError: under forward-mode differentiation.
 
     Example:

@@ -5,28 +5,33 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moesaic.ops.fastest import on_cuda
 from moesaic.ops.grouped_mm.impl import cpu
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
+from moesaic.ops.grouped_mm.impl import triton as triton_impl
 from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
 
 # On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
 # whether torch's own products are faster there.
 _MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
+_MODULES = {"torch": torch_impl, "triton": triton_impl}
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return _fastest(x_RK).forward(x_RK, w_EKN, sizes_BG, out_dtype)
+    return _fastest("grouped_mm", x_RK, sizes_BG).forward(x_RK, w_EKN, sizes_BG, out_dtype)
 
 
 def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
-    return _fastest(x_RK).weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
+    return _fastest("grouped_mm_weight_grad", x_RK, sizes_BG).weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
 
 
 def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
-    _fastest(x_RK).weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
+    _fastest("grouped_mm_weight_grad", x_RK, sizes_BG).weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
 
 
-def _fastest(x: Tensor) -> ModuleType:
+def _fastest(operator: str, x: Tensor, sizes_BG: Tensor) -> ModuleType:
+    if x.device.type == "cuda":
+        return _MODULES[on_cuda(operator, x.shape[0], sizes_BG.numel())]
     if x.device.type == "cpu" and x.dtype in cpu.DTYPES:
         loaded = kernels()
         if isinstance(loaded, Kernels) and loaded.isa >= _MEASURED:

@@ -1,0 +1,26 @@
+"""Which implementation is the fastest on CUDA, by operator and shape class: what ``impl=None`` goes by there.
+
+**Awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on none.
+Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of
+``benchmarks/results/`` that justifies it.
+"""
+
+# Largest average of rows a group.
+_FEW, _SOME = 16, 64
+
+_ON_CUDA = {
+    "grouped_mm": {"few": "torch", "some": "torch", "many": "torch"},
+    "grouped_mm_weight_grad": {"few": "torch", "some": "torch", "many": "torch"},
+    "experts_mlp": {"few": "torch", "some": "torch", "many": "torch"},
+}
+
+
+def shape_class(num_rows: int, num_groups: int) -> str:
+    """By the average number of rows a group, for on CUDA the numbers themselves are never read to the host."""
+    average = num_rows / max(num_groups, 1)
+    return "few" if average <= _FEW else "some" if average <= _SOME else "many"
+
+
+def on_cuda(operator: str, num_rows: int, num_groups: int) -> str:
+    """The name of the implementation."""
+    return _ON_CUDA[operator][shape_class(num_rows, num_groups)]

@@ -1,0 +1,123 @@
+"""Block sizes by kernel, dtype, shape class and GPU, and the tuner that may replace them.
+
+The table is a guess that compiles without spills into the shared memory there is: it awaits measurement on a GPU.
+``MOESAIC_TRITON_AUTOTUNE=1`` in the environment has each kernel timed in a few configurations at the first call of a
+shape class; see :mod:`moesaic.ops.triton.tuner`. Without it no call takes longer than compilation.
+
+Legend: M, N, K the block of the result and of the sum. In ``weight_grad`` M x N is a block of the gradient, and the sum
+is over rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.fastest import shape_class
+from moesaic.ops.triton import device, tuner
+from moesaic.ops.triton.maps import Groups
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched: block sizes, height of a band of tiles, warps, stages, programs a multiprocessor."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP_M: int = 8
+    warps: int = 8
+    stages: int = 3
+    ctas: int = 1
+
+
+_HALF_TABLE = {
+    ("matmul", "few"): {
+        "hopper": Config(16, 64, 128, warps=4, stages=4, ctas=2),
+        "ampere": Config(16, 64, 128, warps=4, stages=3, ctas=2),
+        "small": Config(16, 64, 64, warps=4, stages=3, ctas=2),
+    },
+    ("matmul", "some"): {
+        "hopper": Config(64, 128, 64, warps=4, stages=4, ctas=2),
+        "ampere": Config(64, 128, 64, warps=4, stages=3),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+    ("matmul", "many"): {
+        "hopper": Config(128, 256, 64, warps=8, stages=3),
+        "ampere": Config(128, 128, 64, warps=8, stages=3),
+        "small": Config(128, 64, 64, warps=4, stages=2),
+    },
+    ("up_projection", "few"): {
+        "hopper": Config(16, 64, 64, warps=4, stages=4, ctas=2),
+        "ampere": Config(16, 64, 64, warps=4, stages=3, ctas=2),
+        "small": Config(16, 64, 64, warps=4, stages=2, ctas=2),
+    },
+    ("up_projection", "some"): {
+        "hopper": Config(64, 64, 64, warps=4, stages=4, ctas=2),
+        "ampere": Config(64, 64, 64, warps=4, stages=3),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+    ("up_projection", "many"): {
+        "hopper": Config(128, 128, 64, warps=8, stages=4),
+        "ampere": Config(128, 128, 32, warps=8, stages=4),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+    ("down_gradient", "few"): {
+        "hopper": Config(16, 64, 128, warps=4, stages=4, ctas=2),
+        "ampere": Config(16, 64, 128, warps=4, stages=3, ctas=2),
+        "small": Config(16, 64, 64, warps=4, stages=2, ctas=2),
+    },
+    ("down_gradient", "some"): {
+        "hopper": Config(64, 128, 64, warps=4, stages=4, ctas=2),
+        "ampere": Config(64, 64, 64, warps=4, stages=3),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+    ("down_gradient", "many"): {
+        "hopper": Config(128, 128, 64, warps=8, stages=4),
+        "ampere": Config(128, 128, 32, warps=8, stages=4),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+    ("weight_grad", "few"): {
+        "hopper": Config(128, 128, 16, warps=8, stages=3),
+        "ampere": Config(128, 128, 16, warps=8, stages=3),
+        "small": Config(64, 64, 16, warps=4, stages=2),
+    },
+    ("weight_grad", "some"): {
+        "hopper": Config(128, 128, 64, warps=8, stages=3),
+        "ampere": Config(128, 128, 32, warps=8, stages=3),
+        "small": Config(64, 64, 32, warps=4, stages=2),
+    },
+    ("weight_grad", "many"): {
+        "hopper": Config(128, 256, 64, warps=8, stages=3),
+        "ampere": Config(128, 128, 64, warps=8, stages=3),
+        "small": Config(64, 64, 64, warps=4, stages=2),
+    },
+}
+
+# Without tensor cores (TF32 is off by default) registers are the limit.
+_FP32 = {
+    "few": Config(16, 64, 32, warps=4, stages=3, ctas=2),
+    "some": Config(64, 64, 32, warps=8, stages=2),
+    "many": Config(64, 64, 32, warps=8, stages=2),
+}
+
+_INTERPRETED = Config(32, 32, 32, GROUP_M=2)
+
+
+def choose(kernel: str, x_RK: Tensor, *, K: int, N: int, groups: Groups, run: Callable[[Config], object]) -> Config:
+    """The configuration of a launch; ``run(config)`` is the launch, for the tuner to time."""
+    B, G = groups.bounds.shape[0], groups.bounds.shape[1] - 2
+    shape = shape_class(groups.num_rows, B * G)
+    default = table(kernel, x_RK.dtype, shape, device.describe(x_RK.device).kind)
+    if not tuner.is_enabled():
+        return default
+    key = f"{kernel} {x_RK.dtype} K={K} N={N} groups={groups.bounds.numel()} rows=2^{groups.num_rows.bit_length()}"
+    return tuner.best(key, default, x_RK.device, run)
+
+
+def table(kernel: str, dtype: torch.dtype, shape: str, kind: str) -> Config:
+    """The default configuration."""
+    if kind == "interpreted":
+        return _INTERPRETED
+    return _FP32[shape] if dtype == torch.float32 else _HALF_TABLE[kernel, shape][kind]

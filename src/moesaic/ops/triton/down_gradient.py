@@ -1,0 +1,313 @@
+"""The gradient of the hidden rows, with those of the activation and of the routing weights, in one kernel.
+
+``g[r] = grad[t] w2[e].T`` is in registers only. Of it come, with the hidden row ``a`` made again from what was saved,
+
+- ``gh1 = weight g h3 act'(h1)`` and ``gh3 = weight g act(h1)``, rows ``[R, F]``,
+- the gradient of the routing weight, ``<g, a>``: a partial sum in fp32 for each block of columns, added afterwards,
+- ``weight a``, what the weight gradient of ``w2`` multiplies ``grad`` with,
+- the column sums of ``gh1`` and ``gh3`` over each tile of rows, added afterwards to the gradients of the biases.
+
+No sum is made by atomics, so the bits are the same every time.
+
+Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts, S tiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.ops.triton import device
+from moesaic.ops.triton.activation import activate, derivative
+from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.maps import TileMap, tile_map
+from moesaic.ops.triton.routing import Routing
+from moesaic.ops.triton.tiles import as_weight, halves, load_rows, load_tile, load_weight, ordered, precision, tile_rows
+
+_COLUMNS = 128
+
+
+class Wanted(NamedTuple):
+    """Which results beside the gradients of the pre-activations are wanted."""
+
+    routing_weights: bool
+    weighted: bool
+    biases: bool
+
+
+class HiddenGradient(NamedTuple):
+    """``gh1``, ``gh3`` and ``weighted`` are ``[R, F]``, ``weights [T, K]`` and biases' gradients ``[E, F]`` fp32.
+
+    What is not wanted has no elements, and ``gh3`` and ``b3`` none without gate.
+    """
+
+    gh1: Tensor
+    gh3: Tensor
+    weighted: Tensor
+    weights: Tensor
+    b1: Tensor
+    b3: Tensor
+
+
+class _Operands(NamedTuple):
+    grad_TD: Tensor
+    w2_EFD: Tensor
+    h1_TKF: Tensor
+    h3_TKF: Tensor | None
+    weights_TK: Tensor
+
+
+def down_gradient(
+    grad_TD: Tensor,
+    w2_EFD: Tensor,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    weights_TK: Tensor,
+    activation: str,
+    routing: Routing,
+    wanted: Wanted,
+) -> HiddenGradient:
+    """The gradients. Routing weights' gradients of copies that are not here are zero."""
+    T, K, F = h1_TKF.shape
+    E, R = w2_EFD.shape[0], T * K
+    is_gated = h3_TKF is not None
+
+    def rows(is_wanted: bool) -> Tensor:
+        return grad_TD.new_empty(R if is_wanted else 0, F)
+
+    def sums(*shape: int) -> Tensor:
+        return grad_TD.new_zeros(shape, dtype=torch.float32)
+
+    gh1, gh3, weighted = rows(True), rows(is_gated), rows(wanted.weighted)
+    if gh1.numel() == 0:
+        biases = (sums(E, F), sums(E, F)) if wanted.biases else (sums(0, F), sums(0, F))
+        return HiddenGradient(gh1, gh3, weighted, sums(T, K), *biases)
+    h3_TKF = None if h3_TKF is None else h3_TKF.contiguous()
+    operands = _Operands(grad_TD, w2_EFD, h1_TKF.contiguous(), h3_TKF, weights_TK.contiguous())
+
+    def run(config: Config) -> HiddenGradient:
+        return _launch(operands, activation, routing, config, wanted, (gh1, gh3, weighted))
+
+    config = choose("down_gradient", grad_TD, K=grad_TD.shape[1], N=F, groups=routing.groups, run=run)
+    return run(config)
+
+
+def _launch(
+    operands: _Operands,
+    activation: str,
+    routing: Routing,
+    config: Config,
+    wanted: Wanted,
+    rows: tuple[Tensor, Tensor, Tensor],
+) -> HiddenGradient:
+    grad, w2, h1, h3, weights = operands
+    (E, F, D), (T, K) = w2.shape, weights.shape
+    gpu = device.describe(grad.device)
+    w = as_weight(w2.mT, config.BK, config.BN, gpu)
+    tiles = tile_map(routing.groups, config.BM)
+    num_tiles, num_columns = tiles.tiles.shape[0], triton.cdiv(F, config.BN)
+    partial = grad.new_empty(num_columns if wanted.routing_weights else 0, T * K, dtype=torch.float32)
+    sums1 = grad.new_empty(num_tiles if wanted.biases else 0, F, dtype=torch.float32)
+    sums3 = grad.new_empty(num_tiles if wanted.biases and h3 is not None else 0, F, dtype=torch.float32)
+    _down_gradient_kernel[(min(gpu.num_sms * config.ctas, num_tiles * num_columns),)](
+        grad,
+        routing.tokens,
+        routing.slots,
+        w.data,
+        h1,
+        h1 if h3 is None else h3,
+        weights,
+        *rows,
+        partial,
+        sums1,
+        sums3,
+        tiles.tiles,
+        tiles.number,
+        D,
+        F,
+        T * K,
+        *grad.stride(),
+        *w.strides,
+        IS_GATED=h3 is not None,
+        WANTS_ROUTING=wanted.routing_weights,
+        WANTS_WEIGHTED=wanted.weighted,
+        WANTS_BIASES=wanted.biases,
+        ACT=activation,
+        SUBTILES=4 if config.BN >= 64 else 1,
+        FORM=w.form,
+        EVEN=D % config.BK == 0,
+        PRECISION=precision(grad.dtype),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    gb1, gb3 = (_add_tiles(sums, tiles, E) for sums in (sums1, sums3))
+    return HiddenGradient(*rows, partial.sum(0).view(T, K), gb1, gb3)
+
+
+def _add_tiles(sums_SF: Tensor, tiles: TileMap, num_experts: int) -> Tensor:
+    """``[E, F]``: the tiles of an expert, added in order."""
+    S, F = sums_SF.shape
+    total_EF = sums_SF.new_empty(num_experts if S else 0, F)
+    if total_EF.numel():
+        grid = (num_experts, triton.cdiv(F, _COLUMNS))
+        _add_tiles_kernel[grid](sums_SF, tiles.firsts, total_EF, F, BLOCK=_COLUMNS)
+    return total_EF
+
+
+@triton.jit
+def _finish_columns(
+    g,
+    f,
+    F,
+    weight,
+    inside,
+    h1_rows,
+    h3_rows,
+    weighted_rows,
+    gh1_rows,
+    gh3_rows,
+    sums1_tile,
+    sums3_tile,
+    IS_GATED: tl.constexpr,
+    WANTS_WEIGHTED: tl.constexpr,
+    WANTS_BIASES: tl.constexpr,
+    ACT: tl.constexpr,
+    N: tl.constexpr,
+):
+    """All that comes of N columns of ``g``, from column ``f`` on; gives back their part of ``<g, a>``."""
+    dtype = gh1_rows.dtype.element_ty
+    columns = f + tl.arange(0, N)
+    mask = inside[:, None] & (columns < F)[None, :]
+    pre = tl.load(h1_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    act = activate(pre, ACT)
+    slope = derivative(pre, ACT)
+    hidden = act
+    if IS_GATED:
+        up = tl.load(h3_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        hidden = act * up
+        slope = slope * up
+    # As the forward pass rounded it.
+    hidden = hidden.to(dtype).to(tl.float32)
+    sums = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
+    if WANTS_WEIGHTED:
+        tl.store(weighted_rows[:, None] + columns[None, :], (hidden * weight[:, None]).to(dtype), mask=mask)
+    g = g * weight[:, None]
+    gate = (g * slope).to(dtype)
+    tl.store(gh1_rows[:, None] + columns[None, :], gate, mask=mask)
+    if WANTS_BIASES:
+        tl.store(sums1_tile + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=columns < F)
+    if IS_GATED:
+        side = (g * act).to(dtype)
+        tl.store(gh3_rows[:, None] + columns[None, :], side, mask=mask)
+        if WANTS_BIASES:
+            tl.store(sums3_tile + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=columns < F)
+    return sums
+
+
+@triton.jit
+def _down_gradient_kernel(
+    grad,
+    tokens,
+    slots,
+    w,
+    h1,
+    h3,
+    weights,
+    gh1,
+    gh3,
+    weighted,
+    partial,
+    sums1,
+    sums3,
+    tiles,
+    count,
+    D,
+    F,
+    num_slots,
+    stride_gt,
+    stride_gd,
+    stride_we,
+    stride_wd,
+    stride_wf,
+    IS_GATED: tl.constexpr,
+    WANTS_ROUTING: tl.constexpr,
+    WANTS_WEIGHTED: tl.constexpr,
+    WANTS_BIASES: tl.constexpr,
+    ACT: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    FORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_tiles = tl.load(count)
+    num_columns = tl.cdiv(F, BN)
+    for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+        tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
+        expert, first, end = load_tile(tiles, tile)
+        rows = tile_rows(first, end, BM)
+        row_pointers = grad + tl.load(tokens + rows).to(tl.int64) * stride_gt
+        g = tl.zeros((BM, BN), tl.float32)
+        for d in tl.range(0, tl.where(expert >= 0, D, 0), BK):
+            block = load_rows(row_pointers, d, D, stride_gd, EVEN, BK)
+            matrix = load_weight(w, expert, d, column * BN, D, F, stride_we, stride_wd, stride_wf, FORM, BK, BN)
+            g = tl.dot(block, matrix, g, input_precision=PRECISION)
+
+        out_rows = first + tl.arange(0, BM)
+        inside = out_rows < end
+        slot = tl.load(slots + rows).to(tl.int64)
+        out = out_rows.to(tl.int64) * F
+        h1_rows, h3_rows = h1 + slot * F, h3 + slot * F
+        weighted_rows, gh1_rows, gh3_rows = weighted + out, gh1 + out, gh3 + out
+        sums1_tile, sums3_tile = sums1 + tile.to(tl.int64) * F, sums3 + tile.to(tl.int64) * F
+        f = column * BN
+        weight = tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32)
+        if SUBTILES == 4:
+            left, right = halves(g, BM, BN)
+            g0, g1 = halves(left, BM, BN // 2)
+            g2, g3 = halves(right, BM, BN // 2)
+            sums = _finish_columns(
+                g0, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
+                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g1, f + BN // 4, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
+                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g2, f + BN // 2, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
+                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g3, f + BN // 4 * 3, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows,
+                sums1_tile, sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+        else:
+            sums = _finish_columns(
+                g, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
+                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN,
+            )  # fmt: skip
+        if WANTS_ROUTING:
+            tl.store(partial + column.to(tl.int64) * num_slots + slot, sums, mask=inside)
+
+
+@triton.jit
+def _add_tiles_kernel(sums, firsts, total, F, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    end = tl.load(firsts + expert + 1)
+    for tile in tl.range(tl.load(firsts + expert), end, 16):
+        rows = tile + tl.arange(0, 16)
+        mask = (rows < end)[:, None] & (columns < F)[None, :]
+        acc += tl.sum(tl.load(sums + (rows.to(tl.int64) * F)[:, None] + columns[None, :], mask=mask, other=0.0), 0)
+    tl.store(total + expert.to(tl.int64) * F + columns, acc, mask=columns < F)

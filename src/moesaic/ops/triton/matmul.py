@@ -1,0 +1,158 @@
+"""Rows of a group times its weight: ``y[r] = x[r] @ w[e]``, or the sum of two such products.
+
+Legend: R rows, K and N the matrix dims, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.ops.triton import device
+from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.maps import Groups, TileMap, tile_map
+from moesaic.ops.triton.tiles import as_weight, load_rows, load_tile, load_weight, ordered, precision, tile_rows
+
+
+class Product(NamedTuple):
+    """Rows ``[R, K]`` and the weights ``[E, K, N]`` that they meet."""
+
+    x: Tensor
+    w: Tensor
+
+
+def grouped_mm(product: Product, groups: Groups, out_dtype: torch.dtype, *, plus: Product | None = None) -> Tensor:
+    """``[R, N]``; zero in rows without expert. ``plus`` is a second product of the same shape, added in fp32."""
+    x_RK, w_EKN = product
+    R, K, N = *x_RK.shape, w_EKN.shape[2]
+    y_RN = x_RK.new_empty(R, N, dtype=out_dtype)
+    if y_RN.numel() == 0:
+        return y_RN
+
+    def run(config: Config, tiles: TileMap) -> None:
+        _launch(product, plus or product, plus is not None, tiles, config, y_RN)
+
+    config = choose("matmul", x_RK, K=K, N=N, groups=groups, run=lambda c: run(c, tile_map(groups, c.BM)))
+    run(config, tile_map(groups, config.BM))
+    return y_RN
+
+
+def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, config: Config, y_RN: Tensor) -> None:
+    K, N = first.w.shape[1:]
+    gpu = device.describe(first.x.device)
+    w = as_weight(first.w, config.BK, config.BN, gpu)
+    w2 = as_weight(second.w, config.BK, config.BN, gpu)
+    pieces = tiles.tiles.shape[0] * triton.cdiv(N, config.BN)
+    _grouped_mm_kernel[(min(gpu.num_sms * config.ctas, pieces),)](
+        first.x,
+        w.data,
+        second.x,
+        w2.data,
+        y_RN,
+        tiles.tiles,
+        tiles.number,
+        K,
+        N,
+        *first.x.stride(),
+        *w.strides,
+        *second.x.stride(),
+        *w2.strides,
+        y_RN.stride(0),
+        IS_SUM=is_sum,
+        FORM=w.form,
+        FORM2=w2.form,
+        EVEN=K % config.BK == 0,
+        PRECISION=precision(first.x.dtype),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@triton.jit
+def _add_product(
+    acc,
+    x,
+    rows,
+    stride_xr,
+    stride_xk,
+    w,
+    expert,
+    n,
+    K,
+    N,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    FORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    row_pointers = x + rows.to(tl.int64) * stride_xr
+    # Without expert there is nothing to add: no branch around the loop, which would hinder its pipelining.
+    for k in tl.range(0, tl.where(expert >= 0, K, 0), BK):
+        a = load_rows(row_pointers, k, K, stride_xk, EVEN, BK)
+        b = load_weight(w, expert, k, n, K, N, stride_we, stride_wk, stride_wn, FORM, BK, BN)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _grouped_mm_kernel(
+    x,
+    w,
+    x2,
+    w2,
+    y,
+    tiles,
+    count,
+    K,
+    N,
+    stride_xr,
+    stride_xk,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    stride_x2r,
+    stride_x2k,
+    stride_w2e,
+    stride_w2k,
+    stride_w2n,
+    stride_yr,
+    IS_SUM: tl.constexpr,
+    FORM: tl.constexpr,
+    FORM2: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_tiles = tl.load(count)
+    num_columns = tl.cdiv(N, BN)
+    for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+        tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
+        expert, first, end = load_tile(tiles, tile)
+        rows = tile_rows(first, end, BM)
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = _add_product(
+            acc, x, rows, stride_xr, stride_xk, w, expert, column * BN, K, N,
+            stride_we, stride_wk, stride_wn, FORM, EVEN, PRECISION, BN, BK,
+        )  # fmt: skip
+        if IS_SUM:
+            acc = _add_product(
+                acc, x2, rows, stride_x2r, stride_x2k, w2, expert, column * BN, K, N,
+                stride_w2e, stride_w2k, stride_w2n, FORM2, EVEN, PRECISION, BN, BK,
+            )  # fmt: skip
+        out_rows = first + tl.arange(0, BM)
+        columns = column * BN + tl.arange(0, BN)
+        pointers = y + (out_rows.to(tl.int64) * stride_yr)[:, None] + columns[None, :]
+        tl.store(pointers, acc.to(y.dtype.element_ty), mask=(out_rows < end)[:, None] & (columns < N)[None, :])

@@ -1,0 +1,222 @@
+"""The sum over an expert's rows of outer products: ``gw[e] = x[rows].T @ grad[rows]``.
+
+The rows of an expert that has very many are cut into chunks with a sum each, in fp32, which are added in order
+afterwards: the work is spread, and the bits are the same every time.
+
+Legend: R rows, K and N the matrix dims, E experts.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moesaic.ops.triton import device
+from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.device import Device
+from moesaic.ops.triton.maps import ChunkMap, Groups, chunk_map, expert_segment
+from moesaic.ops.triton.tiles import ordered, precision
+
+_MOST_CHUNKS = 8
+_REDUCED = 1024
+
+
+def weight_grad(
+    x: Tensor,
+    grad: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+    *,
+    x_rows: Tensor | None = None,
+    grad_rows: Tensor | None = None,
+) -> Tensor:
+    """``[E, K, N]``; zero for an expert without rows. With ``x_rows`` row r is ``x[x_rows[r]]``; likewise grad."""
+    K, N = x.shape[1], grad.shape[1]
+    gw_EKN = x.new_empty(groups.num_experts, K, N, dtype=dtype)
+    if gw_EKN.numel() == 0:
+        return gw_EKN
+    if groups.num_rows == 0:
+        return gw_EKN.zero_()
+
+    def run(config: Config) -> None:
+        _launch(x, grad, groups, config, gw_EKN, x_rows, grad_rows)
+
+    run(choose("weight_grad", x, K=K, N=N, groups=groups, run=run))
+    return gw_EKN
+
+
+def weight_grad_into(into_EKN: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+    """Add it to a contiguous tensor of the operands' dtype or fp32. An expert without rows keeps its values."""
+    _, K, N = into_EKN.shape
+    if into_EKN.numel() == 0 or groups.num_rows == 0:
+        return
+
+    def run_elsewhere(config: Config) -> None:
+        # The tuner runs it many times.
+        _launch(x, grad, groups, config, torch.empty_like(into_EKN), None, None)
+
+    config = choose("weight_grad", x, K=K, N=N, groups=groups, run=run_elsewhere)
+    # What is added to needs registers beside the sum.
+    config = replace(config, BN=min(config.BN, 128))
+    _launch(x, grad, groups, config, into_EKN, None, None, accumulate=True)
+
+
+def rows_per_chunk(num_rows: int, num_blocks: int, config: Config, gpu: Device) -> int:
+    """All rows, where an expert's gradient has blocks for all multiprocessors; else less, a multiple of a step."""
+    if num_blocks >= gpu.num_sms:
+        return num_rows
+    chunks = min(triton.cdiv(2 * gpu.num_sms, num_blocks), _MOST_CHUNKS)
+    return triton.cdiv(triton.cdiv(num_rows, chunks), config.BK) * config.BK
+
+
+def _launch(
+    x: Tensor,
+    grad: Tensor,
+    groups: Groups,
+    config: Config,
+    gw_EKN: Tensor,
+    x_rows: Tensor | None,
+    grad_rows: Tensor | None,
+    accumulate: bool = False,
+) -> None:
+    _, K, N = gw_EKN.shape
+    gpu = device.describe(x.device)
+    num_blocks = triton.cdiv(K, config.BM) * triton.cdiv(N, config.BN)
+    size = rows_per_chunk(groups.num_rows, num_blocks, config, gpu)
+    chunks = chunk_map(groups, size)
+    is_split = size < groups.num_rows
+    partial_SKN = gw_EKN.new_empty(chunks.partials.shape[0] if is_split else 0, K, N, dtype=torch.float32)
+    _weight_grad_kernel[(min(gpu.num_sms * config.ctas, chunks.chunks.shape[0] * num_blocks),)](
+        x,
+        grad,
+        x if x_rows is None else x_rows,
+        grad if grad_rows is None else grad_rows,
+        gw_EKN,
+        partial_SKN,
+        groups.bounds,
+        chunks.chunks,
+        chunks.number,
+        groups.bounds.shape[1] - 2,
+        groups.bounds.shape[0] if groups.is_shared else 1,
+        K,
+        N,
+        *x.stride(),
+        *grad.stride(),
+        GATHER_X=x_rows is not None,
+        GATHER_GRAD=grad_rows is not None,
+        IS_SHARED=groups.is_shared,
+        IS_SPLIT=is_split,
+        ACCUMULATE=accumulate,
+        PRECISION=precision(x.dtype),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        GROUP_M=config.GROUP_M,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if is_split:
+        _add_partials(partial_SKN, chunks, gw_EKN, accumulate)
+
+
+def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor, accumulate: bool) -> None:
+    size = gw_EKN.shape[1] * gw_EKN.shape[2]
+    grid = (partial_SKN.shape[0], triton.cdiv(size, _REDUCED))
+    _add_partials_kernel[grid](partial_SKN, chunks.partials, gw_EKN, size, ACCUMULATE=accumulate, BLOCK=_REDUCED)
+
+
+@triton.jit
+def _load_operand(data, index, row, end, columns, width, stride_r, stride_c, GATHER: tl.constexpr, BK: tl.constexpr):
+    """Rows ``row`` to ``row + BK``, zero past the end: the values there belong to others, and may be NaN."""
+    rows = row + tl.arange(0, BK)
+    inside = rows < end
+    if GATHER:
+        rows = tl.load(index + rows, mask=inside, other=0)
+    pointers = data + (rows.to(tl.int64) * stride_r)[:, None] + (columns.to(tl.int64) * stride_c)[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _weight_grad_kernel(
+    x,
+    grad,
+    x_rows,
+    grad_rows,
+    gw,
+    partial,
+    bounds,
+    chunks,
+    count,
+    G,
+    segments,
+    K,
+    N,
+    stride_xr,
+    stride_xk,
+    stride_gr,
+    stride_gn,
+    GATHER_X: tl.constexpr,
+    GATHER_GRAD: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    blocks_k = tl.cdiv(K, BM)
+    blocks_n = tl.cdiv(N, BN)
+    num_blocks = blocks_k * blocks_n
+    for work in tl.range(tl.program_id(0), tl.load(count) * num_blocks, tl.num_programs(0)):
+        block_k, block_n = ordered(work % num_blocks, blocks_k, blocks_n, GROUP_M)
+        chunk = chunks + work // num_blocks * 4
+        expert = tl.load(chunk)
+        begin, finish, slot = tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
+        ks = block_k * BM + tl.arange(0, BM)
+        ns = block_n * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        passed = begin * 0
+        for segment in tl.range(0, segments):
+            at = expert_segment(bounds, expert, segment, G, IS_SHARED)
+            first, end = tl.load(at), tl.load(at + 1)
+            # The chunk's part of the rows that the expert has in this block.
+            start = first + tl.maximum(begin - passed, 0)
+            stop = tl.minimum(end, first + finish - passed)
+            passed += end - first
+            for row in tl.range(start, stop, BK):
+                a = _load_operand(x, x_rows, row, stop, ks, K, stride_xr, stride_xk, GATHER_X, BK)
+                b = _load_operand(grad, grad_rows, row, stop, ns, N, stride_gr, stride_gn, GATHER_GRAD, BK)
+                acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        at = (ks.to(tl.int64) * N)[:, None] + ns[None, :]
+        mask = (ks < K)[:, None] & (ns < N)[None, :]
+        matrix = tl.cast(K, tl.int64) * N
+        if IS_SPLIT:
+            if slot >= 0:
+                tl.store(partial + slot * matrix + at, acc, mask=mask)
+            else:
+                _finish(gw + expert * matrix + at, acc, mask & (finish > begin) if ACCUMULATE else mask, ACCUMULATE)
+        else:
+            _finish(gw + expert * matrix + at, acc, mask & (finish > begin) if ACCUMULATE else mask, ACCUMULATE)
+
+
+@triton.jit
+def _finish(pointers, acc, mask, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, acc.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_partials_kernel(partial, partials, gw, size, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    slot = tl.program_id(0)
+    expert, number = tl.load(partials + 2 * slot), tl.load(partials + 2 * slot + 1)
+    if number > 0:
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for i in tl.range(0, number):
+            acc += tl.load(partial + (slot + i).to(tl.int64) * size + at, mask=at < size)
+        _finish(gw + expert.to(tl.int64) * size + at, acc, at < size, ACCUMULATE)
