@@ -47,14 +47,17 @@ INLINE Normal normal(Reg x) {
 }
 
 struct Tanh {
-  Reg gate, slope;  // sigmoid(2 u(x)), and the derivative of 2 u
+  Reg gate, rest, slope;  // sigmoid(2 u(x)), 1 less that, and the derivative of 2 u
 };
 
 INLINE Tanh gelu_tanh(Reg x) {
   const Reg square = mul(x, x);
   constexpr float kScale = 1.59576912160573f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
   const Reg u = mul(mul(x, all(kScale)), fma(square, all(kCubic), all(1.f)));
-  return {sigmoid(u), fma(square, all(3 * kScale * kCubic), all(kScale))};
+  const Reg e = exponential(sub(zero(), u)), gate = div(all(1.f), add(all(1.f), e));
+  // Near 1 the difference has no digits, and the derivative multiplies it by a large number.
+  const Reg rest = where_at_most(u, zero(), sub(all(1.f), gate), mul(e, gate));
+  return {gate, rest, fma(square, all(3 * kScale * kCubic), all(kScale))};
 }
 
 INLINE Reg activate(int activation, Reg x) {
@@ -87,7 +90,7 @@ INLINE Activated activate_with_slope(int activation, Reg x) {
     }
     case MOESAIC_GELU_TANH: {
       const Tanh t = gelu_tanh(x);
-      return {mul(x, t.gate), fma(mul(mul(x, t.gate), sub(one, t.gate)), t.slope, t.gate)};
+      return {mul(x, t.gate), fma(mul(mul(x, t.gate), t.rest), t.slope, t.gate)};
     }
     case MOESAIC_RELU: return {larger(zero(), x), where_at_most(x, zero(), zero(), one)};
     default: {

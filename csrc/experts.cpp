@@ -56,7 +56,7 @@ struct Call {
       : routing(r), experts(e), k(kernels), threads(num_threads), sorted(r, e.experts) {}
 
   int64_t size() const { return experts.dtype == MOESAIC_BF16 ? 2 : 4; }
-  bool gated() const { return experts.w3.matrix.data != nullptr; }
+  bool gated() const { return experts.gated != 0; }
   // Elements of a sorted row of h and its like: whole lines, which whole words are in.
   int64_t h_stride() const { return ceil_div(experts.hidden, 64 / size()) * (64 / size()); }
 
@@ -111,7 +111,7 @@ moesaic_weights transposed(const moesaic_weights &w) {
 
 Layout layout_of_both(const moesaic_weights &a, const moesaic_weights &b) {
   const Layout one = layout(a.matrix);
-  return !b.matrix.data || layout(b.matrix) == one ? one : Layout::kApart;
+  return layout(b.matrix) == one ? one : Layout::kApart;
 }
 
 // Rows of copies that are not here.
@@ -131,7 +131,7 @@ int forward(const Call &c, moesaic_matrix x, void *z, void *h1, void *h3) {
   char *rows = h.take(c.sorted.rows * c.h_stride() * c.size());
   if (c.sorted.rows && e.hidden) {
     as_words(x, c.routing.tokens, e.dim, c.k, x_words, c.threads);
-    const auto tasks = c.tasks(e.hidden, layout_of_both(e.w1, e.w3), kKeptLimits);
+    const auto tasks = c.tasks(e.hidden, c.gated() ? layout_of_both(e.w1, e.w3) : layout(e.w1.matrix), kKeptLimits);
     Up up{};
     up.gate = one_term(x, e.w1, c.sorted.tokens.data(), e.dim, e.hidden);
     up.gate.tasks = tasks.data();
@@ -166,7 +166,7 @@ int weight_gradient(const Call &c, const moesaic_matrix &x, const int64_t *x_row
 }
 
 int bias_gradient(const Call &c, const char *rows, void *gb) {
-  if (!gb) return MOESAIC_OK;
+  if (!gb || !c.experts.hidden) return MOESAIC_OK;
   const RowSums sums{rows, c.h_stride(), c.experts.hidden, c.sorted.first.data(), gb, c.experts.experts};
   return run(c.k.row_sums, sums, c.k.scratch_bytes, c.threads);
 }
@@ -221,7 +221,7 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
       p.terms[1] = {c.rows_as_words(dh3.data(), words3), w3.matrix, w3.stride};
       p.num_terms = 2;
     }
-    then(c.product_and_combine(p, layout_of_both(w1, w3), nullptr, g.x));
+    then(c.product_and_combine(p, c.gated() ? layout_of_both(w1, w3) : layout(w1.matrix), nullptr, g.x));
   }
   auto sorted_rows = [&](const Workspace &w) { return moesaic_matrix{w.data(), c.h_stride(), 1}; };
   then(weight_gradient(c, x, tokens, sorted_rows(dh1), nullptr, e.dim, hidden, g.w1, g.w1_turned));

@@ -82,7 +82,7 @@ typedef struct {
   moesaic_weights w1, w3, w2; /* [experts, dim, hidden], the same, [experts, hidden, dim] */
   moesaic_matrix b1, b3;      /* [experts, hidden]; data may be NULL */
   int64_t experts, dim, hidden;
-  int32_t activation, dtype;
+  int32_t activation, dtype, gated;
 } moesaic_experts;
 
 /* z[t] = sum over the copies k of token t of weights[t, k] * mlp(x[t], expert of t, k).

@@ -148,7 +148,8 @@ bool one_experts_problem(int isa) {
                                    p.D,
                                    p.F,
                                    p.activation,
-                                   p.dtype};
+                                   p.dtype,
+                                   p.gated};
   auto result = [&](size_t elements, int dtype, bool wanted) {
     const int64_t bytes = static_cast<int64_t>(elements) * (dtype == MOESAIC_BF16 ? 2 : 4);
     return wanted ? std::make_unique<Guarded>(bytes, draw(0, 1)) : nullptr;

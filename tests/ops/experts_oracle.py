@@ -1,8 +1,9 @@
 """What a right result of experts_mlp is: the loop over experts, in fp64 the truth, in the operands' dtype the measure.
 
 The rule: the largest error may be ``MARGINS`` times that of the loop in the same dtype, in which every intermediate is
-rounded to the dtype and products of half types are accumulated in fp32. Of few elements the largest error is luck:
-there one rounding of the largest value stands in for it if that is more, and twice the margin is allowed.
+rounded to the dtype and products of half types are accumulated in fp32. Where that error happens to be small, one
+rounding of the largest value stands in for it, or one rounding of the accumulation type, of the sum of the terms'
+magnitudes; of few elements the largest error is luck, and there it is one rounding of the dtype.
 
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts, r the copies of one expert.
 """
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.ops import ACTIVATIONS, activate, experts_mlp
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from tests.ops.strategies import with_strides
 
 HALF = (torch.bfloat16, torch.float16)
@@ -97,12 +99,12 @@ def experts(
 
 @st.composite
 def any_experts(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Experts:
-    dim = st.sampled_from((1, 2, 3, 5, 8, 16, 17, 33, 64, 70))
+    dim = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33, 64, 70))
     dtype = draw(st.sampled_from(dtypes))
     return experts(
         draw(st.sampled_from((0, 1, 2, 5, 13, 40, 100))),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from((1, 2, 3, 7, 20))),
+        draw(st.integers(0, 4)),
+        draw(st.sampled_from((0, 1, 2, 3, 7, 20))),
         draw(dim),
         draw(dim),
         dtype,
@@ -124,7 +126,7 @@ def cast(p: Experts, dtype: torch.dtype) -> Experts:
 def loop(p: Experts) -> dict[str, Tensor]:
     """The result ``z`` and the gradient of every operand, by the loop over experts and torch's own derivatives."""
     leaf = {name: t.detach().clone().requires_grad_() for name, t in p.operands().items()}
-    z = torch.zeros_like(p.x)
+    z = torch.zeros_like(p.x) + 0 * leaf["x"].sum()  # has a gradient, with no expert too
     for k in range(p.ids.shape[1]):
         for e in range(p.w1.shape[0]):
             t = (p.ids[:, k] == e).nonzero().squeeze(1)
@@ -163,6 +165,13 @@ def _with_gradients(z: Tensor, leaf: dict[str, Tensor], grad: Tensor) -> dict[st
     return {"z": z.detach()} | dict(zip(leaf, found, strict=True))
 
 
+def rounding_of_terms(p: Experts, name: str, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of what a result would be if no term could cancel another."""
+    positive: dict[str, Any] = {operand: t.double().abs() for operand, t in p.operands().items()}
+    without_signs = loop(replace(p, **positive, grad=p.grad.double().abs()))
+    return torch.finfo(dtype).eps / 2 * float(without_signs[name].max())
+
+
 def check(p: Experts, ours: dict[str, Tensor]) -> None:
     """Assert that the result and all gradients are right, by the rule."""
     truth, measure = loop(cast(p, torch.float64)), loop(p)
@@ -174,5 +183,7 @@ def check(p: Experts, ours: dict[str, Tensor]) -> None:
         rounding = torch.finfo(p.x.dtype).eps * float(truth[name].abs().max())
         allowed = max(float((measure[name].double() - truth[name]).abs().max()), rounding)
         error = float((t.double() - truth[name]).abs().max())
-        margin = MARGINS[p.x.dtype] * (2 if t.numel() < FEW else 1)
+        margin = MARGINS[p.x.dtype]
+        if error > margin * allowed:
+            allowed = rounding_of_terms(p, name, p.x.dtype if t.numel() < FEW else accumulation_dtype(p.x.dtype))
         assert error <= margin * allowed, f"{name}: error {error:g}, the loop's is {allowed:g}"

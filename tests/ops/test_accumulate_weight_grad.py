@@ -50,6 +50,25 @@ def test_opcheck(code):
     torch.library.opcheck(torch.ops.moesaic.grouped_mm_accumulate_weight_grad, args)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_it_alone(impl):
+    p = problem(FLAT, 8, 16, torch.float32, exact=False)
+    inside, outside = torch.zeros(3, 8, 16), torch.zeros(3, 8, 16)
+    accumulate_weight_grad(outside, p.x, p.grad, p.group_sizes, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        accumulate_weight_grad(inside, p.x, p.grad, p.group_sizes, impl=impl)
+    assert torch.equal(inside, outside)
+
+
+def test_autograd_is_told_of_the_change():
+    p = problem(FLAT, 8, 16, torch.float32)
+    into = torch.zeros(3, 8, 16)
+    y = (torch.ones(3, 8, 16, requires_grad=True) * into).sum()
+    accumulate_weight_grad(into, p.x, p.grad, p.group_sizes)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_fake_tensors():
     p = problem(FLAT, 8, 16, torch.bfloat16)
     with FakeTensorMode() as mode:

@@ -14,6 +14,7 @@ from moesaic.ops import ACTIVATIONS, activate, experts_mlp, pool
 from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
+from moesaic.ops.experts_mlp.problem import Problem
 from tests.ops.cpu_isa import HERE, needs_kernels, use
 from tests.ops.experts_oracle import any_experts, check, experts, run
 
@@ -167,9 +168,12 @@ def test_memory_comes_back_to_the_pool(dtype):
 
 
 def test_auto_takes_the_kernels_where_they_were_measured():
-    x = torch.ones(1, 1)
-    assert auto._fastest(x) is (cpu if HERE[-1] == "avx512_bf16" else torch_impl)
-    assert auto._fastest(x.double()) is torch_impl
+    def fastest(dtype):
+        p = experts(2, 1, 1, 3, 4, dtype)
+        return auto._fastest(Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu"))
+
+    assert fastest(torch.float32) is (cpu if HERE[-1] == "avx512_bf16" else torch_impl)
+    assert fastest(torch.float64) is torch_impl
 
 
 def test_what_it_refuses(monkeypatch):

@@ -103,6 +103,39 @@ def test_what_is_not_finite_stays_where_it_is(impl, poison):
 
 
 @pytest.mark.parametrize("impl", ANYWHERE)
+def test_biases_that_are_not_finite_stay_with_their_expert(impl):
+    p = experts(6, 2, 4, 8, 12, torch.float32, biased=True)
+    p = replace(p, ids=torch.tensor([[0, 1], [1, 0], [2, -1], [2, 4], [0, 0], [1, 2]]))
+    clean = run(impl, p)
+    for bias in (p.b1, p.b3, p.b2):
+        bias[3] = torch.inf  # idle
+    assert all(torch.equal(t, clean[name]) for name, t in run(impl, p).items())
+    grad = p.grad.clone()
+    grad[2] = torch.nan
+    found = run(impl, replace(p, grad=grad))
+    for name in ("w1", "w3", "w2", "b1", "b3", "b2"):
+        assert torch.equal(found[name][[0, 1, 3]], clean[name][[0, 1, 3]]), name
+
+
+@pytest.mark.parametrize("impl", ANYWHERE)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_result_may_be_changed_in_place(impl, biased):
+    p = experts(6, 2, 4, 8, 12, torch.float32, biased=biased)
+    w1 = p.w1.requires_grad_()
+    for x, ids, weights in ((p.x, p.ids, p.weights), (p.x[None], p.ids[None], p.weights[None])):
+        z = experts_mlp(x, ids, weights, w1, p.w3, p.w2, b2=p.b2, impl=impl)
+        z += 1
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("impl", ANYWHERE)
+def test_blocks_without_any_expert(impl):
+    x, ids, weights = torch.ones(2, 3, 5), torch.zeros(2, 3, 2).long(), torch.ones(2, 3, 2)
+    w1, w2, b2 = torch.ones(0, 5, 6), torch.ones(0, 6, 5), torch.ones(0, 5)
+    assert not experts_mlp(x, ids, weights, w1, w1, w2, b2=b2, impl=impl).any()
+
+
+@pytest.mark.parametrize("impl", ANYWHERE)
 def test_it_saves_its_arguments_and_the_pre_activations(impl):
     T, K, E, D, F = 50, 4, 8, 16, 24
     p = experts(T, K, E, D, F, torch.bfloat16)
@@ -126,7 +159,7 @@ def test_same_bits_every_time(impl, dtype):
 
 @given(data=st.data())
 def test_one_call_is_grouped_products(data):
-    p = data.draw(any_experts((torch.float64,)))
+    p = data.draw(any_experts((torch.float64,)).filter(lambda p: len(p.w1)))
     flat = replace(p, b1=None, b3=None, b2=None)
     order = moesaic.ops.sort_by_expert(flat.ids, flat.w1.shape[0])
     rows = moesaic.ops.permute(flat.x, order)

@@ -31,7 +31,7 @@ def rand(*shape, dtype=torch.float32):
         (
             {"w1": rand(E, F, D)},
             {},
-            "w1: expected [3, 8, 8] to match x, got [3, 12, 8]; w1 looks transposed, pass",
+            "w1: expected [E, 8, F] to match x, got [3, 12, 8]; w1 looks transposed, pass",
         ),
         ({"w3": rand(E, F, D)}, {}, "w3: expected [3, 8, 12] to match x and w1, got [3, 12, 8]; w3 looks transposed"),
         ({"w2": rand(E, D, F)}, {}, "w2: expected [3, 12, 8] to match x and w1, got [3, 8, 12]; w2 looks transposed"),

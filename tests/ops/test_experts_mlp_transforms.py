@@ -1,12 +1,14 @@
 """experts_mlp under what PyTorch does to operators: schema checks, fake tensors, autocast, compilation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.ops import experts_mlp
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
-from tests.ops.experts_oracle import experts, run
+from tests.ops.experts_oracle import cast, experts, run
 
 ops = torch.ops.moesaic
 CODES = [0, *(code for name, code in IMPLEMENTATIONS.items() if name in ("reference", "torch"))]
@@ -67,12 +69,21 @@ def test_unwanted_gradients_take_no_memory():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast(dtype):
-    p = experts(6, 2, 3, 8, 12, dtype, weights_dtype=torch.float32)
+    p = experts(6, 2, 3, 8, 12, dtype, biased=True, weights_dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        z = experts_mlp(p.x, p.ids, p.weights, p.w1, p.w3, p.w2)
-        same = run(None, p)["z"]
-    assert z.dtype == (torch.bfloat16 if dtype == torch.float32 else torch.float64)
-    assert torch.equal(z, same)
+        under = run(None, p)
+    rounded = torch.bfloat16 if dtype == torch.float32 else torch.float64
+    by_hand = run(None, replace(cast(p, rounded), weights=p.weights))
+    for name, t in under.items():
+        assert torch.equal(t, by_hand[name].to(t.dtype)), name
+    assert under["z"].dtype == rounded
+
+
+def test_opcheck_of_the_down_bias():
+    p = experts(6, 2, 3, 8, 12, torch.float32, biased=True)
+    args = (p.weights.requires_grad_(), p.ids, p.b2.requires_grad_())
+    torch.library.opcheck(ops.experts_down_bias, args)
+    torch.library.opcheck(ops.experts_down_bias_backward, (p.grad, *(t.detach() for t in args)))
 
 
 # Without a rule of its own torch goes through the batch, and says that this is slow.

@@ -29,6 +29,9 @@ class GroupedExperts(nn.Module):
     mesh with ``x``, ``topk_ids`` and ``topk_weights`` ``[Shard(0), Replicate]`` in ``ep`` blocks give a
     ``[Shard(0), Partial]`` result without a collective, forward or backward. Neither E nor F has to divide.
 
+    Wrapped on its own by FSDP with a ``MixedPrecisionPolicy`` of a half type, give that ``cast_forward_inputs=False``:
+    it would round ``topk_weights``, too.
+
     Args:
         num_experts, dim, hidden_dim: E, D, F.
         activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GEGLU), or another of :func:`moesaic.experts_mlp`.

@@ -62,7 +62,7 @@ class Experts(ctypes.Structure):
         *((name, Weights) for name in ("w1", "w3", "w2")),
         *((name, Matrix) for name in ("b1", "b3")),
         *((name, ctypes.c_int64) for name in ("experts", "dim", "hidden")),
-        *((name, ctypes.c_int32) for name in ("activation", "dtype")),
+        *((name, ctypes.c_int32) for name in ("activation", "dtype", "gated")),
     )
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation
+from moesaic.ops.experts_mlp.down_bias import down_bias
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
-from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.implementations import code_of
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,8 +37,8 @@ def experts_mlp(
     ``mlp(x, e) = (act(x w1[e] + b1[e]) * (x w3[e] + b3[e])) w2[e] + b2[e]``, and without ``w3``
     ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``.
 
-    For the backward pass it keeps its arguments and the pre-activations ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]``
-    each, and nothing else. Where no gradient is asked for it keeps nothing.
+    For the backward pass it keeps its arguments (under autocast, as they were cast) and the pre-activations
+    ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]`` each, and nothing else. Where no gradient is asked for, nothing.
 
     **Blocked form**, ``x [B, T, D]``: block ``b`` has experts of its own, ``G = ceil(W / B)`` of them, of which
     ``topk_ids`` are the numbers within the block: ``0`` is matrix ``b * G``. Where ``B`` does not divide ``W`` the last
@@ -62,7 +62,8 @@ def experts_mlp(
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
-        pre-activations and their gated product are rounded to the dtype of ``x``.
+        pre-activations and their gated product are rounded to the dtype of ``x``; some implementations also round the
+        copies' results, before they are weighed and summed.
 
     Under ``torch.autocast`` tokens and weights are cast to the autocast dtype. Differentiable once, in everything but
     the ids; works under ``torch.compile(fullgraph=True)`` and with fake tensors; deterministic.
@@ -104,20 +105,9 @@ def experts_mlp(
     else:
         z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl_code)
     if "b2" in given:
-        z_BTD = z_BTD + _down_bias(ids_BTK, weights_BTK, given["b2"], experts_BG.shape[1])
-    return z_BTD if in_blocks else z_BTD.squeeze(0)
-
-
-def _down_bias(ids_BTK: Tensor, weights_BTK: Tensor, b2_WD: Tensor, G: int) -> Tensor:
-    """``sum over k of weights[t, k] * b2[ids[t, k]]``, as a matrix product with the weights by expert."""
-    (B, T, _), (W, D) = ids_BTK.shape, b2_WD.shape
-    acc = accumulation_dtype(b2_WD.dtype)
-    # One column more than there are experts, for copies that are not here.
-    columns_BTK = torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK, G).to(torch.int64)
-    blank = weights_BTK.new_zeros(B, T, G + 1, dtype=acc)
-    weights_BTG = blank.scatter_add(2, columns_BTK, weights_BTK.to(acc))[..., :G]
-    b2_BGD = torch.nn.functional.pad(b2_WD.to(acc), (0, 0, 0, B * G - W)).view(B, G, D)
-    return (weights_BTG @ b2_BGD).to(b2_WD.dtype)
+        z_BTD = z_BTD + down_bias(weights_BTK, ids_BTK, given["b2"], experts_BG.shape[1])
+    # Not a view: an in-place operation on a view of what an operator made is an error.
+    return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
 
 def _activation_code(activation: str) -> int:
@@ -156,10 +146,13 @@ def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> Non
     if w1.ndim != 3:
         raise ValueError(f"w1: expected [E, D, F], got {list(w1.shape)}")
     D, (W, _, F) = x.shape[-1], w1.shape
-    expected = {"w1": [W, D, F], "w3": [W, D, F], "w2": [W, F, D], "b1": [W, F], "b3": [W, F], "b2": [W, D]}
+    if w1.shape[1] != D:
+        hint = "; w1 looks transposed, pass w1.mT" if F == D else ""
+        raise ValueError(f"w1: expected [E, {D}, F] to match x, got {list(w1.shape)}{hint}")
+    expected = {"w3": [W, D, F], "w2": [W, F, D], "b1": [W, F], "b3": [W, F], "b2": [W, D]}
     for name, shape in expected.items():
         if name in given and list(given[name].shape) != shape:
-            _refuse_shape(name, given[name], shape, D)
+            _refuse_shape(name, given[name], shape)
     if "b3" in given and "w3" not in given:
         raise ValueError("b3: given without w3; leave it out, or give the projection that it belongs to")
     if x.ndim == 3 and x.shape[0] == 0 and W:
@@ -169,8 +162,6 @@ def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> Non
             raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
 
 
-def _refuse_shape(name: str, t: Tensor, shape: list[int], D: int) -> NoReturn:
-    turned = (t.ndim == 3 and list(t.mT.shape) == shape) or (name == "w1" and t.shape[2] == D)
-    hint = f"; {name} looks transposed, pass {name}.mT" if turned else ""
-    of = "x" if name == "w1" else "x and w1"
-    raise ValueError(f"{name}: expected {shape} to match {of}, got {list(t.shape)}{hint}")
+def _refuse_shape(name: str, t: Tensor, shape: list[int]) -> NoReturn:
+    hint = f"; {name} looks transposed, pass {name}.mT" if t.ndim == 3 and list(t.mT.shape) == shape else ""
+    raise ValueError(f"{name}: expected {shape} to match x and w1, got {list(t.shape)}{hint}")

@@ -57,7 +57,7 @@ def _problem(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Te
     """The one-block form: ids count the matrices of all blocks, those of copies that are not here are -1."""
     B, G = experts_BG.shape
     if B > 1:
-        first_B11 = torch.arange(0, B * G, G, device=ids_BNK.device)[:, None, None]
+        first_B11 = (torch.arange(B, device=ids_BNK.device) * G)[:, None, None]
         ids_BNK = torch.where((ids_BNK >= 0) & (ids_BNK < G), ids_BNK + first_B11, -1)
     x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
     w1, w3, w2, b1, b3, activation = others
@@ -70,14 +70,16 @@ def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     *tensors, activation, impl = args
     z_TD, h1_TKF, h3_TKF = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), True)
     h1 = h1_TKF.unflatten(0, x.shape[:2])
-    return z_TD.view(x.shape), h1, _zeros(h1, *h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
+    h3 = _zeros(h1, *h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
+    return torch.ops.aten._unsafe_view(z_TD, x.shape), h1, h3
 
 
 @torch.library.impl("moesaic::experts_mlp_inference", "default")
 @untouched_by_autocast
 def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
     *tensors, activation, impl = args
-    return _MODULES[impl].forward(_problem(x, ids, *tensors, activation), False).z_TD.view(x.shape)
+    z_TD = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), False).z_TD
+    return torch.ops.aten._unsafe_view(z_TD, x.shape)
 
 
 @torch.library.impl("moesaic::experts_mlp_backward", "default")

@@ -4,26 +4,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.autocast import no_autocast
 from moesaic.ops.grouped_mm.api import check_shapes
 from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, module_of
 from moesaic.ops.implementations import code_of
 
+
 # No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
-torch.library.define(
-    "moesaic::grouped_mm_accumulate_weight_grad",
-    "(Tensor(a!) into, Tensor x, Tensor grad, Tensor group_sizes, int impl) -> ()",
-)
-
-
-@torch.library.impl("moesaic::grouped_mm_accumulate_weight_grad", "default")
+@torch.library.custom_op("moesaic::grouped_mm_accumulate_weight_grad", mutates_args=("into",))
 def _accumulate(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
     sizes_BG = as_blocks(group_sizes)
-    module_of(impl, x, sizes_BG, into).weight_grad_into(into, x, grad, sizes_BG)
+    with no_autocast(x.device.type):
+        module_of(impl, x, sizes_BG, into).weight_grad_into(into, x, grad, sizes_BG)
 
 
-@torch.library.register_fake("moesaic::grouped_mm_accumulate_weight_grad")
-def _accumulate_fake(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
+@_accumulate.register_fake
+def _(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
     return None
 
 
@@ -38,8 +35,9 @@ def accumulate_weight_grad(
     """Add the weight gradient of :func:`moesaic.grouped_mm` to ``into``, in place.
 
     ``into[e] += sum over the groups of e of x[rows].T @ grad[rows]``: what ``y = grouped_mm(x, w, group_sizes)`` adds
-    to ``w.grad`` where ``grad`` is that of ``y``, without a tensor of the weights' size in between. For gradients kept
-    in fp32 beside half-precision weights over several backward passes ("main gradients").
+    to ``w.grad`` where ``grad`` is that of ``y``. The ``cpu`` and ``triton`` kernels do it without a tensor of the
+    weights' size in between; ``torch`` makes one. For gradients kept in fp32 beside half-precision weights over several
+    backward passes ("main gradients").
 
     Args:
         into: contiguous; of the dtype of ``x``, or fp32. An expert without rows keeps its values.
@@ -64,6 +62,6 @@ def accumulate_weight_grad(
         raise ValueError(f"into: has strides {into.stride()}; give a contiguous tensor")
     if into.requires_grad:
         raise ValueError("into: requires a gradient, and this has none; give a buffer, such as into.detach()")
-    torch.ops.moesaic.grouped_mm_accumulate_weight_grad(
-        into, x.detach(), grad.detach(), group_sizes, code_of(impl, IMPLEMENTATIONS)
-    )
+    if grad.device != x.device:
+        raise ValueError(f"grad: is on {grad.device}, x on {x.device}; move it there")
+    _accumulate(into, x.detach(), grad.detach(), group_sizes, code_of(impl, IMPLEMENTATIONS))

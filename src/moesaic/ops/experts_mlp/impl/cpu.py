@@ -110,6 +110,7 @@ def _experts(problem: Problem) -> Experts:
         *problem.w1_EDF.shape,
         ACTIVATIONS.index(problem.activation),
         DTYPES[problem.x_TD.dtype],
+        problem.w3_EDF is not None,
     )
 
 

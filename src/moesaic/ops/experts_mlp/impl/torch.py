@@ -44,16 +44,16 @@ class _Rows:
         return h_TKF.masked_fill_((self.positions_TK < 0).unsqueeze(2), 0)
 
     def times(self, x_RK: Tensor, w_EKN: Tensor, b_EN: Tensor | None = None) -> Tensor:
-        """``x w[e] + b[e]``, the sum rounded once."""
+        """``x w[e] + b[e]``; the product is rounded first, for in a wider dtype all weights would be copied."""
+        y_RN = grouped.forward(x_RK, w_EKN, self.sizes_1E, x_RK.dtype)
         if b_EN is None:
-            return grouped.forward(x_RK, w_EKN, self.sizes_1E, x_RK.dtype)
-        y_RN = grouped.forward(x_RK, w_EKN, self.sizes_1E, accumulation_dtype(x_RK.dtype))
+            return y_RN
         E, num_rows = b_EN.shape[0], x_RK.shape[0]
         # One more bias, of zeros, for the rows that belong to no expert.
         counts = torch.cat([self.sizes_1E[0], num_rows - self.sizes_1E.sum(1)])
         biases_R = torch.arange(E + 1, device=b_EN.device).repeat_interleave(counts, output_size=num_rows)
-        padded = torch.nn.functional.pad(b_EN.to(y_RN.dtype), (0, 0, 0, 1))
-        return (y_RN + padded.index_select(0, biases_R)).to(x_RK.dtype)
+        padded = torch.nn.functional.pad(b_EN, (0, 0, 0, 1))
+        return y_RN + padded.index_select(0, biases_R)
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor, w_EKN: Tensor) -> Tensor:
         if is_turned(w_EKN):
