@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch.optim import AdamW
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic import checkpoint
 from moesaic.checkpoint.state import restore, training_state
-from moesaic.integrations.transformers import to_transformers_state_dict
+from moesaic.integrations.transformers import swap_moe, to_transformers_state_dict
 from tests.distributed.parity import whole
 from tests.distributed.test_moe_parity import Sizes, check_layout, name_of
 
@@ -75,9 +76,22 @@ def test_checkpoints_move_to_other_layouts(ranks, tmp_path, world_size, num_expe
 
 
 def check_export(layout: dict[str, int]) -> None:
-    plain, moe, _ = make(layout, 0, 5)
-    expected = to_transformers_state_dict(plain)
-    state = to_transformers_state_dict(moe)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        moe_intermediate_size=7,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=5,
+        num_experts_per_tok=2,
+    )
+    plain = Qwen3MoeForCausalLM(config)
+    expected = plain.state_dict()
+    model = swap_moe(copy.deepcopy(plain))
+    state = to_transformers_state_dict(moesaic.parallelize(model, moesaic.build_meshes(**layout, device_type="cpu")))
     assert state.keys() == expected.keys()
     assert all(torch.equal(t, expected[name]) for name, t in state.items())
 

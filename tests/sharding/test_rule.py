@@ -104,7 +104,53 @@ TABLES = {
         "linear in y": "P R R R -> P",
         "linear in x": "R P R R -> P",
     },
+    # x, ids, weights, experts, w1, w3, w2, b1, b3 -> z, h1, h3.
+    ("experts_mlp", 0): {
+        "replicate": "R R R R R R R R R -> R R R",
+        "b": "S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) -> S(0) S(0) S(0)",
+        "n": "S(1) S(1) S(1) R R R R R R -> S(1) S(1) S(1)",
+        "k": "R S(2) S(2) R R R R R R -> P S(2) S(2)",
+        "f": "R R R R S(2) S(2) S(1) S(1) S(1) -> P S(3) S(3)",
+    },
+    ("experts_mlp_inference", 0): {
+        "replicate": "R R R R R R R R R -> R",
+        "b": "S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) -> S(0)",
+        "n": "S(1) S(1) S(1) R R R R R R -> S(1)",
+        "k": "R S(2) S(2) R R R R R R -> P",
+        "f": "R R R R S(2) S(2) S(1) S(1) S(1) -> P",
+        "linear in weights": "R R P R R R R R R -> P",
+        "linear in w3 + b3": "R R R R R P R R P -> P",
+        "linear in w2": "R R R R R R P R R -> P",
+        "mean in w3": "R R R R R P(avg) R R R -> P(avg)",
+        "mean in b3": "R R R R R R R R P(avg) -> P(avg)",
+    },
+    # grad, x, ids, weights, experts, w1, w3, w2, b1, b3, h1, h3 -> those of x, weights, w1, w3, w2, b1, b3.
+    ("experts_mlp_backward", 0): {
+        "replicate": "R R R R R R R R R R R R -> R R R R R R R",
+        "b": "S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0) -> S(0) S(0) S(0) S(0) S(0) S(0) S(0)",
+        "n": "S(1) S(1) S(1) S(1) R R R R R R S(1) S(1) -> S(1) S(1) P P P P P",
+        "k": "R R S(2) S(2) R R R R R R S(2) S(2) -> P S(2) P P P P P",
+        "f": "R R R R R S(2) S(2) S(1) S(1) S(1) S(3) S(3) -> P P S(2) S(2) S(1) S(1) S(1)",
+        "linear in grad": "P R R R R R R R R R R R -> P P P P P P P",
+    },
+    ("experts_down_bias", 0): {
+        "replicate": "R R R -> R",
+        "t": "S(0) S(0) R -> S(0)",
+        "k": "S(1) S(1) R -> P",
+        "d": "R R S(1) -> S(1)",
+        "linear in weights": "P R R -> P",
+        "linear in b": "R R P -> P",
+    },
+    ("experts_down_bias_backward", 0): {
+        "replicate": "R R R R -> R R",
+        "t": "S(0) S(0) S(0) R -> S(0) P",
+        "k": "R S(1) S(1) R -> S(1) P",
+        "d": "S(1) R R S(1) -> P S(1)",
+        "linear in grad": "P R R R -> P P",
+    },
 }
+# It adds to a buffer in place, and DTensor might add to a redistributed copy.
+WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad"}
 
 
 def with_means(table: dict[str, str]) -> dict[str, str]:
@@ -129,7 +175,7 @@ def test_placements_of_our_operators(op, line):
 
 def test_every_operator_has_a_table():
     names = {name.removeprefix("moesaic::") for name in torch._C._dispatch_get_all_op_names() if "moesaic::" in name}
-    lines = {(name, i) for name in names for i in range(len(rule_of(getattr(ops, name)).lines))}
+    lines = {(name, i) for name in names - WITHOUT_RULE for i in range(len(rule_of(getattr(ops, name)).lines))}
     assert lines == set(TABLES)
 
 
