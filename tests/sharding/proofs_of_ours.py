@@ -87,6 +87,10 @@ def fused() -> dict:
     args = forms["biased"]
     _, h1, h3 = ops.experts_mlp(*args, SILU, AUTO)
     everything = (grad, *args, h1, h3, SILU, 0b1111111, AUTO)
+    weights_TK, ids_TK, bias = weights.flatten(0, 1), ids.flatten(0, 1), random(G, D)
+    calls["down_bias"] = ops.experts_down_bias, (weights_TK, ids_TK, bias), {"meshes": [(2, 2)]}
+    down_bias_backward = (random(B * N, D), weights_TK, ids_TK, bias)
+    calls["down_bias_backward"] = ops.experts_down_bias_backward, down_bias_backward, {"meshes": [], "backward": False}
     # It has no gradient.
     calls["experts_backward, biased"] = (
         ops.experts_mlp_backward,

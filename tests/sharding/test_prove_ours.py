@@ -8,7 +8,7 @@ import pytest
 FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
 BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
 FUSED = [f"{op}, {form}" for op in ("experts_mlp", "inference") for form in ("biased", "plain", "fewer")]
-FUSED.append("experts_backward, biased")
+FUSED += ["experts_backward, biased", "down_bias", "down_bias_backward"]
 PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "combine_weight_grad", "sort_by_expert"]
 
 
@@ -36,6 +36,12 @@ DELIBERATE = {
     },
     "experts_mlp": {
         "the pre-activations are not linear in what the result is linear in": lambda *all: is_reduced(all[:9]),
+    },
+    "down_bias": {
+        "the gradient of the one is not linear in the other": lambda *all: is_reduced(all[:3]),
+    },
+    "down_bias_backward": {
+        "the gradient of one is not linear in the other": lambda grad, *others: is_reduced(others[:3]),
     },
     "experts_backward": {
         "one gradient or another is not linear in it": lambda grad, *others: is_reduced(others[:11]),

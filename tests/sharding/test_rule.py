@@ -138,8 +138,6 @@ TABLES = {
         "t": "S(0) S(0) R -> S(0)",
         "k": "S(1) S(1) R -> P",
         "d": "R R S(1) -> S(1)",
-        "linear in weights": "P R R -> P",
-        "linear in b": "R R P -> P",
     },
     ("experts_down_bias_backward", 0): {
         "replicate": "R R R R -> R R",

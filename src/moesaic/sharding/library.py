@@ -61,7 +61,7 @@ sharding_rule(
     redistribute=["grad", "experts"],
 )(_ops.experts_mlp_backward)
 
-sharding_rule("t k, t k, e! d -> t d", linear=["weights", "b"])(_ops.experts_down_bias)
+sharding_rule("t k, t k, e! d -> t d")(_ops.experts_down_bias)
 sharding_rule("t d, t k, t k, e! d -> t k, e! d", linear=["grad"], redistribute=["grad"])(
     _ops.experts_down_bias_backward
 )
