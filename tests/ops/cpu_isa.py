@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-from moesaic.ops.experts_mlp.impl import cpu as experts_cpu
-from moesaic.ops.grouped_mm.impl import cpu
+from moesaic.ops import native
 from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
 from tests.ops import strategies
 
@@ -14,14 +14,17 @@ HERE = INSTRUCTION_SETS[1 : _LOADED.library.moesaic_cpu_isa() + 1] if isinstance
 # For tests that run every implementation: its name where the kernels are.
 CPU = ("cpu",) if HERE else ()
 
+each_isa = pytest.mark.parametrize("isa", HERE)
+# The fixture only says which instruction set all examples use.
+same_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
 needs_kernels = pytest.mark.skipif(not HERE, reason=f"no CPU kernels: {_LOADED}")
 
 
 def use(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     """Let ``impl="cpu"`` run on an instruction set."""
     loaded = Kernels(_LOADED.library, INSTRUCTION_SETS.index(isa))
-    for module in (cpu, experts_cpu):
-        monkeypatch.setattr(module, "kernels", lambda: loaded)
+    monkeypatch.setattr(native, "kernels", lambda: loaded)
 
 
 def dtypes_of(impl: str | None) -> tuple[torch.dtype, ...]:

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jaxtyping
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.ops import grouped_mm
+from moesaic.ops import grouped_mm, native
 from moesaic.ops.grouped_mm.impl import cpu
-from tests.ops.cpu_isa import HERE, needs_kernels, use
+from tests.ops.cpu_isa import each_isa, needs_kernels, same_for_all_examples, use
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, STRIDES, layout, problem, problems
 
@@ -20,23 +20,12 @@ pytestmark = needs_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 BF16 = torch.bfloat16
-each_isa = pytest.mark.parametrize("isa", HERE)
 
 # Around the sizes at which the kernels change their ways: rows of a tile, groups that are few rows, small or large;
 # columns of a vector, a panel, several panels; words of a block of the summed dim, in both types.
 ROWS = (0, 1, 2, 4, 5, 6, 7, 12, 13, 191, 192, 193, 260)
 COLUMNS = (1, 15, 16, 17, 31, 64, 65, 127, 200, 257, 513)
 INNER = (1, 2, 7, 16, 95, 96, 97, 191, 192, 193, 289, 513, 1025)
-
-# The fixture only says which instruction set all examples use.
-same_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @each_isa
@@ -177,7 +166,7 @@ def test_what_it_refuses(monkeypatch):
         with pytest.raises(TypeError, match=rf'impl: "cpu" has no kernels for {dtype}.*; use "torch" or None'):
             grouped_mm(x, w, sizes, impl="cpu")
     x, w = torch.ones(2, 3), torch.ones(1, 3, 4)
-    monkeypatch.setattr(cpu, "kernels", lambda: "they were not built")
+    monkeypatch.setattr(native, "kernels", lambda: "they were not built")
     with pytest.raises(RuntimeError, match='impl: "cpu" has no kernels here, they were not built; or use "torch"'):
         grouped_mm(x, w, sizes, impl="cpu")
 

@@ -8,31 +8,20 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
-from moesaic.ops import ACTIVATIONS, activate, experts_mlp, pool
+from moesaic.ops import ACTIVATIONS, activate, experts_mlp, native, pool
 from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.problem import Problem
-from tests.ops.cpu_isa import HERE, needs_kernels, use
+from tests.ops.cpu_isa import HERE, each_isa, needs_kernels, same_for_all_examples, use
 from tests.ops.experts_oracle import any_experts, check, experts, run
 
 pytestmark = needs_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
-each_isa = pytest.mark.parametrize("isa", HERE)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-# The fixture only says which instruction set all examples use.
-same_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @each_isa
@@ -182,6 +171,6 @@ def test_what_it_refuses(monkeypatch):
         p = experts(2, 1, 1, 3, 4, dtype)
         with pytest.raises(TypeError, match=rf'impl: "cpu" has no kernels for {dtype}; use "torch" or None'):
             run("cpu", p)
-    monkeypatch.setattr(cpu, "kernels", lambda: "they were not built")
+    monkeypatch.setattr(native, "kernels", lambda: "they were not built")
     with pytest.raises(RuntimeError, match='impl: "cpu" has no kernels here, they were not built; or use "torch"'):
         run("cpu", experts(2, 1, 1, 3, 4, torch.float32))

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moesaic.ops import experts_mlp
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from tests.ops.experts_oracle import cast, experts, run
+from tests.ops.strategies import with_strides
 
 ops = torch.ops.moesaic
 CODES = [0, *(code for name, code in IMPLEMENTATIONS.items() if name in ("reference", "torch"))]
@@ -16,7 +17,8 @@ CODES = [0, *(code for name, code in IMPLEMENTATIONS.items() if name in ("refere
 
 def arguments(gated=True, biased=False, dtype=torch.float32, strides="contiguous"):
     p = experts(6, 2, 3, 8, 12, dtype, gated=gated, biased=biased, strides=strides)
-    return (p.x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
+    x = with_strides(p.x, strides)
+    return (x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
 
 
 def differentiable(args):

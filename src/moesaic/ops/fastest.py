@@ -1,9 +1,17 @@
-"""Which implementation is the fastest on CUDA, by operator and shape class: what ``impl=None`` goes by there.
+"""What ``impl=None`` goes by: where the CPU kernels are the fastest, and on CUDA what is, by operator and shape class.
 
-**Awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on none.
-Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of
+**CUDA awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on
+none. Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of
 ``benchmarks/results/`` that justifies it.
 """
+
+from torch import Tensor
+
+from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+
+# On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
+# whether torch's own products are faster there.
+_MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
 
 # Largest average of rows a group.
 _FEW, _SOME = 16, 64
@@ -24,3 +32,11 @@ def shape_class(num_rows: int, num_groups: int) -> str:
 def on_cuda(operator: str, num_rows: int, num_groups: int) -> str:
     """The name of the implementation."""
     return _ON_CUDA[operator][shape_class(num_rows, num_groups)]
+
+
+def is_for_cpu_kernels(x: Tensor) -> bool:
+    """Whether the kernels of ``csrc/`` are there and the fastest for operands like ``x``."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    loaded = kernels()
+    return isinstance(loaded, Kernels) and loaded.isa >= _MEASURED

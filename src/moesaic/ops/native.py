@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # The order is that of `enum moesaic_isa`.
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
 _ABI = 3
+OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
 
 
 class Groups(ctypes.Structure):
@@ -103,6 +105,38 @@ def kernels() -> Kernels | str:
     if wanted == "none":
         return "MOESAIC_CPU_ISA is none"
     return Kernels(library, INSTRUCTION_SETS.index(wanted))
+
+
+def kernels_for(x: Tensor, *others: Tensor) -> Kernels:
+    """The kernels for operands of one dtype.
+
+    Raises:
+        ValueError: the operands are not on the CPU.
+        TypeError: there are no kernels for their dtypes.
+        RuntimeError: there are none here.
+    """
+    if x.device.type != "cpu":
+        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in others):
+        dtypes = " and ".join(str(t.dtype) for t in (x, *others))
+        raise TypeError(f'impl: "cpu" has no kernels for {dtypes}; use "torch" or None')
+    loaded = kernels()
+    if isinstance(loaded, str):
+        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    return loaded
+
+
+def matrix(t: Tensor) -> Matrix:
+    """The last two dims of a tensor."""
+    return Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+
+
+def check_status(operator: str, status: int) -> None:
+    """Raise unless a call of the library went well."""
+    if status == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"{operator}: no memory for the kernels' buffers")
+    if status != OK:
+        raise RuntimeError(f"{operator}: the CPU kernels returned status {status}")
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -42,20 +42,14 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
-    inner = experts.compute
-
     function: Any = local_map(
-        inner,
+        experts.compute,
         out_placements=(RESULTS,),
         in_placements=(ROWS, ROWS, ROWS, COLUMN, COLUMN, ROW),
         in_grad_placements=(ROW_GRADS, ROWS, ROW_GRADS, COLUMN, COLUMN, ROW),
         device_mesh=mesh,
     )
-
-    def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        return function(x, topk_ids, topk_weights, w1, w3, w2)
-
-    experts.compute = compute
+    experts.compute = function
 
 
 def _sum_over(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 # The place in it is the code that operators and kernels take.
@@ -36,6 +38,13 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(name: str, h: Tensor) -> Tensor:
     """``act(h)``, of any shape and dtype."""
     return _FUNCTIONS[name](h)
+
+
+def hidden(name: str, h1: Tensor, h3: Tensor | None) -> Tensor:
+    """``act(h1) * h3``, or ``act(h1)`` without a gate: computed in the accumulation dtype, rounded to the operands'."""
+    acc = accumulation_dtype(h1.dtype)
+    a = activate(name, h1.to(acc))
+    return (a if h3 is None else a * h3.to(acc)).to(h1.dtype)
 
 
 def derivative(name: str, h: Tensor) -> Tensor:

@@ -7,14 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.ops.autocast import autocast
+from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation
 from moesaic.ops.experts_mlp.down_bias import down_bias
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.implementations import code_of
-
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def experts_mlp(
@@ -118,16 +116,16 @@ def _activation_code(activation: str) -> int:
 
 def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
     x = given["x"]
-    if x.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {_FLOAT_DTYPES}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {FLOATS}")
     for name, t in given.items():
         if t.dtype != x.dtype:
             raise TypeError(
                 f"{name}: dtype {t.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast"
             )
-    if weights.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"topk_weights: dtype {weights.dtype} is not supported; use one of {_FLOAT_DTYPES}")
-    if ids.dtype not in _INDEX_DTYPES:
+    if weights.dtype not in FLOATS:
+        raise TypeError(f"topk_weights: dtype {weights.dtype} is not supported; use one of {FLOATS}")
+    if ids.dtype not in INDICES:
         raise TypeError(f"topk_ids: dtype {ids.dtype} is not supported; use int32 or int64")
 
 

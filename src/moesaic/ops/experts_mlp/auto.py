@@ -8,11 +8,8 @@ from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
-from moesaic.ops.fastest import on_cuda
-from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+from moesaic.ops.fastest import is_for_cpu_kernels, on_cuda
 
-# Elsewhere the kernels run when they are named, but nobody has measured whether torch's own products are faster.
-_MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
 _MODULES = {"torch": torch_impl, "triton": triton_impl}
 
 
@@ -28,8 +25,4 @@ def _fastest(problem: Problem) -> ModuleType:
     x = problem.x_TD
     if x.device.type == "cuda":
         return _MODULES[on_cuda("experts_mlp", problem.ids_TK.numel(), problem.w1_EDF.shape[0])]
-    if x.device.type == "cpu" and x.dtype in DTYPES:
-        loaded = kernels()
-        if isinstance(loaded, Kernels) and loaded.isa >= _MEASURED:
-            return cpu
-    return torch_impl
+    return cpu if is_for_cpu_kernels(x) else torch_impl

@@ -6,12 +6,14 @@ of its expert. Of the results the backward pass needs nothing.
 Legend: T tokens, K copies a token (top-k), D model dim, E experts, R = T * K rows sorted by expert.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import untouched_by_autocast
+from moesaic.ops.experts_mlp.problem import number_by_matrix
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
 from moesaic.ops.permute import kernels as permuting
@@ -25,10 +27,11 @@ torch.library.define(
 @torch.library.impl("moesaic::experts_down_bias", "default")
 @untouched_by_autocast
 def _forward(weights: Tensor, ids: Tensor, b: Tensor) -> Tensor:
-    (T, K), acc = ids.shape, accumulation_dtype(b.dtype)
-    z_TD = b.new_zeros(T, b.shape[1], dtype=acc)
-    for k in range(K):
-        z_TD += _rows_of(b, ids[:, k]) * weights[:, k].to(acc).masked_fill(_is_absent(b, ids[:, k]), 0).unsqueeze(1)
+    acc = accumulation_dtype(b.dtype)
+    z_TD = b.new_zeros(ids.shape[0], b.shape[1], dtype=acc)
+    weights = weights.to(acc).masked_fill(_is_absent(ids, b), 0)
+    for rows_TD, weights_T in zip(_biases(ids, b), weights.unbind(1), strict=True):
+        z_TD += rows_TD * weights_T.unsqueeze(1)
     return z_TD.to(b.dtype)
 
 
@@ -37,9 +40,9 @@ def _forward(weights: Tensor, ids: Tensor, b: Tensor) -> Tensor:
 def _backward(grad: Tensor, weights: Tensor, ids: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     acc = accumulation_dtype(b.dtype)
     gweights = torch.zeros_like(weights, dtype=acc)
-    for k in range(ids.shape[1]):
-        dot_T = (_rows_of(b, ids[:, k]) * grad.to(acc)).sum(1)
-        gweights[:, k] = dot_T.masked_fill_(_is_absent(b, ids[:, k]), 0)
+    for k, rows_TD in enumerate(_biases(ids, b)):
+        gweights[:, k] = (rows_TD * grad.to(acc)).sum(1)
+    gweights.masked_fill_(_is_absent(ids, b), 0)
     slots_R, positions_TK, sizes_E = permuting.sort_by_expert(ids, b.shape[0], ids.numel())
     # Long fp32 sums lose digits, where they are made in one chain.
     wide = torch.float64 if grad.device.type == "cpu" else acc
@@ -49,14 +52,15 @@ def _backward(grad: Tensor, weights: Tensor, ids: Tensor, b: Tensor) -> tuple[Te
     return gweights.to(weights.dtype), gb.to(b.dtype)
 
 
-def _is_absent(b_ED: Tensor, ids_T: Tensor) -> Tensor:
-    return (ids_T < 0) | (ids_T >= b_ED.shape[0])
+def _is_absent(ids_TK: Tensor, b_ED: Tensor) -> Tensor:
+    return (ids_TK < 0) | (ids_TK >= b_ED.shape[0])
 
 
-def _rows_of(b_ED: Tensor, ids_T: Tensor) -> Tensor:
-    """The bias of each token's expert; of zeros where there is none."""
+def _biases(ids_TK: Tensor, b_ED: Tensor) -> Iterator[Tensor]:
+    """Copy by copy the bias of each token's expert, in the accumulation dtype; zeros where there is none."""
     padded = torch.nn.functional.pad(b_ED.to(accumulation_dtype(b_ED.dtype)), (0, 0, 0, 1))
-    return padded.index_select(0, torch.where(_is_absent(b_ED, ids_T), b_ED.shape[0], ids_T))
+    rows_TK = torch.where(_is_absent(ids_TK, b_ED), b_ED.shape[0], ids_TK)
+    return (padded.index_select(0, rows_T) for rows_T in rows_TK.unbind(1))
 
 
 @torch.library.register_fake("moesaic::experts_down_bias")
@@ -83,9 +87,6 @@ torch.library.register_autograd("moesaic::experts_down_bias", _gradients, setup_
 
 def down_bias(weights_BTK: Tensor, ids_BTK: Tensor, b_WD: Tensor, G: int) -> Tensor:
     """The sum for tokens in blocks, each with ``G`` experts of its own."""
-    B = ids_BTK.shape[0]
-    if B > 1:
-        first_B11 = (torch.arange(B, device=ids_BTK.device) * G)[:, None, None]
-        ids_BTK = torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK + first_B11, -1)
+    ids_BTK = number_by_matrix(ids_BTK, G)
     z_TD = torch.ops.moesaic.experts_down_bias(weights_BTK.flatten(0, 1), ids_BTK.flatten(0, 1), b_WD)
     return z_TD.unflatten(0, ids_BTK.shape[:2])

@@ -12,7 +12,6 @@ The first argument that is not a tensor is an int in each of them: DTensor's cac
 stands before the first int.
 """
 
-from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,9 +24,9 @@ from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.experts_mlp.impl import cpu, reference
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
-from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem
-from moesaic.ops.grouped_mm.groups import empty_gradient, lying_as
+from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem, number_by_matrix
 from moesaic.ops.implementations import AUTO
+from moesaic.ops.layout import empty_gradient, lying_as
 
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
 _MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
@@ -48,17 +47,14 @@ torch.library.define(
 )
 
 
-def _zeros(like: Tensor, *shape: Any) -> Tensor:
-    """Zeros without memory."""
+def _zeros(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    """Zeros without memory, in the place of what is not given or not wanted."""
     return like.new_zeros(1).expand(shape)
 
 
 def _problem(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Tensor, *others: Any) -> Problem:
     """The one-block form: ids count the matrices of all blocks, those of copies that are not here are -1."""
-    B, G = experts_BG.shape
-    if B > 1:
-        first_B11 = (torch.arange(B, device=ids_BNK.device) * G)[:, None, None]
-        ids_BNK = torch.where((ids_BNK >= 0) & (ids_BNK < G), ids_BNK + first_B11, -1)
+    ids_BNK = number_by_matrix(ids_BNK, experts_BG.shape[1])
     x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
     w1, w3, w2, b1, b3, activation = others
     return Problem(x_TD, ids_TK, weights_TK, w1, w3, w2, b1, b3, ACTIVATIONS[activation])
@@ -70,7 +66,7 @@ def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     *tensors, activation, impl = args
     z_TD, h1_TKF, h3_TKF = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), True)
     h1 = h1_TKF.unflatten(0, x.shape[:2])
-    h3 = _zeros(h1, *h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
+    h3 = _zeros(h1, h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
     return torch.ops.aten._unsafe_view(z_TD, x.shape), h1, h3
 
 
@@ -91,40 +87,28 @@ def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor,
     found: Gradients = _MODULES[impl].backward(
         grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs)
     )
-    blank = _blank_gradients(x, ids, *tensors)
-    given = [b if g is None else g.view(b.shape) for b, g in zip(blank, found, strict=True)]
-    for i, w in _projections(tensors):
-        if found[i] is not None:
-            given[i] = lying_as(w, given[i])
-    return tuple(given)
+    found = found._replace(
+        w1=None if found.w1 is None else lying_as(problem.w1_EDF, found.w1),
+        w3=None if found.w3 is None or problem.w3_EDF is None else lying_as(problem.w3_EDF, found.w3),
+        w2=None if found.w2 is None else lying_as(problem.w2_EFD, found.w2),
+    )
+    likes = _likes(x, *tensors)
+    return tuple(_zeros(*t) if g is None else g.view(t[1]) for g, t in zip(found, likes, strict=True))
 
 
-def _projections(tensors: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
-    """The given projections among the arguments after x and ids, each with the place of its gradient."""
-    _, _, w1, w3, w2, *_ = tensors
-    return ((i, w) for i, w in ((2, w1), (3, w3), (4, w2)) if w is not None)
-
-
-def _blank_gradients(x: Tensor, ids: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[Tensor]:
-    """Zeros without memory in the place of every gradient, of an argument that is not given too."""
+def _likes(x: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
+    """For every gradient a tensor of its dtype and its shape; of an argument that is not given too."""
     w1, _, w2, b1, b3 = args
     W, _, F = w1.shape
-    return [
-        _zeros(x, *x.shape),
-        _zeros(weights, *weights.shape),
-        _zeros(w1, *w1.shape),
-        _zeros(w1, *w1.shape),
-        _zeros(w2, *w2.shape),
-        _zeros(w1 if b1 is None else b1, W, F),
-        _zeros(w1 if b3 is None else b3, W, F),
-    ]
+    biases = [(w1 if b is None else b, (W, F)) for b in (b1, b3)]
+    return [(t, tuple(t.shape)) for t in (x, weights, w1, w1, w2)] + biases
 
 
 @torch.library.register_fake("moesaic::experts_mlp")
 def _forward_fake(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, w1, w3, *_ = args
     h1 = x.new_empty(*ids.shape, w1.shape[2])
-    return x.new_empty(x.shape), h1, _zeros(h1, *h1.shape) if w3 is None else torch.empty_like(h1)
+    return x.new_empty(x.shape), h1, _zeros(h1, h1.shape) if w3 is None else torch.empty_like(h1)
 
 
 @torch.library.register_fake("moesaic::experts_mlp_inference")
@@ -135,15 +119,14 @@ def _inference_fake(x: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake("moesaic::experts_mlp_backward")
 def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, _, _, _, needs, _ = args
-    _, _, _, w3, _, b1, b3 = tensors
-    given = (True, True, True, w3 is not None, True, b1 is not None, b3 is not None and w3 is not None)
-    blank = _blank_gradients(x, ids, *tensors)
-    wanted = Needs.unpack(needs)
-    empty = [b.new_empty(b.shape) if n and g else b for b, n, g in zip(blank, wanted, given, strict=True)]
-    for i, w in _projections(tensors):
-        if wanted[i]:
-            empty[i] = empty_gradient(w, w.dtype)
-    return tuple(empty)
+    weights, _, w1, w3, w2, b1, b3 = tensors
+    projections = [None if w is None else empty_gradient(w, w.dtype) for w in (w1, w3, w2)]
+    biases = [None if b is None else b.new_empty(b.shape) for b in (b1, None if w3 is None else b3)]
+    gradients = (x.new_empty(x.shape), weights.new_empty(weights.shape), *projections, *biases)
+    return tuple(
+        gradient if wanted and gradient is not None else _zeros(*like)
+        for gradient, wanted, like in zip(gradients, Needs.unpack(needs), _likes(x, *tensors), strict=True)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

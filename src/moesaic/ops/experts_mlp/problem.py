@@ -5,6 +5,7 @@ Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,18 @@ class Problem(NamedTuple):
     b1_EF: Tensor | None
     b3_EF: Tensor | None
     activation: str
+
+
+def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:
+    """Ids that count each block's own ``G`` experts as numbers of matrices; those of copies that are not here as -1.
+
+    Of one block they are that already.
+    """
+    B = ids_BTK.shape[0]
+    if B <= 1:
+        return ids_BTK
+    first_B11 = (torch.arange(B, device=ids_BTK.device) * G)[:, None, None]
+    return torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK + first_B11, -1)
 
 
 class Forward(NamedTuple):

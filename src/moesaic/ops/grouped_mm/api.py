@@ -5,12 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.ops.autocast import autocast
+from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, grouped_mm_op
 from moesaic.ops.implementations import code_of
-
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def grouped_mm(
@@ -75,11 +73,11 @@ def grouped_mm(
 
 
 def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dtype | None) -> None:
-    if x.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {_FLOAT_DTYPES}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {FLOATS}")
     if w.dtype != x.dtype:
         raise TypeError(f"w: dtype {w.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast")
-    if group_sizes.dtype not in _INDEX_DTYPES:
+    if group_sizes.dtype not in INDICES:
         raise TypeError(f"group_sizes: dtype {group_sizes.dtype} is not supported; use int32 or int64")
     if out_dtype is not None and out_dtype not in (x.dtype, torch.float32):
         raise TypeError(f"out_dtype: got {out_dtype}; it can be {x.dtype} (that of x) or torch.float32")

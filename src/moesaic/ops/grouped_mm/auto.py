@@ -5,15 +5,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moesaic.ops.fastest import on_cuda
+from moesaic.ops.fastest import is_for_cpu_kernels, on_cuda
 from moesaic.ops.grouped_mm.impl import cpu
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
-from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
 
-# On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
-# whether torch's own products are faster there.
-_MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
 _MODULES = {"torch": torch_impl, "triton": triton_impl}
 
 
@@ -32,8 +28,4 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 def _fastest(operator: str, x: Tensor, sizes_BG: Tensor) -> ModuleType:
     if x.device.type == "cuda":
         return _MODULES[on_cuda(operator, x.shape[0], sizes_BG.numel())]
-    if x.device.type == "cpu" and x.dtype in cpu.DTYPES:
-        loaded = kernels()
-        if isinstance(loaded, Kernels) and loaded.isa >= _MEASURED:
-            return cpu
-    return torch_impl
+    return cpu if is_for_cpu_kernels(x) else torch_impl

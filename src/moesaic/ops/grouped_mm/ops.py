@@ -28,11 +28,12 @@ from torch import Tensor
 from moesaic.ops.autocast import untouched_by_autocast
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm import auto
-from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes, empty_gradient, is_turned
+from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes
 from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
 from moesaic.ops.implementations import AUTO
+from moesaic.ops.layout import empty_gradient, is_turned
 
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
 _MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}

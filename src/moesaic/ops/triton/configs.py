@@ -31,6 +31,15 @@ class Config:
     stages: int = 3
     ctas: int = 1
 
+    def grid(self, num_sms: int, pieces: int) -> tuple[int]:
+        """Programs of a persistent kernel: as many as the GPU holds at once, and no more than there are pieces."""
+        return (min(num_sms * self.ctas, pieces),)
+
+    def options(self) -> dict[str, int]:
+        """What a kernel is launched with."""
+        blocks = {"BM": self.BM, "BN": self.BN, "BK": self.BK, "GROUP_M": self.GROUP_M}
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 _HALF_TABLE = {
     ("matmul", "few"): {

@@ -111,7 +111,7 @@ def _launch(
     partial = grad.new_empty(num_columns if wanted.routing_weights else 0, T * K, dtype=torch.float32)
     sums1 = grad.new_empty(num_tiles if wanted.biases else 0, F, dtype=torch.float32)
     sums3 = grad.new_empty(num_tiles if wanted.biases and h3 is not None else 0, F, dtype=torch.float32)
-    _down_gradient_kernel[(min(gpu.num_sms * config.ctas, num_tiles * num_columns),)](
+    _down_gradient_kernel[config.grid(gpu.num_sms, num_tiles * num_columns)](
         grad,
         routing.tokens,
         routing.slots,
@@ -139,12 +139,7 @@ def _launch(
         FORM=w.form,
         EVEN=D % config.BK == 0,
         PRECISION=precision(grad.dtype),
-        BM=config.BM,
-        BN=config.BN,
-        BK=config.BK,
-        GROUP_M=config.GROUP_M,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     gb1, gb3 = (_add_tiles(sums, tiles, E) for sums in (sums1, sums3))
     return HiddenGradient(*rows, partial.sum(0).view(T, K), gb1, gb3)

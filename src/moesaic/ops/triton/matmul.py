@@ -31,11 +31,10 @@ def grouped_mm(product: Product, groups: Groups, out_dtype: torch.dtype, *, plus
     if y_RN.numel() == 0:
         return y_RN
 
-    def run(config: Config, tiles: TileMap) -> None:
-        _launch(product, plus or product, plus is not None, tiles, config, y_RN)
+    def run(config: Config) -> None:
+        _launch(product, plus or product, plus is not None, tile_map(groups, config.BM), config, y_RN)
 
-    config = choose("matmul", x_RK, K=K, N=N, groups=groups, run=lambda c: run(c, tile_map(groups, c.BM)))
-    run(config, tile_map(groups, config.BM))
+    run(choose("matmul", x_RK, K=K, N=N, groups=groups, run=run))
     return y_RN
 
 
@@ -45,7 +44,7 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
     w = as_weight(first.w, config.BK, config.BN, gpu)
     w2 = as_weight(second.w, config.BK, config.BN, gpu)
     pieces = tiles.tiles.shape[0] * triton.cdiv(N, config.BN)
-    _grouped_mm_kernel[(min(gpu.num_sms * config.ctas, pieces),)](
+    _grouped_mm_kernel[config.grid(gpu.num_sms, pieces)](
         first.x,
         w.data,
         second.x,
@@ -65,12 +64,7 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
         FORM2=w2.form,
         EVEN=K % config.BK == 0,
         PRECISION=precision(first.x.dtype),
-        BM=config.BM,
-        BN=config.BN,
-        BK=config.BK,
-        GROUP_M=config.GROUP_M,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
 
 

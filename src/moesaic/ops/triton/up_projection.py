@@ -80,7 +80,7 @@ def _launch(
     # What is not given is never loaded; a kernel takes some tensor in its place.
     bias1, bias3 = (x.new_empty(0, 0) if b is None else b for b in (b1, b3))
     pieces = tiles.tiles.shape[0] * triton.cdiv(F, config.BN)
-    _up_projection_kernel[(min(gpu.num_sms * config.ctas, pieces),)](
+    _up_projection_kernel[config.grid(gpu.num_sms, pieces)](
         x,
         routing.tokens,
         routing.slots,
@@ -110,12 +110,7 @@ def _launch(
         FORM3=up.form,
         EVEN=D % config.BK == 0,
         PRECISION=precision(x.dtype),
-        BM=config.BM,
-        BN=config.BN,
-        BK=config.BK,
-        GROUP_M=config.GROUP_M,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
 
 

@@ -88,7 +88,7 @@ def _launch(
     chunks = chunk_map(groups, size)
     is_split = size < groups.num_rows
     partial_SKN = gw_EKN.new_empty(chunks.partials.shape[0] if is_split else 0, K, N, dtype=torch.float32)
-    _weight_grad_kernel[(min(gpu.num_sms * config.ctas, chunks.chunks.shape[0] * num_blocks),)](
+    _weight_grad_kernel[config.grid(gpu.num_sms, chunks.chunks.shape[0] * num_blocks)](
         x,
         grad,
         x if x_rows is None else x_rows,
@@ -110,12 +110,7 @@ def _launch(
         IS_SPLIT=is_split,
         ACCUMULATE=accumulate,
         PRECISION=precision(x.dtype),
-        BM=config.BM,
-        BN=config.BN,
-        BK=config.BK,
-        GROUP_M=config.GROUP_M,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(),
     )
     if is_split:
         _add_partials(partial_SKN, chunks, gw_EKN, accumulate)

@@ -15,10 +15,19 @@ from torch import Tensor
 from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
-from moesaic.ops.grouped_mm.groups import is_turned
-from moesaic.ops.native import DTYPES, Experts, ExpertsGrads, Kernels, Matrix, Routing, Weights, kernels
-
-_OK, _OUT_OF_MEMORY = 0, 2
+from moesaic.ops.layout import is_turned
+from moesaic.ops.native import (
+    DTYPES,
+    Experts,
+    ExpertsGrads,
+    Kernels,
+    Matrix,
+    Routing,
+    Weights,
+    check_status,
+    kernels_for,
+    matrix,
+)
 
 
 def forward(problem: Problem, save: bool) -> Forward:
@@ -31,7 +40,7 @@ def forward(problem: Problem, save: bool) -> Forward:
     status = library.moesaic_cpu_experts(
         routing,
         _experts(problem),
-        _matrix(x_TD),
+        matrix(x_TD),
         z_TD.data_ptr(),
         _pointer(h1_TKF),
         _pointer(h3_TKF),
@@ -39,7 +48,7 @@ def forward(problem: Problem, save: bool) -> Forward:
         torch.get_num_threads(),
     )
     del keep
-    _check(status)
+    check_status("experts_mlp", status)
     return Forward(z_TD, h1_TKF, h3_TKF)
 
 
@@ -51,15 +60,15 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     given = (p.x_TD, p.weights_TK, p.w1_EDF, p.w3_EDF, p.w2_EFD, p.b1_EF, p.b3_EF)
     dtypes = (p.x_TD.dtype, torch.float32, *[p.x_TD.dtype] * 5)
     found = [
-        pool.empty(tuple(t.shape), dtype) if wanted and t is not None else None
+        _empty(t, dtype) if wanted and t is not None else None
         for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
     ]
     turned = [w is not None and is_turned(w) for w in (p.w1_EDF, p.w3_EDF, p.w2_EFD)]
     status = library.moesaic_cpu_experts_backward(
         routing,
         _experts(problem),
-        _matrix(p.x_TD),
-        _matrix(grad_TD),
+        matrix(p.x_TD),
+        matrix(grad_TD),
         h1_TKF.data_ptr(),
         _pointer(h3_TKF),
         ExpertsGrads(*map(_pointer, found), *turned),
@@ -67,30 +76,22 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         torch.get_num_threads(),
     )
     del keep
-    _check(status)
-    x, weights, *matrices = found[:5]
-    weights = None if weights is None else weights.to(p.weights_TK.dtype)
-    matrices = [_as_turned(g) if g is not None and t else g for g, t in zip(matrices, turned, strict=True)]
-    return Gradients(x, weights, *matrices, *found[5:])
-
-
-def _as_turned(contiguous: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as that of one whose transpose is contiguous."""
-    E, rows, columns = contiguous.shape
-    return contiguous.view(E, columns, rows).mT
+    check_status("experts_mlp", status)
+    x, weights, *others = found
+    return Gradients(x, None if weights is None else weights.to(p.weights_TK.dtype), *others)
 
 
 def _kernels(problem: Problem) -> Kernels:
-    x = problem.x_TD
-    if x.device.type != "cpu":
-        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
-    if x.dtype not in DTYPES:
-        raise TypeError(f'impl: "cpu" has no kernels for {x.dtype}; use "torch" or None')
-    loaded = kernels()
-    if isinstance(loaded, str):
-        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    loaded = kernels_for(problem.x_TD)
     pool.limit(loaded)  # the kernels take their own memory from it
     return loaded
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """For a gradient, lying as its argument does if that is a matrix that is turned."""
+    if like.ndim == 3 and is_turned(like):
+        return pool.empty(tuple(like.mT.shape), dtype).mT
+    return pool.empty(tuple(like.shape), dtype)
 
 
 def _routing(problem: Problem) -> tuple[Routing, tuple[Tensor, Tensor]]:
@@ -105,8 +106,8 @@ def _experts(problem: Problem) -> Experts:
         _weights(problem.w1_EDF),
         _weights(problem.w3_EDF),
         _weights(problem.w2_EFD),
-        _matrix(problem.b1_EF),
-        _matrix(problem.b3_EF),
+        _bias(problem.b1_EF),
+        _bias(problem.b3_EF),
         *problem.w1_EDF.shape,
         ACTIVATIONS.index(problem.activation),
         DTYPES[problem.x_TD.dtype],
@@ -115,19 +116,12 @@ def _experts(problem: Problem) -> Experts:
 
 
 def _weights(t: Tensor | None) -> Weights:
-    return Weights() if t is None else Weights(_matrix(t), t.stride(0))
+    return Weights() if t is None else Weights(matrix(t), t.stride(0))
 
 
-def _matrix(t: Tensor | None) -> Matrix:
-    return Matrix() if t is None else Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+def _bias(t: Tensor | None) -> Matrix:
+    return Matrix() if t is None else matrix(t)
 
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
     return None if t is None else ctypes.c_void_p(t.data_ptr())
-
-
-def _check(status: int) -> None:
-    if status == _OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError("experts_mlp: no memory for the kernels' buffers")
-    if status != _OK:
-        raise RuntimeError(f"experts_mlp: the CPU kernels returned status {status}")

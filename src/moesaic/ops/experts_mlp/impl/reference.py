@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.activation import activate, derivative
+from moesaic.ops.experts_mlp.activation import activate, derivative, hidden
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
@@ -24,7 +24,7 @@ def forward(problem: Problem, save: bool) -> Forward:
         h1_TKF[t, k] = gate.forward(x[t], e)
         if up is not None and h3_TKF is not None:
             h3_TKF[t, k] = up.forward(x[t], e)
-        a_rF = _hidden(problem.activation, h1_TKF[t, k], None if h3_TKF is None else h3_TKF[t, k])
+        a_rF = hidden(problem.activation, h1_TKF[t, k], None if h3_TKF is None else h3_TKF[t, k])
         y_rD = a_rF.to(acc) @ problem.w2_EFD[e].to(acc)
         z_TD[t] += problem.weights_TK[t, k].to(acc).unsqueeze(1) * y_rD
     return Forward(z_TD.to(x.dtype), h1_TKF, h3_TKF) if save else Forward(z_TD.to(x.dtype), None, None)
@@ -40,7 +40,7 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     for e, t, k in _copies(problem):
         h1_rF, grad_rD = h1_TKF[t, k].to(acc), grad_TD[t].to(acc)
         h3_rF = None if h3_TKF is None else h3_TKF[t, k].to(acc)
-        a_rF = _hidden(name, h1_TKF[t, k], None if h3_TKF is None else h3_TKF[t, k]).to(acc)
+        a_rF = hidden(name, h1_TKF[t, k], None if h3_TKF is None else h3_TKF[t, k]).to(acc)
         weight_r1 = problem.weights_TK[t, k].to(acc).unsqueeze(1)
         ga_rF = grad_rD @ problem.w2_EFD[e].to(acc).mT
         gweights[t, k] = (ga_rF * a_rF).sum(1)
@@ -93,13 +93,6 @@ def _copies(problem: Problem) -> Iterator[tuple[int, Tensor, int]]:
     for k, ids_T in enumerate(problem.ids_TK.unbind(1)):
         for e in range(problem.w1_EDF.shape[0]):
             yield e, (ids_T == e).nonzero().squeeze(1), k
-
-
-def _hidden(name: str, h1_rF: Tensor, h3_rF: Tensor | None) -> Tensor:
-    """``act(h1) * h3``, rounded to the operands' dtype."""
-    acc = accumulation_dtype(h1_rF.dtype)
-    a_rF = activate(name, h1_rF.to(acc))
-    return (a_rF if h3_rF is None else a_rF * h3_rF.to(acc)).to(h1_rF.dtype)
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -9,10 +9,11 @@ end, D model dim, F hidden dim, E experts.
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.activation import activate, derivative
+from moesaic.ops.experts_mlp.activation import activate, derivative, hidden
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
-from moesaic.ops.grouped_mm.groups import accumulation_dtype, is_turned
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
+from moesaic.ops.layout import is_turned
 from moesaic.ops.permute import kernels as permuting
 
 
@@ -70,7 +71,7 @@ def forward(problem: Problem, save: bool) -> Forward:
     x_RD = rows.of_tokens(problem.x_TD)
     h1_RF = rows.times(x_RD, problem.w1_EDF, problem.b1_EF)
     h3_RF = None if problem.w3_EDF is None else rows.times(x_RD, problem.w3_EDF, problem.b3_EF)
-    z_TD = rows.to_tokens(rows.times(_hidden(problem, h1_RF, h3_RF), problem.w2_EFD), problem.weights_TK)
+    z_TD = rows.to_tokens(rows.times(hidden(problem.activation, h1_RF, h3_RF), problem.w2_EFD), problem.weights_TK)
     if not save:
         return Forward(z_TD, None, None)
     return Forward(z_TD, rows.to_slots(h1_RF), None if h3_RF is None else rows.to_slots(h3_RF))
@@ -81,7 +82,7 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
     h1_RF = rows.of_slots(h1_TKF)
     h3_RF = None if h3_TKF is None else rows.of_slots(h3_TKF)
-    a_RF = _hidden(problem, h1_RF, h3_RF)
+    a_RF = hidden(problem.activation, h1_RF, h3_RF)
     weight_R1 = rows.of_slots(problem.weights_TK.unsqueeze(2)).to(acc)
 
     # Of the unweighted result: its product with the hidden row is the gradient of the weight.
@@ -113,9 +114,3 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     if needs.b3 and problem.b3_EF is not None and gh3_RF is not None:
         gb3 = rows.bias_grad(gh3_RF, problem.b3_EF)
     return Gradients(gx, gweights, gw1, gw3, gw2, gb1, gb3)
-
-
-def _hidden(problem: Problem, h1_RF: Tensor, h3_RF: Tensor | None) -> Tensor:
-    acc = accumulation_dtype(h1_RF.dtype)
-    a_RF = activate(problem.activation, h1_RF.to(acc))
-    return (a_RF if h3_RF is None else a_RF * h3_RF.to(acc)).to(h1_RF.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
-from moesaic.ops.grouped_mm.groups import is_turned
+from moesaic.ops.layout import is_turned
 from moesaic.ops.triton import available
 
 

@@ -9,20 +9,18 @@ from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.grouped_mm.groups import are_shared, check_group_sizes
-from moesaic.ops.native import DTYPES, Groups, Kernels, Matrix, kernels
-
-_OK, _BAD_GROUPS, _OUT_OF_MEMORY = 0, 1, 2
+from moesaic.ops.native import BAD_GROUPS, DTYPES, Groups, check_status, kernels_for, matrix
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    library, isa = _kernels(x_RK, w_EKN)
+    library, isa = kernels_for(x_RK, w_EKN)
     (R, K), N = x_RK.shape, w_EKN.shape[2]
     y_RN = pool.empty((R, N), out_dtype)
     groups, keep = _groups(sizes_BG, R, w_EKN.shape[0])
     status = library.moesaic_cpu_grouped_mm(
         groups,
-        _matrix(x_RK),
-        _matrix(w_EKN),
+        matrix(x_RK),
+        matrix(w_EKN),
         w_EKN.stride(0),
         y_RN.data_ptr(),
         K,
@@ -51,13 +49,13 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 
 
 def _weight_grad(gw_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, *, accumulate: bool) -> None:
-    library, isa = _kernels(x_RK, grad_RN)
+    library, isa = kernels_for(x_RK, grad_RN)
     R, (E, K, N) = x_RK.shape[0], gw_EKN.shape
     groups, keep = _groups(sizes_BG, R, E)
     status = library.moesaic_cpu_weight_grad(
         groups,
-        _matrix(x_RK),
-        _matrix(grad_RN),
+        matrix(x_RK),
+        matrix(grad_RN),
         gw_EKN.data_ptr(),
         K,
         N,
@@ -70,17 +68,6 @@ def _weight_grad(gw_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor
     _check(status, R, keep, E)
 
 
-def _kernels(x: Tensor, other: Tensor) -> Kernels:
-    if x.device.type != "cpu":
-        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
-    if x.dtype not in DTYPES or other.dtype != x.dtype:
-        raise TypeError(f'impl: "cpu" has no kernels for {x.dtype} and {other.dtype}; use "torch" or None')
-    loaded = kernels()
-    if isinstance(loaded, str):
-        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
-    return loaded
-
-
 def _groups(sizes_BG: Tensor, num_rows: int, num_matrices: int) -> tuple[Groups, Tensor]:
     # The second result owns the memory that the first points to.
     sizes_BG = sizes_BG.to(torch.int64).contiguous()
@@ -89,15 +76,7 @@ def _groups(sizes_BG: Tensor, num_rows: int, num_matrices: int) -> tuple[Groups,
     return Groups(sizes_BG.data_ptr(), B, G, num_rows, num_matrices, shared), sizes_BG
 
 
-def _matrix(t: Tensor) -> Matrix:
-    return Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
-
-
 def _check(status: int, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
-    if status == _OK:
-        return
-    if status == _BAD_GROUPS:
+    if status == BAD_GROUPS:
         check_group_sizes(num_rows, sizes_BG, num_matrices)  # says what is bad
-    if status == _OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError("grouped_mm: no memory for the kernels' buffers")
-    raise RuntimeError(f"grouped_mm: the CPU kernels returned status {status}")
+    check_status("grouped_mm", status)
