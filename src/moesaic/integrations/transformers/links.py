@@ -58,13 +58,13 @@ TURNED_EXPERTS = (TURNED_GATE_UP, same("experts.down_proj", "experts.w2"))
 INTERLEAVED_GATE_UP = Link(
     "experts.gate_up_proj",
     ("experts.w1", "experts.w3"),
-    lambda t: t.unflatten(2, (-1, 2)).unbind(3),
+    lambda t: (t[..., ::2], t[..., 1::2]),
     lambda w1, w3: torch.stack([w1, w3], dim=3).flatten(2),
 )
 INTERLEAVED_BIASES = Link(
     "experts.gate_up_proj_bias",
     ("experts.b1", "experts.b3"),
-    lambda t: t.unflatten(1, (-1, 2)).unbind(2),
+    lambda t: (t[..., ::2], t[..., 1::2]),
     lambda b1, b3: torch.stack([b1, b3], dim=2).flatten(1),
 )
 INTERLEAVED_EXPERTS = (
