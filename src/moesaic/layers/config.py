@@ -17,7 +17,8 @@ class MoEConfig:
         hidden_dim: F, the hidden dim of one expert.
         num_experts: E.
         top_k: K, how many experts a token goes to.
-        activation: of the gate projection, ``act(x w1) * (x w3)``; those of :func:`moesaic.experts_mlp`.
+        activation: of the gate projection, ``act(x w1) * (x w3)``, or ``"clamped_swiglu"``, which is of both; those of
+            :func:`moesaic.experts_mlp`.
         score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
         route_scale: factor on the routing weights, after normalisation.
