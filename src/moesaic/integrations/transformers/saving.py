@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,46 @@ def export_pretrained(
         >>> export_pretrained(model, "out")
         >>> AutoModelForCausalLM.from_pretrained("out")
     """
-    final = Path(path).absolute()
-    work = final.with_name(final.name + ".tmp")
-    leader = ranks.rank() == 0
     exchange = Exchange()
     plain = plain_on_meta(model)
     ours = {name: exchange.leaf(tensor) for name, tensor in model.state_dict().items()}
     tensors = to_file_names(plain, to_original_names(model, ours))
+
+    def save_tokenizer(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    write_pretrained(plain, tensors, path, max_shard_size=max_shard_size, exchange=exchange, add=save_tokenizer)
+
+
+def write_pretrained(
+    plain: Any,
+    tensors: Mapping[str, LazyTensor],
+    path: str | Path,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    exchange: Exchange | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the tensors of a model's files as :func:`export_pretrained` does, with its config. Collective.
+
+    Args:
+        plain: a model of transformers, on whatever device.
+        tensors: from :func:`to_file_names`, the same on all ranks.
+        path, max_shard_size: see :func:`export_pretrained`.
+        exchange: where tensors are on several ranks, what they were made with.
+        add: puts more into the folder, on rank 0, before it gets its name.
+    """
+    final = Path(path).absolute()
+    work = final.with_name(final.name + ".tmp")
+    leader = ranks.rank() == 0
     try:
         ranks.together(lambda: _begin(final, work) if leader else None, *_ERRORS)
         ranks.together(lambda: _check_shared(work), *_ERRORS)
         names = deal(tensors, ranks.world_size(), max_shard_size)
-        failure = _write_shards(tensors, names, work, exchange)
+        failure = _write_shards(tensors, names, work, exchange or Exchange())
         ranks.together(lambda: _raise(failure), *_ERRORS)
-        ranks.together(lambda: _finish(plain, tensors, names, work, final, tokenizer) if leader else None, *_ERRORS)
+        ranks.together(lambda: _finish(plain, tensors, names, work, final, add) if leader else None, *_ERRORS)
     except _ERRORS:
         if leader:
             shutil.rmtree(work, ignore_errors=True)
@@ -209,7 +235,7 @@ def _finish(
     names: Sequence[Sequence[Sequence[str]]],
     work: Path,
     final: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    add: Callable[[Path], None],
 ) -> None:
     """The small files, and the name."""
     numbers = _numbered([[list(file) for file in files] for files in names])
@@ -225,7 +251,6 @@ def _finish(
     plain.config.save_pretrained(work)
     if plain.can_generate():
         plain.generation_config.save_pretrained(work)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(work)
+    add(work)
     folder.flush(work)
     folder.publish(work, final)
