@@ -117,15 +117,20 @@ def plain_on_meta(model: Any) -> Any:
     return plain
 
 
-def to_original_names(model: nn.Module, ours: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The state of the model before the swap from that of a model with swapped layers."""
+def to_original_names(
+    model: nn.Module, ours: Mapping[str, LazyTensor], *, restore_dtypes: bool = True
+) -> dict[str, LazyTensor]:
+    """The state of the model before the swap from that of a model with swapped layers.
+
+    The layer keeps a router's bias in fp32, whatever the model had: ``restore_dtypes`` gives it that back.
+    """
     state = dict(ours)
     for prefix, origin in origins_of(model).items():
         theirs = origin.block.state_dict()
         for link in origin.links:
             tensor: Any = link.join(*(state.pop(prefix + name) for name in link.ours))  # type: ignore[arg-type]
-            # The layer keeps a router's bias in fp32, whatever the model has.
-            state[prefix + link.theirs] = tensor.to(theirs[link.theirs].dtype) if link.is_bias else tensor
+            is_changed = link.is_bias and restore_dtypes
+            state[prefix + link.theirs] = tensor.to(theirs[link.theirs].dtype) if is_changed else tensor
     return state
 
 

@@ -1,8 +1,8 @@
 """A dense model made into a mixture-of-experts model that computes the same, to be trained on.
 
-Every expert is a copy, or with granularity G one of G slices, of the dense feed-forward layer. Copies of the whole layer
-are *groups* of G experts with equal rows in the router ("virtual groups", arXiv 2410.07524): a token that is routed to
-one expert of a group is routed to all G of them. With top-k a multiple of G and routing weights that sum to 1, expert
+Every expert is a copy, or with granularity G one of G slices, of the dense feed-forward layer. Copies of the whole
+layer are *groups* of G experts with equal rows in the router ("virtual groups", arXiv 2410.07524): a token that is routed
+to one expert of a group is routed to all G of them. With top-k a multiple of G and routing weights that sum to 1, expert
 ``e`` of a chosen group has 1/G of the group's weight, and a down projection scaled by G makes up for it::
 
     sum over chosen groups g of p[g] * sum over slices s of (1/G) * (G * down[s] h[s])  =  sum of p[g] * dense  =  dense
@@ -26,6 +26,7 @@ from moesaic.integrations.transformers.files import copy_tokenizer, open_files
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.loading import empty_model
 from moesaic.integrations.transformers.naming import to_model_names
+from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.saving import to_file_names, write_pretrained
 
 _COMMON = (
@@ -105,7 +106,7 @@ def upcycle(
     granularity: int = 1,
     noise: float = 0.0,
     seed: int = 0,
-    on_read: Callable[[int], None] = lambda num_bytes: None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a mixture-of-experts checkpoint made of a dense one, whose first logits, without noise, are the dense ones.
 
@@ -122,7 +123,7 @@ def upcycle(
         granularity: G; the hidden dim of an expert is F/G.
         noise: standard deviation of what is added to the experts' weights, as a fraction of each weight's own.
         seed: of router and noise.
-        on_read: told the bytes of each tensor as it is written.
+        progress: is told how far it is.
 
     Raises:
         ValueError: numbers that do not divide, or a model that is not of these families or has what its target has not.
@@ -148,7 +149,7 @@ def upcycle(
         for layer in range(config.num_hidden_layers):
             recipe.apply(state, f"model.layers.{layer}.mlp", has_shared=target.config is Qwen2MoeConfig)
         _check_shapes(state, plain)
-        tensors = {name: _counted(tensor, on_read) for name, tensor in to_file_names(plain, state).items()}
+        tensors = (progress or Progress()).watch("writing", to_file_names(plain, state))
         write_pretrained(plain, tensors, out, add=lambda folder: copy_tokenizer(dense, folder))
 
 
@@ -247,15 +248,6 @@ def _made(shape: Any, dtype: torch.dtype, make: Callable[[], Tensor] | None = No
 
 def _scaled(tensor: LazyTensor, factor: int) -> LazyTensor:
     return LazyTensor(tensor.shape, tensor.dtype, lambda box: tensor.read(box) * factor)
-
-
-def _counted(tensor: LazyTensor, on_read: Callable[[int], None]) -> LazyTensor:
-    def source(box: Box) -> Tensor:
-        part = tensor.read(box)
-        on_read(part.nbytes)
-        return part
-
-    return LazyTensor(tensor.shape, tensor.dtype, source)
 
 
 def _check_shapes(state: dict[str, LazyTensor], plain: Any) -> None:
