@@ -267,5 +267,5 @@ def _refuse_sharded() -> None:
     experts.w1 = shard(experts, "w1")
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is parallelized; export_pretrained\(\) writes it"):
         unswap_moe(model)
-    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; export_pretrained\(model, path\) gathers it"):
+    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; export_pretrained\(model, path\) writes it"):
         model.save_pretrained("never-written")
