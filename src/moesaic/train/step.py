@@ -25,6 +25,7 @@ from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
+from moesaic.train.loader import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,41 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
 
 
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits `[B, s, V]` of this rank's sequence shard."""
+    # Without positions of its own a model has them, and its causal mask, from a cheaper place.
+    positions = {} if batch.positions is None else {"position_ids": batch.positions}
+    return model(input_ids=batch.inputs, use_cache=False, **positions).logits
+
+
+def sum_of_losses(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
+    """The cross-entropies of all targets, in nats, added up."""
+    return F.cross_entropy(
+        logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
-    batch: Tensor,
+    batch: Batch,
     *,
     step: int,
-    num_targets: int,
     meshes: Meshes,
     guard: ForwardGuard,
     dtype: str,
     max_grad_norm: float,
     stop_wanted: bool,
 ) -> StepResult:
-    """Train on `batch [B, S + 1]`; `num_targets` counts the target tokens of all ranks.
+    """Train on this rank's part of a batch, on the device.
 
     Raises `TrainingError` on every rank, before any weight has changed, if loss or gradients are not finite on one.
     """
-    device = batch.device
-    inputs_BS, targets_BS = batch[:, :-1], batch[:, 1:]
     guard.reset()
-    with autocast(device, dtype), balance_losses() as balance:
-        logits_BsV = model(input_ids=inputs_BS, use_cache=False).logits
-    targets_Bs = targets_BS[:, meshes.sequence_slice(targets_BS.shape[1])]
-    loss = F.cross_entropy(logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), reduction="sum") / num_targets
+    with autocast(batch.inputs.device, dtype), balance_losses() as balance:
+        logits_BsV = forward(model, batch)
+    targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+    loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
     balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
     (loss + balance_loss).backward()
 
