@@ -129,8 +129,10 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
         moesaic.parallelize(nn.Linear(3, 3), fake_meshes(1))
     with pytest.raises(ValueError, match="tp > 1 knows .* not Sequential; use tp=1"):
         moesaic.parallelize(nn.Sequential(moe), fake_meshes(2, tp=2))
-    with pytest.raises(ValueError, match="'router.weight' is on the meta device"):
-        moesaic.parallelize(moesaic.MoE(CONFIG, device="meta"), fake_meshes(1))
+    half = moesaic.MoE(CONFIG)
+    half.router.to("meta")
+    with pytest.raises(ValueError, match="'router.weight' is on the meta device and others are not"):
+        moesaic.parallelize(half, fake_meshes(1))
     with pytest.raises(ValueError, match="experts: got 'tensor'; choose 'dtensor' or 'local'"):
         moesaic.parallelize(moe, fake_meshes(1), experts="tensor")
 

@@ -226,10 +226,14 @@ def test_configurations_that_the_layer_does_not_have(family, changes, message):
     refusal(make_model(family, **changes), message)
 
 
-def test_states_in_which_a_model_cannot_be_swapped():
+def test_a_model_on_the_meta_device_stays_there():
     with torch.device("meta"):
-        model = make_model("Mixtral")
-    refusal(model, "'model.layers.0.mlp' .*: '.*' is on the meta device; materialise the model first")
+        model = swap_moe(make_model("DeepSeek-V3"))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert isinstance(model.model.layers[1].mlp, moesaic.MoE)
+
+
+def test_states_in_which_a_model_cannot_be_swapped():
     refusal(make_model("Mixtral"), "bias_update_speed: 0.1, but its router has no bias", bias_update_speed=0.1)
     model = make_model("DeepSeek-V3").double()
     model.model.layers[1].mlp.gate.e_score_correction_bias.fill_(1 / 3)

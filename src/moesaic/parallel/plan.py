@@ -22,6 +22,7 @@ from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.meta import is_on_meta, materialize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,7 +52,9 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
-            Materialised, on the mesh's device; parameters and buffers are taken from the first rank.
+            On the mesh's device: parameters and buffers are taken from the first rank. Or with all its parameters on
+            the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them;
+            buffers that are not on the meta device stay as they are.
         meshes: from :func:`moesaic.build_meshes`.
         experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors inside ``local_map``, with less overhead. The numbers are the same.
@@ -78,7 +81,9 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         return model
 
     all_ranks = meshes.all_ranks()
-    _take_from_first_rank(model, all_ranks)
+    is_empty = is_on_meta(model)
+    if not is_empty:
+        _take_from_first_rank(model, all_ranks)
     for moe in moes.values():
         distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, experts)
     if meshes.tp_size > 1:
@@ -90,17 +95,23 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     if isinstance(model, MoE):
         _accept_dtensors(model)
     shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
+    if is_empty:
+        materialize(model, torch.device(meshes.dense.device_type))
     if meshes.dp_size == 1:
+        # On the parameters that stay: memory makes new ones.
         sum_partial_gradients(_dense_parameters(model))
     return model
 
 
 def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Meshes) -> None:
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise ValueError(f"model: parameter '{meta}' is on the meta device; materialise the model first")
+    if meta is not None and not is_on_meta(model):
+        raise ValueError(
+            f"model: parameter '{meta}' is on the meta device and others are not; materialise all of them, or none"
+        )
     device = None if meshes.dense is None else meshes.dense.device_type
-    elsewhere = next((name for name, p in model.named_parameters() if device not in (None, p.device.type)), None)
+    places = {name: p.device.type for name, p in model.named_parameters() if device is not None}
+    elsewhere = next((name for name, place in places.items() if place not in (device, "meta")), None)
     if elsewhere is not None:
         raise ValueError(
             f"model: parameter '{elsewhere}' is not on the meshes' device; call model.to('{device}') first"
