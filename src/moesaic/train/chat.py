@@ -83,8 +83,8 @@ class Renderer:
         if not (text.startswith(end) and end.startswith(start) and index):
             raise UserError(
                 f"--data {conversation.place}: cannot tell which tokens message {index + 1} is: the chat template "
-                "renders a conversation otherwise when it goes on, or has no prompt for it. Mark answers in the template "
-                "with {% generation %} and {% endgeneration %}, or choose --loss-on last, or all"
+                "renders a conversation otherwise when it goes on, or has no prompt for it. Mark answers in the "
+                "template with {% generation %} and {% endgeneration %}, or choose --loss-on last, or all"
             )
         return len(start), len(end)
 

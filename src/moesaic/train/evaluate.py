@@ -20,7 +20,7 @@ from moesaic.checkpoint import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.corpus import Document
 from moesaic.train.loader import IGNORED, Batch, Rows, collate
-from moesaic.train.step import autocast, forward, sum_of_losses
+from moesaic.train.step import autocast, evaluating, forward, sum_of_losses
 from moesaic.train.tokenizer import encode
 
 # Of a long document only the beginning counts, so that the measured text is of many kinds.
@@ -97,7 +97,6 @@ def mean_loss(model: nn.Module, held_out: HeldOut, **options: Any) -> float:
     return nats(model, held_out, **options) / int((held_out.targets != IGNORED).sum())
 
 
-@torch.no_grad()
 def nats(
     model: nn.Module, held_out: HeldOut, *, meshes: Meshes, batch_size: int, device: torch.device, dtype: str
 ) -> float:
@@ -105,8 +104,6 @@ def nats(
 
     `batch_size` is over all ranks. The model is left in the mode, training or not, that it was in.
     """
-    training = model.training
-    model.eval()
     size = batch_size // meshes.dp_size
     # The last batch may be short, but every rank has to take part in every forward.
     missing = -len(held_out.inputs) % batch_size
@@ -114,15 +111,15 @@ def nats(
     targets_NS = F.pad(held_out.targets, (0, 0, 0, missing), value=IGNORED)
     positions_NS = None if held_out.positions is None else F.pad(held_out.positions, (0, 0, 0, missing))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(meshes.dp_rank * size, len(inputs_NS), batch_size):
-        own = slice(start, start + size)
-        positions_BS = None if positions_NS is None else positions_NS[own]
-        batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0).to(device)
-        with autocast(device, dtype):
-            logits_BsV = forward(model, batch)
-        targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
-        total += sum_of_losses(logits_BsV, targets_Bs)
+    with evaluating(model):
+        for start in range(meshes.dp_rank * size, len(inputs_NS), batch_size):
+            own = slice(start, start + size)
+            positions_BS = None if positions_NS is None else positions_NS[own]
+            batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0).to(device)
+            with autocast(device, dtype):
+                logits_BsV = forward(model, batch)
+            targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+            total += sum_of_losses(logits_BsV, targets_Bs)
     if ranks.active():
         dist.all_reduce(total)
-    model.train(training)
     return total.item()

@@ -14,6 +14,7 @@ from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
 from moesaic.train.model import quiet
+from moesaic.train.step import evaluating
 
 # Of the largest logit. Sums in another order differ by parts in a million; a wrong weight by far more.
 _TOLERANCE = 1e-3
@@ -25,19 +26,19 @@ def export(model: Any, folder: Path, tokenizer: Any) -> None:
         export_pretrained(model, folder, tokenizer=tokenizer)
 
 
-@torch.no_grad()
 def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes) -> float:
     """The largest difference of logits between the sharded model and the exported one, relative to the largest logit.
 
     `tokens [B, S]` are the same on all ranks; so is the result. Only rank 0 has `exported`, and it compares its own
     part of the sequence. Collective. Raises `TrainingError` if the two are not the same model.
     """
-    model.eval()
-    own = model(input_ids=tokens, use_cache=False).logits
+    with evaluating(model):
+        own: Any = model(input_ids=tokens, use_cache=False).logits
     difference = 0.0
     if exported is not None:
         part = meshes.sequence_slice(tokens.shape[1])
-        theirs = exported(input_ids=tokens.cpu()).logits[:, part]
+        with torch.no_grad():
+            theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())
     difference = ranks.gather(difference)[0]
     if not difference <= _TOLERANCE:

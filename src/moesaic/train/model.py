@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from moesaic.integrations.transformers import swap_moe
+from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
 from moesaic.train.architecture import ModelSource
@@ -82,10 +82,16 @@ def load_model(
         )
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(source.weights, dtype=torch.float32).to(device)
-        swap_moe(model, aux_loss_coef=config.aux_loss_coef or 0.0, z_loss_coef=config.z_loss_coef)
-        return parallelize(model, meshes, experts=config.experts)
-    except (ValueError, OSError, SafetensorError) as error:
+            return load_pretrained(
+                str(source.weights),
+                meshes,
+                dtype=torch.float32,
+                experts=config.experts,
+                device=device,
+                aux_loss_coef=config.aux_loss_coef or 0.0,
+                z_loss_coef=config.z_loss_coef,
+            )
+    except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
         raise UserError(f"--model {config.model} ({source.values['model_type']}): {error}") from error
 
 

@@ -18,6 +18,7 @@ from moesaic.checkpoint import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED, Row
+from moesaic.train.step import evaluating
 
 # Of the largest logit. How sums round depends on what else is in a row; a leak is larger.
 _APART = 1e-3
@@ -113,17 +114,14 @@ class PackedRows:
         return int(self._counts[self._rows[index]].sum())
 
 
-@torch.no_grad()
 def check_apart(model: nn.Module, meshes: Meshes, *, vocab_size: int, device: torch.device) -> None:
     """Raise `UserError` if a conversation's logits depend on what is before it in its row. Collective."""
-    training = model.training
-    model.eval()
     rows = (torch.arange(16) * 3 + 1 + torch.tensor([[0], [7]])) % vocab_size
     rows[1, 8:] = rows[0, 8:]
     positions = torch.arange(8).repeat(2).expand(2, 16)
     # Every rank has the same two rows, and looks at what it has of their equal halves.
-    logits: Any = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits
-    model.train(training)
+    with evaluating(model):
+        logits: Any = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits
     second = torch.arange(16)[meshes.sequence_slice(16)] >= 8
     one, other = logits[:, second].float()
     worst = max(ranks.gather(float((one - other).abs().max() / one.abs().max()) if second.any() else 0.0))

@@ -8,8 +8,8 @@ Legend: B sequences of this rank, S positions, s positions of this rank's sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from moesaic.checkpoint import ranks
@@ -45,6 +46,23 @@ class StepResult:
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     """The context to compute in, for a dtype of the config."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; afterwards the model is as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        # FSDP leaves the outermost module whole, for a backward pass that does not come. A checkpoint would then meet
+        # other parameters than the optimizer has.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
