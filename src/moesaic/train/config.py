@@ -47,6 +47,14 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast. Weights and optimizer state are fp32 whatever a pretrained model's files have."""
 
+    # --- low-rank adapters, of a pretrained model on one process ---
+    lora_rank: int = 0
+    """Rank of adapters (LoRA, by the peft library), which are trained in place of the weights. 0: none."""
+    lora_alpha: float | None = None
+    """Their product is scaled by lora_alpha / lora_rank. By default by 2."""
+    lora_on: Literal["all", "attention", "experts"] = "all"
+    """What gets adapters: the projections of attention, the experts, or both."""
+
     # --- layout: tp * dp_shard * dp_replicate must equal the number of processes, and ep * etp must fit in it ---
     tp: int = 1
     """Tensor parallel size of the dense layers (with sequence parallelism)."""
@@ -69,7 +77,7 @@ class TrainConfig:
     seq_len: int = 128
     """Tokens in a sequence."""
     lr: float | None = None
-    """Peak learning rate. By default 3e-3 for a new model and 1e-5 for a pretrained one."""
+    """Peak learning rate. By default 3e-3 for a new model, 1e-5 for a pretrained one and 1e-4 for adapters."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning rate after warm-up: a cosine, or stable and then (from 80 % on) linear decay."""
     warmup_steps: int = 20
@@ -123,7 +131,7 @@ def check(config: TrainConfig) -> None:
     at_least = {
         1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes"),
         2: ("seq_len",),
-        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed"),
+        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank"),
     }
     for least, names in at_least.items():
         for name in names:
@@ -131,7 +139,7 @@ def check(config: TrainConfig) -> None:
                 raise UserError(f"{flag(name)} must be at least {least}, not {getattr(config, name)}")
     if config.dp_shard is not None and config.dp_shard < 1:
         raise UserError(f"--dp-shard must be at least 1, not {config.dp_shard}")
-    for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef"):
+    for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{flag(name)} must be a number from 0 on, not {value}")
@@ -146,7 +154,7 @@ def check(config: TrainConfig) -> None:
 def with_defaults(config: TrainConfig, *, pretrained: bool, aux_loss_coef: float) -> TrainConfig:
     """The config with the values that depend on whether a model is new; `aux_loss_coef` is a pretrained model's own."""
     defaults = {
-        "lr": 1e-5 if pretrained else 3e-3,
+        "lr": 1e-4 if config.lora_rank else 1e-5 if pretrained else 3e-3,
         "weight_decay": 0.0 if pretrained else 0.1,
         "aux_loss_coef": aux_loss_coef if pretrained else 0.05,
     }

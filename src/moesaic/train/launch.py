@@ -9,6 +9,7 @@ from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.folder import check_free
+from moesaic.train.lora import check_adapters
 from moesaic.train.runtime import launched_world_size
 
 
@@ -31,6 +32,7 @@ def check_launch(config: TrainConfig) -> None:
     if config.out is not None and not config.resume:
         check_free(config.out)
     source = find_model(config.model)
+    check_adapters(config, source, launched_world_size())
     if not source.pretrained:
         # Of pretrained models the keys differ, and the plan looks at the model itself before it loads weights.
         check_fits(source.values, layout)

@@ -184,6 +184,8 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     if leader:
         numbers, text = scores.compare(_first_value(run, scores.name), now)
         screen.message(f"\n{text}")
+    if run.adapters is not None:
+        run.adapters.merge_and_unload()
     folder = run.folder / run_folder.EXPORT
     finish.export(run.model, folder, run.text.tokenizer())
     exported: Any = finish.load_exported(folder) if leader else None
@@ -225,6 +227,9 @@ def _introduce(run: Run) -> str:
         learned = {"assistant": "answers", "last": "last answers", "all": "all tokens"}[run.config.loss_on]
         what, rows = "conversations", f"rows of {run.config.seq_len} tokens; learning {learned}"
     how = "fine-tuning" if run.source.pretrained else "from scratch"
+    if run.adapters is not None:
+        tuned = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        how += f" {tuned:,} parameters of adapters"
     text = (
         f"{num_parameters(run.model) / 1e6:.1f} M parameters on {run.runtime.world_size} {device} {many}: {layout}\n"
         f"{how}; text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} {what}, "

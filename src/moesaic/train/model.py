@@ -105,6 +105,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     assert config.weight_decay is not None
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
     return AdamW(

@@ -24,6 +24,7 @@ from moesaic.train.config import TrainConfig, to_json, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
+from moesaic.train.lora import add_adapters
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
@@ -47,6 +48,8 @@ class Run:
     optimizer: Optimizer
     loader: BatchLoader
     guard: ForwardGuard
+    adapters: Any
+    """What has put low-rank adapters into the model, or None."""
     identities: dict[str, str]
     step: int = 0
 
@@ -78,10 +81,14 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         dp_rank=meshes.dp_rank,
         dp_size=meshes.dp_size,
     )
+    adapters: Any = None
     if source.pretrained:
         notify(f"loading {config.model} ({source.values['model_type']}) to fine-tune it; computing in {config.dtype}")
         model = models.load_model(config, source, meshes, runtime.device, vocab_size=text.vocab_size)
         identity = models.identity(model.config)
+        if config.lora_rank:
+            adapters = add_adapters(model, config)
+            identity += f", adapters of rank {config.lora_rank} on {config.lora_on}"
     else:
         architecture = models.model_config(source.values, vocab_size=text.vocab_size, eos_id=text.eos_id)
         model = models.build_model(config, architecture, meshes, runtime.device)
@@ -103,6 +110,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         optimizer=models.build_optimizer(model, config),
         loader=loader,
         guard=ForwardGuard(model, runtime.device),
+        adapters=adapters,
         identities={
             "data": text.data_identity,
             "tokenizer": text.tokenizer_identity,
