@@ -28,6 +28,8 @@ PLANNED: dict[str, dict[str, Any]] = {
     "DeepSeek-V2": _LATENT_HEADS,
     "DeepSeek-V3": {**_LATENT_HEADS, "attention_bias": True},
     "GLM-4-MoE": {**_HEADS, "use_qk_norm": True, "attention_bias": True},
+    # A window that the sequence is longer than.
+    "gpt-oss": {**_HEADS, "sliding_window": 4},
     "Granite-MoE": {**_HEADS, "attention_bias": True},
     "Llama-4": {**_HEADS, "no_rope_layers": [1, 0]},
     "MiniMax-M2": _HEADS,

@@ -100,10 +100,10 @@ def parts_of(attention: nn.Module, plan: dict[str, str]) -> list[Part]:
 
 
 def _parametrized(attention: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    yield from attention.named_parameters(recurse=False)
     for name, child in attention.named_children():
         if any(True for _ in child.parameters()):
             yield name, child
+    yield from attention.named_parameters(recurse=False)
 
 
 def check_heads(attention: Any, parts: list[Part], tp: int) -> None:
