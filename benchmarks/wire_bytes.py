@@ -160,7 +160,7 @@ def theirs(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def count_rank(dim: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Bytes that this rank sends: `{"bound": bytes, "copies": copies for experts elsewhere, name: [forward, backward]}`."""
+    """Bytes that this rank sends: `{"bound": bytes, "copies": for experts elsewhere, name: [forward, backward]}`."""
     problem = make_problem(dim, tokens, dtype)
     owners = problem.routing.ids // (EXPERTS // dist.get_world_size())
     found: dict[str, Any] = {
