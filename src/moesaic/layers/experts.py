@@ -17,7 +17,7 @@ class ExpertCompute(Protocol):
     """What :class:`GroupedExperts` computes: tokens and weights to tokens, on tensors or DTensors."""
 
     def __call__(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, **options: Any
     ) -> Tensor: ...
 
 
@@ -41,6 +41,8 @@ class GroupedExperts(nn.Module):
         w1, w3: ``[E, D, F]``, gate and up projections.
         w2: ``[E, F, D]``, down projection.
         compute: what ``forward`` calls; a parallel plan may replace it.
+        main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
+            then get no ``.grad``: see :func:`moesaic.experts_mlp`. For weights that are plain tensors.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
@@ -64,6 +66,7 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
+        self.main_grads: tuple[Tensor, Tensor, Tensor] | None = None
         self.compute: ExpertCompute = partial(experts_mlp, activation=activation, impl=impl)
         self.reset_parameters()
 
@@ -78,7 +81,8 @@ class GroupedExperts(nn.Module):
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
         """Apply to each token its experts, and sum what they give by the weights."""
-        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2)
+        options = {} if self.main_grads is None else {"main_grads": self.main_grads}
+        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2, **options)
 
     def extra_repr(self) -> str:
         E, D, hidden = self.w1.shape
