@@ -1,5 +1,5 @@
-// Activations of the experts and their derivatives, on vectors of fp32: within two units of the last place, with NaN and
-// infinity where the same formula in torch has them.
+// Activations of the experts, hidden rows and their derivatives, on vectors of fp32: within two units of the last place,
+// with NaN and infinity where the same formula in torch has them.
 #pragma once
 
 namespace moesaic::MOESAIC_ISA {
@@ -98,6 +98,36 @@ INLINE Activated activate_with_slope(int activation, Reg x) {
       return {mul(positive, positive), add(positive, positive)};
     }
   }
+}
+
+// gpt-oss: (clamp(h3, -7, 7) + 1) g sigmoid(1.702 g), g = min(h1, 7).
+constexpr float kLimit = 7.f, kAlpha = 1.702f;
+INLINE Reg clamped_gate(Reg h1) { return smaller(all(kLimit), h1); }
+INLINE Reg clamped_up(Reg h3) { return add(larger(all(-kLimit), smaller(all(kLimit), h3)), all(1.f)); }
+
+// The hidden rows of both pre-activations; without gate h3 is 1.
+INLINE Reg hidden(int activation, Reg h1, Reg h3) {
+  if (activation == MOESAIC_CLAMPED_SWIGLU) {
+    const Reg g = clamped_gate(h1);
+    return mul(clamped_up(h3), mul(g, sigmoid(mul(g, all(kAlpha)))));
+  }
+  return mul(activate(activation, h1), h3);
+}
+
+struct Hidden {
+  Reg value, slope1, slope3;
+};
+
+// With the derivatives by h1 and h3. Those of a clamped value are torch's: 1 on the bound, 0 beyond it and of a NaN.
+INLINE Hidden hidden_with_slopes(int activation, Reg h1, Reg h3) {
+  if (activation == MOESAIC_CLAMPED_SWIGLU) {
+    const Reg g = clamped_gate(h1), up = clamped_up(h3), s = sigmoid(mul(g, all(kAlpha))), a = mul(g, s);
+    const Reg slope = mul(mul(up, s), fma(mul(g, all(kAlpha)), sub(all(1.f), s), all(1.f)));
+    return {mul(up, a), where_at_most(h1, all(kLimit), slope, zero()),
+            where_at_most(magnitude(h3), all(kLimit), a, zero())};
+  }
+  const Activated a = activate_with_slope(activation, h1);
+  return {mul(a.value, h3), mul(a.slope, h3), a.value};
 }
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -234,7 +234,9 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
 
 // NULL where an argument is not one that there are kernels for.
 const Kernels *kernels_of(const moesaic_experts &e, int isa) {
-  return e.activation >= MOESAIC_SILU && e.activation <= MOESAIC_RELU2 ? kernels(e.dtype, isa) : nullptr;
+  if (e.activation < MOESAIC_SILU || e.activation > MOESAIC_CLAMPED_SWIGLU) return nullptr;
+  if (e.activation == MOESAIC_CLAMPED_SWIGLU && !e.gated) return nullptr;
+  return kernels(e.dtype, isa);
 }
 
 }  // namespace

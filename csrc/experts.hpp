@@ -39,11 +39,11 @@ static void read_bias(const moesaic_matrix &b, const ProductTask &t, float *out)
   }
 }
 
-// h = act(x @ w1 + b1) * (x @ w3 + b3) for the rows and columns of a task.
+// h = hidden(x @ w1 + b1, x @ w3 + b3) for the rows and columns of a task.
 template <class Kind>
 static void finish_up(const Up &u, const ProductTask &t, const float *gate, const float *up) {
   using Element = ElementOf<Kind>;
-  const int64_t hidden = u.gate.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
+  const int64_t width = u.gate.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
   float b1[2 * kKeptPanels * kPanel], b3[2 * kKeptPanels * kPanel];
   read_bias<Kind>(u.b1, t, b1);
   read_bias<Kind>(u.b3, t, b3);
@@ -51,28 +51,27 @@ static void finish_up(const Up &u, const ProductTask &t, const float *gate, cons
     const int64_t row = t.first_row + r, slot = u.slots[row];
     if (r + ahead < t.rows) {
       bring_row<true>(at<Kind>(u.h, row + ahead, u.h_stride, t.column), bytes);
-      bring_row<true>(at<Kind>(u.h1, u.slots[row + ahead], hidden, t.column), bytes);
-      bring_row<true>(at<Kind>(u.h3, u.slots[row + ahead], hidden, t.column), bytes);
+      bring_row<true>(at<Kind>(u.h1, u.slots[row + ahead], width, t.column), bytes);
+      bring_row<true>(at<Kind>(u.h3, u.slots[row + ahead], width, t.column), bytes);
     }
     Element *h = at<Kind>(u.h, row, u.h_stride, t.column);
-    Element *h1 = at<Kind>(u.h1, slot, hidden, t.column), *h3 = at<Kind>(u.h3, slot, hidden, t.column);
+    Element *h1 = at<Kind>(u.h1, slot, width, t.column), *h3 = at<Kind>(u.h3, slot, width, t.column);
     for (int64_t c = 0; c < t.columns; c += kLanes) {
       const int64_t here = t.columns - c, kept = (c / kPanel * t.rows + r) * kPanel + c % kPanel;
       Reg a = load_f32(gate + kept, here);
       if (u.b1.data) a = add(a, load_f32(b1 + c, here));
       a = rounded_to(h, a);  // as it is saved, so that both passes mean the same function
       if (h1) store_elements(h1 + c, a, here);
-      Reg v = activate(u.activation, a);
+      Reg b = all(1.f);
       if (up) {
-        Reg b = load_f32(up + kept, here);
+        b = load_f32(up + kept, here);
         if (u.b3.data) b = add(b, load_f32(b3 + c, here));
         b = rounded_to(h, b);
         if (h3) store_elements(h3 + c, b, here);
-        v = mul(v, b);
       }
-      store_elements(h + c, v, here);
+      store_elements(h + c, hidden(u.activation, a, b), here);
     }
-    if (t.column + t.columns == hidden) end_row<Kind>(at<Kind>(u.h, row, u.h_stride, 0), hidden);
+    if (t.column + t.columns == width) end_row<Kind>(at<Kind>(u.h, row, u.h_stride, 0), width);
   }
 }
 
@@ -94,17 +93,17 @@ static void up(const Up &u, Counter &counter, char *scratch) {
 template <class Kind>
 static void finish_down(const Down &d, const ProductTask &t, const float *sums) {
   using Element = ElementOf<Kind>;
-  const int64_t hidden = d.product.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
+  const int64_t width = d.product.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t row = t.first_row + r, slot = d.slots[row];
     if (r + ahead < t.rows) {
-      bring_row<false>(at<Kind>(d.h1, d.slots[row + ahead], hidden, t.column), bytes);
-      bring_row<false>(at<Kind>(d.h3, d.slots[row + ahead], hidden, t.column), bytes);
+      bring_row<false>(at<Kind>(d.h1, d.slots[row + ahead], width, t.column), bytes);
+      bring_row<false>(at<Kind>(d.h3, d.slots[row + ahead], width, t.column), bytes);
       bring_row<true>(at<Kind>(d.dh1, row + ahead, d.stride, t.column), bytes);
       bring_row<true>(at<Kind>(d.dh3, row + ahead, d.stride, t.column), bytes);
       bring_row<true>(at<Kind>(d.h, row + ahead, d.stride, t.column), bytes);
     }
-    const Element *h1 = at<Kind>(d.h1, slot, hidden, t.column), *h3 = at<Kind>(d.h3, slot, hidden, t.column);
+    const Element *h1 = at<Kind>(d.h1, slot, width, t.column), *h3 = at<Kind>(d.h3, slot, width, t.column);
     Element *dh1 = at<Kind>(d.dh1, row, d.stride, t.column), *dh3 = at<Kind>(d.dh3, row, d.stride, t.column);
     Element *h = at<Kind>(d.h, row, d.stride, t.column);
     const Reg weight = all(d.weights[slot]);
@@ -112,22 +111,21 @@ static void finish_down(const Down &d, const ProductTask &t, const float *sums) 
       Reg dot = zero();
       for (int64_t c = panel; c < least(t.columns, panel + kPanel); c += kLanes) {
         const int64_t here = t.columns - c;
-        const Activated a = activate_with_slope(d.activation, load_elements(h1 + c, here));
         const Reg up = h3 ? load_elements(h3 + c, here) : all(1.f);
-        const Reg value = mul(a.value, up);
-        if (h) store_elements(h + c, mul(weight, value), here);
+        const Hidden a = hidden_with_slopes(d.activation, load_elements(h1 + c, here), up);
+        if (h) store_elements(h + c, mul(weight, a.value), here);
         if (!sums) continue;
         const Reg u = load_f32(sums + (panel / kPanel * t.rows + r) * kPanel + c % kPanel, here);
-        dot = fma(u, rounded_to(h1, value), dot);
+        dot = fma(u, rounded_to(h1, a.value), dot);
         const Reg dh = mul(weight, u);
-        if (dh1) store_elements(dh1 + c, mul(mul(dh, up), a.slope), here);
-        if (dh3) store_elements(dh3 + c, mul(dh, a.value), here);
+        if (dh1) store_elements(dh1 + c, mul(dh, a.slope1), here);
+        if (dh3) store_elements(dh3 + c, mul(dh, a.slope3), here);
       }
-      if (d.dots) d.dots[row * ceil_div(hidden, kPanel) + (t.column + panel) / kPanel] = total(dot);
+      if (d.dots) d.dots[row * ceil_div(width, kPanel) + (t.column + panel) / kPanel] = total(dot);
     }
-    if (t.column + t.columns < hidden) continue;
-    if (dh1) end_row<Kind>(at<Kind>(d.dh1, row, d.stride, 0), hidden);
-    if (dh3) end_row<Kind>(at<Kind>(d.dh3, row, d.stride, 0), hidden);
+    if (t.column + t.columns < width) continue;
+    if (dh1) end_row<Kind>(at<Kind>(d.dh1, row, d.stride, 0), width);
+    if (dh3) end_row<Kind>(at<Kind>(d.dh3, row, d.stride, 0), width);
   }
 }
 

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 3
+#define MOESAIC_CPU_ABI 4
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -75,6 +75,7 @@ enum moesaic_activation {
   MOESAIC_GELU_TANH = 2,
   MOESAIC_RELU = 3,
   MOESAIC_RELU2 = 4, /* relu squared */
+  MOESAIC_CLAMPED_SWIGLU = 5, /* of gpt-oss: (clamp(h3, -7, 7) + 1) g sigmoid(1.702 g), g = min(h1, 7); gated only */
 };
 
 /* Gated MLPs, or without w3.matrix.data MLPs: (act(x @ w1 + b1) * (x @ w3 + b3)) @ w2. All of one dtype. */

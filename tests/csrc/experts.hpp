@@ -37,8 +37,8 @@ ExpertsProblem draw_experts() {
   p.F = pick(dims);
   if (p.T > 20) p.D = pick({1, 17, 33}), p.F = pick({2, 16, 65});
   p.dtype = static_cast<int>(draw(0, 1));
-  p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(MOESAIC_SILU, MOESAIC_RELU2));
-  p.gated = draw(0, 3);
+  p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(MOESAIC_SILU, MOESAIC_CLAMPED_SWIGLU));
+  p.gated = draw(0, 3) || p.activation == MOESAIC_CLAMPED_SWIGLU;
   p.biased = draw(0, 1);
   const int64_t kind = draw(0, 3);
   for (int64_t s = 0; s < p.T * p.K; ++s) {

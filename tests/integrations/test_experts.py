@@ -138,6 +138,19 @@ def test_activations(layout, name):
         assert_close(actual[tensor], value, tensor)
 
 
+@pytest.mark.parametrize(("alpha", "limit", "fused"), [(1.702, 7.0, True), (1.702, 6.0, False), (1.7, 7.0, False)])
+def test_the_gate_of_gpt_oss(alpha, limit, fused):
+    layout, options = "interleaved, transposed, biases, own gate", {"swiglu_alpha": alpha, "swiglu_limit": limit}
+    x, ids, weights = make_inputs()
+    inputs = (3 * x.detach()).requires_grad_(), ids, weights  # some of the pre-activations are beyond the limits
+    expected = run(make_experts(layout, "eager", **options), *inputs)
+    with Calls() as calls:
+        actual = run(make_experts(layout, **options), *inputs)
+    assert ("experts_mlp" in calls.names) == fused
+    for tensor, value in expected.items():
+        assert_close(actual[tensor], value, tensor)
+
+
 class Calls(TorchDispatchMode):
     """The names of the operators that are called."""
 

@@ -17,11 +17,13 @@ VARIANTS = {
     "every expert": {"top_k": 8},
     "shared expert": {"shared_hidden_dim": 7},
     "gelu": {"activation": "gelu", "shared_hidden_dim": 4},
+    "clamped": {"activation": "clamped_swiglu", "shared_hidden_dim": 4},
     "raw weights, scaled": {"normalize_top_k": False, "route_scale": 2.5},
     "sigmoid, bias": {"score": "sigmoid", "bias_update_speed": 0.01, "route_scale": 1.5},
     "groups": {"score": "sigmoid", "num_groups": 4, "top_groups": 2, "bias_update_speed": 0.01},
     "groups by their best": {"num_groups": 4, "top_groups": 2, "group_best": 1, "score_bias": True},
     "gated shared expert": {"shared_hidden_dim": 7, "shared_gate": True},
+    "biases": {"logit_bias": True, "expert_biases": True},
     "weighed inputs": {"weigh_inputs": True, "score": "sigmoid", "normalize_top_k": False},
 }
 

@@ -15,7 +15,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.ops import ACTIVATIONS, activate, experts_mlp
+from moesaic.ops import ACTIVATIONS, experts_mlp, gated
+from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from tests.ops.strategies import with_strides
 
@@ -68,14 +69,19 @@ def experts(
     strides: str = "contiguous",
     seed: int = 0,
 ) -> Experts:
-    """Random operands. ``routing``: random with copies that are not here, all to one expert, or none here."""
+    """Random operands. ``routing``: random with copies that are not here, all to one expert, or none here.
+
+    Where the activation clamps, some of the pre-activations are beyond the bounds; few of half types, in which a bound
+    and what is next to it are one number: the derivative then is that of one side or the other.
+    """
     g = torch.Generator().manual_seed(seed)
+    reach = 4.0 if activation in GATED_ONLY and dtype not in HALF else 1.0
 
     def values(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
-    def matrices(*shape: int) -> Tensor:
-        return with_strides(values(*shape, scale=max(shape[1], 1) ** -0.5), strides)
+    def matrices(*shape: int, scale: float = 1.0) -> Tensor:
+        return with_strides(values(*shape, scale=scale * max(shape[1], 1) ** -0.5), strides)
 
     ids = torch.randint(-1, E + 1, (T, K), generator=g)
     if routing == "one":
@@ -86,8 +92,8 @@ def experts(
         values(T, D),
         ids,
         torch.rand(T, K, generator=g, dtype=torch.float64).to(weights_dtype or dtype),
-        matrices(E, D, F),
-        matrices(E, D, F) if gated else None,
+        matrices(E, D, F, scale=reach),
+        matrices(E, D, F, scale=reach) if gated else None,
         matrices(E, F, D),
         values(E, F) if biased else None,
         values(E, F) if biased and gated else None,
@@ -100,7 +106,7 @@ def experts(
 @st.composite
 def any_experts(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Experts:
     dim = st.sampled_from((0, 1, 2, 3, 5, 8, 16, 17, 33, 64, 70))
-    dtype = draw(st.sampled_from(dtypes))
+    dtype, is_gated = draw(st.sampled_from(dtypes)), draw(st.booleans())
     return experts(
         draw(st.sampled_from((0, 1, 2, 5, 13, 40, 100))),
         draw(st.integers(0, 4)),
@@ -108,9 +114,9 @@ def any_experts(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Experts:
         draw(dim),
         draw(dim),
         dtype,
-        gated=draw(st.booleans()),
+        gated=is_gated,
         biased=draw(st.booleans()),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
+        activation=draw(st.sampled_from([a for a in ACTIVATIONS if is_gated or a not in GATED_ONLY])),
         routing=draw(st.sampled_from(("random", "random", "random", "one", "none"))),
         weights_dtype=draw(st.sampled_from((dtype, torch.float32))),
         strides=draw(st.sampled_from(("contiguous", "transposed", "sliced"))),
@@ -131,11 +137,11 @@ def loop(p: Experts) -> dict[str, Tensor]:
         for e in range(p.w1.shape[0]):
             t = (p.ids[:, k] == e).nonzero().squeeze(1)
             y = leaf["x"][t] @ leaf["w1"][e]
-            y = activate(p.activation, y + leaf["b1"][e] if "b1" in leaf else y)
+            y, up = y + leaf["b1"][e] if "b1" in leaf else y, None
             if "w3" in leaf:
                 up = leaf["x"][t] @ leaf["w3"][e]
-                y = y * (up + leaf["b3"][e] if "b3" in leaf else up)
-            y = y @ leaf["w2"][e]
+                up = up + leaf["b3"][e] if "b3" in leaf else up
+            y = gated(p.activation, y, up) @ leaf["w2"][e]
             y = y + leaf["b2"][e] if "b2" in leaf else y
             z = z.index_add(0, t, (leaf["weights"][t, k].unsqueeze(1) * y).to(z.dtype))
     return _with_gradients(z, leaf, p.grad)
@@ -168,7 +174,9 @@ def _with_gradients(z: Tensor, leaf: dict[str, Tensor], grad: Tensor) -> dict[st
 def rounding_of_terms(p: Experts, name: str, dtype: torch.dtype) -> float:
     """Half a unit in the last place of what a result would be if no term could cancel another."""
     positive: dict[str, Any] = {operand: t.double().abs() for operand, t in p.operands().items()}
-    without_signs = loop(replace(p, **positive, grad=p.grad.double().abs()))
+    # What clamps has terms of which nothing is left without their signs; those of SwiGLU are as large.
+    activation = "silu" if p.activation in GATED_ONLY else p.activation
+    without_signs = loop(replace(p, **positive, grad=p.grad.double().abs(), activation=activation))
     return torch.finfo(dtype).eps / 2 * float(without_signs[name].max())
 
 
@@ -187,3 +195,17 @@ def check(p: Experts, ours: dict[str, Tensor]) -> None:
         if error > margin * allowed:
             allowed = rounding_of_terms(p, name, p.x.dtype if t.numel() < FEW else accumulation_dtype(p.x.dtype))
         assert error <= margin * allowed, f"{name}: error {error:g}, the loop's is {allowed:g}"
+
+
+def check_clamps(impl: str | None, dtype: torch.dtype) -> None:
+    """Assert that clamped_swiglu is right on both sides of its bounds, and on them."""
+    ends = torch.tensor([-9, -7 - 2**-5, -7, -1, 0, 1, 7, 7 + 2**-5, 9], dtype=dtype)
+    h1, h3 = (h.flatten() for h in torch.meshgrid(ends, ends, indexing="ij"))
+    one, w2 = torch.ones(1, 1, dtype=dtype), torch.ones(1, len(h1), 1, dtype=dtype)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    # Products with 1 alone.
+    p = Experts(one, ids, one, h1[None, None], h3[None, None], w2, *[None] * 3, one, "clamped_swiglu")
+    ours = run(impl, p)
+    check(p, ours)
+    assert torch.equal(ours["w1"].flatten() == 0, (h1 > 7) | (h3 == -1))
+    assert torch.equal(ours["w3"].flatten() == 0, (h3.abs() > 7) | (h1 == 0))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from moesaic.ops import ACTIVATIONS, activate, experts_mlp, native, pool
+from moesaic.ops import ACTIVATIONS, experts_mlp, gated, native, pool
 from moesaic.ops.experts_mlp import auto
+from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.problem import Problem
@@ -59,17 +60,19 @@ def test_where_the_kernels_change(isa, dtype, size, strides, monkeypatch):
 def test_activations_from_one_end_to_the_other(isa, activation, monkeypatch):
     # Products with 1 alone: what is left is the error of the activation, and of its derivative.
     use(monkeypatch, isa)
-    p = experts(1, 1, 1, 1, 4001, torch.float32, gated=False, activation=activation)
+    p = experts(1, 1, 1, 1, 4001, torch.float32, gated=activation in GATED_ONLY, activation=activation)
     spread = torch.linspace(-30, 30, 4001)
     ends = torch.tensor([-1e4, -100.0, -90.0, -88.0, -1e-20, 0.0, 1e-20, 88.0, 90.0, 100.0, 1e4])
     w1 = torch.cat([spread, ends, torch.zeros(4001 - len(ends))])[:4001].view(1, 1, -1)
     w1[0, 0, : len(ends)] = ends
     one = torch.ones(1, 1)
     ids, w2 = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 4001, 1)
-    p = replace(p, x=one, ids=ids, weights=one, w1=w1, w2=w2, grad=one)
+    w3 = None if p.w3 is None else torch.linspace(7.5, -7.5, 4001).view(1, 1, -1)
+    p = replace(p, x=one, ids=ids, weights=one, w1=w1, w3=w3, w2=w2, grad=one)
     ours = run("cpu", p)
     (value, slope), (true_value, true_slope) = (
-        by_torch(activation, w1.flatten().to(t)) for t in (torch.float32, torch.float64)
+        by_torch(activation, w1.flatten().to(t), None if w3 is None else w3.flatten().to(t))
+        for t in (torch.float32, torch.float64)
     )
     for name, t, theirs, truth in (("w2", "value", value, true_value), ("w1", "slope", slope, true_slope)):
         size = truth.abs().clamp(min=0.05)  # a slope passes through zero
@@ -77,10 +80,10 @@ def test_activations_from_one_end_to_the_other(isa, activation, monkeypatch):
         assert error <= 1.5 * max(allowed, torch.finfo(torch.float32).eps), t
 
 
-def by_torch(activation, h):
-    h = h.requires_grad_()
-    value = activate(activation, h)
-    return value.detach(), torch.autograd.grad(value.sum(), h)[0]
+def by_torch(activation, h1, h3):
+    h1 = h1.requires_grad_()
+    value = gated(activation, h1, h3)
+    return value.detach(), torch.autograd.grad(value.sum(), h1)[0]
 
 
 @each_dtype

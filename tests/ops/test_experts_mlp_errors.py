@@ -46,6 +46,11 @@ def rand(*shape, dtype=torch.float32):
         ),
         ({}, {"impl": "fast"}, "impl: unknown implementation 'fast'; choose one of ["),
         ({}, {"activation": "swish"}, "activation: unknown activation 'swish'; choose one of ['silu', 'gelu', "),
+        (
+            {"w3": None},
+            {"activation": "clamped_swiglu"},
+            "activation: 'clamped_swiglu' is of both projections, and there is no w3; give it, or choose another",
+        ),
         ({"w1": torch.empty(E, D, F, device="meta")}, {}, "w1: is on meta, x on cpu; move it there"),
     ],
 )

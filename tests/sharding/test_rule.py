@@ -119,10 +119,7 @@ TABLES = {
         "k": "R S(2) S(2) R R R R R R -> P",
         "f": "R R R R S(2) S(2) S(1) S(1) S(1) -> P",
         "linear in weights": "R R P R R R R R R -> P",
-        "linear in w3 + b3": "R R R R R P R R P -> P",
         "linear in w2": "R R R R R R P R R -> P",
-        "mean in w3": "R R R R R P(avg) R R R -> P(avg)",
-        "mean in b3": "R R R R R R R R P(avg) -> P(avg)",
     },
     # grad, x, ids, weights, experts, w1, w3, w2, b1, b3, h1, h3 -> those of x, weights, w1, w3, w2, b1, b3.
     ("experts_mlp_backward", 0): {

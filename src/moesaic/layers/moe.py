@@ -13,11 +13,11 @@ from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.router import Routing, TopKRouter
-from moesaic.ops import activate
+from moesaic.ops import gated
 
 
 class SharedExpert(nn.Module):
-    """A dense gated MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, ``* sigmoid(x gate)`` if gated."""
+    """A dense gated MLP that every token goes through: ``gated(x w1, x w3) w2``, ``* sigmoid(x gate)`` if gated."""
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SharedExpert(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.w2(activate(self.activation, self.w1(x)) * self.w3(x))
+        y = self.w2(gated(self.activation, self.w1(x), self.w3(x)))
         return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
@@ -70,6 +70,7 @@ class MoE(nn.Module):
             config.dim,
             config.hidden_dim,
             activation=config.activation,
+            biases=config.expert_biases,
             impl=impl,
             device=device,
             dtype=dtype,

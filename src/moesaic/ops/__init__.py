@@ -1,7 +1,7 @@
 """Operators on plain tensors. They know nothing of DTensor, modules or process groups."""
 
 from moesaic.ops.debug import debug_checks
-from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, activate, experts_mlp
+from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, experts_mlp, gated
 from moesaic.ops.grouped_mm import accumulate_weight_grad, grouped_mm
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 
@@ -10,10 +10,10 @@ __all__ = [
     "Activation",
     "Permutation",
     "accumulate_weight_grad",
-    "activate",
     "combine",
     "debug_checks",
     "experts_mlp",
+    "gated",
     "grouped_mm",
     "permute",
     "sort_by_expert",

@@ -17,7 +17,7 @@ from torch import Tensor
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
-_ABI = 3
+_ABI = 4
 OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
 
 

@@ -12,15 +12,15 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
-    check_attention,
+    check_decoder,
     decoder_layers,
     find_decoder,
-    refuse_whole_sequence_arguments,
 )
 from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
+from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.meta import is_on_meta, materialize
 
@@ -47,7 +47,10 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
       tokens; the result is placed alike;
     * a transformers causal language model: with its dp rank's whole ``input_ids [B, S]``, the same on every tp rank.
-      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``.
+      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``. With ``labels=``, its dp
+      rank's whole ``[B, S]`` too, the loss is this rank's part of the mean over the labels of all ranks that are not
+      -100: call backward on it; the sum of it over the ranks is the mean. ``num_items_in_batch=`` takes the place of
+      their number, as for several forward passes before a step.
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
@@ -76,7 +79,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     decoder = find_decoder(model)
     _check(model, moes, decoder is not None, meshes)
     if decoder is not None and meshes.tp_size > 1:
-        check_attention(decoder, meshes.tp_size)
+        check_decoder(decoder, meshes.tp_size)
     if meshes.dense is None or meshes.expert is None:
         return model
 
@@ -91,7 +94,8 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
         if decoder is not None:
             add_sequence_parallelism(decoder, tp_mesh)
-            model.register_forward_pre_hook(refuse_whole_sequence_arguments, with_kwargs=True)
+    if is_language_model(model):
+        take_loss_over_all_ranks(model, meshes, all_ranks)
     if isinstance(model, MoE):
         _accept_dtensors(model)
     shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)

@@ -45,14 +45,15 @@ sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=
 
 # `n` tokens a block, `k` copies a token, `e` experts a block. Blocks are expert parallelism, tokens and copies may be
 # cut at will, and the hidden dim `f` is tensor parallelism: column-parallel w1 and w3, row-parallel w2. The
-# pre-activations lie by token and copy, not sorted by expert, and so are dims like any other.
+# pre-activations lie by token and copy, not sorted by expert, and so are dims like any other. Of w3 and b3 together the
+# result is linear with some activations, and with others not: it is none of the rule's.
 _tokens, _weights = "b n d!, b n k, b n k, ~b e", "(b e)? d! f, (b e)? d! f, (b e)? f d!"
 _biases, _hidden = "(b e)? f, (b e)? f", "b n k f, b n k f"
 _shapes_of_biases = "~(b e)? f, ~(b e)? f"
 sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
 sharding_rule(
     f"{_tokens}, {_weights}, {_biases} -> b n d!",
-    linear=["weights", ("w3", "b3"), "w2"],
+    linear=["weights", "w2"],
     redistribute=["experts"],
 )(_ops.experts_mlp_inference)
 sharding_rule(

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.ops import ACTIVATIONS, experts_mlp
+from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.triton import available
-from tests.ops.experts_oracle import Experts, any_experts, check, experts, run
+from tests.ops.experts_oracle import Experts, any_experts, check, check_clamps, experts, run
 from tests.ops.oracle import uninitialised_memory_is_nan
 
 routing = available.load("routing", torch.empty(0))
@@ -22,11 +23,18 @@ def test_values_and_gradients(p: Experts):
         check(p, run("triton", p))
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+FORMS = [(a, gated) for a in ACTIVATIONS for gated in (True, False) if gated or a not in GATED_ONLY]
+
+
+@pytest.mark.parametrize(("activation", "gated"), FORMS)
 def test_activations(activation, gated):
     p = experts(20, 2, 3, 24, 40, torch.float32, gated=gated, biased=True, activation=activation)
     check(p, run("triton", p))
+
+
+@pytest.mark.parametrize("dtype", available.DTYPES)
+def test_clamps(dtype):
+    check_clamps("triton", dtype)
 
 
 @pytest.mark.parametrize("tokens", [5, 60, 150])

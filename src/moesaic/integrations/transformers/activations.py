@@ -1,5 +1,7 @@
 """transformers' activation modules by the names that our operators and layers have for them."""
 
+from typing import Any
+
 from torch import nn
 from transformers.activations import (
     GELUActivation,
@@ -8,8 +10,10 @@ from transformers.activations import (
     ReLUSquaredActivation,
     SiLUActivation,
 )
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from moesaic.ops import Activation
+from moesaic.ops.experts_mlp.activation import CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT
 
 _NAMES: dict[type, Activation] = {
     nn.SiLU: "silu",
@@ -25,3 +29,10 @@ _NAMES: dict[type, Activation] = {
 def activation_name(function: object) -> Activation | None:
     """Our name for an activation, or None where we have none. By exact type: a subclass may compute something else."""
     return _NAMES.get(type(function))
+
+
+def own_gate_name(experts: Any) -> Activation | None:
+    """Our name for the gate that a module of experts brings along, or None. By exact function and constants."""
+    constants = (getattr(experts, "alpha", None), getattr(experts, "limit", None))
+    is_ours = constants == (CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT)
+    return "clamped_swiglu" if type(experts)._apply_gate is GptOssExperts._apply_gate and is_ours else None

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import moe
 from transformers.integrations.moe import ExpertsInterface
 
-from moesaic.integrations.transformers.activations import activation_name
+from moesaic.integrations.transformers.activations import activation_name, own_gate_name
 from moesaic.ops import Activation, combine, experts_mlp, grouped_mm, permute, sort_by_expert
 
 NAME = "moesaic"
@@ -26,8 +26,11 @@ def register() -> None:
     biases, a module's own ``_apply_gate``, un-gated experts, a norm after the experts, and the ids that transformers'
     expert parallelism gives to experts of other ranks. Weights are read where they lie, through strided views.
 
-    Experts of the common kind, ``act(gate) * up`` or un-gated, with an activation of :func:`moesaic.experts_mlp`, run
-    as that one operator; others as two :func:`moesaic.grouped_mm` around the module's own functions.
+    Experts of the common kind, ``act(gate) * up`` or un-gated, with an activation of :func:`moesaic.experts_mlp`, and
+    those of gpt-oss, run as that one operator; others as two :func:`moesaic.grouped_mm` around the module's own
+    functions. The gate and up projections of gpt-oss are interleaved, every second column of one matrix: the ``cpu``
+    and ``triton`` kernels read them where they lie, the latter at half the speed of columns that follow each other, and
+    ``torch`` copies them in every call.
 
     Models whose experts do not go through the interface (Llama-4) ignore ``experts_implementation``, as transformers
     does with its own; see :func:`swap_moe`.
@@ -82,19 +85,20 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 def _fused_activation(experts: Any) -> Activation | None:
     """The activation, where the module computes what :func:`experts_mlp` does."""
-    has_own_gate = experts.has_gate and type(experts)._apply_gate is not moe._default_apply_gate
-    if has_own_gate or experts.has_post_expert_norm:
+    if experts.has_post_expert_norm:
         return None
+    if experts.has_gate and type(experts)._apply_gate is not moe._default_apply_gate:
+        return own_gate_name(experts)
     return activation_name(experts.act_fn)
 
 
 def _fused(
     experts: Any, weights: _Weights, activation: Activation, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    w1, w3 = _halves(experts, weights.first_EDN) if experts.has_gate else (weights.first_EDN, None)
+    w1, w3 = _halves(experts, weights.first_EDN, activation) if experts.has_gate else (weights.first_EDN, None)
     b1, b3 = weights.first_bias_EN, None
     if experts.has_gate and b1 is not None:
-        b1, b3 = b1.chunk(2, dim=1)
+        b1, b3 = _parts(b1, 1, activation)
     z_TD = experts_mlp(
         x_TD,
         ids_TK,
@@ -110,13 +114,21 @@ def _fused(
     return z_TD.to(x_TD.dtype)
 
 
-def _halves(experts: Any, first_EDN: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(experts: Any, first_EDN: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Gate and up projection, cut so that their gradients are put together by one copy, in the parameter's layout."""
     if experts.is_transposed:
-        gate, up = first_EDN.chunk(2, dim=2)
-        return gate, up
-    gate, up = first_EDN.mT.chunk(2, dim=1)
+        return _parts(first_EDN, 2, activation)
+    gate, up = _parts(first_EDN.mT, 1, activation)
     return gate.mT, up.mT
+
+
+def _parts(both: Tensor, dim: int, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Gate and up along a dim: one after the other, or as gpt-oss's gate takes them, in turn."""
+    if activation == "clamped_swiglu":
+        gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    else:
+        gate, up = both.chunk(2, dim)
+    return gate, up
 
 
 def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Tensor) -> Tensor:

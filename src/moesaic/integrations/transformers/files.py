@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,18 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @dataclass
@@ -96,3 +109,10 @@ def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
         raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
     places, _ = get_checkpoint_shard_files(name, index)
     return [Path(place) for place in places or ()], listed
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy what a checkpoint has of a tokenizer's files into a folder."""
+    for name in _TOKENIZER_FILES:
+        if (place := cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)) is not None:
+            shutil.copy(place, target / name)

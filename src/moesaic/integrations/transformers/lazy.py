@@ -23,8 +23,8 @@ Box = tuple[slice, ...]
 class LazyTensor:
     """A tensor of known shape and dtype whose numbers come by :meth:`read`.
 
-    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``contiguous``, indexing by slices, and
-    ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
+    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``contiguous``, ``to`` another dtype, indexing
+    by slices, and ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
 
     Args:
         shape, dtype: of the tensor.
@@ -112,6 +112,9 @@ class LazyTensor:
         """Itself: a layout is a matter of whoever reads."""
         return self
 
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        return LazyTensor(self.shape, dtype, lambda box: self.read(box).to(dtype))
+
     def __getitem__(self, index: Any) -> LazyTensor:
         index = index if isinstance(index, tuple) else (index,)
         if any(not isinstance(side, slice | EllipsisType) for side in index):
@@ -152,6 +155,17 @@ class LazyTensor:
 def whole(shape: Sequence[int]) -> Box:
     """The box of all of a tensor."""
     return tuple(slice(0, size) for size in shape)
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """What two boxes have in common, if anything."""
+    common = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return common if all(side.start < side.stop for side in common) else None
+
+
+def relative(box: Box, outer: Box) -> Box:
+    """A box as seen from the corner of the one around it."""
+    return tuple(_shifted(side, -around.start) for side, around in zip(box, outer, strict=True))
 
 
 def _stack(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:

@@ -130,17 +130,21 @@ def empty_model(path: str | Path, files: Files, dtype: torch.dtype | None) -> An
         raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
     chosen: Any = dtype or config.dtype or next(floats, torch.get_default_dtype())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
-    for pattern, kept in model._get_dtype_plan(chosen).items():
-        for module_name, module in model.named_modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                full_name = f"{module_name}.{name}" if module_name else name
-                if re.search(pattern.replace("*", ".*"), full_name):
-                    tensor.data = tensor.data.to(kept)
+    model = model_on_meta(config, chosen)
     with suppress(OSError):
         # Not every checkpoint has one; the model has its default then.
         model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def model_on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """A causal language model on the meta device; what transformers keeps in fp32 is so."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(kept)
     return model
 
 

@@ -142,12 +142,12 @@ def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
 def _config(
     block: Any, family: Family, aux_loss_coef: float, z_loss_coef: float, bias_update_speed: float
 ) -> MoEConfig:
-    activation = activation_name(block.experts.act_fn)
+    fields = family.fields(block)
+    activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
         raise ValueError(f"hidden_act: {type(block.experts.act_fn).__name__} is no activation of moesaic.MoE")
     gate_up = next(link for link in family.links if link.theirs == "experts.gate_up_proj")
     E, D, F = gate_up.split(block.experts.gate_up_proj)[0].shape
-    fields = family.fields(block)
     if bias_update_speed and not fields.get("score_bias"):
         raise ValueError(f"bias_update_speed: {bias_update_speed}, but its router has no bias; leave it at 0")
     return MoEConfig(

@@ -1,6 +1,6 @@
 """The routed experts in one operator."""
 
-from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation, activate
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation, gated
 from moesaic.ops.experts_mlp.api import experts_mlp
 
-__all__ = ["ACTIVATIONS", "Activation", "activate", "experts_mlp"]
+__all__ = ["ACTIVATIONS", "Activation", "experts_mlp", "gated"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
-from moesaic.ops.experts_mlp.activation import ACTIVATIONS, Activation
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS, GATED_ONLY, Activation, no_gate
 from moesaic.ops.experts_mlp.down_bias import down_bias
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
@@ -33,7 +33,9 @@ def experts_mlp(
 
     ``z[t] = sum over k of topk_weights[t, k] * mlp(x[t], topk_ids[t, k])`` with
     ``mlp(x, e) = (act(x w1[e] + b1[e]) * (x w3[e] + b3[e])) w2[e] + b2[e]``, and without ``w3``
-    ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``.
+    ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``. With ``activation="clamped_swiglu"`` what meets ``w2`` is
+    ``(clamp(h3, -7, 7) + 1) * g * sigmoid(1.702 g)``, where ``g = min(h1, 7)``, ``h1 = x w1[e] + b1[e]`` and
+    ``h3 = x w3[e] + b3[e]``.
 
     For the backward pass it keeps its arguments (under autocast, as they were cast) and the pre-activations
     ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]`` each, and nothing else. Where no gradient is asked for, nothing.
@@ -50,9 +52,11 @@ def experts_mlp(
             not here (of experts on other ranks, say): they add nothing.
         topk_weights: of any float dtype.
         w1, w3: gate and up projections, of the dtype of ``x``, any strides: an ``[E, F, D]`` checkpoint is used as
-            ``w.mT``. ``w3=None`` for an MLP without gate.
+            ``w.mT``, and every second column of a matrix that has both interleaved as ``w[..., ::2]``. ``w3=None``
+            for an MLP without gate.
         w2: down projections.
-        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared).
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared), or
+            ``"clamped_swiglu"`` (gpt-oss), which has no form without ``w3``.
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
         impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
             (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
@@ -67,7 +71,7 @@ def experts_mlp(
     the ids; works under ``torch.compile(fullgraph=True)`` and with fake tensors; deterministic.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``.
+        ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``, or one that needs ``w3`` without it.
         TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
         RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
             ``impl="triton"`` without triton, or off CUDA.
@@ -88,7 +92,7 @@ def experts_mlp(
     given = dict(zip(given, autocast(*given.values()), strict=True))
     _check_dtypes(given, topk_ids, topk_weights)
     _check_shapes(given, topk_ids, topk_weights)
-    activation_code, impl_code = _activation_code(activation), code_of(impl, IMPLEMENTATIONS)
+    activation_code, impl_code = _activation_code(activation, w3 is not None), code_of(impl, IMPLEMENTATIONS)
 
     x, w1, w2 = given["x"], given["w1"], given["w2"]
     in_blocks = x.ndim == 3
@@ -108,9 +112,11 @@ def experts_mlp(
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
 
-def _activation_code(activation: str) -> int:
+def _activation_code(activation: Activation, is_gated: bool) -> int:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
+    if activation in GATED_ONLY and not is_gated:
+        raise ValueError(no_gate(activation))
     return ACTIVATIONS.index(activation)
 
 

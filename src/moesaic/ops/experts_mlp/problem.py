@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.ops.experts_mlp.activation import Activation
+
 
 class Problem(NamedTuple):
     """The arguments. Ids outside ``0 .. E - 1`` are copies that are not here."""
@@ -20,7 +22,7 @@ class Problem(NamedTuple):
     w2_EFD: Tensor
     b1_EF: Tensor | None
     b3_EF: Tensor | None
-    activation: str
+    activation: Activation
 
 
 def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:

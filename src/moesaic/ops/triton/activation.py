@@ -1,4 +1,4 @@
-"""The activations of experts_mlp and their derivatives, on fp32 blocks; ``ops/experts_mlp/activation.py`` defines them.
+"""The hidden rows of experts_mlp and their derivatives, on fp32 blocks; ``ops/experts_mlp/activation.py`` defines them.
 
 A NaN stays a NaN: it is never the smaller or larger of two numbers, so nothing here takes a maximum.
 """
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(h, ACT: tl.constexpr):
+def _activate(h, ACT: tl.constexpr):
     if ACT == "silu":
         return h * tl.sigmoid(h)
     elif ACT == "gelu":
@@ -24,7 +24,7 @@ def activate(h, ACT: tl.constexpr):
 
 
 @triton.jit
-def derivative(h, ACT: tl.constexpr):
+def _derivative(h, ACT: tl.constexpr):
     if ACT == "silu":
         s = tl.sigmoid(h)
         return s * (1.0 + h * (1.0 - s))
@@ -41,3 +41,42 @@ def derivative(h, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "relu2")
         return tl.where(h < 0, 0.0, 2.0 * h)
+
+
+@triton.jit
+def hidden(h1, h3, ACT: tl.constexpr, IS_GATED: tl.constexpr):
+    """The hidden rows; ``h3`` is not read without gate."""
+    if ACT == "clamped_swiglu":
+        tl.static_assert(IS_GATED)
+        g = tl.where(h1 > 7.0, 7.0, h1)
+        return (_clamp(h3) + 1.0) * (g * tl.sigmoid(1.702 * g))
+    elif IS_GATED:
+        return _activate(h1, ACT) * h3
+    else:
+        return _activate(h1, ACT)
+
+
+@triton.jit
+def hidden_and_slopes(h1, h3, ACT: tl.constexpr, IS_GATED: tl.constexpr):
+    """The hidden rows, and their derivatives by ``h1`` and ``h3``; the last is of no meaning without gate."""
+    if ACT == "clamped_swiglu":
+        tl.static_assert(IS_GATED)
+        g = tl.where(h1 > 7.0, 7.0, h1)
+        s = tl.sigmoid(1.702 * g)
+        act = g * s
+        up = _clamp(h3) + 1.0
+        slope = up * s * (1.0 + 1.702 * g * (1.0 - s))
+        is_inside = (h3 >= -7.0) & (h3 <= 7.0)
+        return up * act, tl.where(h1 <= 7.0, slope, 0.0), tl.where(is_inside, act, 0.0)
+    else:
+        act = _activate(h1, ACT)
+        slope = _derivative(h1, ACT)
+        if IS_GATED:
+            return act * h3, slope * h3, act
+        else:
+            return act, slope, act
+
+
+@triton.jit
+def _clamp(h):
+    return tl.where(h > 7.0, 7.0, tl.where(h < -7.0, -7.0, h))

@@ -2,7 +2,7 @@
 
 ``g[r] = grad[t] w2[e].T`` is in registers only. Of it come, with the hidden row ``a`` made again from what was saved,
 
-- ``gh1 = weight g h3 act'(h1)`` and ``gh3 = weight g act(h1)``, rows ``[R, F]``,
+- ``gh1 = weight g da/dh1`` and ``gh3 = weight g da/dh3``, rows ``[R, F]``,
 - the gradient of the routing weight, ``<g, a>``: a partial sum in fp32 for each block of columns, added afterwards,
 - ``weight a``, what the weight gradient of ``w2`` multiplies ``grad`` with,
 - the column sums of ``gh1`` and ``gh3`` over each tile of rows, added afterwards to the gradients of the biases.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.ops.triton import device
-from moesaic.ops.triton.activation import activate, derivative
+from moesaic.ops.triton.activation import hidden_and_slopes
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
@@ -180,25 +180,22 @@ def _finish_columns(
     columns = f + tl.arange(0, N)
     mask = inside[:, None] & (columns < F)[None, :]
     pre = tl.load(h1_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    act = activate(pre, ACT)
-    slope = derivative(pre, ACT)
-    hidden = act
+    up = pre
     if IS_GATED:
         up = tl.load(h3_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        hidden = act * up
-        slope = slope * up
+    hidden, slope1, slope3 = hidden_and_slopes(pre, up, ACT, IS_GATED)
     # As the forward pass rounded it.
     hidden = hidden.to(dtype).to(tl.float32)
     sums = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
     if WANTS_WEIGHTED:
         tl.store(weighted_rows[:, None] + columns[None, :], (hidden * weight[:, None]).to(dtype), mask=mask)
     g = g * weight[:, None]
-    gate = (g * slope).to(dtype)
+    gate = (g * slope1).to(dtype)
     tl.store(gh1_rows[:, None] + columns[None, :], gate, mask=mask)
     if WANTS_BIASES:
         tl.store(sums1_tile + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=columns < F)
     if IS_GATED:
-        side = (g * act).to(dtype)
+        side = (g * slope3).to(dtype)
         tl.store(gh3_rows[:, None] + columns[None, :], side, mask=mask)
         if WANTS_BIASES:
             tl.store(sums3_tile + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=columns < F)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.ops.triton import device
-from moesaic.ops.triton.activation import activate
+from moesaic.ops.triton.activation import hidden
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
@@ -155,15 +155,14 @@ def _finish_columns(
     gate = gate.to(dtype)
     if SAVE:
         tl.store(h1_rows[:, None] + columns[None, :], gate, mask=mask)
-    hidden = activate(gate.to(tl.float32), ACT)
     if IS_GATED:
         if HAS_B3:
             up = _with_bias(up, b3, expert, columns, F, stride_b3e, stride_b3f)
         up = up.to(dtype)
         if SAVE:
             tl.store(h3_rows[:, None] + columns[None, :], up, mask=mask)
-        hidden *= up.to(tl.float32)
-    tl.store(out_rows[:, None] + columns[None, :], hidden.to(dtype), mask=mask)
+    values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED)
+    tl.store(out_rows[:, None] + columns[None, :], values.to(dtype), mask=mask)
 
 
 @triton.jit

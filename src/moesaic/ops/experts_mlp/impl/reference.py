@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.activation import activate, derivative, hidden
+from moesaic.ops.experts_mlp.activation import hidden, slopes
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    """``z[t] = sum over k of weights[t, k] * (act(h1) * h3) w2[e]``, ``h1 = x[t] w1[e] + b1[e]``, ``e = ids[t, k]``."""
+    """``z[t] = sum over k of weights[t, k] * hidden(h1, h3) w2[e]``, ``h1 = x[t] w1[e] + b1[e]``, ``e = ids[t, k]``."""
     x, acc = problem.x_TD, accumulation_dtype(problem.x_TD.dtype)
     gate, up = _projections(problem)
     z_TD = x.new_zeros(x.shape, dtype=acc)
@@ -46,10 +46,10 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         gweights[t, k] = (ga_rF * a_rF).sum(1)
         gw2[e] += a_rF.mT @ (weight_r1 * grad_rD)
         ga_rF = weight_r1 * ga_rF
-        gh1_rF = ga_rF * derivative(name, h1_rF)
-        gx[t] += gate.backward(x[t], gh1_rF if h3_rF is None else gh1_rF * h3_rF, e)
-        if up is not None:
-            gx[t] += up.backward(x[t], ga_rF * activate(name, h1_rF), e)
+        slope1_rF, slope3_rF = slopes(name, h1_rF, h3_rF)
+        gx[t] += gate.backward(x[t], ga_rF * slope1_rF, e)
+        if up is not None and slope3_rF is not None:
+            gx[t] += up.backward(x[t], ga_rF * slope3_rF, e)
     found = Gradients(
         gx,
         gweights,

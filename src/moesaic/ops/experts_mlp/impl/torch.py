@@ -9,7 +9,7 @@ end, D model dim, F hidden dim, E experts.
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.activation import activate, derivative, hidden
+from moesaic.ops.experts_mlp.activation import hidden, slopes
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
@@ -93,11 +93,9 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
     if needs.w2:
         gw2 = rows.weight_grad(a_RF, rows.of_tokens(grad_TD, problem.weights_TK), problem.w2_EFD)
     ga_RF = ga_RF * weight_R1
-    gh1_RF, gh3_RF = ga_RF * derivative(problem.activation, h1_RF.to(acc)), None
-    if h3_RF is not None:
-        gh1_RF = gh1_RF * h3_RF.to(acc)
-        gh3_RF = (ga_RF * activate(problem.activation, h1_RF.to(acc))).to(dtype)
-    gh1_RF = gh1_RF.to(dtype)
+    slope1_RF, slope3_RF = slopes(problem.activation, h1_RF.to(acc), None if h3_RF is None else h3_RF.to(acc))
+    gh1_RF = (ga_RF * slope1_RF).to(dtype)
+    gh3_RF = None if slope3_RF is None else (ga_RF * slope3_RF).to(dtype)
 
     if needs.x:
         gx_RD = rows.times(gh1_RF, problem.w1_EDF.mT)
