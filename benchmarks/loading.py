@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py [--ranks 4] [--megabytes 400]
 
-The usual way is `from_pretrained`, `swap_moe`, `parallelize`. Memory is the highest of a rank over what it had before, in
-two parts: its own (anonymous pages) and pages of files, which the system takes back when it needs them.
+The usual way is `from_pretrained`, `swap_moe`, `parallelize`. Memory is the highest of a rank over what it had before,
+in two parts: its own (anonymous pages) and pages of files, which the system takes back when it needs them.
 """
 
 import argparse
@@ -101,8 +101,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     layouts = {
         "dp 4, ep 4": {"ep": 4},
-        "tp 2, ep 2, etp 2": {"tp": 2, "ep": 2, "etp": 2},
-        "tp 4, ep 4": {"tp": 4, "ep": 4},
+        "dp 2, tp 2, ep 2, etp 2": {"tp": 2, "ep": 2, "etp": 2},
+        "dp 1, tp 4, ep 4": {"tp": 4, "ep": 4},
     }
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "tiny", 20)
@@ -119,7 +119,7 @@ def main() -> None:
                     process.start()
                 rows = [queue.get(timeout=200) for _ in processes]
                 for process in processes:
-                    process.join()
+                    process.join(20)
                 read, peaks, seconds, saving = zip(*rows, strict=True)
                 anon, file = (max(peak[kind] for peak in peaks) for kind in ("RssAnon", "RssFile"))
                 export = max(peak["RssAnon"] for peak in saving)

@@ -15,7 +15,9 @@ from tests.distributed.pool import RankError
 from tests.integrations.families import make_model
 from tests.integrations.test_loading_files import SWAPPED
 
-ON_RANKS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3")
+# More than the names and shapes in a file take.
+HEADER = 10_000
+ON_RANKS = ("Mixtral", "Qwen2-MoE", "DeepSeek-V3", "gpt-oss")
 
 
 def tensors_of(folder):
@@ -46,9 +48,7 @@ def test_one_process_writes_what_transformers_writes(tmp_path, family, tied, dty
 
 def export_and_load_on_another_mesh(folders, layout, other):
     meshes, others = (moesaic.build_meshes(**sizes, device_type="cpu") for sizes in (layout, other))
-    for family, folder in folders.items():
-        if family == "DeepSeek-V3" and layout.get("tp", 1) > 1:
-            continue
+    for folder in folders.values():
         export_pretrained(load_pretrained(folder, meshes), f"{folder}-out")
         export_pretrained(load_pretrained(f"{folder}-out", others), f"{folder}-again", max_shard_size=20_000)
 
@@ -67,14 +67,16 @@ def test_ranks_write_what_transformers_wrote(ranks, tmp_path, layouts):
         folders[family] = str(tmp_path / family)
     ranks(export_and_load_on_another_mesh, 4, folders, *layouts)
     for family, folder in folders.items():
-        if family == "DeepSeek-V3" and "tp" in layouts[0]:
-            continue
         for suffix in ("-out", "-again"):
             assert_same_tensors(folder + suffix, tensors_of(folder))
         sizes = [file.stat().st_size for file in Path(folder + "-out").glob("*.safetensors")]
         assert len(sizes) == 4
-        assert max(sizes) < 1.5 * sum(sizes) / 4
-        assert max(file.stat().st_size for file in Path(folder + "-again").glob("*.safetensors")) < 30_000
+        largest = max(tensor.nbytes for tensor in tensors_of(folder).values())
+        assert max(sizes) < sum(sizes) / 4 + largest + HEADER
+        assert (
+            max(file.stat().st_size for file in Path(folder + "-again").glob("*.safetensors"))
+            < max(20_000, largest) + HEADER
+        )
         state = make_model(family).state_dict()
         loaded = AutoModelForCausalLM.from_pretrained(folder + "-out").state_dict()
         assert loaded.keys() == state.keys()

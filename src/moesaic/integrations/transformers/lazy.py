@@ -23,8 +23,8 @@ Box = tuple[slice, ...]
 class LazyTensor:
     """A tensor of known shape and dtype whose numbers come by :meth:`read`.
 
-    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``contiguous``, ``to`` another dtype, indexing
-    by slices, and ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
+    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``flatten``, ``contiguous``, ``to`` another
+    dtype, indexing by slices, and ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
 
     Args:
         shape, dtype: of the tensor.
@@ -107,6 +107,22 @@ class LazyTensor:
             return self
         shape = [*self.shape[:dim], *self.shape[dim + 1 :]]
         return self._derived(shape, lambda box: self.read((*box[:dim], slice(0, 1), *box[dim:])).squeeze(dim))
+
+    def flatten(self, start_dim: int) -> LazyTensor:
+        """The dims from one on as one. Reads whole rows of the last."""
+        if self.ndim - start_dim < 2:
+            return self
+        if self.ndim - start_dim > 2:
+            return self.flatten(start_dim + 1).flatten(start_dim)
+        width = self.shape[-1]
+
+        def source(box: Box) -> Tensor:
+            wanted = box[-1]
+            rows = slice(wanted.start // width, -(-wanted.stop // width))
+            flat = self.read((*box[:-1], rows, slice(0, width))).flatten(start_dim)
+            return flat[..., _shifted(wanted, -rows.start * width)]
+
+        return self._derived([*self.shape[:start_dim], self.shape[start_dim] * width], source)
 
     def contiguous(self) -> LazyTensor:
         """Itself: a layout is a matter of whoever reads."""

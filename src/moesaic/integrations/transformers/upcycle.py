@@ -1,9 +1,9 @@
 """A dense model made into a mixture-of-experts model that computes the same, to be trained on.
 
 Every expert is a copy, or with granularity G one of G slices, of the dense feed-forward layer. Copies of the whole
-layer are *groups* of G experts with equal rows in the router ("virtual groups", arXiv 2410.07524): a token that is routed
-to one expert of a group is routed to all G of them. With top-k a multiple of G and routing weights that sum to 1, expert
-``e`` of a chosen group has 1/G of the group's weight, and a down projection scaled by G makes up for it::
+layer are *groups* of G experts with equal rows in the router ("virtual groups", arXiv 2410.07524): a token that is
+routed to one expert of a group is routed to all G of them. With top-k a multiple of G and routing weights that sum to
+1, expert ``e`` of a chosen group has 1/G of the group's weight, and a down projection scaled by G makes up for it::
 
     sum over chosen groups g of p[g] * sum over slices s of (1/G) * (G * down[s] h[s])  =  sum of p[g] * dense  =  dense
 
