@@ -128,7 +128,7 @@ def _in_our_names(grads):
         ("mixtral", 4, MESH),
         ("qwen3_moe", 4, MESH),
         ("qwen3_moe", 2, {"ep": 2}),
-        ("deepseek_v3", 4, {"ep": 2, "etp": 2}),
+        ("deepseek_v3", 4, MESH),
     ],
     ids=str,
 )
@@ -186,6 +186,28 @@ def test_the_whole_program(tuned, cache, tmp_path, capsys, family):
     settings = json.loads((tuned.out / "config.json").read_text())["settings"]
     assert (settings["lr"], settings["weight_decay"]) == (3e-3, 0.0)
     assert re.search(r"it continues '.*<assistant>' like this:", out)
+
+
+def test_half_precision_files_become_fp32_weights(tuned, cache, tmp_path):
+    write_model(tmp_path / "model", "mixtral", dtype=torch.bfloat16)
+    loop.train(dataclasses.replace(tuned, dtype="bf16", steps=2))
+    exported = load_file(tuned.out / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    assert json.loads((tuned.out / "export" / "config.json").read_text())["dtype"] == "float32"
+
+
+def _refusal(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime, pytest.raises(UserError) as error:
+        runs.set_up(config, runtime, lambda text: None)
+    return str(error.value)
+
+
+def test_a_layout_that_does_not_fit_is_refused_on_every_rank(tuned, cache, tmp_path, ranks):
+    write_model(tmp_path / "model", "mixtral")
+    messages = ranks(_refusal, 4, dataclasses.replace(tuned, tp=4), cache)
+    assert len(set(messages)) == 1
+    assert re.search(r"--model .*model \(mixtral\): tp: .*4 does not divide", messages[0])
 
 
 def test_text_as_well(tuned, cache, tmp_path, corpus, capsys):

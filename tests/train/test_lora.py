@@ -121,6 +121,14 @@ def test_adapters_on_attention_go_before_parallelize(tmp_path, ranks):
             assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
+def test_adapters_on_experts_are_refused_by_parallelize(tmp_path):
+    write_model(tmp_path, "mixtral")
+    model = swap_moe(AutoModelForCausalLM.from_pretrained(tmp_path))
+    lora.add_adapters(model, TrainConfig(lora_rank=2))
+    with pytest.raises(ValueError, match=r"experts of 'model.layers.0.mlp' are ParamWrapper .* merge_and_unload"):
+        parallelize(model, build_meshes())
+
+
 @pytest.fixture
 def adapted(tmp_path, cache):
     write_model(tmp_path / "model", "mixtral")
