@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moesaic.ops import Activation, experts_mlp
 
+MainGrads = tuple[Tensor, Tensor, Tensor]
+
 
 class ExpertCompute(Protocol):
     """What :class:`GroupedExperts` computes: tokens, weights and biases to tokens, on tensors or DTensors."""
@@ -27,7 +29,8 @@ class ExpertCompute(Protocol):
         b1: Tensor | None,
         b3: Tensor | None,
         b2: Tensor | None,
-        **options: Any,
+        *,
+        main_grads: MainGrads | None = None,
     ) -> Tensor: ...
 
 
@@ -84,7 +87,7 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
-        self.main_grads: tuple[Tensor, Tensor, Tensor] | None = None
+        self.main_grads: MainGrads | None = None
         for name, dim_out in {"b1": hidden_dim, "b3": hidden_dim, "b2": dim}.items():
             bias = torch.empty(num_experts, dim_out, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(bias) if biases else None)
@@ -105,9 +108,8 @@ class GroupedExperts(nn.Module):
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
         """Apply to each token its experts, and sum what they give by the weights."""
-        options = {} if self.main_grads is None else {"main_grads": self.main_grads}
-        biases = (self.b1, self.b3, self.b2)
-        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2, *biases, **options)
+        weights, biases = (self.w1, self.w3, self.w2), (self.b1, self.b3, self.b2)
+        return self.compute(x, topk_ids, topk_weights, *weights, *biases, main_grads=self.main_grads)
 
     def extra_repr(self) -> str:
         E, D, hidden = self.w1.shape
@@ -126,7 +128,20 @@ def _experts_mlp(
     b1: Tensor | None,
     b3: Tensor | None,
     b2: Tensor | None,
-    **options: Any,
+    *,
+    main_grads: MainGrads | None = None,
 ) -> Tensor:
-    options = {"activation": activation, "b1": b1, "b3": b3, "b2": b2, "impl": impl} | options
-    return experts_mlp(x, topk_ids, topk_weights, w1, w3, w2, **options)
+    return experts_mlp(
+        x,
+        topk_ids,
+        topk_weights,
+        w1,
+        w3,
+        w2,
+        activation=activation,
+        b1=b1,
+        b3=b3,
+        b2=b2,
+        main_grads=main_grads,
+        impl=impl,
+    )
