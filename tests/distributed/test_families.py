@@ -25,7 +25,8 @@ PLANNED: dict[str, dict[str, Any]] = {
     "Qwen2-MoE": _HEADS,
     "Qwen3-MoE": _HEADS,
     "OLMoE": {**_HEADS, "clip_qkv": 2.0},
-    "DeepSeek-V2": _LATENT_HEADS,
+    # As its Lite model: queries without a latent.
+    "DeepSeek-V2": {**_LATENT_HEADS, "q_lora_rank": None},
     "DeepSeek-V3": {**_LATENT_HEADS, "attention_bias": True},
     "GLM-4-MoE": {**_HEADS, "use_qk_norm": True, "attention_bias": True},
     # A window that the sequence is longer than.
