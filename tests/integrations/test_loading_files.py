@@ -1,15 +1,17 @@
 """What is in a checkpoint's files, and what is not: every name is accounted for, before a number is read."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 import moesaic
-from moesaic.integrations.transformers import load_pretrained, naming
+from moesaic.integrations.transformers import load_pretrained, naming, swap_moe
 from tests.distributed.pool import RankError
 from tests.integrations.families import FAMILIES, make_model, token_ids
 
@@ -50,7 +52,7 @@ def test_one_process_gets_what_transformers_loads(tmp_path, family, tied):
     ):
         assert name == theirs_name
         assert torch.equal(buffer, theirs)
-    assert mine.state_dict().keys() == moesaic.integrations.transformers.swap_moe(plain).state_dict().keys()
+    assert mine.state_dict().keys() == swap_moe(plain).state_dict().keys()
     for name, tensor in plain.state_dict().items():
         assert torch.equal(mine.state_dict()[name], tensor), name
 
@@ -61,6 +63,20 @@ def test_dtypes(mixtral):
     assert all(p.dtype == torch.bfloat16 for p in half.parameters())
     whole = load_pretrained(mixtral).state_dict()
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.state_dict().items())
+
+
+@pytest.mark.parametrize("family", SWAPPED)
+def test_rounding_is_that_of_transformers(tmp_path, family):
+    """Files of two dtypes, within an expert projection too, for a model in a third."""
+    make_model(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    first_of_each = {re.sub(r"[0-9]+", "", name): name for name in reversed(tensors)}.values()
+    save_file({n: t if n in first_of_each else t.half() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    theirs = swap_moe(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)).state_dict()
+    mine = load_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    for name, tensor in theirs.items():
+        assert mine[name].dtype == tensor.dtype, name
+        assert torch.equal(mine[name], tensor), name
 
 
 def test_options_reach_the_layers(mixtral):
@@ -173,15 +189,27 @@ def load_where_one_rank_sees_nothing(folder, layout):
     load_pretrained(folder if rank != 1 else Path(folder) / "elsewhere", meshes)
 
 
+def load_where_one_rank_has_another_config(folders, layout):
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
+    load_pretrained(folders[torch.distributed.get_rank()], meshes)
+
+
 def load_without_meshes(folder):
     load_pretrained(folder)
 
 
-def test_failures_are_those_of_all_ranks(ranks, mixtral):
+def test_failures_are_those_of_all_ranks(ranks, mixtral, tmp_path):
     with pytest.raises(RankError) as caught:
         ranks(load_where_one_rank_sees_nothing, 2, str(mixtral), {"ep": 2})
     assert set(caught.value.failures) == {0, 1}
     assert all("elsewhere" in text and "still running" not in text for text in caught.value.failures.values())
+    # Errors of every kind, also those that do not say so by their type.
+    other = changed(mixtral, tmp_path / "other", lambda tensors: None)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_act": "nope"}))
+    with pytest.raises(RankError) as caught:
+        ranks(load_where_one_rank_has_another_config, 2, [str(mixtral), str(other)], {"ep": 2})
+    assert all("nope" in text and "still running" not in text for text in caught.value.failures.values())
     with pytest.raises(RankError, match="meshes: this is one of 2 ranks"):
         ranks(load_without_meshes, 2, str(mixtral))
 

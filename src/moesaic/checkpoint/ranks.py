@@ -5,6 +5,7 @@ Works with no process group as well: then there is one rank.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,6 +44,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def _portable(error: Exception | None) -> Exception | None:
+    """The error, or where it cannot be pickled and read again one that says the same."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 def together(work: Callable[[], T], *errors: type[Exception]) -> list[T]:
     """`work()` of every rank, in rank order; if it raises one of `errors` on any rank, all ranks raise.
 
@@ -55,7 +64,7 @@ def together(work: Callable[[], T], *errors: type[Exception]) -> list[T]:
         result = work()
     except errors as error:
         own = error
-    outcomes = gather((result, own))
+    outcomes = gather((result, _portable(own)))
     if own is not None:
         raise own
     for _, error in outcomes:

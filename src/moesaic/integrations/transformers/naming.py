@@ -22,8 +22,10 @@ from transformers.core_model_loading import (
 from moesaic.integrations.transformers.lazy import LazyTensor
 
 
-def to_model_names(model: Any, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool = False) -> dict[str, LazyTensor]:
     """The whole state of ``model``, a model of transformers on whatever device, from tensors named as in files.
+
+    With ``cast`` each tensor is cast to the model's dtype before it is put together with others, as transformers does.
 
     Of tied parameters those are in the result that the files have, one at least.
 
@@ -34,7 +36,7 @@ def to_model_names(model: Any, tensors: Mapping[str, LazyTensor]) -> dict[str, L
         NotImplementedError: a conversion that cannot be done lazily, with its name.
     """
     wanted = model.state_dict()
-    state, unexpected = _converted(model, tensors, wanted)
+    state, unexpected = _converted(model, tensors, wanted, cast)
     # transformers leaves an old place of rotary frequencies and positions out for all models.
     buffers = [name for name, _ in model.named_buffers()]
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -51,9 +53,7 @@ def to_model_names(model: Any, tensors: Mapping[str, LazyTensor]) -> dict[str, L
     differing = [
         f"{name} is {list(tensor.shape)} {tensor.dtype} and not {list(wanted[name].shape)} {wanted[name].dtype}"
         for name, tensor in state.items()
-        if tensor.shape != wanted[name].shape
-        or tensor.dtype.itemsize < 2 <= wanted[name].dtype.itemsize
-        or tensor.dtype.is_floating_point != wanted[name].dtype.is_floating_point
+        if tensor.shape != wanted[name].shape or _is_of_another_kind(tensor, wanted[name])
     ]
     problems = {"missing": missing, "unexpected": unexpected, "different": differing}
     if any(problems.values()):
@@ -70,7 +70,7 @@ def twins(model: Any, name: str) -> set[str]:
 
 
 def _converted(
-    model: Any, tensors: Mapping[str, LazyTensor], wanted: dict[str, Any]
+    model: Any, tensors: Mapping[str, LazyTensor], wanted: dict[str, Any], cast: bool
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -93,7 +93,10 @@ def _converted(
             raise ValueError(
                 f"the files have '{target}' twice: {sorted([name, *groups[target].layer_targets[target]])}"
             )
-        groups[target].add_tensor(target, name, name if pattern is None else pattern, tensors[name])
+        tensor = tensors[name]
+        if cast and not _is_of_another_kind(tensor, wanted[target]):
+            tensor = tensor.to(wanted[target].dtype)
+        groups[target].add_tensor(target, name, name if pattern is None else pattern, tensor)
 
     state: dict[str, LazyTensor] = {}
     for target, group in groups.items():
@@ -108,6 +111,12 @@ def _converted(
         for name, tensor in found.items():
             state[name] = tensor[0] if isinstance(tensor, list) else tensor
     return {n: t for n, t in state.items() if n in wanted}, unexpected + [n for n in state if n not in wanted]
+
+
+def _is_of_another_kind(tensor: LazyTensor, wanted: Any) -> bool:
+    """Whether a cast would be no rounding: of quantized numbers, or from integers."""
+    is_quantized = tensor.dtype.itemsize < 2 <= wanted.dtype.itemsize
+    return is_quantized or tensor.dtype.is_floating_point != wanted.dtype.is_floating_point
 
 
 def _matches(patterns: Any, name: str) -> bool:
