@@ -19,10 +19,10 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-torch lint format bench clean
+.PHONY: help setup train test test-torch test-references lint format bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last: an interrupted or failed install leaves none, so the next call repairs it.
 # The build back end is installed first and used without isolation, so that its version is pinned as well.
@@ -51,6 +51,13 @@ test-torch: ## run the tests that depend on torch's version with TORCH=2.15.0 (a
 	@$(OTHER)/bin/python -c 'import torch; print("torch", torch.__version__)'
 	$(OTHER)/bin/python -m pytest -W default $(or $(ARGS),tests/ops tests/sharding)
 
+REFERENCES := .venv-references
+test-references: ## compare with Megatron-Core and torchtitan, in a venv of their own
+	test -x $(REFERENCES)/bin/python || $(PYTHON) -m venv $(REFERENCES)
+	$(REFERENCES)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(REFERENCES)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/references/megatron.txt -r tests/references/torchtitan.txt
+	$(REFERENCES)/bin/python -m pytest $(or $(ARGS),tests/references)
+
 lint: $(STAMP) ## style, format, types and import contracts; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,5 +73,5 @@ bench: $(STAMP) ## run every benchmark; each prints one table
 
 clean: ## delete .venv and every cache; runs/ stays
 	rm -rf csrc/CMake[CFI]* csrc/cmake_install.cmake csrc/build.ninja csrc/.[a-z]* src/moesaic/ops/*.so
-	rm -rf $(VENV) .venv-torch-* build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* $(REFERENCES) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; `moesaic prove ...`.
+"""The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; and others.
 
 Exit status: 0 done, also after a signal that was answered by saving; 1 training or a proof failed; 2 the call cannot
 work.
@@ -118,8 +118,27 @@ def _prove(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def _convert(arguments: Sequence[str]) -> int:
+    return _checkpoint_command("convert", arguments)
+
+
+def _upcycle(arguments: Sequence[str]) -> int:
+    return _checkpoint_command("upcycle", arguments)
+
+
+def _checkpoint_command(name: str, arguments: Sequence[str]) -> int:
+    try:
+        from moesaic.integrations.transformers import command
+    except ImportError as error:
+        print(f"moesaic {name}: {error}", file=sys.stderr)
+        return 2
+    return {"convert": command.run_convert, "upcycle": command.run_upcycle}[name](arguments)
+
+
 COMMANDS = {
+    "convert": Command("convert a checkpoint of transformers to this project's format, or back", _convert),
     "info": Command("say which versions and which kernels are here", _info),
     "prove": Command("prove the sharding rule of an operator on simulated ranks", _prove),
     "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
+    "upcycle": Command("make a mixture-of-experts checkpoint of a dense one", _upcycle),
 }

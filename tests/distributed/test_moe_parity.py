@@ -23,6 +23,7 @@ DIM, BATCH, STEPS = 16, 8, 3
 class Sizes(NamedTuple):
     experts: int
     hidden: int
+    biases: bool = True
 
 
 EVEN = Sizes(experts=8, hidden=12)
@@ -63,6 +64,8 @@ def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
         bias_update_speed=0.01,
         shared_hidden_dim=10,
         shared_gate=True,
+        logit_bias=not only_one,
+        expert_biases=sizes.biases and not only_one,
         weigh_inputs=only_one,
     )
     moe = moesaic.MoE(config)

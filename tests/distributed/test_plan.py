@@ -11,20 +11,27 @@ import moesaic
 from moesaic.parallel import Meshes, resolve_layout
 
 CONFIG = moesaic.MoEConfig(dim=8, hidden_dim=6, num_experts=4, top_k=2, shared_hidden_dim=4)
+BIASED = replace(CONFIG, expert_biases=True, logit_bias=True)
 FOUR = {"tp": 2, "ep": 2, "etp": 2}
 
 
-def make(way: str = "dtensor", layout: dict[str, int] = FOUR) -> tuple[moesaic.MoE, Meshes]:
+def make(way: str = "dtensor", config: moesaic.MoEConfig = CONFIG) -> tuple[moesaic.MoE, Meshes]:
     torch.manual_seed(0)
-    meshes = moesaic.build_meshes(**layout, device_type="cpu")
-    return moesaic.parallelize(moesaic.MoE(CONFIG), meshes, experts=way), meshes
+    meshes = moesaic.build_meshes(**FOUR, device_type="cpu")
+    moe = moesaic.MoE(config)
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return moesaic.parallelize(moe, meshes, experts=way), meshes
 
 
 def check_weights() -> None:
     torch.manual_seed(0)
-    plain = moesaic.MoE(CONFIG)
-    moe, _ = make()
+    plain = moesaic.MoE(BIASED)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    moe, _ = make(config=BIASED)
     placements = {"w1": (Shard(0), Shard(2)), "w3": (Shard(0), Shard(2)), "w2": (Shard(0), Shard(1))}
+    placements |= {"b1": (Shard(0), Shard(1)), "b3": (Shard(0), Shard(1)), "b2": (Shard(0), Replicate())}
     for name, expected in placements.items():
         weight = getattr(moe.experts, name)
         assert isinstance(weight, DTensor)
@@ -54,7 +61,7 @@ def test_parameters_are_those_of_rank_0(ranks):
 
 
 def run(way: str) -> list[torch.Tensor]:
-    moe, _ = make(way)
+    moe, _ = make(way, BIASED)
     torch.manual_seed(1 + torch.distributed.get_rank())
     x = torch.randn(7, 8, requires_grad=True)
     y = moe(x)
@@ -85,6 +92,8 @@ def check_dtensor_input() -> None:
 
     torch.manual_seed(0)
     plain = moesaic.MoE(CONFIG)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.3)
     x.requires_grad_()
     expected = plain(x)
     expected.square().sum().backward()
@@ -125,12 +134,17 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
     odd = moesaic.MoE(replace(CONFIG, num_experts=5, dim=9))
     with pytest.raises(ValueError, match=r"2 does not divide 5 experts, .* dim 9, which edp 4 .* one of \[1\]"):
         moesaic.parallelize(odd, fake_meshes(8, ep=2))
+    biased = moesaic.MoE(replace(CONFIG, num_experts=5, expert_biases=True))
+    with pytest.raises(ValueError, match=r"2 does not divide the 5 experts of 'MoE', whose biases .* or edp 1"):
+        moesaic.parallelize(biased, fake_meshes(8, ep=2))
     with pytest.raises(ValueError, match="no moesaic.MoE layer.*swap_moe"):
         moesaic.parallelize(nn.Linear(3, 3), fake_meshes(1))
     with pytest.raises(ValueError, match="tp > 1 knows .* not Sequential; use tp=1"):
         moesaic.parallelize(nn.Sequential(moe), fake_meshes(2, tp=2))
-    with pytest.raises(ValueError, match="'router.weight' is on the meta device"):
-        moesaic.parallelize(moesaic.MoE(CONFIG, device="meta"), fake_meshes(1))
+    half = moesaic.MoE(CONFIG)
+    half.router.to("meta")
+    with pytest.raises(ValueError, match="'router.weight' is on the meta device and others are not"):
+        moesaic.parallelize(half, fake_meshes(1))
     with pytest.raises(ValueError, match="experts: got 'tensor'; choose 'dtensor' or 'local'"):
         moesaic.parallelize(moe, fake_meshes(1), experts="tensor")
 

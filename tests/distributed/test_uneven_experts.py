@@ -28,7 +28,8 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_layout(ranks, world_size, layout):
-    ranks(check_layout, world_size, layout, 3, FIVE)
+    # FSDP would have to cut the biases unevenly over two axes.
+    ranks(check_layout, world_size, layout, 3, FIVE._replace(biases="dp_replicate" not in layout))
 
 
 def make(layout: dict[str, int], seed: int, num_experts: int) -> tuple[moesaic.MoE, moesaic.MoE, AdamW]:

@@ -81,8 +81,6 @@ def test_a_model_without_blocks_is_refused():
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no MoE block; known ones are"):
         swap_moe(model)
-    with pytest.raises(ValueError, match="on the meta device; materialise the model first"), torch.device("meta"):
-        swap_moe(make_model())
 
 
 def test_frozen_blocks_stay_frozen():

@@ -21,7 +21,7 @@ from tests.integrations.families import (
     token_ids,
 )
 
-SWAPPED = [family for family in FAMILIES if family not in ("gpt-oss", "Phi-MoE", "Nemotron-H")]
+SWAPPED = [family for family in FAMILIES if family not in ("Phi-MoE", "Nemotron-H")]
 each_family = pytest.mark.parametrize("family", SWAPPED)
 
 
@@ -201,8 +201,11 @@ def refusal(model: nn.Module, message: str, **arguments: object) -> None:
 
 
 def test_models_that_the_layer_cannot_stand_in_for():
-    for family, experts in (("gpt-oss", "GptOssExperts"), ("Phi-MoE", "PhimoeExperts")):
-        refusal(make_model(family), rf"{experts} of \w+ belong to no block .*register\(\) and experts_implementation=")
+    phi = make_model("Phi-MoE")
+    refusal(phi, r"PhimoeExperts of \w+ belong to no block .*register\(\) and experts_implementation=")
+    quantized = make_model("gpt-oss")
+    quantized.model.layers[1].mlp.experts = nn.Linear(3, 3)
+    refusal(quantized, r"'model.layers.1.mlp' .*: experts: Linear are not plain tensors; .*dequantize=True")
     refusal(make_model("Qwen3-MoE", mlp_only_layers=[0, 1]), "Qwen3MoeForCausalLM has no MoE block; known ones are")
 
 
@@ -219,6 +222,7 @@ def test_models_that_the_layer_cannot_stand_in_for():
         ("OLMoE", {"hidden_act": "mish"}, "hidden_act: Mish.* is no activation of moesaic.MoE"),
         ("Ernie-4.5-MoE", {"use_bias": True}, "no place for .*'shared_experts.down_proj.bias'"),
         ("Ernie-4.5-MoE", {"moe_norm_min": 0.1}, "moe_norm_min: 0.1 changes routing weights"),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_alpha, swiglu_limit: 1.702, 5.0; moesaic.MoE knows 1.702 and 7"),
         ("DeepSeek-V2", {"mlp_bias": True}, "no place for .*'shared_experts.down_proj.bias'"),
     ],
 )
@@ -226,10 +230,14 @@ def test_configurations_that_the_layer_does_not_have(family, changes, message):
     refusal(make_model(family, **changes), message)
 
 
-def test_states_in_which_a_model_cannot_be_swapped():
+def test_a_model_on_the_meta_device_stays_there():
     with torch.device("meta"):
-        model = make_model("Mixtral")
-    refusal(model, "'model.layers.0.mlp' .*: '.*' is on the meta device; materialise the model first")
+        model = swap_moe(make_model("DeepSeek-V3"))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert isinstance(model.model.layers[1].mlp, moesaic.MoE)
+
+
+def test_states_in_which_a_model_cannot_be_swapped():
     refusal(make_model("Mixtral"), "bias_update_speed: 0.1, but its router has no bias", bias_update_speed=0.1)
     model = make_model("DeepSeek-V3").double()
     model.model.layers[1].mlp.gate.e_score_correction_bias.fill_(1 / 3)
@@ -259,5 +267,5 @@ def _refuse_sharded() -> None:
     experts.w1 = shard(experts, "w1")
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is parallelized; export_pretrained\(\) writes it"):
         unswap_moe(model)
-    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; export_pretrained\(model, path\) gathers it"):
+    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; export_pretrained\(model, path\) writes it"):
         model.save_pretrained("never-written")

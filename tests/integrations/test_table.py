@@ -6,6 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic
 from moesaic.integrations.transformers import register, swap_moe
+from tests.distributed.test_families import PLANNED
+from tests.distributed.test_plan import fake_meshes
 from tests.integrations.families import FAMILIES, make_model, token_ids
 from tests.integrations.test_experts import SERVED
 from tests.integrations.test_swap import SWAPPED
@@ -14,9 +16,12 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
 # What stands in the table where a depth is not there.
 WHY_NOT = {
     ("Llama-4", 1): "its experts do not go through transformers' interface",
-    ("gpt-oss", 2): "expert biases, a clamped gate, a router bias",
     ("Phi-MoE", 2): "its router, SparseMixer, is random in training",
     ("Nemotron-H", 2): "un-gated experts",
+    ("Qwen3-Next", 3): "its linear attention needs tp 1",
+    ("MiniMax", 3): "its lightning attention needs tp 1",
+    ("Phi-MoE", 3): "no depth 2",
+    ("Nemotron-H", 3): "no depth 2",
 }
 
 
@@ -46,13 +51,29 @@ def runs_with_our_layers(family: str) -> bool:
     return any(isinstance(module, moesaic.MoE) for module in model.modules())
 
 
+def runs_with_tp(family: str) -> bool:
+    try:
+        moesaic.parallelize(swap_moe(make_model(family)), fake_meshes(2, tp=2))
+    except ValueError:
+        return False
+    return True
+
+
+TESTED = (
+    (1, SERVED, "results, gradients, routing"),
+    (2, SWAPPED, "also round trip, files"),
+    (3, list(PLANNED), "results, gradients, a step"),
+)
+
+
 def test_the_table_is_what_one_finds():
     assert [family for family in FAMILIES if runs_on_our_kernels(family)] == SERVED
     assert [family for family in FAMILIES if runs_with_our_layers(family)] == SWAPPED
+    assert [family for family in FAMILIES if runs_with_tp(family)] == list(PLANNED)
     rows = []
     for family, (stem, _) in FAMILIES.items():
         cells = []
-        for depth, tested, text in ((1, SERVED, "results, gradients, routing"), (2, SWAPPED, "also round trip, files")):
+        for depth, tested, text in TESTED:
             cells.append(text if family in tested else f"no: {WHY_NOT[family, depth]}")
         rows.append(f"| {family} | `{stem}ForCausalLM` | {' | '.join(cells)} |")
     assert "\n".join(rows) in DOCUMENT.read_text(), "\n".join(["the table should be:", *rows])

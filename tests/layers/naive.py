@@ -22,7 +22,7 @@ def moe(layer: moesaic.MoE, x: Tensor) -> Tensor:
     experts, shared = layer.experts, layer.shared
     outputs = []
     for token in x.reshape(-1, config.dim).unbind():
-        logits = layer.router.weight @ token
+        logits = layer.router.weight @ token + or_zero(layer.router.logit_bias)
         scores = logits.softmax(0) if config.score == "softmax" else logits.sigmoid()
         bias = [0.0] * config.num_experts if layer.router.bias is None else layer.router.bias.tolist()
         chosen = choose(config, scores.tolist(), bias)
@@ -32,13 +32,18 @@ def moe(layer: moesaic.MoE, x: Tensor) -> Tensor:
         y = torch.zeros_like(token)
         for weight, e in zip(weights * config.route_scale, chosen, strict=True):
             before, after = (weight, 1) if config.weigh_inputs else (1, weight)
-            hidden = gate(before * token @ experts.w1[e], before * token @ experts.w3[e])
-            y = y + after * (hidden @ experts.w2[e])
+            b1, b3, b2 = (or_zero(None if b is None else b[e]) for b in (experts.b1, experts.b3, experts.b2))
+            hidden = gate(before * token @ experts.w1[e] + b1, before * token @ experts.w3[e] + b3)
+            y = y + after * (hidden @ experts.w2[e] + b2)
         if shared is not None:
             weight = 1 if shared.gate is None else (shared.gate.weight @ token).sigmoid()
             y = y + weight * (shared.w2.weight @ gate(shared.w1.weight @ token, shared.w3.weight @ token))
         outputs.append(y)
     return torch.stack(outputs).reshape(x.shape) if outputs else x * 0
+
+
+def or_zero(bias: Tensor | None) -> Tensor | int:
+    return 0 if bias is None else bias
 
 
 def choose(config: moesaic.MoEConfig, scores: list[float], bias: list[float]) -> list[int]:

@@ -23,6 +23,7 @@ VARIANTS = {
     "groups": {"score": "sigmoid", "num_groups": 4, "top_groups": 2, "bias_update_speed": 0.01},
     "groups by their best": {"num_groups": 4, "top_groups": 2, "group_best": 1, "score_bias": True},
     "gated shared expert": {"shared_hidden_dim": 7, "shared_gate": True},
+    "biases": {"logit_bias": True, "expert_biases": True},
     "weighed inputs": {"weigh_inputs": True, "score": "sigmoid", "normalize_top_k": False},
 }
 

@@ -105,7 +105,10 @@ def test_only_the_first_rank_speaks(launched, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nonesuch"], "--model nonesuch: no such file, and this package has only qwen3-moe-small"),
+        (
+            ["--model", "nonesuch"],
+            "--model nonesuch: no such file or folder, and this package has only qwen3-moe-small",
+        ),
         (["--device", "nonesuch"], "--device nonesuch"),
         (["--device", "cpu:1"], "--device takes a type"),
         (["--data", "/no/such/place"], "--data /no/such/place: there is no such file or folder"),

@@ -104,7 +104,7 @@ def test_datasets(tmp_path, form, monkeypatch):
         path = tmp_path / "saved"
         (datasets.DatasetDict({"train": rows}) if "splits" in form else rows).save_to_disk(str(path))
     assert [document.text for document in documents(str(path), "body")] == texts
-    with pytest.raises(UserError, match=r"no column 'text'.*--text-column: body"):
+    with pytest.raises(UserError, match=r"no column 'messages', 'text', or .*--text-column: body"):
         documents(str(path))
 
 

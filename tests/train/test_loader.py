@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.train.errors import UserError
-from moesaic.train.loader import WindowLoader
+from moesaic.train.loader import BatchLoader, Windows
 
 
 @st.composite
@@ -24,7 +24,14 @@ def settings(draw):
 
 def _loader(values, **layout):
     values = dict(values)
-    return WindowLoader(values.pop("tokens"), **values, **layout)
+    return BatchLoader(Windows(values.pop("tokens"), values.pop("seq_len")), **values, **layout)
+
+
+def _windows(batch):
+    """Inputs and the last target."""
+    assert batch.positions is None
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    return torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
 
 
 def _divisor(data, number):
@@ -37,7 +44,7 @@ def test_the_ranks_together_have_the_global_batch(values, data):
     whole = _loader(values)
     parts = [_loader(values, dp_rank=rank, dp_size=size) for rank in range(size)]
     for _ in range(5):
-        assert torch.equal(torch.cat([part.next_batch() for part in parts]), whole.next_batch())
+        assert torch.equal(torch.cat([_windows(part.next_batch()) for part in parts]), _windows(whole.next_batch()))
 
 
 @given(settings(), st.data())
@@ -55,42 +62,42 @@ def test_an_interruption_changes_nothing_whatever_the_layouts(values, data):
     for part in second:
         part.load_state_dict(states[0])
     for _ in range(4):
-        assert torch.equal(torch.cat([part.next_batch() for part in second]), whole.next_batch())
+        assert torch.equal(torch.cat([_windows(part.next_batch()) for part in second]), _windows(whole.next_batch()))
 
 
 @given(settings())
 def test_an_epoch_has_every_window_once(values):
     loader = _loader(values | {"batch_size": 1})
-    rows = torch.cat([loader.next_batch() for _ in range(loader.windows)])
-    assert sorted(rows[:, 0].tolist()) == [window * loader.seq_len for window in range(loader.windows)]
+    rows = torch.cat([_windows(loader.next_batch()) for _ in range(len(loader.rows))])
+    assert sorted(rows[:, 0].tolist()) == [window * loader.rows.seq_len for window in range(len(loader.rows))]
     # Tokens are their own positions here, so a window is a run of them.
-    assert (rows == rows[:, :1] + torch.arange(loader.seq_len + 1)).all()
+    assert (rows == rows[:, :1] + torch.arange(loader.rows.seq_len + 1)).all()
 
 
 def test_epochs_and_seeds_differ():
     tokens = np.arange(401, dtype=np.uint16)
 
     def order(seed, epoch):
-        loader = WindowLoader(tokens, seq_len=4, batch_size=100, seed=seed)
-        batches = [loader.next_batch()[:, 0].tolist() for _ in range(epoch + 1)]
+        loader = BatchLoader(Windows(tokens, 4), batch_size=100, seed=seed)
+        batches = [loader.next_batch().inputs[:, 0].tolist() for _ in range(epoch + 1)]
         return tuple(batches[epoch])
 
     assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
 
 
 def test_the_order_is_this_one_on_every_machine():
-    loader = WindowLoader(np.arange(81, dtype=np.uint16), seq_len=8, batch_size=10, seed=7)
-    assert (loader.next_batch()[:, 0] // 8).tolist() == [4, 5, 9, 8, 1, 7, 6, 0, 2, 3]
+    loader = BatchLoader(Windows(np.arange(81, dtype=np.uint16), 8), batch_size=10, seed=7)
+    assert (loader.next_batch().inputs[:, 0] // 8).tolist() == [4, 5, 9, 8, 1, 7, 6, 0, 2, 3]
 
 
 def test_errors():
     tokens = np.arange(100, dtype=np.uint16)
     with pytest.raises(UserError, match="100 tokens, less than one window of 101"):
-        WindowLoader(tokens, seq_len=100, batch_size=1, seed=0)
+        Windows(tokens, 100)
     with pytest.raises(UserError, match="--batch-size 6 does not divide by 4 data parallel ranks; 8 would"):
-        WindowLoader(tokens, seq_len=10, batch_size=6, seed=0, dp_size=4)
-    state = WindowLoader(tokens, seq_len=10, batch_size=2, seed=0).state_dict()
-    for changes in ({"seed": 1}, {"seq_len": 20}):
-        other = WindowLoader(tokens, **{"seq_len": 10, "batch_size": 2, "seed": 0, **changes})
+        BatchLoader(Windows(tokens, 10), batch_size=6, seed=0, dp_size=4)
+    state = BatchLoader(Windows(tokens, 10), batch_size=2, seed=0).state_dict()
+    for seed, seq_len in ((1, 10), (0, 20)):
+        other = BatchLoader(Windows(tokens, seq_len), batch_size=2, seed=seed)
         with pytest.raises(UserError, match="cannot go on with the same data"):
             other.load_state_dict(state)

@@ -24,11 +24,19 @@ from moesaic.checkpoint.reader import SafeReader
 _log = logging.getLogger(__name__)
 
 
-def save(root: Path, step: int, state: dict[str, Any], info: dict[str, Any], *, keep: int = 2) -> Path:
+def save(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    info: dict[str, Any],
+    *,
+    keep: int = 2,
+    planner: dcp.SavePlanner | None = None,
+) -> Path:
     """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
 
-    `info` is JSON, rank 0's counts. `root` is on a file system that all ranks see. If anything fails, on whichever
-    rank, earlier checkpoints are as they were.
+    `info` is JSON, rank 0's counts. `planner` is for states that are not in memory. `root` is on a file system that all
+    ranks see. If anything fails, on whichever rank, earlier checkpoints are as they were.
     """
     final = root / folder.folder_name(step)
     work = final.with_name(final.name + ".tmp")
@@ -40,6 +48,7 @@ def save(root: Path, step: int, state: dict[str, Any], info: dict[str, Any], *, 
             dcp.save(
                 state,
                 storage_writer=dcp.FileSystemWriter(work, sync_files=True),
+                planner=planner,
                 no_dist=not ranks.active(),
             )
         described = ranks.together(lambda: _describe_own(work), OSError)
@@ -69,7 +78,7 @@ def load(root: Path, state: dict[str, Any]) -> Manifest:
             if ranks.rank() == 0:
                 _log.warning("%s; going on with the checkpoint before it", error)
             continue
-        _read(root / name, state)
+        read_into(root / name, state)
         return manifest
     raise CheckpointError("; ".join([f"there is no sound checkpoint in {root}", *problems]))
 
@@ -90,10 +99,11 @@ def verify(path: Path) -> Manifest:
     return ranks.together(own_part, CheckpointError)[ranks.rank()]
 
 
-def _read(path: Path, state: dict[str, Any]) -> None:
+def read_into(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Read a checkpoint that has been verified into the tensors of `state`, in place; `alone`: without other ranks."""
     try:
         with _one_process_is_meant():
-            dcp.load(state, storage_reader=SafeReader(path), no_dist=not ranks.active())
+            dcp.load(state, storage_reader=SafeReader(path), no_dist=alone or not ranks.active())
     except CheckpointException as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
 

@@ -30,6 +30,8 @@ class MoEConfig:
         z_loss_coef: coefficient of the router z-loss; 0 turns it off.
         bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out, or as it is.
         score_bias: have that bias even where nothing moves it.
+        logit_bias: a bias of the router's logits, a parameter (gpt-oss).
+        expert_biases: biases of the experts' three projections, parameters (gpt-oss).
         shared_hidden_dim: hidden dim of a dense expert that every token goes through; 0 for none.
         shared_gate: multiply the dense expert's result by ``sigmoid(x g)``, one number a token (Qwen2-MoE).
 
@@ -53,6 +55,8 @@ class MoEConfig:
     z_loss_coef: float = 0.0
     bias_update_speed: float = 0.0
     score_bias: bool = False
+    logit_bias: bool = False
+    expert_biases: bool = False
     shared_hidden_dim: int = 0
     shared_gate: bool = False
 

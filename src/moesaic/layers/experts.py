@@ -14,19 +14,30 @@ from moesaic.ops import Activation, experts_mlp
 
 
 class ExpertCompute(Protocol):
-    """What :class:`GroupedExperts` computes: tokens and weights to tokens, on tensors or DTensors."""
+    """What :class:`GroupedExperts` computes: tokens, weights and biases to tokens, on tensors or DTensors."""
 
     def __call__(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, **options: Any
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        b1: Tensor | None,
+        b3: Tensor | None,
+        b2: Tensor | None,
+        **options: Any,
     ) -> Tensor: ...
 
 
 class GroupedExperts(nn.Module):
     """E gated MLPs: ``z[t] = sum over k of topk_weights[t, k] * (act(x[t] w1[e]) * (x[t] w3[e])) w2[e]``.
 
-    ``e`` is ``topk_ids[t, k]``; see :func:`moesaic.experts_mlp`, which computes it. The weights may be DTensors, with
-    tokens in the blocked form to match: w1, w3 ``[Shard(0), Shard(2)]`` and w2 ``[Shard(0), Shard(1)]`` on an (ep, etp)
-    mesh with ``x``, ``topk_ids`` and ``topk_weights`` ``[Shard(0), Replicate]`` in ``ep`` blocks give a
+    ``e`` is ``topk_ids[t, k]``, and with biases it is ``x[t] w1[e] + b1[e]``, and so for the other two; see
+    :func:`moesaic.experts_mlp`, which computes it. The weights may be DTensors, with tokens in the blocked form
+    to match: w1, w3 ``[Shard(0), Shard(2)]`` and w2 ``[Shard(0), Shard(1)]`` on an (ep, etp) mesh with ``x``,
+    ``topk_ids`` and ``topk_weights`` ``[Shard(0), Replicate]`` in ``ep`` blocks give a
     ``[Shard(0), Partial]`` result without a collective, forward or backward. Neither E nor F has to divide.
 
     Wrapped on its own by FSDP with a ``MixedPrecisionPolicy`` of a half type, give that ``cast_forward_inputs=False``:
@@ -35,11 +46,13 @@ class GroupedExperts(nn.Module):
     Args:
         num_experts, dim, hidden_dim: E, D, F.
         activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GEGLU), or another of :func:`moesaic.experts_mlp`.
+        biases: whether there are any.
         impl: implementation of :func:`moesaic.experts_mlp`; None picks by device and dtype.
 
     Attributes:
         w1, w3: ``[E, D, F]``, gate and up projections.
         w2: ``[E, F, D]``, down projection.
+        b1, b3, b2: their biases, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None without.
         compute: what ``forward`` calls; a parallel plan may replace it.
         main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
             then get no ``.grad``: see :func:`moesaic.experts_mlp`. For weights that are plain tensors.
@@ -50,6 +63,10 @@ class GroupedExperts(nn.Module):
         torch.Size([5, 8])
     """
 
+    b1: nn.Parameter | None
+    b3: nn.Parameter | None
+    b2: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,
@@ -57,6 +74,7 @@ class GroupedExperts(nn.Module):
         hidden_dim: int,
         *,
         activation: Activation = "silu",
+        biases: bool = False,
         impl: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -67,12 +85,18 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
         self.main_grads: tuple[Tensor, Tensor, Tensor] | None = None
-        self.compute: ExpertCompute = partial(experts_mlp, activation=activation, impl=impl)
+        for name, dim_out in {"b1": hidden_dim, "b3": hidden_dim, "b2": dim}.items():
+            bias = torch.empty(num_experts, dim_out, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(bias) if biases else None)
+        self.compute: ExpertCompute = partial(_experts_mlp, activation, impl)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for weight in (self.w1, self.w3, self.w2):
             nn.init.normal_(weight, std=0.02)
+        for bias in (self.b1, self.b3, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(
         self,
@@ -82,8 +106,27 @@ class GroupedExperts(nn.Module):
     ) -> Float[Tensor, "*B T D"]:
         """Apply to each token its experts, and sum what they give by the weights."""
         options = {} if self.main_grads is None else {"main_grads": self.main_grads}
-        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2, **options)
+        biases = (self.b1, self.b3, self.b2)
+        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2, *biases, **options)
 
     def extra_repr(self) -> str:
         E, D, hidden = self.w1.shape
         return f"num_experts={E}, dim={D}, hidden_dim={hidden}"
+
+
+def _experts_mlp(
+    activation: Activation,
+    impl: str | None,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b3: Tensor | None,
+    b2: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    options = {"activation": activation, "b1": b1, "b3": b3, "b2": b2, "impl": impl} | options
+    return experts_mlp(x, topk_ids, topk_weights, w1, w3, w2, **options)

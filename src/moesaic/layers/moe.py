@@ -70,6 +70,7 @@ class MoE(nn.Module):
             config.dim,
             config.hidden_dim,
             activation=config.activation,
+            biases=config.expert_biases,
             impl=impl,
             device=device,
             dtype=dtype,

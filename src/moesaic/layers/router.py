@@ -26,8 +26,8 @@ class Routing(NamedTuple):
 class TopKRouter(nn.Module):
     """Scores every token against every expert and chooses the K best.
 
-    ``scores = softmax(x W^T)`` or ``sigmoid(x W^T)``, in fp32 whatever the dtype of ``x`` and under autocast too (fp64
-    stays fp64); ``ids = top-k of (scores + bias)``; ``weights = scores[ids]``, divided by their sum if
+    ``scores = softmax(x W^T + c)`` or ``sigmoid(x W^T + c)``, in fp32 whatever the dtype of ``x`` and under autocast
+    too (fp64 stays fp64); ``ids = top-k of (scores + bias)``; ``weights = scores[ids]``, divided by their sum if
     ``normalize_top_k``, times ``route_scale``. The bias balances load without an auxiliary loss (DeepSeek-V3,
     arXiv 2408.15664): it changes which experts are chosen, never the weights, and
     :func:`moesaic.layers.update_expert_bias` moves it.
@@ -38,6 +38,7 @@ class TopKRouter(nn.Module):
 
     Attributes:
         weight: ``[E, D]``.
+        logit_bias: ``c``, ``[E]``, or None.
         bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0 and ``score_bias`` is not set.
         load: ``[E]`` int64 buffer, tokens an expert since the last reset, of this process's own tokens.
         reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. The identity here;
@@ -49,10 +50,14 @@ class TopKRouter(nn.Module):
         torch.Size([10, 2])
     """
 
+    logit_bias: nn.Parameter | None
+
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.dim, device=device, dtype=dtype))
+        logit_bias = torch.empty(config.num_experts, device=device, dtype=dtype)
+        self.register_parameter("logit_bias", nn.Parameter(logit_bias) if config.logit_bias else None)
         has_bias = config.score_bias or config.bias_update_speed > 0
         bias = torch.zeros(config.num_experts, device=device) if has_bias else None
         self.register_buffer("bias", bias)
@@ -72,6 +77,8 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+        if self.logit_bias is not None:
+            nn.init.zeros_(self.logit_bias)
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
@@ -80,6 +87,8 @@ class TopKRouter(nn.Module):
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
+            if self.logit_bias is not None:
+                logits_TE = logits_TE + self.logit_bias.to(gate_dtype)
             scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
             ids_TK = self._choose(scores_TE.detach())
             weights_TK = scores_TE.gather(1, ids_TK)

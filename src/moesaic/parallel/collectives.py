@@ -34,6 +34,11 @@ def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGrou
     return x if group.size() == 1 else _ReduceScatterRows.apply(x, list(sizes), group)
 
 
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, on every rank. Gradient: the same, for every rank's gradient of it is a part of the whole."""
+    return x if group.size() == 1 else _SumOverRanks.apply(x, group)
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -73,6 +78,19 @@ class _ReduceScatterRows(torch.autograd.Function):
         return _gather(grads[0], ctx.sizes, ctx.group), None, None
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum(grads[0], ctx.group), None
+
+
 def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
@@ -88,3 +106,9 @@ def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     n, mine = group.size(), sizes[group.rank()]
     parts = _exchange(x, sizes, [mine] * n, group)
     return parts.view(n, mine, *x.shape[1:]).sum(0)
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total

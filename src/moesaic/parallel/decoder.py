@@ -1,17 +1,8 @@
 """Tensor and sequence parallelism for the dense parts of a decoder in the layout of Hugging Face transformers.
 
-Between layers every rank holds its shard of the sequence. Attention gathers the sequence, computes this rank's heads,
-and reduce-scatters the result; everything else works on the shard with replicated weights. Sequences of any length:
-shards may be uneven or empty.
-
-=====================================  ==============  =============================
-parameter                              on the tp axis  its gradient
-=====================================  ==============  =============================
-q, k, v projections                    ``Shard(0)``    the same
-output projection                      ``Shard(1)``    the same
-q and k norms                          Replicate       Partial: every rank's heads
-norms, embedding, head, router, shared Replicate       Partial: every rank's tokens
-=====================================  ==============  =============================
+Between layers every rank holds its shard of the sequence. Attention gathers the sequence, computes this rank's heads
+(:mod:`moesaic.parallel.attention`), and reduce-scatters the result; everything else works on the shard with replicated
+weights, whose gradients are Partial: every rank's tokens. Sequences of any length: shards may be uneven or empty.
 """
 
 from typing import Any
@@ -19,59 +10,73 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moesaic.layers import MoE
+from moesaic.parallel.attention import Part, check_heads, parts_of, shard_dims, split_by_heads
 from moesaic.parallel.collectives import all_gather_rows, reduce_scatter_rows
 from moesaic.parallel.mesh import sequence_slices
 
-_COLUMN = ("q_proj", "k_proj", "v_proj")
-_ROW = "o_proj"
+_ATTENTION = "self_attn"
 
 
 def find_decoder(model: nn.Module) -> nn.Module | None:
     """The backbone of a transformers causal language model, or None where ``model`` is something else."""
     backbone = getattr(model, "model", model)
     layers = getattr(backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not layers or not hasattr(layers[0], "self_attn"):
+    if not isinstance(layers, nn.ModuleList) or not any(hasattr(layer, _ATTENTION) for layer in layers):
         return None
     return backbone
 
 
 def decoder_layers(decoder: nn.Module) -> list[Any]:
-    """Its layers, each with a ``self_attn``."""
+    """Its layers."""
     return list(decoder.get_submodule("layers").children())
 
 
-def check_attention(decoder: nn.Module, tp: int) -> None:
-    """Raise ``ValueError`` unless every layer's heads can be split over ``tp`` ranks."""
+def check_decoder(decoder: nn.Module, tp: int) -> None:
+    """Raise ``ValueError`` unless the plan knows every module, and all heads can be split over ``tp`` ranks."""
+    for name, module in decoder.named_children():
+        if name != "layers":
+            _check_works_on_tokens(name, module)
     for i, layer in enumerate(decoder_layers(decoder)):
-        attention = getattr(layer, "self_attn", None)
-        if attention is None:
-            raise ValueError(f"tp: layer {i} ({type(layer).__name__}) has no self_attn to split; use tp=1")
-        missing = [name for name in (*_COLUMN, _ROW) if not isinstance(getattr(attention, name, None), nn.Linear)]
-        if missing:
-            raise ValueError(
-                f"tp: layer {i}'s attention ({type(attention).__name__}) has no linear {missing}; use tp=1"
-            )
-        if attention.o_proj.bias is not None:
-            raise ValueError(f"tp: layer {i}'s output projection has a bias, which tp > 1 does not support; use tp=1")
-        if not hasattr(attention, "head_dim"):
-            raise ValueError(f"tp: layer {i}'s attention ({type(attention).__name__}) does not say head_dim; use tp=1")
-        for name in _COLUMN:
-            heads = getattr(attention, name).out_features // attention.head_dim
-            if heads % tp:
-                legal = [n for n in range(1, heads + 1) if heads % n == 0]
-                raise ValueError(
-                    f"tp: {tp} does not divide the {heads} heads of layer {i}'s {name}; choose from {legal}"
-                )
+        for name, module in layer.named_children():
+            if name != _ATTENTION:
+                _check_works_on_tokens(f"layer {i}'s {name}", module)
+        if not hasattr(layer, _ATTENTION):
+            raise ValueError(f"tp: layer {i} ({type(layer).__name__}) has no {_ATTENTION} to split; use tp=1")
+        try:
+            check_heads(layer.self_attn, attention_parts(decoder, layer), tp)
+        except ValueError as error:
+            raise ValueError(f"tp: layer {i}'s attention: {error}; or use tp=1") from error
+
+
+def _check_works_on_tokens(where: str, module: nn.Module) -> None:
+    if not _works_on_tokens(module):
+        raise ValueError(
+            f"tp: {where} ({type(module).__name__}) is not known to the plan: it may need the whole sequence, of which "
+            "a rank has a shard; use tp=1"
+        )
+
+
+def _works_on_tokens(module: nn.Module) -> bool:
+    """One by one, so that it may be given any of them: norms, embeddings, experts, what is made of linear layers."""
+    if isinstance(module, MoE | nn.Linear | nn.Embedding):
+        return True
+    vectors_only = all(p.ndim == 1 for p in module.parameters(recurse=False))
+    return vectors_only and all(map(_works_on_tokens, module.children()))
+
+
+def attention_parts(decoder: nn.Module, layer: Any) -> list[Part]:
+    """The parts of a layer's attention, by transformers' plan and our own."""
+    prefix = f"layers.*.{_ATTENTION}."
+    plan: dict[str, str] = getattr(decoder, "_tp_plan", None) or {}
+    return parts_of(layer.self_attn, {n.removeprefix(prefix): s for n, s in plan.items() if n.startswith(prefix)})
 
 
 def attention_shard_dims(decoder: nn.Module) -> dict[nn.Parameter, int]:
     """Which dim of each attention parameter is sharded over tp; all others are replicated."""
     dims: dict[nn.Parameter, int] = {}
     for layer in decoder_layers(decoder):
-        for name in _COLUMN:
-            for parameter in getattr(layer.self_attn, name).parameters():
-                dims[parameter] = 0
-        dims[layer.self_attn.o_proj.weight] = 1
+        dims |= shard_dims(attention_parts(decoder, layer))
     return dims
 
 
@@ -81,13 +86,13 @@ def add_sequence_parallelism(decoder: nn.Module, tp_mesh: DeviceMesh) -> None:
     decoder_layers(decoder)[0].register_forward_pre_hook(tp.cut, with_kwargs=True)
     for layer in decoder_layers(decoder):
         layer.self_attn.register_forward_pre_hook(tp.gather, with_kwargs=True)
-        layer.self_attn.o_proj.register_forward_hook(tp.scatter)
+        split_by_heads(attention_parts(decoder, layer), tp.scatter, tp.group)
 
 
 class _SequenceAxis:
-    """Hooks that move hidden states ``[B, S, D]`` between whole sequences and this rank's shards of them.
+    """Moves hidden states ``[B, S, D]`` between whole sequences and this rank's shards of them.
 
-    They keep nothing between calls: with activation checkpointing an older forward may run again after a newer one.
+    Keeps nothing between calls: with activation checkpointing an older forward may run again after a newer one.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -107,9 +112,9 @@ class _SequenceAxis:
 
         return _replace_hidden_states(whole, args, kwargs)
 
-    def scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        sizes = self._sizes(output.shape[1])
-        return reduce_scatter_rows(output.transpose(0, 1), sizes, self.group).transpose(0, 1)
+    def scatter(self, hidden: Tensor) -> Tensor:
+        sizes = self._sizes(hidden.shape[1])
+        return reduce_scatter_rows(hidden.transpose(0, 1), sizes, self.group).transpose(0, 1)
 
     def _sizes(self, length: int) -> list[int]:
         return [s.stop - s.start for s in sequence_slices(length, self.group.size())]
@@ -120,18 +125,8 @@ def _sequence_length(kwargs: dict[str, Any]) -> int:
     embeddings = kwargs.get("position_embeddings")
     if embeddings is None:
         raise ValueError("tp > 1 needs attention to be given position_embeddings=, as transformers 5 does; use tp=1")
-    return embeddings[0].shape[1]
-
-
-def refuse_whole_sequence_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of a causal language model that mean the whole sequence, where a rank has a shard of it."""
-    for name in ("labels", "logits_to_keep", "past_key_values"):
-        value = kwargs.get(name)
-        if value is not None and not (isinstance(value, int) and value == 0):
-            raise ValueError(
-                f"{name}: with tp > 1 the logits are those of this rank's shard of the sequence; leave it out, and "
-                "take what you need of the logits at meshes.sequence_slice(S)"
-            )
+    # Cosines and sines, or complex numbers.
+    return (embeddings if isinstance(embeddings, Tensor) else embeddings[0]).shape[1]
 
 
 def _replace_hidden_states(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

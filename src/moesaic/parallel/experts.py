@@ -15,23 +15,36 @@ from torch.distributed.tensor.experimental import local_map
 
 from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.dispatch import MeshDispatcher
+from moesaic.parallel.down_bias import add_down_bias_apart, on_first_rank
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import COLUMN, RESULTS, ROW, ROW_GRADS, ROWS, WEIGHTS
+from moesaic.parallel.placements import RESULTS, ROW_GRADS, ROWS, WEIGHTS
 
 ExpertsWay = Literal["dtensor", "local"]
 
 
 def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
     """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
+    if not isinstance(moe.experts, GroupedExperts):
+        raise ValueError(
+            f"model: the experts of '{name}' are {type(moe.experts).__name__} and not GroupedExperts; if adapters wrap "
+            "them, merge those first (of peft: merge_and_unload())"
+        )
     if misfit := expert_misfit(moe.config.num_experts, moe.config.hidden_dim, moe.config.dim, layout):
         raise ValueError(f"{misfit.axis}: {misfit.problem}; for '{name}' choose one of {misfit.legal}")
+    if moe.config.expert_biases and layout.edp > 1 and moe.config.num_experts % layout.ep:
+        raise ValueError(
+            f"ep: {layout.ep} does not divide the {moe.config.num_experts} experts of '{name}', whose biases FSDP over "
+            f"edp {layout.edp} could then not cut; choose ep to divide them, or edp 1"
+        )
 
 
 def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
     """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
     for name, placements in WEIGHTS.items():
         weight = getattr(moe.experts, name)
+        if weight is None:
+            continue
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
         shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
@@ -39,14 +52,23 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
     moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
     if way == "local":
         _compute_on_local_tensors(moe.experts, mesh)
+    elif moe.config.expert_biases:
+        add_down_bias_apart(moe.experts, mesh)
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
+    compute: Any = experts.compute
+
+    def on_local(*operands: Any) -> Tensor:
+        *others, b2 = operands
+        return compute(*others, None if b2 is None else on_first_rank(b2, mesh))
+
+    weights = [None if getattr(experts, name) is None else placements for name, placements in WEIGHTS.items()]
     function: Any = local_map(
-        experts.compute,
+        on_local,
         out_placements=(RESULTS,),
-        in_placements=(ROWS, ROWS, ROWS, COLUMN, COLUMN, ROW),
-        in_grad_placements=(ROW_GRADS, ROWS, ROW_GRADS, COLUMN, COLUMN, ROW),
+        in_placements=(ROWS, ROWS, ROWS, *weights),
+        in_grad_placements=(ROW_GRADS, ROWS, ROW_GRADS, *weights),
         device_mesh=mesh,
     )
     experts.compute = function

@@ -12,16 +12,17 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
-    check_attention,
+    check_decoder,
     decoder_layers,
     find_decoder,
-    refuse_whole_sequence_arguments,
 )
 from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
+from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.meta import is_on_meta, materialize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,12 +47,17 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
       tokens; the result is placed alike;
     * a transformers causal language model: with its dp rank's whole ``input_ids [B, S]``, the same on every tp rank.
-      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``.
+      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``. With ``labels=``, its dp
+      rank's whole ``[B, S]`` too, the loss is this rank's part of the mean over the labels of all ranks that are not
+      -100: call backward on it; the sum of it over the ranks is the mean. ``num_items_in_batch=`` takes the place of
+      their number, as for several forward passes before a step.
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
-            Materialised, on the mesh's device; parameters and buffers are taken from the first rank.
+            On the mesh's device: parameters and buffers are taken from the first rank. Or with all its parameters on
+            the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them;
+            buffers that are not on the meta device stay as they are.
         meshes: from :func:`moesaic.build_meshes`.
         experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors inside ``local_map``, with less overhead. The numbers are the same.
@@ -73,12 +79,14 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     decoder = find_decoder(model)
     _check(model, moes, decoder is not None, meshes)
     if decoder is not None and meshes.tp_size > 1:
-        check_attention(decoder, meshes.tp_size)
+        check_decoder(decoder, meshes.tp_size)
     if meshes.dense is None or meshes.expert is None:
         return model
 
     all_ranks = meshes.all_ranks()
-    _take_from_first_rank(model, all_ranks)
+    is_empty = is_on_meta(model)
+    if not is_empty:
+        _take_from_first_rank(model, all_ranks)
     for moe in moes.values():
         distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, experts)
     if meshes.tp_size > 1:
@@ -86,21 +94,28 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
         if decoder is not None:
             add_sequence_parallelism(decoder, tp_mesh)
-            model.register_forward_pre_hook(refuse_whole_sequence_arguments, with_kwargs=True)
+    if is_language_model(model):
+        take_loss_over_all_ranks(model, meshes, all_ranks)
     if isinstance(model, MoE):
         _accept_dtensors(model)
     shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
+    if is_empty:
+        materialize(model, torch.device(meshes.dense.device_type))
     if meshes.dp_size == 1:
+        # On the parameters that stay: memory makes new ones.
         sum_partial_gradients(_dense_parameters(model))
     return model
 
 
 def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Meshes) -> None:
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise ValueError(f"model: parameter '{meta}' is on the meta device; materialise the model first")
+    if meta is not None and not is_on_meta(model):
+        raise ValueError(
+            f"model: parameter '{meta}' is on the meta device and others are not; materialise all of them, or none"
+        )
     device = None if meshes.dense is None else meshes.dense.device_type
-    elsewhere = next((name for name, p in model.named_parameters() if device not in (None, p.device.type)), None)
+    places = {name: p.device.type for name, p in model.named_parameters() if device is not None}
+    elsewhere = next((name for name, place in places.items() if place not in (device, "meta")), None)
     if elsewhere is not None:
         raise ValueError(
             f"model: parameter '{elsewhere}' is not on the meshes' device; call model.to('{device}') first"

@@ -1,8 +1,13 @@
-"""Model config files, as plain JSON: transformers is not needed to read one, or to see that a layout fits it."""
+"""What --model names: a shape to train from scratch, or a pretrained model.
+
+Configs are read as plain JSON: transformers is not needed for that, or to see that a layout fits.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,28 +17,58 @@ from moesaic.parallel.mesh import MeshLayout
 from moesaic.train.config import flag
 from moesaic.train.errors import UserError
 
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.gguf")
 
-def read_model_config(name: str) -> dict[str, Any]:
-    """The JSON of a model config: of this package by name, or a config.json, or the folder it is in."""
-    packaged = resources.files("moesaic.train").joinpath("configs")
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model config, and where the weights are if the model is pretrained."""
+
+    values: dict[str, Any]
+    """Of its config.json."""
+    weights: str | None
+    """A folder, or a name on the hub; None for a new model."""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether there are weights to begin with."""
+        return self.weights is not None
+
+    @property
+    def text_values(self) -> dict[str, Any]:
+        """Of the language model, where it is a part of the whole."""
+        return self.values.get("text_config") or self.values
+
+
+def find_model(name: str) -> ModelSource:
+    """What `--model name` means: a config of this package, a config.json, a folder, or a name on the hub.
+
+    A folder with safetensors beside its config.json is a pretrained model, one without is a shape. Raises `UserError`
+    if it is neither, or one that cannot be trained.
+    """
     path = Path(name).expanduser()
+    packaged = resources.files("moesaic.train").joinpath("configs")
     if path.is_dir():
-        path = path / "config.json"
-    try:
-        if path.is_file():
-            text = path.read_text()
-        elif (file := packaged.joinpath(f"{name}.json")).is_file():
-            text = file.read_text()
-        else:
-            names = sorted(file.name.removesuffix(".json") for file in packaged.iterdir())
-            raise UserError(f"--model {name}: no such file, and this package has only {', '.join(names)}")
-        values = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: cannot read {path}: {error}") from error
-    missing = [key for key in ("model_type", "vocab_size") if key not in values]
-    if not isinstance(values, dict) or missing:
+        found = ModelSource(_read(name, path / "config.json"), str(path) if _has_weights(name, path) else None)
+    elif path.is_file():
+        found = ModelSource(_read(name, path), None)
+    elif (file := packaged.joinpath(f"{name}.json")).is_file():
+        found = ModelSource(_parse(name, file.read_text()), None)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        found = ModelSource(_read(name, _from_hub(name)), name)
+    else:
+        names = sorted(file.name.removesuffix(".json") for file in packaged.iterdir())
+        raise UserError(f"--model {name}: no such file or folder, and this package has only {', '.join(names)}")
+    missing = [key for key in ("model_type", "vocab_size") if key not in found.values | found.text_values]
+    if missing:
         raise UserError(f"--model {name} is not a model config: it has no {' and no '.join(missing)}")
-    return values
+    if found.pretrained and (quantized := found.values.get("quantization_config")):
+        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"--model {name}: its weights are quantized ({kind}), which cannot be trained; give a bf16 or fp32 version"
+        )
+    return found
 
 
 def check_fits(values: dict[str, Any], layout: MeshLayout) -> None:
@@ -51,3 +86,40 @@ def check_fits(values: dict[str, Any], layout: MeshLayout) -> None:
     if experts and hidden_dim and dim and (misfit := expert_misfit(experts, hidden_dim, dim, layout)):
         legal = ", ".join(map(str, misfit.legal))
         raise UserError(f"{flag(misfit.axis)}: {misfit.problem}; what fits: {legal}")
+
+
+def _has_weights(name: str, folder: Path) -> bool:
+    if any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        return True
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
+    if others:
+        raise UserError(
+            f"--model {name}: its weights ({others[0]}) are not safetensors; load them with transformers and write "
+            "them with save_pretrained. To train a new model of this shape give its config.json"
+        )
+    return False
+
+
+def _from_hub(name: str) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(str(cached_file(name, "config.json")))
+    except Exception as error:
+        raise UserError(
+            f"--model {name}: there is no such folder, and it cannot be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read(name: str, path: Path) -> dict[str, Any]:
+    try:
+        return _parse(name, path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: cannot read {path}: {error}") from error
+
+
+def _parse(name: str, text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise UserError(f"--model {name} is not a model config: it is no JSON object")
+    return values

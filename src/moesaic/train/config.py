@@ -25,21 +25,35 @@ class TrainConfig:
 
     # --- text ---
     data: str = "stdlib"
-    """Text to learn from: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the
-    name or path of a dataset of the `datasets` library."""
-    text_column: str = "text"
-    """The column that holds the text, if the data is a dataset."""
+    """What to learn from: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the name or
+    path of a dataset of the `datasets` library. Rows, of .jsonl for one, hold text or conversations: a column
+    'messages', or 'prompt' and 'completion'."""
+    text_column: str | None = None
+    """The column that holds the text. By default 'text', if the rows are no conversations."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """What of a conversation is learned: all that the assistant says, its last message, or every token."""
+    packing: bool = True
+    """Put several conversations in a row of seq_len tokens, where none sees another. Without it each is padded."""
     tokenizer: str | None = None
-    """A transformers tokenizer (folder or name). Without it a byte-level BPE with as many tokens as the model
-    config's vocab_size is trained on the text, and cached."""
+    """A transformers tokenizer (folder or name). By default that of a pretrained --model; else a byte-level BPE with as
+    many tokens as the model config's vocab_size is trained on the text, and cached."""
 
     # --- model ---
     model: str = "qwen3-moe-small"
-    """Shape of the model: a config of this package, or a config.json of Hugging Face (or the folder it is in)."""
+    """A pretrained model of Hugging Face, a folder with weights or a name on the hub, to fine-tune. Or the shape of a
+    new one: a config of this package, a config.json, or a folder with that and no weights."""
     experts: Literal["dtensor", "local"] = "dtensor"
     """How experts meet their rows: operators on DTensors, or on local tensors. The same numbers either way."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes under autocast. Weights and optimizer state stay in fp32."""
+    """bf16 computes under autocast. Weights and optimizer state are fp32 whatever a pretrained model's files have."""
+
+    # --- low-rank adapters, of a pretrained model on one process ---
+    lora_rank: int = 0
+    """Rank of adapters (LoRA, by the peft library), which are trained in place of the weights. 0: none."""
+    lora_alpha: float | None = None
+    """Their product is scaled by lora_alpha / lora_rank. By default by 2."""
+    lora_on: Literal["all", "attention", "experts"] = "all"
+    """What gets adapters: the projections of attention, the experts, or both."""
 
     # --- layout: tp * dp_shard * dp_replicate must equal the number of processes, and ep * etp must fit in it ---
     tp: int = 1
@@ -62,22 +76,23 @@ class TrainConfig:
     """Sequences in a step, over all ranks. Must divide by the number of data parallel ranks."""
     seq_len: int = 128
     """Tokens in a sequence."""
-    lr: float = 3e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate. By default 3e-3 for a new model, 1e-5 for a pretrained one and 1e-4 for adapters."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Learning rate after warm-up: a cosine, or stable and then (from 80 % on) linear decay."""
     warmup_steps: int = 20
     """Steps in which the learning rate rises from zero."""
     min_lr_ratio: float = 0.1
     """Last learning rate, as a part of the peak."""
-    weight_decay: float = 0.1
-    """AdamW weight decay, of matrices only."""
+    weight_decay: float | None = None
+    """AdamW weight decay, of matrices only. By default 0.1 for a new model and 0 for a pretrained one."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two decay rates."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
-    aux_loss_coef: float = 0.05
-    """Weight of the load-balancing loss."""
+    aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss. By default 0.05 for a new model; for a pretrained one its config's
+    router_aux_loss_coef, or 0."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
     seed: int = 0
@@ -100,11 +115,13 @@ class TrainConfig:
     tensorboard: bool = True
     """Also write TensorBoard events, if the tensorboard package is there."""
     eval_every: int = 0
-    """Steps between measurements of held-out bits per byte; there is always one at the end."""
+    """Steps between measurements on held-out text; there is always one at the end, and one before a pretrained
+    model's first step."""
     eval_bytes: int = 131_072
-    """How much of the held-out text is measured."""
-    prompt: str = "def main("
-    """Text that the trained model continues at the end."""
+    """How much of the held-out text is measured, or of the held-out conversations as JSON."""
+    prompt: str | None = None
+    """Text that the trained model continues at the end, or what the user says in a conversation. By default
+    'def main(', or a held-out conversation up to its last answer."""
     sample_tokens: int = 120
     """How many tokens of it."""
 
@@ -114,7 +131,7 @@ def check(config: TrainConfig) -> None:
     at_least = {
         1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes"),
         2: ("seq_len",),
-        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed"),
+        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank"),
     }
     for least, names in at_least.items():
         for name in names:
@@ -122,15 +139,27 @@ def check(config: TrainConfig) -> None:
                 raise UserError(f"{flag(name)} must be at least {least}, not {getattr(config, name)}")
     if config.dp_shard is not None and config.dp_shard < 1:
         raise UserError(f"--dp-shard must be at least 1, not {config.dp_shard}")
-    for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef"):
-        if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
-            raise UserError(f"{flag(name)} must be a number from 0 on, not {getattr(config, name)}")
+    for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef", "lora_alpha"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{flag(name)} must be a number from 0 on, not {value}")
     if config.lr == 0:
         raise UserError("--lr must be more than 0")
     if not 0 <= config.min_lr_ratio <= 1:
         raise UserError(f"--min-lr-ratio must be between 0 and 1, not {config.min_lr_ratio}")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"--betas must be at least 0 and less than 1, not {config.betas}")
+
+
+def with_defaults(config: TrainConfig, *, pretrained: bool, aux_loss_coef: float) -> TrainConfig:
+    """The config with the values that depend on whether a model is new; `aux_loss_coef` is a pretrained model's own."""
+    defaults = {
+        "lr": 1e-4 if config.lora_rank else 1e-5 if pretrained else 3e-3,
+        "weight_decay": 0.0 if pretrained else 0.1,
+        "aux_loss_coef": aux_loss_coef if pretrained else 0.05,
+    }
+    missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
 
 
 def flag(name: str) -> str:

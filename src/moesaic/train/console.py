@@ -50,6 +50,7 @@ def describe(values: Mapping[str, float]) -> str:
         "dead_experts": "dead {:.0f}",
         "memory_gib": "mem {:.2f} GiB",
         "bits_per_byte": "held-out {:.3f} bits/byte",
+        "held_out_loss": "held-out loss {:.4f}",
     }
     return "  ".join(text.format(values[name]) for name, text in form.items() if name in values)
 

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of the sharded model, all ranks together, and how that is cut out of the text.
+"""What the sharded model makes of held-out text, all ranks together: bits per byte, or the loss of conversations.
 
 Legend: N windows, S positions, s positions of this rank's sequence shard, V vocabulary.
 """
@@ -19,24 +19,35 @@ from torch import Tensor, nn
 from moesaic.checkpoint import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.corpus import Document
-from moesaic.train.step import autocast
+from moesaic.train.loader import IGNORED, Batch, Rows, collate
+from moesaic.train.step import autocast, evaluating, forward, sum_of_losses
 from moesaic.train.tokenizer import encode
 
-_IGNORED = -100
 # Of a long document only the beginning counts, so that the measured text is of many kinds.
 _DOCUMENT_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A part of the held-out text, as text and as windows of tokens. Every token of the text is a target once."""
+    """Rows of tokens and, as targets, what comes next; -100 where that is not measured."""
 
-    texts: list[str]
-    num_bytes: int
     inputs: Tensor
     """`[N, S]`"""
     targets: Tensor
-    """`[N, S]`; the ends of documents, which are not text, and padding are not targets."""
+    """`[N, S]`"""
+    positions: Tensor | None = None
+    """`[N, S]`, of each token in its conversation, where several share a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText(HeldOut):
+    """A part of the held-out text, as text and as windows of tokens. Every token of the text is a target once.
+
+    The ends of documents, which are not text, and padding are not targets.
+    """
+
+    texts: list[str]
+    num_bytes: int
 
 
 def choose_texts(documents: Sequence[Document], max_bytes: int) -> list[str]:
@@ -51,7 +62,7 @@ def choose_texts(documents: Sequence[Document], max_bytes: int) -> list[str]:
     return texts
 
 
-def cut_windows(texts: list[str], tokenizer: Any, seq_len: int) -> HeldOut:
+def cut_windows(texts: list[str], tokenizer: Any, seq_len: int) -> HeldOutText:
     """Windows over `texts`, each text after an end-of-text token. Windows do not overlap."""
     end = tokenizer.eos_token_id
     tokens = [end]
@@ -63,35 +74,52 @@ def cut_windows(texts: list[str], tokenizer: Any, seq_len: int) -> HeldOut:
     inputs = torch.from_numpy(padded[:-1]).view(count, seq_len)
     targets = torch.from_numpy(padded[1:]).view(count, seq_len)
     num_bytes = sum(len(text.encode()) for text in texts)
-    return HeldOut(texts, num_bytes, inputs, targets.masked_fill(targets == end, _IGNORED))
+    targets = targets.masked_fill(targets == end, IGNORED)
+    return HeldOutText(inputs, targets, texts=texts, num_bytes=num_bytes)
 
 
-@torch.no_grad()
-def bits_per_byte(
+def take_rows(rows: Rows) -> HeldOut:
+    """All of the rows."""
+    batch = collate([rows.row(index) for index in range(len(rows))], 0)
+    return HeldOut(batch.inputs, batch.targets, batch.positions)
+
+
+def bits_per_byte(model: nn.Module, held_out: HeldOutText, **options: Any) -> float:
+    """The model's bits per byte of the held-out text: minus log2 of its probability, over its size. Collective.
+
+    Options are those of `nats`.
+    """
+    return nats(model, held_out, **options) / log(2) / held_out.num_bytes
+
+
+def mean_loss(model: nn.Module, held_out: HeldOut, **options: Any) -> float:
+    """The model's loss of a held-out target, in nats, as in training. Collective. Options are those of `nats`."""
+    return nats(model, held_out, **options) / int((held_out.targets != IGNORED).sum())
+
+
+def nats(
     model: nn.Module, held_out: HeldOut, *, meshes: Meshes, batch_size: int, device: torch.device, dtype: str
 ) -> float:
-    """The model's bits per byte of the held-out text: minus log2 of its probability, over its size. Collective.
+    """Minus the logarithm of the probability the model gives to all targets. Collective.
 
     `batch_size` is over all ranks. The model is left in the mode, training or not, that it was in.
     """
-    training = model.training
-    model.eval()
     size = batch_size // meshes.dp_size
     # The last batch may be short, but every rank has to take part in every forward.
     missing = -len(held_out.inputs) % batch_size
     inputs_NS = F.pad(held_out.inputs, (0, 0, 0, missing))
-    targets_NS = F.pad(held_out.targets, (0, 0, 0, missing), value=_IGNORED)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(meshes.dp_rank * size, len(inputs_NS), batch_size):
-        inputs_BS = inputs_NS[start : start + size].to(device)
-        targets_BS = targets_NS[start : start + size].to(device)
-        with autocast(device, dtype):
-            logits_BsV = model(input_ids=inputs_BS, use_cache=False).logits
-        targets_Bs = targets_BS[:, meshes.sequence_slice(targets_BS.shape[1])]
-        nats += F.cross_entropy(
-            logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), ignore_index=_IGNORED, reduction="sum"
-        )
+    targets_NS = F.pad(held_out.targets, (0, 0, 0, missing), value=IGNORED)
+    positions_NS = None if held_out.positions is None else F.pad(held_out.positions, (0, 0, 0, missing))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(model):
+        for start in range(meshes.dp_rank * size, len(inputs_NS), batch_size):
+            own = slice(start, start + size)
+            positions_BS = None if positions_NS is None else positions_NS[own]
+            batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0).to(device)
+            with autocast(device, dtype):
+                logits_BsV = forward(model, batch)
+            targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+            total += sum_of_losses(logits_BsV, targets_Bs)
     if ranks.active():
-        dist.all_reduce(nats)
-    model.train(training)
-    return nats.item() / log(2) / held_out.num_bytes
+        dist.all_reduce(total)
+    return total.item()

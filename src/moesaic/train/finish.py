@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from moesaic.checkpoint import ranks
 from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
+from moesaic.train.model import quiet
+from moesaic.train.step import evaluating
 
 # Of the largest logit. Sums in another order differ by parts in a million; a wrong weight by far more.
 _TOLERANCE = 1e-3
@@ -23,23 +22,23 @@ _TOLERANCE = 1e-3
 
 def export(model: Any, folder: Path, tokenizer: Any) -> None:
     """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective."""
-    with _quiet():
+    with quiet():
         export_pretrained(model, folder, tokenizer=tokenizer)
 
 
-@torch.no_grad()
 def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes) -> float:
     """The largest difference of logits between the sharded model and the exported one, relative to the largest logit.
 
     `tokens [B, S]` are the same on all ranks; so is the result. Only rank 0 has `exported`, and it compares its own
     part of the sequence. Collective. Raises `TrainingError` if the two are not the same model.
     """
-    model.eval()
-    own = model(input_ids=tokens, use_cache=False).logits
+    with evaluating(model):
+        own: Any = model(input_ids=tokens, use_cache=False).logits
     difference = 0.0
     if exported is not None:
         part = meshes.sequence_slice(tokens.shape[1])
-        theirs = exported(input_ids=tokens.cpu()).logits[:, part]
+        with torch.no_grad():
+            theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())
     difference = ranks.gather(difference)[0]
     if not difference <= _TOLERANCE:
@@ -51,7 +50,7 @@ def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Te
 
 def load_exported(folder: Path) -> nn.Module:
     """The exported model as plain transformers loads it, on the CPU in fp32."""
-    with _quiet():
+    with quiet():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -60,7 +59,7 @@ def sample(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, seed
     """`prompt` and what the model makes of it: nucleus sampling, the same for the same seed."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     inputs = torch.tensor([ids])
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         found = model.generate(
             inputs,
@@ -72,16 +71,3 @@ def sample(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, seed
             pad_token_id=tokenizer.eos_token_id,
         )
     return prompt + tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and advice of transformers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

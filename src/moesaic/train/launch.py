@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 from moesaic.parallel.mesh import resolve_layout
-from moesaic.train.architecture import check_fits, read_model_config
+from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.folder import check_free
+from moesaic.train.lora import check_adapters
 from moesaic.train.runtime import launched_world_size
 
 
@@ -30,7 +31,11 @@ def check_launch(config: TrainConfig) -> None:
         raise UserError(str(error)) from error
     if config.out is not None and not config.resume:
         check_free(config.out)
-    check_fits(read_model_config(config.model), layout)
+    source = find_model(config.model)
+    check_adapters(config, source, launched_world_size())
+    if not source.pretrained:
+        # Of pretrained models the keys differ, and the plan looks at the model itself before it loads weights.
+        check_fits(source.values, layout)
     dp_size = layout.dp_replicate * layout.dp_shard
     if config.batch_size % dp_size:
         near = max(1, round(config.batch_size / dp_size)) * dp_size

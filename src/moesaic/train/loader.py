@@ -1,14 +1,14 @@
-"""Batches of fixed windows over a token array, in an order that depends on the seed alone.
+"""Batches of rows of equal length, in an order that depends on the seed alone.
 
-Sample `n` of a run is window `permutation(seed, n // windows)[n % windows]`. A step takes the next `batch_size`
-samples, and each data-parallel rank its own equal part of them; so the state is one number, and it means the same on
-any layout.
+Sample `n` of a run is row `permutation(seed, n // rows)[n % rows]`. A step takes the next `batch_size` samples, and
+each data-parallel rank its own equal part of them; so the state is one number, and it means the same on any layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,29 +16,91 @@ from torch import Tensor
 
 from moesaic.train.errors import UserError
 
+# What a target is where nothing is learned.
+IGNORED = -100
 
-class WindowLoader:
-    """Endless batches `[batch_size / dp_size, seq_len + 1]` of int64 tokens: inputs and, one further, targets.
 
-    Windows overlap by one token, so that every token but the first is a target once an epoch; tokens past the last
-    whole window are left out. Raises `UserError` if the text is shorter than a window or the ranks do not divide the
-    batch.
+@dataclass(frozen=True)
+class Batch:
+    """A rank's rows, `[B, S]` each."""
+
+    inputs: Tensor
+    targets: Tensor
+    """What comes next; -100 where that is not learned."""
+    positions: Tensor | None
+    """Of each token in its conversation, where several share a row."""
+    num_targets: int
+    """Of all ranks together."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device), positions=positions)
+
+
+class Row(NamedTuple):
+    """`[seq_len]` each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray | None
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What a loader takes its batches from."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """A row."""
+        ...
+
+    def num_targets(self, index: int) -> int:
+        """How many targets a row has."""
+        ...
+
+
+class Windows:
+    """Fixed windows over a token array, and as targets the same one further.
+
+    Every token but the first is a target once an epoch; tokens past the last whole window are left out. Raises
+    `UserError` if the text is shorter than a window.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, dp_rank: int = 0, dp_size: int = 1
-    ):
-        self.windows = (len(tokens) - 1) // seq_len
-        if self.windows < 1:
+    def __init__(self, tokens: np.ndarray, seq_len: int):
+        self.seq_len = seq_len
+        self._tokens = tokens
+        if len(self) < 1:
             raise UserError(
                 f"the training text has {len(tokens)} tokens, less than one window of {seq_len + 1}: give it more text "
                 "or a smaller --seq-len"
             )
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self.seq_len
+
+    def row(self, index: int) -> Row:
+        """Window `index`."""
+        start = index * self.seq_len
+        window = self._tokens[start : start + self.seq_len + 1].astype(np.int64)
+        return Row(window[:-1], window[1:], None)
+
+    def num_targets(self, index: int) -> int:
+        """All of them."""
+        return self.seq_len
+
+
+class BatchLoader:
+    """Endless batches of `batch_size / dp_size` rows. Raises `UserError` if the ranks do not divide the batch."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int, dp_rank: int = 0, dp_size: int = 1):
         if batch_size % dp_size:
             near = max(1, round(batch_size / dp_size)) * dp_size
             raise UserError(f"--batch-size {batch_size} does not divide by {dp_size} data parallel ranks; {near} would")
-        self.tokens = tokens
-        self.seq_len = seq_len
+        self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
         self.dp_rank = dp_rank
@@ -47,33 +109,44 @@ class WindowLoader:
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Batch:
         """This rank's part of the next batch."""
-        size = self.batch_size // self.dp_size
-        first = self.sample + self.dp_rank * size
+        indices = [self._index(sample) for sample in range(self.sample, self.sample + self.batch_size)]
         self.sample += self.batch_size
-        starts = [self._window(index) * self.seq_len for index in range(first, first + size)]
-        rows = np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts])
-        return torch.from_numpy(rows.astype(np.int64))
+        size = self.batch_size // self.dp_size
+        own = indices[self.dp_rank * size : (self.dp_rank + 1) * size]
+        return collate([self.rows.row(index) for index in own], sum(map(self.rows.num_targets, indices)))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is in its data, as JSON values; the same on every rank and every layout."""
-        return {"sample": self.sample, "seed": self.seed, "seq_len": self.seq_len, "windows": self.windows}
+        return {"sample": self.sample, **self._fixed()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises `UserError` if that was with other windows or another order."""
-        for name in ("seed", "seq_len", "windows"):
-            if state[name] != getattr(self, name):
-                raise UserError(
-                    f"cannot go on with the same data: {name} was {state[name]} and now is {getattr(self, name)}"
-                )
+        """Go on where `state_dict` was taken. Raises `UserError` if that was with other rows or another order."""
+        for name, value in self._fixed().items():
+            if state[name] != value:
+                raise UserError(f"cannot go on with the same data: {name} was {state[name]} and now is {value}")
         self.sample = state["sample"]
 
-    def _window(self, sample: int) -> int:
-        epoch, position = divmod(sample, self.windows)
+    def _fixed(self) -> dict[str, int]:
+        return {"seed": self.seed, "seq_len": self.rows.seq_len, "windows": len(self.rows)}
+
+    def _index(self, sample: int) -> int:
+        epoch, position = divmod(sample, len(self.rows))
         if epoch != self._epoch:
             # RandomState is numpy's frozen generator: its streams are the same in every version.
             bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
-            self._order = np.random.RandomState(bits).permutation(self.windows)
+            self._order = np.random.RandomState(bits).permutation(len(self.rows))
             self._epoch = epoch
         return int(self._order[position])
+
+
+def collate(rows: list[Row], num_targets: int) -> Batch:
+    """Rows as tensors."""
+    inputs, targets, positions = zip(*rows, strict=True)
+    return Batch(
+        torch.from_numpy(np.stack(inputs)),
+        torch.from_numpy(np.stack(targets)),
+        None if positions[0] is None else torch.from_numpy(np.stack(positions)),
+        num_targets,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,19 @@ import torch.distributed as dist
 
 from moesaic.checkpoint import CheckpointError, latest, ranks
 from moesaic.layers import expert_load, reset_expert_load
-from moesaic.train import baselines, evaluate, finish
+from moesaic.train import finish
 from moesaic.train import folder as run_folder
 from moesaic.train import run as runs
 from moesaic.train.config import TrainConfig
-from moesaic.train.console import Screen, open_screen
+from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError
-from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter
+from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
+from moesaic.train.prepared import PreparedText
 from moesaic.train.run import Run
 from moesaic.train.runtime import peak_memory, started
 from moesaic.train.schedule import learning_rate
+from moesaic.train.scores import Scores, scores_of
 from moesaic.train.signals import StopRequest
 from moesaic.train.step import StepResult, train_step
 
@@ -36,24 +38,26 @@ def train(config: TrainConfig) -> None:
     with started(config.device) as runtime:
         screen = open_screen(runtime.leader)
         run = runs.set_up(config, runtime, screen.message)
-        held_out = evaluate.cut_windows(
-            evaluate.choose_texts(run.text.held_out(), config.eval_bytes), run.text.tokenizer(), config.seq_len
-        )
+        scores = scores_of(run)
         screen.message(_introduce(run))
         try:
-            finished = fit(run, screen, lambda: _measure(run, held_out))
+            finished = fit(run, screen, lambda: {scores.name: scores.measure()})
         finally:
             run.guard.close()
         if finished:
-            _finish(run, held_out, screen)
+            _finish(run, scores, screen)
 
 
-def fit(run: Run, screen: Screen, measure: Callable[[], float] = lambda: 0.0) -> bool:
+def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:
     """Train until the last step and save, and say whether it came to that; a signal makes it save and stop before."""
     config = run.config
     if run.step >= config.steps:
         return True
     writers = _open_writers(run, screen)
+    if run.step == 0 and run.source.pretrained and (values := measure()):
+        screen.message(f"before fine-tuning: {describe(values)}")
+        for writer in writers:
+            writer.log(values, 0)
     screen.start(run.step, config.steps)
     run.model.train()
     stopped = False
@@ -70,7 +74,7 @@ def fit(run: Run, screen: Screen, measure: Callable[[], float] = lambda: 0.0) ->
                     values = _metrics(run, result, seconds)
                 reset_expert_load(run.model)
                 if config.eval_every and run.step % config.eval_every == 0:
-                    values = (values or {}) | {"bits_per_byte": measure()}
+                    values = (values or {}) | dict(measure())
                 if values is not None:
                     for writer in writers:
                         writer.log(values, run.step)
@@ -115,7 +119,6 @@ def _one_step(run: Run, stop_wanted: bool) -> StepResult:
         run.optimizer,
         run.loader.next_batch().to(device),
         step=run.step + 1,
-        num_targets=config.batch_size * config.seq_len,
         meshes=run.meshes,
         guard=run.guard,
         dtype=config.dtype,
@@ -174,56 +177,63 @@ def _open_writers(run: Run, screen: Screen) -> list[MetricWriter]:
     return writers
 
 
-def _measure(run: Run, held_out: evaluate.HeldOut) -> float:
-    return evaluate.bits_per_byte(
-        run.model,
-        held_out,
-        meshes=run.meshes,
-        batch_size=run.config.batch_size,
-        device=run.runtime.device,
-        dtype=run.config.dtype,
-    )
-
-
-def _finish(run: Run, held_out: evaluate.HeldOut, screen: Screen) -> None:
+def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     config, leader = run.config, run.runtime.leader
-    counts = run.text.byte_counts()
-    bits = {
-        "unigram": baselines.unigram_bits(counts, held_out.texts),
-        "bigram": baselines.bigram_bits(counts, held_out.texts),
-        "model": _measure(run, held_out),
-    }
-    screen.message(
-        f"\nheld-out text, {held_out.num_bytes:,} bytes from {len(held_out.texts)} documents, in bits per byte:\n"
-        f"  unigram bytes {bits['unigram']:.3f}   bigram bytes {bits['bigram']:.3f}   this model {bits['model']:.3f}"
-    )
+    now = scores.measure()
+    numbers: dict[str, float] = {}
+    if leader:
+        numbers, text = scores.compare(_first_value(run, scores.name), now)
+        screen.message(f"\n{text}")
+    if run.adapters is not None:
+        run.adapters.merge_and_unload()
     folder = run.folder / run_folder.EXPORT
     finish.export(run.model, folder, run.text.tokenizer())
     exported: Any = finish.load_exported(folder) if leader else None
-    tokens = held_out.inputs[:1].to(run.runtime.device)
+    tokens = scores.inputs[:1].to(run.runtime.device)
     difference = finish.compare_with_export(run.model, exported, tokens, run.meshes)
     if leader:
+        prompt = scores.prompt()
         text = finish.sample(
-            exported, run.text.tokenizer(), config.prompt, max_new_tokens=config.sample_tokens, seed=config.seed
+            exported, run.text.tokenizer(), prompt, max_new_tokens=config.sample_tokens, seed=config.seed
         )
-        result = {"step": run.step, "bits_per_byte": bits, "export_difference": difference, "sample": text}
+        result = {"step": run.step, scores.name: numbers, "export_difference": difference, "sample": text}
         run_folder.write_json(run.folder / run_folder.RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
-            f"{difference:.0e}\n\nit continues {config.prompt!r} like this:\n\n{text}\n"
+            f"{difference:.0e}\n\nit continues {_shortened(prompt)!r} like this:\n\n{text}\n"
         )
     # A rank that leaves early closes connections that the others may still look at.
     ranks.barrier()
+
+
+def _first_value(run: Run, name: str) -> float | None:
+    """What was measured before the first step, if it was."""
+    path = run.folder / run_folder.METRICS
+    rows = read_jsonl(path) if path.exists() else []
+    return next((row[name] for row in rows if row["step"] == 0 and name in row), None)
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else f"...{prompt[-57:]}"
 
 
 def _introduce(run: Run) -> str:
     layout = run.meshes.layout
     device = run.runtime.device.type
     many = "process" if run.runtime.world_size == 1 else "processes"
+    if isinstance(run.text, PreparedText):
+        what, rows = "documents", f"windows of {run.config.seq_len} tokens"
+    else:
+        learned = {"assistant": "answers", "last": "last answers", "all": "all tokens"}[run.config.loss_on]
+        what, rows = "conversations", f"rows of {run.config.seq_len} tokens; learning {learned}"
+    how = "fine-tuning" if run.source.pretrained else "from scratch"
+    if run.adapters is not None:
+        tuned = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        how += f" {tuned:,} parameters of adapters"
     text = (
         f"{num_parameters(run.model) / 1e6:.1f} M parameters on {run.runtime.world_size} {device} {many}: {layout}\n"
-        f"text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} documents, "
-        f"{run.loader.windows:,} windows of {run.config.seq_len} tokens\n"
+        f"{how}; text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} {what}, "
+        f"{len(run.loader.rows):,} {rows}\n"
         f"run folder: {run.folder}"
     )
     return text + (f", going on after step {run.step}" if run.step else "")

@@ -1,20 +1,25 @@
-"""The model and its optimizer: a transformers architecture from a config file, laid over the meshes."""
+"""The model and its optimizer: a transformers architecture, new or pretrained, laid over the meshes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from moesaic.integrations.transformers import swap_moe
+from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
+from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 
@@ -55,11 +60,39 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
     try:
-        swap_moe(model, aux_loss_coef=config.aux_loss_coef, z_loss_coef=config.z_loss_coef)
+        swap_moe(model, aux_loss_coef=config.aux_loss_coef or 0.0, z_loss_coef=config.z_loss_coef)
         parallelize(model, meshes, experts=config.experts)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     return model
+
+
+def load_model(
+    config: TrainConfig, source: ModelSource, meshes: Meshes, device: torch.device, *, vocab_size: int
+) -> nn.Module:
+    """A pretrained model in fp32, its MoE blocks replaced, laid over `meshes`.
+
+    Raises `UserError` for a model that cannot be laid so, or a tokenizer of more than its `vocab_size` tokens.
+    """
+    rows = source.text_values["vocab_size"]
+    if vocab_size > rows:
+        raise UserError(
+            f"--tokenizer: it has {vocab_size} tokens, but --model {config.model} only knows {rows}; leave it out to "
+            "use the model's own"
+        )
+    try:
+        with quiet():
+            return load_pretrained(
+                str(source.weights),
+                meshes,
+                dtype=torch.float32,
+                experts=config.experts,
+                device=device,
+                aux_loss_coef=config.aux_loss_coef or 0.0,
+                z_loss_coef=config.z_loss_coef,
+            )
+    except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
+        raise UserError(f"--model {config.model} ({source.values['model_type']}): {error}") from error
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
@@ -68,8 +101,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     Fused: one operation for all parameters of a mesh instead of a dozen for each. It takes tensors of one mesh only, so
     they are grouped by that too.
     """
+    assert config.lr is not None
+    assert config.weight_decay is not None
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
     return AdamW(
@@ -86,3 +123,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 def num_parameters(model: nn.Module) -> int:
     """Parameters of the whole model, however it is sharded."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and advice of transformers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -6,13 +6,13 @@ named by their hash. A folder appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,76 +20,61 @@ import numpy as np
 
 from moesaic.train import tokenizer as tokenizers
 from moesaic.train.baselines import count_bytes
-from moesaic.train.corpus import Document, documents, fingerprint
+from moesaic.train.chat import LossOn, Renderer
+from moesaic.train.corpus import Conversation, Document, documents, fingerprint, split
 from moesaic.train.errors import UserError
+from moesaic.train.packing import Conversations
+from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
 
 # Counts up when what is in a folder changes.
-_FORMAT = 1
+_FORMAT = 2
 # Of a large corpus this much held-out text is kept: more than anyone measures.
 _HELD_OUT_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class PreparedText:
-    """A folder of the cache."""
-
-    folder: Path
-    data_identity: str
-    """Hash of all the text, what is held out included."""
-    tokenizer_identity: str
-    """Hash of everything that decides which tokens a text becomes."""
-    vocab_size: int
-    eos_id: int
-    train_bytes: int
-    train_documents: int
-
-    def tokens(self) -> np.ndarray:
-        """All training tokens, an end-of-text token before each document and after the last; mapped, not read."""
-        return np.load(self.folder / "train.npy", mmap_mode="r")
-
-    def byte_counts(self) -> np.ndarray:
-        """`count_bytes` of the training text."""
-        return np.load(self.folder / "byte_counts.npy")
-
-    def held_out(self) -> list[Document]:
-        """Documents that are never trained on, in a fixed order that has nothing to do with their content."""
-        rows = json.loads((self.folder / "held_out.json").read_text())
-        return [Document(**row) for row in rows]
-
-    def tokenizer(self) -> Any:
-        """The transformers tokenizer."""
-        return tokenizers.load(self.folder / "tokenizer")
 
 
 def prepare(
     data: str,
     *,
-    text_column: str,
+    text_column: str | None,
     tokenizer: str | None,
     vocab_size: int,
+    loss_on: LossOn = "assistant",
     notify: Callable[[str], None] = lambda text: None,
-) -> PreparedText:
-    """The prepared text of `data`, from the cache if it is there. Reads the whole corpus either way.
+) -> PreparedText | PreparedConversations:
+    """The prepared text or conversations of `data`, from the cache if they are there. Reads all of it either way.
 
     Processes that do this at the same time all do the work, and all get the same result. `notify` is told before
     anything that takes long.
     """
     corpus = documents(data, text_column)
     given = None if tokenizer is None else tokenizers.load(tokenizer)
-    recipe = tokenizers.bpe_recipe(vocab_size) if given is None else tokenizers.identity(given)
+    is_chat = isinstance(corpus[0], Conversation)
+    if is_chat and given is None:
+        raise UserError(
+            f"--data {data} holds conversations: give a pretrained --model, or a --tokenizer with a chat template"
+        )
+    # What is exported with the model has the template, and of conversations it decides the tokens.
+    template = json.dumps(getattr(given, "chat_template", None), sort_keys=True)
+    recipe = tokenizers.bpe_recipe(vocab_size) if given is None else f"{tokenizers.identity(given)}\n{template}"
     data_identity = fingerprint(corpus)
+    if is_chat:
+        data_identity = hashlib.sha256(f"{data_identity}\n{loss_on}\n{template}".encode()).hexdigest()
     key = hashlib.sha256(f"{_FORMAT}\n{data_identity}\n{recipe}".encode()).hexdigest()
-    folder = cache_folder() / f"text-{key[:20]}"
+    folder = cache_folder() / f"{'chat' if is_chat else 'text'}-{key[:20]}"
     if not (folder / "meta.json").is_file():
         what = "training a tokenizer on it and encoding it" if given is None else "encoding it"
-        notify(f"new text, {len(corpus)} documents: {what}; the result is cached in {folder}")
-        _build(folder, corpus, data_identity, given, vocab_size)
+        thing = "conversations" if is_chat else "documents"
+        notify(f"new text, {len(corpus)} {thing}: {what}; the result is cached in {folder}")
+        chosen = given or tokenizers.train_bpe([d.text for d in split(corpus)[0]], vocab_size)
+        _build(folder, corpus, data_identity, chosen, loss_on if is_chat else None)
     return open_prepared(folder)
 
 
-def open_prepared(folder: Path) -> PreparedText:
-    """The prepared text in a folder that `prepare` has made."""
-    return PreparedText(folder=folder, **json.loads((folder / "meta.json").read_text()))
+def open_prepared(folder: Path) -> PreparedText | PreparedConversations:
+    """What `prepare` has made in a folder."""
+    meta = json.loads((folder / "meta.json").read_text())
+    kind = PreparedConversations if meta.pop("conversations") else PreparedText
+    return kind(folder=folder, **meta)
 
 
 def cache_folder() -> Path:
@@ -98,18 +83,25 @@ def cache_folder() -> Path:
     return Path(base) / "moesaic"
 
 
-def _build(folder: Path, corpus: Sequence[Document], data_identity: str, given: Any | None, vocab_size: int) -> None:
-    train = [document.text for document in corpus if not document.held_out]
-    tokenizer = tokenizers.train_bpe(train, vocab_size) if given is None else given
-    tokens = _join(tokenizer, train)
+def _build(
+    folder: Path, corpus: Sequence[Document], data_identity: str, tokenizer: Any, loss_on: LossOn | None
+) -> None:
+    train, held_out = split(corpus)
+    held_out.sort(key=lambda document: hashlib.sha256(document.key.encode()).digest())
     meta = {
+        "conversations": loss_on is not None,
         "data_identity": data_identity,
         "tokenizer_identity": tokenizers.identity(tokenizer),
         "vocab_size": len(tokenizer),
         "eos_id": tokenizer.eos_token_id,
-        "train_bytes": sum(len(text.encode()) for text in train),
+        "train_bytes": sum(len(document.text.encode()) for document in train),
         "train_documents": len(train),
     }
+    held_out = _beginning(held_out)
+    parts: dict[str, Conversations] = {}
+    if loss_on is not None:
+        renderer = Renderer(tokenizer, loss_on)
+        parts = {"train": _render(renderer, train), "held_out": _render(renderer, held_out)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".tmp", dir=folder.parent))
@@ -119,9 +111,14 @@ def _build(folder: Path, corpus: Sequence[Document], data_identity: str, given: 
         ) from error
     try:
         tokenizer.save_pretrained(work / "tokenizer")
-        np.save(work / "train.npy", tokens)
-        np.save(work / "byte_counts.npy", count_bytes(train))
-        (work / "held_out.json").write_text(json.dumps(_held_out(corpus)))
+        if loss_on is not None:
+            for name, conversations in parts.items():
+                save_conversations(conversations, work, name)
+        else:
+            texts = [document.text for document in train]
+            np.save(work / "train.npy", _join(tokenizer, texts))
+            np.save(work / "byte_counts.npy", count_bytes(texts))
+        (work / "held_out.json").write_text(json.dumps([dataclasses.asdict(document) for document in held_out]))
         (work / "meta.json").write_text(json.dumps(meta))
         try:
             work.rename(folder)
@@ -134,21 +131,31 @@ def _build(folder: Path, corpus: Sequence[Document], data_identity: str, given: 
 
 
 def _join(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    end = np.array([tokenizer.eos_token_id], dtype)
+    end = np.array([tokenizer.eos_token_id], _dtype(tokenizer))
     parts = [end]
     for ids in tokenizers.encode(tokenizer, texts):
-        parts += [np.asarray(ids, dtype), end]
+        parts += [np.asarray(ids, end.dtype), end]
     return np.concatenate(parts)
 
 
-def _held_out(corpus: Sequence[Document]) -> list[dict[str, str]]:
-    chosen = [document for document in corpus if document.held_out]
-    chosen.sort(key=lambda document: hashlib.sha256(document.key.encode()).digest())
-    rows, size = [], 0
-    for document in chosen:
+def _render(renderer: Renderer, conversations: Sequence[Any]) -> Conversations:
+    rendered = [renderer.render(conversation) for conversation in conversations]
+    return Conversations(
+        np.concatenate([np.asarray(part.ids, _dtype(renderer.tokenizer)) for part in rendered]),
+        np.concatenate([np.asarray(part.counted, bool) for part in rendered]),
+        np.cumsum([len(part.ids) for part in rendered], dtype=np.int64),
+    )
+
+
+def _dtype(tokenizer: Any) -> type[np.unsignedinteger]:
+    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+
+
+def _beginning(held_out: Sequence[Document]) -> list[Document]:
+    kept, size = [], 0
+    for document in held_out:
         if size >= _HELD_OUT_BYTES:
             break
-        rows.append({"key": document.key, "text": document.text})
+        kept.append(document)
         size += len(document.text.encode())
-    return rows
+    return kept

@@ -19,12 +19,15 @@ from moesaic.checkpoint import ranks
 from moesaic.parallel.mesh import Meshes, build_meshes
 from moesaic.train import folder as run_folder
 from moesaic.train import model as models
-from moesaic.train.architecture import read_model_config
-from moesaic.train.config import TrainConfig, to_json
+from moesaic.train.architecture import ModelSource, find_model
+from moesaic.train.config import TrainConfig, to_json, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.guard import ForwardGuard
-from moesaic.train.loader import WindowLoader
-from moesaic.train.prepare import PreparedText, cache_folder, open_prepared, prepare
+from moesaic.train.loader import BatchLoader, Rows, Windows
+from moesaic.train.lora import add_adapters
+from moesaic.train.packing import PackedRows, check_apart
+from moesaic.train.prepare import cache_folder, open_prepared, prepare
+from moesaic.train.prepared import PreparedConversations, PreparedText
 from moesaic.train.runtime import Runtime
 
 # In the words of the flags that choose them.
@@ -38,12 +41,15 @@ class Run:
     config: TrainConfig
     runtime: Runtime
     folder: Path
-    text: PreparedText
+    source: ModelSource
+    text: PreparedText | PreparedConversations
     meshes: Meshes
     model: nn.Module
     optimizer: Optimizer
-    loader: WindowLoader
+    loader: BatchLoader
     guard: ForwardGuard
+    adapters: Any
+    """What has put low-rank adapters into the model, or None."""
     identities: dict[str, str]
     step: int = 0
 
@@ -56,7 +62,10 @@ class Run:
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
     """Build a run, in a new folder or, with `config.resume`, as its last checkpoint left it. Collective."""
     _check_same_on_all_ranks("settings", to_json(config))
-    text = _prepare_text(config, runtime, notify)
+    source = find_model(config.model)
+    own_coef = source.text_values.get("router_aux_loss_coef") or 0.0
+    config = with_defaults(config, pretrained=source.pretrained, aux_loss_coef=own_coef)
+    text = _prepare_text(config, source, runtime, notify)
     meshes = build_meshes(
         tp=config.tp,
         ep=config.ep,
@@ -65,16 +74,27 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         dp_replicate=config.dp_replicate,
         device_type=runtime.device.type,
     )
-    loader = WindowLoader(
-        text.tokens(),
-        seq_len=config.seq_len,
+    loader = BatchLoader(
+        _rows(text, config, notify),
         batch_size=config.batch_size,
         seed=config.seed,
         dp_rank=meshes.dp_rank,
         dp_size=meshes.dp_size,
     )
-    architecture = models.model_config(read_model_config(config.model), vocab_size=text.vocab_size, eos_id=text.eos_id)
-    model = models.build_model(config, architecture, meshes, runtime.device)
+    adapters: Any = None
+    if source.pretrained:
+        notify(f"loading {config.model} ({source.values['model_type']}) to fine-tune it; computing in {config.dtype}")
+        model = models.load_model(config, source, meshes, runtime.device, vocab_size=text.vocab_size)
+        identity = models.identity(model.config)
+        if config.lora_rank:
+            adapters = add_adapters(model, config)
+            identity += f", adapters of rank {config.lora_rank} on {config.lora_on}"
+    else:
+        architecture = models.model_config(source.values, vocab_size=text.vocab_size, eos_id=text.eos_id)
+        model = models.build_model(config, architecture, meshes, runtime.device)
+        identity = models.identity(architecture)
+    if isinstance(loader.rows, PackedRows) and loader.rows.shared:
+        check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     # Late: a mistake above leaves no folder behind.
     choose = run_folder.resumable_folder if config.resume else run_folder.new_folder
     folder = ranks.together(lambda: choose(config.out) if runtime.leader else None, UserError)[0]
@@ -83,16 +103,18 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         config=dataclasses.replace(config, out=folder),
         runtime=runtime,
         folder=folder,
+        source=source,
         text=text,
         meshes=meshes,
         model=model,
         optimizer=models.build_optimizer(model, config),
         loader=loader,
         guard=ForwardGuard(model, runtime.device),
+        adapters=adapters,
         identities={
             "data": text.data_identity,
             "tokenizer": text.tokenizer_identity,
-            "model": models.identity(architecture),
+            "model": identity,
         },
     )
     if config.resume:
@@ -131,17 +153,32 @@ def _check_identities(info: dict[str, Any], run: Run) -> None:
         )
 
 
-def _prepare_text(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> PreparedText:
-    vocab_size = read_model_config(config.model)["vocab_size"]
+def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notify: Callable[[str], None]) -> Rows:
+    if isinstance(text, PreparedText):
+        return Windows(text.tokens(), config.seq_len)
+    rows = PackedRows(text.train(), config.seq_len, packed=config.packing, pad_id=text.eos_id)
+    total = len(rows.conversations.ends)
+    if rows.cut:
+        notify(f"{rows.cut} of {total} conversations are longer than --seq-len {config.seq_len} and are cut there")
+    if rows.left_out:
+        notify(f"{rows.left_out} of {total} conversations have nothing to learn within --seq-len, and are left out")
+    if not len(rows):
+        raise UserError(f"--seq-len {config.seq_len}: no conversation has anything to learn within it; give more")
+    return rows
 
+
+def _prepare_text(
+    config: TrainConfig, source: ModelSource, runtime: Runtime, notify: Callable[[str], None]
+) -> PreparedText | PreparedConversations:
     def on_host_leader() -> str | None:
         if not runtime.host_leader:
             return None
         text = prepare(
             config.data,
             text_column=config.text_column,
-            tokenizer=config.tokenizer,
-            vocab_size=vocab_size,
+            tokenizer=config.tokenizer or source.weights,
+            vocab_size=source.text_values["vocab_size"],
+            loss_on=config.loss_on,
             notify=notify,
         )
         return text.folder.name

@@ -13,6 +13,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
     Warm-up is linear and ends at the peak in step `warmup_steps`; the last step has `min_lr_ratio` of the peak.
     """
+    assert config.lr is not None  # with_defaults has seen to it
     warmup = min(config.warmup_steps, config.steps - 1)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

@@ -8,8 +8,8 @@ Legend: B sequences of this rank, S positions, s positions of this rank's sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from moesaic.checkpoint import ranks
@@ -25,6 +26,7 @@ from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
+from moesaic.train.loader import IGNORED, Batch
 
 
 @dataclass(frozen=True)
@@ -46,30 +48,58 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; afterwards the model is as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        # FSDP leaves the outermost module whole, for a backward pass that does not come. A checkpoint would then meet
+        # other parameters than the optimizer has.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits `[B, s, V]` of this rank's sequence shard."""
+    # Without positions of its own a model has them, and its causal mask, from a cheaper place.
+    positions = {} if batch.positions is None else {"position_ids": batch.positions}
+    return model(input_ids=batch.inputs, use_cache=False, **positions).logits
+
+
+def sum_of_losses(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
+    """The cross-entropies of all targets, in nats, added up."""
+    return F.cross_entropy(
+        logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
-    batch: Tensor,
+    batch: Batch,
     *,
     step: int,
-    num_targets: int,
     meshes: Meshes,
     guard: ForwardGuard,
     dtype: str,
     max_grad_norm: float,
     stop_wanted: bool,
 ) -> StepResult:
-    """Train on `batch [B, S + 1]`; `num_targets` counts the target tokens of all ranks.
+    """Train on this rank's part of a batch, on the device.
 
     Raises `TrainingError` on every rank, before any weight has changed, if loss or gradients are not finite on one.
     """
-    device = batch.device
-    inputs_BS, targets_BS = batch[:, :-1], batch[:, 1:]
     guard.reset()
-    with autocast(device, dtype), balance_losses() as balance:
-        logits_BsV = model(input_ids=inputs_BS, use_cache=False).logits
-    targets_Bs = targets_BS[:, meshes.sequence_slice(targets_BS.shape[1])]
-    loss = F.cross_entropy(logits_BsV.flatten(0, 1).float(), targets_Bs.flatten(), reduction="sum") / num_targets
+    with autocast(batch.inputs.device, dtype), balance_losses() as balance:
+        logits_BsV = forward(model, batch)
+    targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+    loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
     balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
     (loss + balance_loss).backward()
 

@@ -11,7 +11,9 @@ except ImportError as error:
     ) from error
 
 from moesaic.integrations.transformers.experts import register
-from moesaic.integrations.transformers.export import export_pretrained, to_transformers_state_dict
+from moesaic.integrations.transformers.export import to_transformers_state_dict
+from moesaic.integrations.transformers.loading import load_pretrained
+from moesaic.integrations.transformers.saving import export_pretrained
 from moesaic.integrations.transformers.swap import swap_moe, unswap_moe
 
-__all__ = ["export_pretrained", "register", "swap_moe", "to_transformers_state_dict", "unswap_moe"]
+__all__ = ["export_pretrained", "load_pretrained", "register", "swap_moe", "to_transformers_state_dict", "unswap_moe"]

@@ -1,14 +1,12 @@
-"""Write a model with swapped layers as transformers would have."""
+"""The state of a model with swapped layers as transformers would have it."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE
@@ -28,7 +26,7 @@ def to_transformers_state_dict(model: nn.Module, *, keep: bool = True) -> dict[s
 
 def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """A state of the model, or what is named and shaped like one, in the original names and layouts."""
-    origins = _origins(model)
+    origins = origins_of(model)
     ours = dict(ours)
     state: dict[str, Tensor] = {}
 
@@ -47,8 +45,12 @@ def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True)
     return state
 
 
-def _origins(model: nn.Module) -> dict[str, Origin]:
-    """By the prefix of the layer's tensors."""
+def origins_of(model: nn.Module) -> dict[str, Origin]:
+    """Of all swapped layers, by the prefix of the layer's tensors.
+
+    Raises:
+        ValueError: a layer that :func:`swap_moe` did not put there.
+    """
     origins = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, MoE):
@@ -62,41 +64,6 @@ def _origins(model: nn.Module) -> dict[str, Origin]:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def export_pretrained(model: nn.Module, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
-
-    Collective: every rank calls it; rank 0 writes safetensors, config and tokenizer, and all return when it is done.
-
-    Raises:
-        ValueError: the model has state that transformers' architecture has no place for.
-        RuntimeError: on the other ranks, where rank 0 could not write.
-    """
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    state = to_transformers_state_dict(model, keep=is_writer)
-    failure: Exception | None = None
-    if is_writer:
-        try:
-            _write(model, state, path, tokenizer)
-        except Exception as error:
-            failure = error
-    if dist.is_initialized():
-        # Also the barrier that all return after; without it a failure would leave the others waiting for rank 0.
-        message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
-        dist.broadcast_object_list(message, src=0)
-        if message[0] is not None and not is_writer:
-            raise RuntimeError(f"rank 0 could not export to {path}: {message[0]}")
-    if failure is not None:
-        raise failure
-
-
-def _write(model: Any, state: dict[str, Tensor], path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    # save_pretrained logs, and returns, where the path is a file.
-    Path(path).mkdir(parents=True, exist_ok=True)
-    plain_model(model, state).save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
 
 
 def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:

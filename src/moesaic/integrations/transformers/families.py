@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from moesaic.integrations.transformers.links import EXPERTS, TURNED_EXPERTS, Link, row, same, shared
+from moesaic.integrations.transformers.activations import own_gate_name
+from moesaic.integrations.transformers.links import (
+    EXPERTS,
+    INTERLEAVED_EXPERTS,
+    TURNED_EXPERTS,
+    Link,
+    row,
+    same,
+    shared,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Family:
 
     Attributes:
         links: its tensors. Those that a block does not have are left out; those that are not here cannot be taken over.
-        fields: from a block to fields of :class:`moesaic.MoEConfig`, all but sizes of the experts and the activation.
+        fields: from a block to fields of :class:`moesaic.MoEConfig`, all but sizes of the experts and an activation
+            that the experts have as a module.
         returns_pair: the block gives back router results beside its output, and the decoder layer drops them.
     """
 
@@ -118,6 +128,20 @@ def _llama4(block: Any) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(block: Any) -> dict[str, Any]:
+    experts = block.experts
+    if type(experts).__name__ != "GptOssExperts":
+        raise ValueError(
+            f"experts: {type(experts).__name__} are not plain tensors; load them dequantized, "
+            "quantization_config=Mxfp4Config(dequantize=True)"
+        )
+    activation = own_gate_name(experts)
+    if activation is None:
+        raise ValueError(f"swiglu_alpha, swiglu_limit: {experts.alpha}, {experts.limit}; moesaic.MoE knows 1.702 and 7")
+    # Its softmax is over the chosen logits only, which is the same.
+    return {"top_k": block.router.top_k, "activation": activation, "logit_bias": True, "expert_biases": True}
+
+
 _GATE = same("gate.weight", "router.weight")
 _ROUTER = same("router.weight", "router.weight")
 _PLAIN = (*EXPERTS, _GATE)
@@ -135,6 +159,9 @@ FAMILIES: dict[str, Family] = {
         (*_DEEPSEEK_V2, row("gate.moe_statics.e_score_correction_bias", "router.bias")), _ernie
     ),
     "glm4_moe.modeling_glm4_moe:Glm4MoeMoE": Family(_DEEPSEEK_V3, _deepseek_v3),
+    "gpt_oss.modeling_gpt_oss:GptOssMLP": Family(
+        (*INTERLEAVED_EXPERTS, _ROUTER, same("router.bias", "router.logit_bias")), _gpt_oss, returns_pair=True
+    ),
     "granitemoe.modeling_granitemoe:GraniteMoeMoE": Family((*EXPERTS, _ROUTER), _softmax),
     "llama4.modeling_llama4:Llama4TextMoe": Family(
         (*TURNED_EXPERTS, _ROUTER, *shared("shared_expert")), _llama4, returns_pair=True

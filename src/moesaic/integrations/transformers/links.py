@@ -54,6 +54,26 @@ TURNED_GATE_UP = Link(
 )
 TURNED_EXPERTS = (TURNED_GATE_UP, same("experts.down_proj", "experts.w2"))
 
+# [E, D, 2F] and [E, 2F], gate and up in turn.
+INTERLEAVED_GATE_UP = Link(
+    "experts.gate_up_proj",
+    ("experts.w1", "experts.w3"),
+    lambda t: (t[..., ::2], t[..., 1::2]),
+    lambda w1, w3: torch.stack([w1, w3], dim=3).flatten(2),
+)
+INTERLEAVED_BIASES = Link(
+    "experts.gate_up_proj_bias",
+    ("experts.b1", "experts.b3"),
+    lambda t: (t[..., ::2], t[..., 1::2]),
+    lambda b1, b3: torch.stack([b1, b3], dim=2).flatten(1),
+)
+INTERLEAVED_EXPERTS = (
+    INTERLEAVED_GATE_UP,
+    INTERLEAVED_BIASES,
+    same("experts.down_proj", "experts.w2"),
+    same("experts.down_proj_bias", "experts.b2"),
+)
+
 
 def shared(name: str) -> tuple[Link, ...]:
     """The dense expert that every token goes through."""

@@ -42,7 +42,7 @@ def save_pretrained(
     state = model.state_dict() if state_dict is None else state_dict
     placed = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
     if placed is not None:
-        raise ValueError(f"model: '{placed}' is a DTensor; export_pretrained(model, path) gathers it, on every rank")
+        raise ValueError(f"model: '{placed}' is a DTensor; export_pretrained(model, path) writes it, on every rank")
     plain_model(model, original_state(model, state)).save_pretrained(save_directory, **arguments)
 
 

@@ -45,7 +45,8 @@ def swap_moe(
     parallelized or not.
 
     Args:
-        model: a model of transformers, materialised. Families: see ``docs/transformers.md``.
+        model: a model of transformers; on the meta device the layers are there, too. Families: see
+            ``docs/transformers.md``.
         aux_loss_coef, z_loss_coef: of the balance losses, collected by :func:`moesaic.balance_losses`.
         bias_update_speed: for families with a correction bias on the scores, see
             :func:`moesaic.layers.update_expert_bias`.
@@ -55,8 +56,8 @@ def swap_moe(
         ``model``.
 
     Raises:
-        ValueError: the model has no block to replace, or one that the layer cannot stand in for, named; it is on the
-            meta device or sharded; it is set to return router logits. Nothing has changed then.
+        ValueError: the model has no block to replace, or one that the layer cannot stand in for, named; it is
+            sharded; it is set to return router logits. Nothing has changed then.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
@@ -141,12 +142,12 @@ def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
 def _config(
     block: Any, family: Family, aux_loss_coef: float, z_loss_coef: float, bias_update_speed: float
 ) -> MoEConfig:
-    activation = activation_name(block.experts.act_fn)
+    fields = family.fields(block)
+    activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
         raise ValueError(f"hidden_act: {type(block.experts.act_fn).__name__} is no activation of moesaic.MoE")
     gate_up = next(link for link in family.links if link.theirs == "experts.gate_up_proj")
     E, D, F = gate_up.split(block.experts.gate_up_proj)[0].shape
-    fields = family.fields(block)
     if bias_update_speed and not fields.get("score_bias"):
         raise ValueError(f"bias_update_speed: {bias_update_speed}, but its router has no bias; leave it at 0")
     return MoEConfig(
@@ -171,12 +172,9 @@ def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
         ours = MoE(config).state_dict().keys()
     if lacking := ours - {name for link in links for name in link.ours}:
         raise ValueError(f"it has nothing for {sorted(lacking)} of moesaic.MoE")
-    for name, tensor in theirs.items():
-        if tensor.is_meta:
-            raise ValueError(f"'{name}' is on the meta device; materialise the model first")
     for link in links:
         tensor = theirs[link.theirs]
-        if link.is_bias and not torch.equal(tensor.float().to(tensor.dtype), tensor):
+        if link.is_bias and not tensor.is_meta and not torch.equal(tensor.float().to(tensor.dtype), tensor):
             raise ValueError(f"'{link.theirs}' is not exact in fp32, which is what the layer keeps it in")
 
 

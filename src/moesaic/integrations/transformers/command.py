@@ -1,0 +1,136 @@
+"""``moesaic convert`` and ``moesaic upcycle``: options, a progress bar, exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from transformers.utils import logging as transformers_logging
+
+from moesaic.checkpoint import CheckpointError
+from moesaic.integrations.transformers.convert import convert, format_of
+from moesaic.integrations.transformers.progress import Progress
+from moesaic.integrations.transformers.upcycle import upcycle
+
+_ERRORS = (OSError, ValueError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert a checkpoint of transformers into one of this project's (DCP), or back, and verify it.
+
+    Reads and writes tensor by tensor: needs memory for the experts of one layer, twice, and one file of the result.
+
+    Exit status: 0 done and verified; 1 what was written is not what was read, or a checkpoint is damaged; 2 the call
+    cannot work.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A checkpoint of transformers, a folder or a name on the hub; or the folder of a run or of one of its
+    checkpoints."""
+    target: Annotated[str, tyro.conf.Positional]
+    """The folder to write."""
+    to: Literal["dcp", "hf"] | None = None
+    """The format to write. By default the one that the source is not in."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Cast to it. By default every tensor keeps its own; what transformers keeps in float32 stays in it."""
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """Make a mixture-of-experts checkpoint of a dense one, which computes the same at first.
+
+    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE.
+
+    Exit status: 0 done; 2 the call cannot work.
+    """
+
+    dense: Annotated[str, tyro.conf.Positional]
+    """A dense checkpoint of transformers, a folder or a name on the hub."""
+    out: Annotated[str, tyro.conf.Positional]
+    """The folder to write."""
+    experts: int
+    """Experts of a layer."""
+    top_k: int
+    """Experts that a token goes to."""
+    granularity: int = 1
+    """Slices that the dense feed-forward layer is cut into, each an expert. Divides experts, top-k and hidden dim."""
+    noise: float = 0.0
+    """Added to the experts' weights: its standard deviation as a fraction of the weight's own."""
+    seed: int = 0
+    """Of the router and the noise."""
+
+
+def run_convert(arguments: Sequence[str]) -> int:
+    """Run ``moesaic convert`` and return its exit status."""
+    options = tyro.cli(ConvertOptions, prog="moesaic convert", args=list(arguments))
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        if options.to == format_of(options.source):
+            raise ValueError(f"--to {options.to}: {options.source} is in that format already")
+        with _bar() as progress:
+            convert(options.source, options.target, dtype=dtype, progress=progress)
+    except CheckpointError as error:
+        return _fail("convert", error, 1)
+    except _ERRORS as error:
+        return _fail("convert", error, 2)
+    print(f"{options.target}: written and verified")
+    return 0
+
+
+def run_upcycle(arguments: Sequence[str]) -> int:
+    """Run ``moesaic upcycle`` and return its exit status."""
+    options = tyro.cli(UpcycleOptions, prog="moesaic upcycle", args=list(arguments))
+    try:
+        with _bar() as progress:
+            upcycle(
+                options.dense,
+                options.out,
+                experts=options.experts,
+                top_k=options.top_k,
+                granularity=options.granularity,
+                noise=options.noise,
+                seed=options.seed,
+                progress=progress,
+            )
+    except _ERRORS as error:
+        return _fail("upcycle", error, 2)
+    print(f"{options.out}: written")
+    return 0
+
+
+def _fail(command: str, error: Exception, status: int) -> int:
+    print(f"moesaic {command}: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A bar on a terminal, and nothing elsewhere; transformers' own advice stays out of it."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    try:
+        with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+            yield _progress_on(bar)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _progress_on(bar: Bar) -> Progress:
+    def begin(what: str, num_bytes: int) -> None:
+        bar.add_task(what, total=num_bytes)
+
+    def advance(num_bytes: int) -> None:
+        bar.advance(bar.task_ids[-1], num_bytes)
+
+    return Progress(begin, advance)

@@ -1,0 +1,160 @@
+"""Checkpoints of transformers into those of :mod:`moesaic.checkpoint`, which training resumes from, and back.
+
+Tensor by tensor: memory for the largest layer's experts, twice over, and one file of the result. Both ways end with a
+verification that reads what was written and compares every tensor with its source, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from moesaic import checkpoint
+from moesaic.checkpoint import CheckpointError
+from moesaic.checkpoint.folder import MANIFEST
+from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
+from moesaic.checkpoint.store import verify
+from moesaic.integrations.transformers.files import copy_tokenizer, open_files
+from moesaic.integrations.transformers.lazy import LazyTensor
+from moesaic.integrations.transformers.loading import empty_model, model_on_meta, to_our_names
+from moesaic.integrations.transformers.naming import to_model_names
+from moesaic.integrations.transformers.progress import Progress
+from moesaic.integrations.transformers.saving import to_file_names, to_original_names, write_pretrained
+from moesaic.integrations.transformers.swap import swap_moe
+
+Format = Literal["dcp", "hf"]
+# Of a run's folder, which the training program writes.
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+_PREFIX = "model."
+
+
+def format_of(path: str | Path) -> Format:
+    """What is under a path: a run or one of its checkpoints (``"dcp"``), or else a checkpoint of transformers."""
+    place = Path(path)
+    is_checkpoint = (place / MANIFEST).is_file()
+    return "dcp" if is_checkpoint or checkpoint.checkpoints(place / CHECKPOINTS) else "hf"
+
+
+def convert(
+    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> Format:
+    """Convert a checkpoint to the other format, and verify it. Gives back which that is.
+
+    Args:
+        source: a checkpoint of transformers, in a folder or on the hub; or a run of ``moesaic train``, of which the
+            newest checkpoint is taken, or one of its checkpoints.
+        target: the folder to write. To ``"dcp"`` it is like a run's: a config and one checkpoint, of step 0.
+        dtype: cast to it what a model of that dtype has in it; None leaves every tensor as it is.
+        progress: is told how far it is.
+
+    Raises:
+        OSError, ValueError, CheckpointError: the source is not whole, or not a model that can be swapped; the target
+            has other files or cannot be written; what was written is not what was read.
+    """
+    progress = progress or Progress()
+    if format_of(source) == "hf":
+        _to_dcp(source, Path(target), dtype, progress)
+        return "dcp"
+    _to_hf(Path(source), Path(target), dtype, progress)
+    return "hf"
+
+
+def _to_dcp(source: str | Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"target: {target} is there already, and not empty; choose another folder")
+    with open_files(source) as files:
+        plain = empty_model(source, files, dtype)
+        state = to_model_names(plain, files.tensors)
+        model = swap_moe(plain)
+        tensors = _cast(to_our_names(model, state), model if dtype else None)
+        ours = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+        target.mkdir(parents=True, exist_ok=True)
+        told = progress.watch("writing", ours)
+        place = checkpoint.save(
+            target / CHECKPOINTS,
+            0,
+            {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in ours.items()},
+            {"converted_from": Path(source).name},
+            planner=LazyPlanner({name: partial(_read, tensor) for name, tensor in told.items()}),
+        )
+        (target / CONFIG).write_text(json.dumps({"model": model.config.to_dict()}, indent=2, default=str) + "\n")
+        copy_tokenizer(source, target)
+        verify(place)
+        _compare(_stored(place), progress.watch("verifying", ours))
+
+
+def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
+    place, run = _checkpoint_and_run(source)
+    verify(place)
+    config = _config_of(run)
+    stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
+    own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
+    plain = model_on_meta(config, dtype or own)
+    plain.config.architectures = [type(plain).__name__]
+    original = to_original_names(swap_moe(model_on_meta(config, own)), stored, restore_dtypes=False)
+    tensors = to_file_names(plain, _cast(original, plain if dtype else None))
+    write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, run))
+    with open_files(target) as files:
+        _compare(files.tensors, progress.watch("verifying", tensors))
+
+
+def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
+    if (source / MANIFEST).is_file():
+        return source, source.absolute().parents[1]
+    newest = checkpoint.latest(source / CHECKPOINTS)
+    if newest is None:
+        raise ValueError(f"source: there is no checkpoint in {source / CHECKPOINTS}")
+    return newest, source
+
+
+def _config_of(run: Path) -> Any:
+    place = run / CONFIG
+    try:
+        values = dict(json.loads(place.read_text())["model"])
+        kind = values.pop("model_type")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"source: {place} does not tell the model: {type(error).__name__}: {error}") from error
+    return AutoConfig.for_model(kind, **values)
+
+
+def _stored(place: Path) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint; the last ones read are kept, for files have an expert's at a time."""
+    kept = lru_cache(maxsize=2)(partial(read_tensor, place))
+
+    def leaf(name: str, shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
+        return LazyTensor(shape, dtype, lambda box: kept(name, shape, dtype)[box])
+
+    return {name: leaf(name, shape, dtype) for name, (shape, dtype) in stored_tensors(place).items()}
+
+
+def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor]) -> None:
+    if differing := written.keys() ^ meant.keys():
+        raise CheckpointError(f"verification: the tensors {sorted(differing)} are on one side only")
+    for name, tensor in meant.items():
+        mine, theirs = written[name].read(), tensor.read()
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(_bits(mine), _bits(theirs)):
+            raise CheckpointError(f"verification: '{name}' was not written as it is in the source")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # A NaN is not equal to itself.
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _cast(tensors: dict[str, LazyTensor], model: Any | None) -> dict[str, LazyTensor]:
+    """To the dtypes that a model has, if there is one: most have that of the model, and some stay in fp32."""
+    if model is None:
+        return tensors
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def _read(tensor: LazyTensor) -> Tensor:
+    return tensor.read().contiguous()

@@ -1,0 +1,118 @@
+"""The safetensors files of a checkpoint, in a folder or on the hub, as lazy tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from moesaic.integrations.transformers.lazy import Box, LazyTensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass
+class Files:
+    """Open files: their tensors by name, and how many bytes of them have been asked for so far."""
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    bytes_read: int = 0
+
+    def leaf(self, file: Any, name: str) -> LazyTensor:
+        """A tensor of an open file."""
+        view = file.get_slice(name)
+        if view.get_dtype() not in _DTYPES:
+            raise ValueError(f"'{name}' is of the safetensors dtype {view.get_dtype()}; known are {', '.join(_DTYPES)}")
+
+        def source(box: Box) -> Tensor:
+            # A tensor without dims has no slices.
+            part = view[box] if box else file.get_tensor(name)
+            self.bytes_read += part.nbytes
+            return part
+
+        return LazyTensor(view.get_shape(), _DTYPES[view.get_dtype()], source)
+
+
+@contextmanager
+def open_files(path: str | Path) -> Iterator[Files]:
+    """The tensors of a checkpoint: a folder, or a name on the hub, with one safetensors file or an index of several.
+
+    Only headers are read. Hub names go through transformers' own cache and work without a network where they are in it.
+
+    Raises:
+        OSError: no such checkpoint, or none with safetensors; a file is missing.
+        ValueError: a file is damaged, or the index and the files do not agree, with the names.
+    """
+    with ExitStack() as stack:
+        files = Files()
+        places, listed = locate(path)
+        for place in places:
+            try:
+                file = stack.enter_context(safe_open(place, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{place} is damaged: {error}") from error
+            for name in file.keys():  # noqa: SIM118, an open file is no dict
+                if name in files.tensors:
+                    raise ValueError(f"{place}: '{name}' is in another file of the checkpoint as well")
+                files.tensors[name] = files.leaf(file, name)
+        if listed is not None and (differing := listed ^ files.tensors.keys()):
+            raise ValueError(f"{path}: the index and its files do not agree on {sorted(differing)}")
+        yield files
+
+
+def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
+    """The safetensors files of a checkpoint, and the names of all tensors where there is an index that lists them."""
+    name = str(path)
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    if (single := cached_file(name, SAFE_WEIGHTS_NAME, **quiet)) is not None:
+        return [Path(single)], None
+    if (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **quiet)) is None:
+        raise OSError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    try:
+        listed = set(json.loads(Path(index).read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+    places, _ = get_checkpoint_shard_files(name, index)
+    return [Path(place) for place in places or ()], listed
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Copy what a checkpoint has of a tokenizer's files into a folder."""
+    for name in _TOKENIZER_FILES:
+        if (place := cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)) is not None:
+            shutil.copy(place, target / name)

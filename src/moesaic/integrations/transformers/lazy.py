@@ -1,0 +1,226 @@
+"""Tensors that are described now and read later, a box at a time.
+
+A leaf is a tensor in a file or on other ranks. What one builds from leaves with the operations below is lazy as well,
+and a box of it is read by reading boxes of leaves: so a rank gets its slice of a tensor that is spread over a hundred
+tensors of a file, and no other number is touched. transformers' conversions, and the links of our layers, are
+functions of tensors; given lazy ones they build lazy ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Box = tuple[slice, ...]
+"""A slice for each dim, with start and stop, without a step."""
+
+
+class LazyTensor:
+    """A tensor of known shape and dtype whose numbers come by :meth:`read`.
+
+    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``flatten``, ``contiguous``, ``to`` another
+    dtype, indexing by slices, and ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
+
+    Args:
+        shape, dtype: of the tensor.
+        source: gives a box of it, none of whose sides is empty.
+
+    Raises:
+        NotImplementedError: from an operation that it does not know, named.
+
+    Example:
+        >>> rows = LazyTensor(t.shape, t.dtype, lambda box: t[box])
+        >>> torch.equal(torch.stack([rows, rows]).read((slice(1, 2), slice(0, 3), slice(0, 4))), t[None, :3, :4])
+        True
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, source: Callable[[Box], Tensor]) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self._source = source
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({list(self.shape)}, {self.dtype})"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
+
+    def read(self, box: Box | None = None) -> Tensor:
+        """The numbers of a box, by default all. May be a view of what must not be written to."""
+        if box is None:
+            box = whole(self.shape)
+        sides = [side.stop - side.start for side in box]
+        return self._source(box) if all(sides) else torch.empty(sides, dtype=self.dtype)
+
+    def transpose(self, dim0: int, dim1: int) -> LazyTensor:
+        a, b = dim0 % self.ndim, dim1 % self.ndim
+
+        def swapped(sides: Sequence[Any]) -> list[Any]:
+            sides = list(sides)
+            sides[a], sides[b] = sides[b], sides[a]
+            return sides
+
+        return self._derived(swapped(self.shape), lambda box: self.read(tuple(swapped(box))).transpose(a, b))
+
+    @property
+    def mT(self) -> LazyTensor:
+        return self.transpose(-2, -1)
+
+    def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
+        dim %= self.ndim
+        shape = _replaced(self.shape, dim, length)
+        return self._derived(shape, lambda box: self.read(_replaced(box, dim, _shifted(box[dim], start))))
+
+    def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[LazyTensor, ...]:
+        length = self.shape[dim]
+        if isinstance(sizes, int):
+            sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+        if sum(sizes) != length:
+            raise ValueError(f"cannot split dim {dim} of {list(self.shape)} into pieces of {list(sizes)}")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[LazyTensor, ...]:
+        return self.split(-(-self.shape[dim] // chunks), dim)
+
+    def unsqueeze(self, dim: int) -> LazyTensor:
+        dim %= self.ndim + 1
+        shape = [*self.shape[:dim], 1, *self.shape[dim:]]
+        return self._derived(shape, lambda box: self.read((*box[:dim], *box[dim + 1 :])).unsqueeze(dim))
+
+    def squeeze(self, dim: int) -> LazyTensor:
+        dim %= self.ndim
+        if self.shape[dim] != 1:
+            return self
+        shape = [*self.shape[:dim], *self.shape[dim + 1 :]]
+        return self._derived(shape, lambda box: self.read((*box[:dim], slice(0, 1), *box[dim:])).squeeze(dim))
+
+    def flatten(self, start_dim: int) -> LazyTensor:
+        """The dims from one on as one. Reads whole rows of the last."""
+        if self.ndim - start_dim < 2:
+            return self
+        if self.ndim - start_dim > 2:
+            return self.flatten(start_dim + 1).flatten(start_dim)
+        width = self.shape[-1]
+
+        def source(box: Box) -> Tensor:
+            wanted = box[-1]
+            rows = slice(wanted.start // width, -(-wanted.stop // width))
+            flat = self.read((*box[:-1], rows, slice(0, width))).flatten(start_dim)
+            return flat[..., _shifted(wanted, -rows.start * width)]
+
+        return self._derived([*self.shape[:start_dim], self.shape[start_dim] * width], source)
+
+    def contiguous(self) -> LazyTensor:
+        """Itself: a layout is a matter of whoever reads."""
+        return self
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        return LazyTensor(self.shape, dtype, lambda box: self.read(box).to(dtype))
+
+    def __getitem__(self, index: Any) -> LazyTensor:
+        index = index if isinstance(index, tuple) else (index,)
+        if any(not isinstance(side, slice | EllipsisType) for side in index):
+            raise NotImplementedError(f"indexing by {index}; LazyTensor takes slices and an ellipsis")
+        if Ellipsis in index:
+            at = index.index(Ellipsis)
+            index = (*index[:at], *[slice(None)] * (self.ndim - len(index) + 1), *index[at + 1 :])
+        result = self
+        for dim, side in enumerate(index):
+            start, stop, step = side.indices(self.shape[dim])
+            result = result.narrow(dim, start, max(stop - start, 0))._every(dim, step)
+        return result
+
+    def _every(self, dim: int, step: int) -> LazyTensor:
+        """Each ``step``-th of a dim. Reads what lies between as well: files have no strides."""
+        if step == 1:
+            return self
+
+        def source(box: Box) -> Tensor:
+            between = slice(box[dim].start * step, (box[dim].stop - 1) * step + 1)
+            return self.read(_replaced(box, dim, between))[(slice(None),) * dim + (slice(None, None, step),)]
+
+        return self._derived(_replaced(self.shape, dim, -(-self.shape[dim] // step)), source)
+
+    def _derived(self, shape: Sequence[int], source: Callable[[Box], Tensor]) -> LazyTensor:
+        return LazyTensor(shape, self.dtype, source)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function not in _FUNCTIONS:
+            known = ", ".join(sorted(f.__name__ for f in _FUNCTIONS))
+            raise NotImplementedError(f"torch.{function.__name__} of tensors in files; known are {known}")
+        return _FUNCTIONS[function](*args, **(kwargs or {}))
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """What two boxes have in common, if anything."""
+    common = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return common if all(side.start < side.stop for side in common) else None
+
+
+def relative(box: Box, outer: Box) -> Box:
+    """A box as seen from the corner of the one around it."""
+    return tuple(_shifted(side, -around.start) for side, around in zip(box, outer, strict=True))
+
+
+def _stack(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
+    return _cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
+
+
+def _cat(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
+    first = tensors[0]
+    dim %= first.ndim
+    for tensor in tensors:
+        if _replaced(tensor.shape, dim, 0) != _replaced(first.shape, dim, 0) or tensor.dtype != first.dtype:
+            raise ValueError(f"cannot put {tensor} and {first} together along dim {dim}")
+    ends = [sum(t.shape[dim] for t in tensors[: i + 1]) for i in range(len(tensors))]
+
+    def source(box: Box) -> Tensor:
+        wanted = box[dim]
+        parts = []
+        for tensor, end in zip(tensors, ends, strict=True):
+            start = end - tensor.shape[dim]
+            side = slice(max(wanted.start, start) - start, min(wanted.stop, end) - start)
+            if side.start < side.stop:
+                parts.append(tensor.read(_replaced(box, dim, side)))
+        return torch.cat(parts, dim)
+
+    return LazyTensor(_replaced(first.shape, dim, ends[-1]), first.dtype, source)
+
+
+def _replaced(sides: Sequence[Any], dim: int, side: Any) -> tuple[Any, ...]:
+    return (*sides[:dim], side, *sides[dim + 1 :])
+
+
+def _shifted(side: slice, by: int) -> slice:
+    return slice(side.start + by, side.stop + by)
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    torch.stack: _stack,
+    torch.cat: _cat,
+    torch.transpose: LazyTensor.transpose,
+    torch.chunk: LazyTensor.chunk,
+    torch.split: LazyTensor.split,
+}

@@ -1,0 +1,219 @@
+"""Checkpoints straight into sharded models: each rank reads the slices that are its own, and no more."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from moesaic.checkpoint import ranks
+from moesaic.integrations.transformers.files import Files, open_files
+from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
+from moesaic.integrations.transformers.naming import to_model_names
+from moesaic.integrations.transformers.origin import origin_of
+from moesaic.integrations.transformers.swap import swap_moe
+from moesaic.parallel import Meshes, build_meshes, parallelize
+from moesaic.parallel.experts import ExpertsWay
+from moesaic.parallel.meta import materialize
+
+# No buffer of transformers holds it.
+_UNSET = -77
+
+_log = logging.getLogger(__name__)
+
+
+def load_pretrained(
+    path: str | Path,
+    meshes: Meshes | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    experts: ExpertsWay = "dtensor",
+    impl: str | None = None,
+    device: torch.device | str | None = None,
+    **moe_options: float,
+) -> Any:
+    """A causal language model of transformers with our layers, laid over the meshes, its weights read from safetensors.
+
+    The same model as ``parallelize(swap_moe(AutoModelForCausalLM.from_pretrained(path)), meshes)``, bit for bit, but no
+    rank ever has all of it: the model is built on the meta device, and every rank reads its own slices of the files.
+
+    Collective where there is a process group.
+
+    Args:
+        path: a folder, or a name on the hub; with ``model.safetensors`` or an index of several files, in any layout
+            that transformers knows for the family.
+        meshes: from :func:`moesaic.build_meshes`; None for one process.
+        dtype: of the parameters; None takes the config's, else that of the files.
+        experts: see :func:`moesaic.parallelize`.
+        impl, moe_options: see :func:`swap_moe`.
+        device: None takes the meshes' device, without meshes the CPU.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        OSError: no such checkpoint.
+        ValueError: the files and the model do not fit: names that are missing or left over and shapes that differ,
+            all listed, before a number is read; or the model cannot be swapped or laid over the meshes.
+        NotImplementedError: the family's files need a conversion that cannot be done slice by slice, with its name.
+
+    Example:
+        >>> meshes = moesaic.build_meshes(ep=4)
+        >>> model = load_pretrained("path/to/model", meshes, dtype=torch.bfloat16)
+    """
+    if meshes is None:
+        meshes = build_meshes() if not ranks.active() else None
+    if meshes is None:
+        raise ValueError(f"meshes: this is one of {ranks.world_size()} ranks; give what moesaic.build_meshes() makes")
+    return load_and_count(
+        path, meshes, dtype=dtype, experts=experts, impl=impl, device=device, moe_options=moe_options
+    )[0]
+
+
+def load_and_count(
+    path: str | Path,
+    meshes: Meshes,
+    *,
+    dtype: torch.dtype | None = None,
+    experts: ExpertsWay = "dtensor",
+    impl: str | None = None,
+    device: torch.device | str | None = None,
+    moe_options: Mapping[str, float] | None = None,
+) -> tuple[Any, int]:
+    """As :func:`load_pretrained`, and how many bytes of the files this rank has asked for."""
+    mesh_device = None if meshes.dense is None else meshes.dense.device_type
+    place = torch.device(device or mesh_device or "cpu")
+    if mesh_device not in (None, place.type):
+        raise ValueError(f"device: {place}, but the meshes are on {mesh_device}; leave it out")
+    with ExitStack() as stack:
+        model: Any = None
+        tensors: dict[str, LazyTensor] = {}
+        files = Files()
+
+        def describe() -> None:
+            nonlocal model, tensors, files
+            files = stack.enter_context(open_files(path))
+            plain = empty_model(path, files, dtype)
+            state = to_model_names(plain, files.tensors)
+            make_buffers(plain, place)
+            model = swap_moe(plain, impl=impl, **(moe_options or {}))
+            tensors = to_our_names(model, state)
+
+        # What one rank cannot see no rank waits for.
+        ranks.together(describe, OSError, ValueError, NotImplementedError)
+        parallelize(model, meshes, experts=experts)
+        if meshes.dense is None:
+            materialize(model, place)
+        ranks.together(lambda: fill(model, tensors), OSError, ValueError, SafetensorError)
+        _log.info("%s: rank %d read %d bytes", path, ranks.rank(), files.bytes_read)
+        return model.eval(), files.bytes_read
+
+
+def empty_model(path: str | Path, files: Files, dtype: torch.dtype | None) -> Any:
+    """The model of a checkpoint as transformers has it, on the meta device, each parameter in its dtype.
+
+    Raises:
+        ValueError: its weights are quantized.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
+    floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
+    chosen: Any = dtype or config.dtype or next(floats, torch.get_default_dtype())
+    model = model_on_meta(config, chosen)
+    with suppress(OSError):
+        # Not every checkpoint has one; the model has its default then.
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def model_on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """A causal language model on the meta device; what transformers keeps in fp32 is so."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if re.search(pattern.replace("*", ".*"), name):
+                tensor.data = tensor.data.to(kept)
+    return model
+
+
+@torch.no_grad()
+def make_buffers(model: Any, device: torch.device) -> None:
+    """Give the buffers of a model on the meta device that no file holds their values, as transformers initialises them.
+
+    Raises:
+        ValueError: transformers' own initialisation leaves one out, named.
+    """
+    made = [name for name, _ in model.named_non_persistent_buffers()]
+    for name in made:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._buffers[leaf] = torch.full_like(owner._buffers[leaf], _UNSET, device=device)
+    for tensor in model.state_dict(keep_vars=True).values():
+        # transformers' functions that initialise pass over what has this mark.
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
+    for name in made:
+        if bool((model.get_buffer(name) == _UNSET).any()):
+            raise ValueError(
+                f"'{name}' of {type(model).__name__} is in no file, and transformers does not initialise it"
+            )
+
+
+def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The state of a model with swapped layers from that of the model before."""
+    ours: dict[str, Any] = dict(state)
+    for prefix, module in model.named_modules():
+        if (origin := origin_of(module)) is not None:
+            for link in origin.links:
+                parts = link.split(ours.pop(f"{prefix}.{link.theirs}"))
+                ours |= {f"{prefix}.{name}": part for name, part in zip(link.ours, parts, strict=True)}
+    return ours
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
+    """Read the local part of every parameter and persistent buffer.
+
+    Raises:
+        ValueError: tied parameters for which the files have different numbers.
+    """
+    filled: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in tensors:
+            continue
+        local, box = local_part(tensor)
+        part = tensors[name].read(box)
+        if id(tensor) not in filled:
+            local.copy_(part)
+            filled[id(tensor)] = name
+        elif not torch.equal(local, part.to(local)):
+            raise ValueError(
+                f"'{name}' and '{filled[id(tensor)]}' are tied by the config, but the files have different numbers for "
+                "them; set tie_word_embeddings to false in config.json"
+            )
+    left = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in filled]
+    assert not left, f"nothing was read for {left}"
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
+    """This rank's part of a tensor, and the box of the whole that it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), whole(tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local().detach()
+    assert local.shape == torch.Size(shape)
+    return local, tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

@@ -1,0 +1,261 @@
+"""Sharded models into checkpoints of transformers, written by all ranks together.
+
+The tensors of the files, in transformers' names and layouts, are dealt to the ranks in equal parts. They are brought
+together one at a time, so a rank holds its own shards, the file that it is about to write, and one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from moesaic.checkpoint import folder, ranks
+from moesaic.integrations.transformers.exchange import Exchange
+from moesaic.integrations.transformers.export import architecture_of, origins_of
+from moesaic.integrations.transformers.lazy import LazyTensor
+
+_ERRORS = (OSError, ValueError, SafetensorError)
+_OURS = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+
+
+@torch.no_grad()
+def export_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Collective: every rank calls it and writes its part. Names and layouts are those of transformers' own
+    ``save_pretrained``. The folder appears, or replaces an earlier export, in one rename when all is written and
+    flushed: a crash leaves no half of a checkpoint under its name. All ranks need to see one file system.
+
+    Args:
+        model: a model with layers that :func:`swap_moe` put there.
+        path: a folder; what is there may be an earlier export.
+        tokenizer: saved beside it.
+        max_shard_size: bytes of a file, at most, but for tensors that are larger.
+
+    Raises:
+        ValueError: the model has state that transformers' architecture has no place for; ``path`` has other files.
+            Before any collective.
+        OSError: a rank could not write; on all ranks. What was under ``path`` before is still there.
+
+    Example:
+        >>> export_pretrained(model, "out")
+        >>> AutoModelForCausalLM.from_pretrained("out")
+    """
+    exchange = Exchange()
+    plain = plain_on_meta(model)
+    ours = {name: exchange.leaf(tensor) for name, tensor in model.state_dict().items()}
+    tensors = to_file_names(plain, to_original_names(model, ours))
+
+    def save_tokenizer(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    write_pretrained(plain, tensors, path, max_shard_size=max_shard_size, exchange=exchange, add=save_tokenizer)
+
+
+def write_pretrained(
+    plain: Any,
+    tensors: Mapping[str, LazyTensor],
+    path: str | Path,
+    *,
+    max_shard_size: int = 5 * 10**9,
+    exchange: Exchange | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the tensors of a model's files as :func:`export_pretrained` does, with its config. Collective.
+
+    Args:
+        plain: a model of transformers, on whatever device.
+        tensors: from :func:`to_file_names`, the same on all ranks.
+        path, max_shard_size: see :func:`export_pretrained`.
+        exchange: where tensors are on several ranks, what they were made with.
+        add: puts more into the folder, on rank 0, before it gets its name.
+    """
+    final = Path(path).absolute()
+    work = final.with_name(final.name + ".tmp")
+    leader = ranks.rank() == 0
+    try:
+        ranks.together(lambda: _begin(final, work) if leader else None, *_ERRORS)
+        ranks.together(lambda: _check_shared(work), *_ERRORS)
+        names = deal(tensors, ranks.world_size(), max_shard_size)
+        failure = _write_shards(tensors, names, work, exchange or Exchange())
+        ranks.together(lambda: _raise(failure), *_ERRORS)
+        ranks.together(lambda: _finish(plain, tensors, names, work, final, add) if leader else None, *_ERRORS)
+    except _ERRORS:
+        if leader:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def plain_on_meta(model: Any) -> Any:
+    """The architecture of transformers that a model is of, on the meta device, its config as files have it."""
+    config = copy.deepcopy(model.config)
+    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    with torch.device("meta"):
+        plain = architecture_of(model)(config)
+    plain.config.architectures = [type(plain).__name__]
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def to_original_names(
+    model: nn.Module, ours: Mapping[str, LazyTensor], *, restore_dtypes: bool = True
+) -> dict[str, LazyTensor]:
+    """The state of the model before the swap from that of a model with swapped layers.
+
+    The layer keeps a router's bias in fp32, whatever the model had: ``restore_dtypes`` gives it that back.
+    """
+    state = dict(ours)
+    for prefix, origin in origins_of(model).items():
+        theirs = origin.block.state_dict()
+        for link in origin.links:
+            tensor: Any = link.join(*(state.pop(prefix + name) for name in link.ours))  # type: ignore[arg-type]
+            is_changed = link.is_bias and restore_dtypes
+            state[prefix + link.theirs] = tensor.to(theirs[link.theirs].dtype) if is_changed else tensor
+    return state
+
+
+def to_file_names(plain: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors of the files for a whole state of a transformers model: the way back of transformers' conversions.
+
+    Raises:
+        ValueError: the state has names that the model has not, or the other way round.
+    """
+    wanted = plain.state_dict()
+    tied = plain.all_tied_weights_keys
+    missing = [name for name in wanted if name not in state and name not in tied]
+    unexpected = [name for name in state if name not in wanted]
+    if missing or unexpected:
+        raise ValueError(f"cannot export: missing {missing}, no place for {unexpected}")
+    left_out = set(plain._keys_to_ignore_on_save or ()) | tied.keys()
+    kept: dict[str, Any] = {name: tensor for name, tensor in state.items() if name not in left_out}
+    return revert_weight_conversion(plain, kept)  # type: ignore[return-value]
+
+
+def deal(tensors: Mapping[str, LazyTensor], num_ranks: int, max_bytes: int) -> list[list[list[str]]]:
+    """For each rank its files, and for each file its tensors: neighbours together, ranks equal but for one tensor.
+
+    Ranks may be left without; there is always one file.
+    """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    dealt: list[list[list[str]]] = [[] for _ in range(num_ranks)]
+    done = 0
+    sizes = [0] * num_ranks
+    for name, tensor in tensors.items():
+        rank = min((2 * done + tensor.nbytes) * num_ranks // (2 * total), num_ranks - 1) if total else 0
+        if not dealt[rank] or sizes[rank] + tensor.nbytes > max_bytes:
+            dealt[rank].append([])
+            sizes[rank] = 0
+        dealt[rank][-1].append(name)
+        sizes[rank] += tensor.nbytes
+        done += tensor.nbytes
+    return dealt
+
+
+def _write_shards(
+    tensors: Mapping[str, LazyTensor], names: list[list[list[str]]], work: Path, exchange: Exchange
+) -> Exception | None:
+    """Bring every tensor to its rank and write the files; a rank that fails goes on sending, for the others."""
+    numbers = _numbered(names)
+    turns = [[(i, name) for i, file in enumerate(files) for name in file] for files in names]
+    mine: dict[str, Tensor] = {}
+    failure: Exception | None = None
+    # In turns, so that ranks finish their files, and write, at about the same time.
+    for turn in range(max(map(len, turns))):
+        for rank, own in enumerate(turns):
+            if turn >= len(own):
+                continue
+            file, name = own[turn]
+            exchange.receiver = rank
+            tensor = tensors[name].read()
+            if rank != ranks.rank() or failure is not None:
+                continue
+            mine[name] = tensor.contiguous()
+            if name == names[rank][file][-1]:
+                try:
+                    _write_file(mine, work / numbers[rank, file])
+                except _ERRORS as error:
+                    failure = error
+                mine = {}
+    return failure
+
+
+def _numbered(names: list[list[list[str]]]) -> dict[tuple[int, int], str]:
+    """The name of each rank's each file."""
+    places = [(rank, file) for rank, files in enumerate(names) for file in range(len(files))]
+    if len(places) == 1:
+        return {places[0]: SAFE_WEIGHTS_NAME}
+    stem, suffix = SAFE_WEIGHTS_NAME.split(".")
+    return {place: f"{stem}-{i:05d}-of-{len(places):05d}.{suffix}" for i, place in enumerate(places, start=1)}
+
+
+def _write_file(tensors: dict[str, Tensor], place: Path) -> None:
+    save_file(tensors, place, metadata={"format": "pt"})
+    with open(place, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _begin(final: Path, work: Path) -> None:
+    if final.exists():
+        if not final.is_dir():
+            raise OSError(f"{final} should be a directory, and is a file")
+        if other := sorted(entry.name for entry in final.iterdir() if entry.suffix not in _OURS or entry.is_dir()):
+            raise ValueError(f"path: {final} has {other}, which no export wrote; choose another folder")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+
+def _check_shared(work: Path) -> None:
+    if not work.is_dir():
+        raise OSError(f"rank {ranks.rank()} does not see {work}; all ranks need one shared file system")
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _finish(
+    plain: Any,
+    tensors: Mapping[str, LazyTensor],
+    names: Sequence[Sequence[Sequence[str]]],
+    work: Path,
+    final: Path,
+    add: Callable[[Path], None],
+) -> None:
+    """The small files, and the name."""
+    numbers = _numbered([[list(file) for file in files] for files in names])
+    if len(numbers) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": plain.num_parameters(),
+                "total_size": sum(tensor.nbytes for tensor in tensors.values()),
+            },
+            "weight_map": {name: place for (rank, file), place in numbers.items() for name in names[rank][file]},
+        }
+        (work / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    plain.config.save_pretrained(work)
+    if plain.can_generate():
+        plain.generation_config.save_pretrained(work)
+    add(work)
+    folder.flush(work)
+    folder.publish(work, final)

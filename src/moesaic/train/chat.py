@@ -1,0 +1,108 @@
+"""Conversations as tokens, by the tokenizer's own chat template, and which of the tokens are learned.
+
+Learned are the answers: what the template puts between `{% generation %}` and `{% endgeneration %}` or, where it has no
+such marks, what rendering one more message adds to the prompt for it. That is checked: the prompt has to be how the
+whole conversation begins. Some templates render an answer otherwise once others follow it, and are refused for that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from moesaic.train.corpus import Conversation
+from moesaic.train.errors import UserError
+
+LossOn = Literal["assistant", "last", "all"]
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendered(NamedTuple):
+    """A conversation's tokens, and of each whether it is a target."""
+
+    ids: list[int]
+    counted: list[bool]
+
+
+class Renderer:
+    """Renders conversations with a tokenizer. Raises `UserError` if it has no chat template where one is needed."""
+
+    def __init__(self, tokenizer: Any, loss_on: LossOn):
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Its tokens. `UserError` names the file and line of a conversation that cannot be rendered."""
+        values = json.loads(conversation.text)
+        if "prompt" in values:
+            return self._render_completion(values["prompt"], values["completion"])
+        messages, tools = values["messages"], values.get("tools")
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers and self.loss_on != "all":
+            raise UserError(
+                f"--data {conversation.place}: no message has the role 'assistant', so there is nothing to learn; take "
+                "it out, or choose --loss-on all"
+            )
+        if self.loss_on == "assistant" and _MARKS.search(self._template(conversation)):
+            found = self._apply(conversation, messages, tools, tokenize=True, return_assistant_tokens_mask=True)
+            return Rendered(found["input_ids"], [bool(mask) for mask in found["assistant_masks"]])
+        text = self._apply(conversation, messages, tools)
+        chosen = {"assistant": answers, "last": answers[-1:], "all": []}[self.loss_on]
+        spans = [self._span(conversation, messages, tools, text, index) for index in chosen]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if self.loss_on == "all":
+            return Rendered(found["input_ids"], [True] * len(found["input_ids"]))
+        starts = [start for start, _ in found["offset_mapping"]]
+        return Rendered(found["input_ids"], [any(a <= start < b for a, b in spans) for start in starts])
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text that asks for its last answer; the same for a conversation without one asks for the first."""
+        values = json.loads(conversation.text)
+        if "prompt" in values:
+            return values["prompt"]
+        messages = values["messages"]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = messages[: answers[-1]] if answers and answers[-1] else messages
+        return self._apply(conversation, asked, values.get("tools"), add_generation_prompt=True)
+
+    def _render_completion(self, prompt: str, completion: str) -> Rendered:
+        """Encoded apart, as a prompt is when the model is asked to go on; then the end of text."""
+        end = self.tokenizer.eos_token_id
+        asked = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if asked and asked[-1] == end:
+            asked.pop()
+        said = [*self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], end]
+        return Rendered(asked + said, [self.loss_on == "all"] * len(asked) + [True] * len(said))
+
+    def _span(self, conversation: Conversation, messages: list, tools: Any, text: str, index: int) -> tuple[int, int]:
+        """Where answer `index` is in the rendered text, from what asks for it to its end."""
+        start = self._apply(conversation, messages[:index], tools, add_generation_prompt=True) if index else ""
+        end = self._apply(conversation, messages[: index + 1], tools)
+        if not (text.startswith(end) and end.startswith(start) and index):
+            raise UserError(
+                f"--data {conversation.place}: cannot tell which tokens message {index + 1} is: the chat template "
+                "renders a conversation otherwise when it goes on, or has no prompt for it. Mark answers in the "
+                "template with {% generation %} and {% endgeneration %}, or choose --loss-on last, or all"
+            )
+        return len(start), len(end)
+
+    def _apply(self, conversation: Conversation, messages: Sequence[Any], tools: Any, **options: Any) -> Any:
+        self._template(conversation)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **{"tokenize": False, **options})
+        except Exception as error:
+            raise UserError(
+                f"--data {conversation.place}: the tokenizer's chat template does not take this conversation: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _template(self, conversation: Conversation) -> str:
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            raise UserError(
+                f"--data {conversation.place}: a conversation, but the tokenizer has no chat template; give one that "
+                "has with --tokenizer, or use rows of 'prompt' and 'completion'"
+            )
+        return self.tokenizer.get_chat_template(tools=json.loads(conversation.text).get("tools"))

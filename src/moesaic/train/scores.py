@@ -1,0 +1,135 @@
+"""How good the model is on what was held out, and what it is asked for at the end: for text and for conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from moesaic.train import baselines, evaluate
+from moesaic.train.chat import Renderer
+from moesaic.train.corpus import Conversation
+from moesaic.train.errors import UserError
+from moesaic.train.loader import IGNORED
+from moesaic.train.packing import Conversations, PackedRows
+from moesaic.train.prepared import PreparedConversations, PreparedText
+from moesaic.train.run import Run
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """What is measured of a run."""
+
+    name: str
+    """Of the number, in metrics and result.json."""
+    inputs: Tensor
+    """`[N, S]`, what is measured."""
+
+    def measure(self) -> float:
+        """The number, for the model as it is. Collective."""
+        ...
+
+    def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
+        """Numbers for result.json, with what can be compared, and the same for people."""
+        ...
+
+    def prompt(self) -> str:
+        """What the model is to continue at the end."""
+        ...
+
+
+def scores_of(run: Run) -> Scores:
+    """The scores of a run's data."""
+    if isinstance(run.text, PreparedConversations):
+        return _OfConversations(run, run.text)
+    return _OfText(run, run.text)
+
+
+class _OfText:
+    name = "bits_per_byte"
+
+    def __init__(self, run: Run, text: PreparedText):
+        self._run = run
+        self._text = text
+        chosen = evaluate.choose_texts(text.held_out(), run.config.eval_bytes)
+        self._held_out = evaluate.cut_windows(chosen, text.tokenizer(), run.config.seq_len)
+        self.inputs = self._held_out.inputs
+
+    def measure(self) -> float:
+        return evaluate.bits_per_byte(self._run.model, self._held_out, **_options(self._run))
+
+    def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
+        counts, texts = self._text.byte_counts(), self._held_out.texts
+        numbers = {
+            "unigram": baselines.unigram_bits(counts, texts),
+            "bigram": baselines.bigram_bits(counts, texts),
+            **({} if before is None else {"before": before}),
+            "model": now,
+        }
+        names = {
+            "unigram": "unigram bytes",
+            "bigram": "bigram bytes",
+            "before": "before fine-tuning",
+            "model": "this model",
+        }
+        shown = "   ".join(f"{names[name]} {value:.3f}" for name, value in numbers.items())
+        size = f"{self._held_out.num_bytes:,} bytes from {len(texts)} documents"
+        return numbers, f"held-out text, {size}, in bits per byte:\n  {shown}"
+
+    def prompt(self) -> str:
+        given = self._run.config.prompt
+        return "def main(" if given is None else given
+
+
+class _OfConversations:
+    name = "held_out_loss"
+
+    def __init__(self, run: Run, text: PreparedConversations):
+        config = run.config
+        self._run = run
+        self._documents = text.held_out_documents()
+        self._renderer = Renderer(text.tokenizer(), config.loss_on)
+        sizes = np.cumsum([len(document.text.encode()) for document in self._documents])
+        count = max(1, int(np.searchsorted(sizes, config.eval_bytes, side="right")))
+        everything = text.held_out()
+        chosen = Conversations(everything.tokens, everything.counted, everything.ends[:count])
+        rows = PackedRows(chosen, config.seq_len, packed=config.packing, pad_id=text.eos_id)
+        if not len(rows):
+            raise UserError(
+                f"--seq-len {config.seq_len}: no held-out conversation has anything to learn within it; give more"
+            )
+        self._count = count - rows.left_out
+        self._held_out = evaluate.take_rows(rows)
+        self.inputs = self._held_out.inputs
+
+    def measure(self) -> float:
+        return evaluate.mean_loss(self._run.model, self._held_out, **_options(self._run))
+
+    def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
+        numbers = {**({} if before is None else {"before": before}), "model": now}
+        names = {"before": "before fine-tuning", "model": "this model"}
+        shown = "   ".join(f"{names[name]} {value:.3f}" for name, value in numbers.items())
+        targets = int((self._held_out.targets != IGNORED).sum())
+        return numbers, f"held-out: loss of {targets:,} tokens in {self._count} conversations, in nats:\n  {shown}"
+
+    def prompt(self) -> str:
+        given = self._run.config.prompt
+        document = self._documents[0]
+        if given is None:
+            return self._renderer.prompt(document)
+        if "prompt" in json.loads(document.text):
+            return given
+        asked = json.dumps({"messages": [{"role": "user", "content": given}]})
+        return self._renderer.prompt(Conversation("", asked, "--prompt"))
+
+
+def _options(run: Run) -> Mapping[str, Any]:
+    return {
+        "meshes": run.meshes,
+        "batch_size": run.config.batch_size,
+        "device": run.runtime.device,
+        "dtype": run.config.dtype,
+    }

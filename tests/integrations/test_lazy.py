@@ -1,0 +1,46 @@
+"""Lazy tensors against tensors: any box of what operations make of them."""
+
+import pytest
+import torch
+
+from moesaic.integrations.transformers.lazy import LazyTensor
+
+OPERATIONS = {
+    "mT": lambda t: t.mT,
+    "transpose": lambda t: torch.transpose(t, dim0=0, dim1=2),
+    "stack": lambda t: torch.stack([t, t[:, :, :]], dim=1),
+    "cat": lambda t: torch.cat([t, t[:, 1:3], t[:, :0]], dim=1),
+    "chunk": lambda t: torch.chunk(t, 2, dim=2)[1],
+    "split": lambda t: torch.split(t, [1, 4], dim=1)[1],
+    "unsqueeze and squeeze": lambda t: t.unsqueeze(1).unsqueeze(-1).squeeze(1),
+    "interleaved": lambda t: torch.stack([t, t.contiguous()], dim=3).flatten(2),
+    "flat": lambda t: t.flatten(0),
+    "every third": lambda t: t[..., 1::3],
+    "slices": lambda t: t[1:, ..., :4],
+    "cast": lambda t: t.mT.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_boxes(name):
+    t = torch.arange(3 * 5 * 7, dtype=torch.float32).view(3, 5, 7)
+    lazy = OPERATIONS[name](LazyTensor(t.shape, t.dtype, lambda box: t[box]))
+    expected = OPERATIONS[name](t)
+    assert lazy.shape == expected.shape
+    assert lazy.dtype == expected.dtype
+    assert torch.equal(lazy.read(), expected)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        ends = [sorted(torch.randint(size + 1, (2,), generator=generator).tolist()) for size in expected.shape]
+        box = tuple(slice(start, stop) for start, stop in ends)
+        assert torch.equal(lazy.read(box), expected[box]), box
+
+
+def test_what_it_does_not_know_is_named():
+    lazy = LazyTensor([2, 3], torch.float32, lambda box: torch.zeros(2, 3)[box])
+    with pytest.raises(NotImplementedError, match=r"torch.cumsum of tensors in files; known are cat, chunk"):
+        torch.cumsum(lazy, 0)
+    with pytest.raises(NotImplementedError, match="indexing by"):
+        lazy[0]
+    with pytest.raises(ValueError, match=r"cannot put LazyTensor\(\[2, 2\].* together along dim 0"):
+        torch.cat([lazy, lazy[:, :2]])

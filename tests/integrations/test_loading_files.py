@@ -1,0 +1,200 @@
+"""What is in a checkpoint's files, and what is not: every name is accounted for, before a number is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+import moesaic
+from moesaic.integrations.transformers import load_pretrained, naming
+from tests.distributed.pool import RankError
+from tests.integrations.families import FAMILIES, make_model, token_ids
+
+SWAPPED = [family for family in FAMILIES if family not in ("Phi-MoE", "Nemotron-H")]
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixtral")
+    make_model("Mixtral").save_pretrained(folder)
+    return folder
+
+
+def changed(folder, target, change):
+    """A copy of a checkpoint of one file with other tensors in it."""
+    target.mkdir()
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("family", SWAPPED)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_one_process_gets_what_transformers_loads(tmp_path, family, tied):
+    plain = make_model(family, tie_word_embeddings=tied)
+    plain.save_pretrained(tmp_path)
+    mine = load_pretrained(tmp_path)
+    assert not mine.training
+    ids = token_ids(2, 9)
+    torch.testing.assert_close(mine(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert (mine.lm_head.weight is mine.get_input_embeddings().weight) == tied
+    for (name, buffer), (theirs_name, theirs) in zip(
+        mine.model.rotary_emb.named_buffers() if hasattr(mine.model, "rotary_emb") else (),
+        plain.model.rotary_emb.named_buffers() if hasattr(plain.model, "rotary_emb") else (),
+        strict=True,
+    ):
+        assert name == theirs_name
+        assert torch.equal(buffer, theirs)
+    assert mine.state_dict().keys() == moesaic.integrations.transformers.swap_moe(plain).state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], tensor), name
+
+
+def test_dtypes(mixtral):
+    assert load_pretrained(mixtral).dtype == torch.float32
+    half = load_pretrained(mixtral, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    whole = load_pretrained(mixtral).state_dict()
+    assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in half.state_dict().items())
+
+
+def test_options_reach_the_layers(mixtral):
+    layer = load_pretrained(mixtral, impl="reference", aux_loss_coef=0.01).model.layers[0].mlp
+    assert layer.config.aux_loss_coef == 0.01
+
+
+def test_differences_are_listed(mixtral, tmp_path):
+    def spoil(tensors):
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.1.input_layernorm.weight"]
+        tensors["model.layers.0.extra.weight"] = torch.zeros(3)
+        tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 4)
+        tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"].to(
+            torch.int8
+        )
+
+    with pytest.raises(ValueError, match="the files do not hold a MixtralForCausalLM") as caught:
+        load_pretrained(changed(mixtral, tmp_path / "m", spoil))
+    missing, unexpected, different = str(caught.value).split("config. ")[1].split("; ")
+    assert missing == "missing: model.layers.1.input_layernorm.weight, model.norm.weight"
+    assert unexpected == "unexpected: model.layers.0.extra.weight"
+    assert "model.layers.0.self_attn.q_proj.weight is [3, 4] torch.float32 and not [32, 32] torch.float32" in different
+    assert "k_proj.weight is [16, 32] torch.int8" in different
+
+
+def test_an_expert_that_is_missing_is_found_out(mixtral, tmp_path):
+    name = next(n for n in load_file(mixtral / "model.safetensors") if ".experts.3.w2" in n)
+    with pytest.raises(ValueError, match=r"different: model.layers.\d.mlp.experts.down_proj is \[7, 32, 24\]"):
+        load_pretrained(changed(mixtral, tmp_path / "m", lambda tensors: tensors.pop(name)))
+    name = name.replace("w2", "w1")
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj' cannot be made of .*cannot put"):
+        load_pretrained(changed(mixtral, tmp_path / "n", lambda tensors: tensors.pop(name)))
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path):
+    make_model("Mixtral", tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+
+    def untie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    def repeat(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def swap(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    with pytest.raises(ValueError, match="'lm_head.weight' and 'model.embed_tokens.weight' are tied by the config"):
+        load_pretrained(changed(tmp_path / "m", tmp_path / "untied", untie))
+    for change in (repeat, swap):
+        model = load_pretrained(changed(tmp_path / "m", tmp_path / change.__name__, change))
+        assert torch.equal(
+            model.lm_head.weight, load_file(tmp_path / "m/model.safetensors")["model.embed_tokens.weight"]
+        )
+
+
+def test_files_that_are_damaged_or_not_there(mixtral, tmp_path):
+    folder = changed(mixtral, tmp_path / "m", lambda tensors: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises((OSError, ValueError), match="is damaged"):
+        load_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+        load_pretrained(folder)
+
+
+def test_an_index_that_does_not_agree_is_refused(tmp_path):
+    make_model("Mixtral").save_pretrained(tmp_path, max_shard_size="40KB")
+    place = tmp_path / "model.safetensors.index.json"
+    index = json.loads(place.read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    index["weight_map"]["ghost.weight"] = min(files)
+    place.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"the index and its files do not agree on \['ghost.weight'\]"):
+        load_pretrained(tmp_path)
+    place.write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json is damaged: KeyError: 'weight_map'"):
+        load_pretrained(tmp_path)
+
+
+class _Strange(ConversionOps):
+    def convert(self, input_dict, **kwargs):
+        return {name: tensors[0].cumsum(0) for name, tensors in input_dict.items()}
+
+
+def test_a_conversion_that_is_not_known_raises_by_name(mixtral, monkeypatch):
+    known = naming.get_model_conversion_mapping
+    strange = WeightConverter("self_attn.q_proj.weight", "self_attn.q_proj.weight", operations=[_Strange()])
+    monkeypatch.setattr(naming, "get_model_conversion_mapping", lambda model: [*known(model), strange])
+    with pytest.raises(NotImplementedError, match=r"_Strange of \['model.layers.0.self_attn.q_proj.weight'\]"):
+        load_pretrained(mixtral)
+
+
+def test_quantized_checkpoints_are_refused(mixtral, tmp_path):
+    folder = changed(mixtral, tmp_path / "m", lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is quantized"):
+        load_pretrained(folder)
+
+
+def load_where_one_rank_sees_nothing(folder, layout):
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
+    rank = torch.distributed.get_rank()
+    load_pretrained(folder if rank != 1 else Path(folder) / "elsewhere", meshes)
+
+
+def load_without_meshes(folder):
+    load_pretrained(folder)
+
+
+def test_failures_are_those_of_all_ranks(ranks, mixtral):
+    with pytest.raises(RankError) as caught:
+        ranks(load_where_one_rank_sees_nothing, 2, str(mixtral), {"ep": 2})
+    assert set(caught.value.failures) == {0, 1}
+    assert all("elsewhere" in text and "still running" not in text for text in caught.value.failures.values())
+    with pytest.raises(RankError, match="meshes: this is one of 2 ranks"):
+        ranks(load_without_meshes, 2, str(mixtral))
+
+
+def test_a_name_on_the_hub_from_the_cache(mixtral, tmp_path, monkeypatch, fresh_python):
+    repository = tmp_path / "models--someone--mixtral"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    changed(mixtral, repository / "snapshots" / ("0" * 40), lambda tensors: None)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fresh_python(
+        "from moesaic.integrations.transformers import load_pretrained\n"
+        "print(load_pretrained('someone/mixtral').num_parameters())"
+    )

@@ -1,0 +1,130 @@
+"""Which tokens a conversation becomes, and which of them are learned."""
+
+import json
+
+import pytest
+
+from moesaic.train.chat import Renderer
+from moesaic.train.corpus import Conversation, documents, split
+from moesaic.train.errors import UserError
+from tests.train.chats import CHANGING, MARKED, PLAIN, tiny_tokenizer, write_chats
+
+MESSAGES = [
+    {"role": "system", "content": "be loud"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "ONE"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "TWO"},
+]
+WHOLE = "<system>be loud</end><user>one</end><assistant>ONE</end><user>two</end><assistant>TWO</end>"
+
+
+def _render(template, loss_on, **values):
+    tokenizer = tiny_tokenizer(template)
+    values = values or {"messages": MESSAGES}
+    rendered = Renderer(tokenizer, loss_on).render(Conversation("", json.dumps(values), "chats.jsonl:7"))
+    assert len(rendered.ids) == len(rendered.counted)
+    learned = [token for token, counted in zip(rendered.ids, rendered.counted, strict=True) if counted]
+    return tokenizer.decode(rendered.ids), tokenizer.decode(learned), tokenizer
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize(
+    ("loss_on", "learned"), [("assistant", "ONE</end>TWO</end>"), ("last", "TWO</end>"), ("all", WHOLE)]
+)
+def test_answers_are_learned_up_to_their_end(template, loss_on, learned):
+    assert _render(template, loss_on)[:2] == (WHOLE, learned)
+
+
+def test_a_template_that_changes_what_was_said_is_refused():
+    with pytest.raises(UserError, match=r"--data chats.jsonl:7: cannot tell which tokens message 3 is.*--loss-on last"):
+        _render(CHANGING, "assistant")
+    assert _render(CHANGING, "last")[1] == "TWO</end>"
+    assert _render(CHANGING, "all")[1].count("*") == 1
+
+
+def test_prompt_and_completion_need_no_template():
+    whole, learned, tokenizer = _render(None, "assistant", prompt="one is ", completion="ONE")
+    assert whole == f"one is ONE{tokenizer.eos_token}"
+    assert learned == f"ONE{tokenizer.eos_token}"
+    assert _render(None, "all", prompt="one is ", completion="ONE")[1] == whole
+
+
+def test_tools_reach_the_template():
+    template = "{{ tools | length }} tools" + PLAIN
+    assert _render(template, "last", messages=MESSAGES, tools=[{"name": "f"}])[0].startswith("1 tools<system>")
+
+
+def test_the_prompt_asks_for_the_last_answer():
+    prompt = Renderer(tiny_tokenizer(), "assistant").prompt(Conversation("", json.dumps({"messages": MESSAGES})))
+    assert WHOLE.startswith(prompt)
+    assert prompt.endswith("<user>two</end><assistant>")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (
+            None,
+            MESSAGES,
+            "chats.jsonl:7: a conversation, but the tokenizer has no chat template.*--tokenizer",
+        ),
+        (PLAIN, MESSAGES[:2], "chats.jsonl:7: no message has the role 'assistant'.*--loss-on all"),
+        (PLAIN, MESSAGES[2:], "chats.jsonl:7: cannot tell which tokens message 1 is"),
+        ("{{ raise_exception('no system') }}", MESSAGES, "chats.jsonl:7: .* does not take this .*: no system"),
+    ],
+    ids=["no template", "no answer", "no question", "template refuses"],
+)
+def test_errors_name_the_line(template, messages, message):
+    with pytest.raises(UserError, match=message):
+        _render(template, "assistant", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "rows.jsonl:2: not a line of JSON"),
+        ("[1]", 'rows.jsonl:2: expected an object such as {"text": ...}, got list'),
+        ('{"text": "x"}', "rows.jsonl:2: no 'messages', which the first row has"),
+        ('{"messages": []}', "rows.jsonl:2: 'messages' must be a list of messages, and not empty"),
+        ('{"messages": [{"content": "x"}]}', "rows.jsonl:2: message 1 must be an object with 'role' and 'content'"),
+        ("\xff", "rows.jsonl:2: not a line of JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps({"messages": MESSAGES}).encode() + b"\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(UserError) as error:
+        documents(str(path))
+    assert message in str(error.value)
+
+
+def test_which_column_is_taken(tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def kind(text_column=None, **row):
+        rows = [row, {name: value + value for name, value in row.items()}]
+        path.write_text("\n\n".join(map(json.dumps, rows)))
+        found = documents(str(path), text_column)
+        return type(found[0]).__name__, json.loads(found[0].text) if isinstance(found[0], Conversation) else None
+
+    assert kind(messages=MESSAGES, text="x", prompt="p") == ("Conversation", {"messages": MESSAGES})
+    assert kind(prompt="p", completion="c") == ("Conversation", {"prompt": "p", "completion": "c"})
+    for row in ({"prompt": "p", "completion": 3}, {"prompt": "p"}):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: (no column|'completion' must be a string, not int)"):
+            kind(**row)
+
+
+def test_a_folder_of_json_lines_and_what_is_held_out(tmp_path):
+    (tmp_path / "chats").mkdir()
+    for part in range(2):
+        write_chats(tmp_path / "chats" / f"{part}.jsonl", seed=part, count=5)
+    corpus = documents(str(tmp_path / "chats"))
+    assert isinstance(corpus[-1], Conversation)
+    assert corpus[-1].place.startswith(str(tmp_path / "chats" / "1.jsonl:"))
+    train, held_out = split(corpus)
+    # Of so few, none would be by its hash.
+    assert len(held_out) == 1
+    assert {document.key for document in corpus} == {document.key for document in train + held_out}
+    with pytest.raises(UserError, match="one conversation is too few"):
+        documents(str(write_chats(tmp_path / "one.jsonl", count=1)))

@@ -1,0 +1,190 @@
+"""Low-rank adapters by peft: gradients are those of weights with the product added, whatever it is put into."""
+
+import dataclasses
+import json
+import re
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from moesaic.cli import main
+from moesaic.integrations.transformers import register, swap_moe, unswap_moe
+from moesaic.parallel import build_meshes, parallelize
+from moesaic.train import lora
+from moesaic.train.config import TrainConfig
+from moesaic.train.errors import UserError
+from tests.train.chats import FAMILIES, write_chats, write_model
+from tests.train.test_resume import _fit, _rows
+
+peft = pytest.importorskip("peft")
+IDS = torch.randint(300, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def _draw_adapters(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _product(a, b, shape, scale):
+    """What an adapter adds to a weight of this shape; of experts each has its own columns of b and rows of a."""
+    if len(shape) == 2:
+        return scale * b @ a
+    experts = shape[0]
+    return scale * torch.einsum("ore,eri->eoi", b.reshape(shape[1], -1, experts), a.reshape(experts, -1, shape[2]))
+
+
+def _by_hand(model, plain, scale=2.0):
+    """Logits of `plain` with the adapters of `model` added to its weights, and the gradients of the adapters."""
+    leaves, weights, outer = {}, dict(plain.named_parameters()), {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (f"{name}.{part}.default.weight" for part in ("lora_A", "lora_B"))
+            leaves |= {key: model.get_parameter(key).detach().clone().requires_grad_() for key in (a, b)}
+            target = re.sub(r"(\.base_layer)+$", "", name) + "." + getattr(module, "parameter_name", "weight")
+            outer[target] = (a, b)
+    state = {
+        name: weight.detach() + _product(leaves[outer[name][0]], leaves[outer[name][1]], weight.shape, scale)
+        if name in outer
+        else weight.detach()
+        for name, weight in weights.items()
+    }
+    logits = torch.func.functional_call(plain, state, kwargs={"input_ids": IDS, "use_cache": False}).logits
+    logits.square().mean().backward()
+    return logits.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gradients_are_those_of_merged_weights(tmp_path, depth, family):
+    register()
+    folder = write_model(tmp_path, family)
+
+    def load():
+        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesaic")
+        return swap_moe(model) if depth == 2 else model
+
+    model, plain = load(), load()
+    if depth == 2:
+        adapters = lora.add_adapters(model, TrainConfig(lora_rank=3))
+    else:
+        attention = [name for name, module in model.named_modules() if "attn" in name and isinstance(module, nn.Linear)]
+        experts = ["experts.gate_up_proj", "experts.down_proj"]
+        settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=attention, target_parameters=experts)
+        adapters = peft.LoraModel(model, settings, "default")
+    _draw_adapters(model)
+    logits = model(input_ids=IDS, use_cache=False).logits
+    logits.square().mean().backward()
+    expected_logits, expected = _by_hand(model, plain)
+    torch.testing.assert_close(
+        logits.detach(), expected_logits, rtol=1e-5, atol=1e-5 * expected_logits.abs().max().item()
+    )
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert grads.keys() == expected.keys()
+    assert any("experts" in name for name in grads)
+    for name, grad in grads.items():
+        assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+    # Merged, it is an ordinary model again.
+    merged = adapters.merge_and_unload()
+    (unswap_moe(merged) if depth == 2 else merged).save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
+    assert (again - expected_logits).abs().max() <= 1e-5 * expected_logits.abs().max()
+
+
+def _attention_adapters(folder, ep):
+    """Gradients of adapters on attention, of this rank's row or of both."""
+    model = swap_moe(AutoModelForCausalLM.from_pretrained(folder))
+    peft.LoraModel(model, peft.LoraConfig(r=3, target_modules=["q_proj", "o_proj"]), "default")
+    _draw_adapters(model)
+    meshes = build_meshes(ep=ep, device_type="cpu")
+    parallelize(model, meshes)
+    rows = IDS if ep == 1 else IDS[meshes.dp_rank][None]
+    (model(input_ids=rows, use_cache=False).logits.square().sum() / IDS.numel()).backward()
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in named}
+
+
+def test_adapters_on_attention_go_before_parallelize(tmp_path, ranks):
+    write_model(tmp_path, "qwen3_moe")
+    expected = _attention_adapters(tmp_path, 1)
+    assert expected
+    for grads in ranks(_attention_adapters, 2, tmp_path, 2):
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def test_adapters_on_experts_are_refused_by_parallelize(tmp_path):
+    write_model(tmp_path, "mixtral")
+    model = swap_moe(AutoModelForCausalLM.from_pretrained(tmp_path))
+    lora.add_adapters(model, TrainConfig(lora_rank=2))
+    with pytest.raises(ValueError, match=r"experts of 'model.layers.0.mlp' are ParamWrapper .* merge_and_unload"):
+        parallelize(model, build_meshes())
+
+
+@pytest.fixture
+def adapted(tmp_path, cache):
+    write_model(tmp_path / "model", "mixtral")
+    return TrainConfig(
+        data=str(write_chats(tmp_path / "chats.jsonl")),
+        model=str(tmp_path / "model"),
+        lora_rank=4,
+        lr=1e-2,
+        steps=6,
+        batch_size=4,
+        seq_len=64,
+        out=tmp_path / "run",
+        save_every=0,
+        log_every=1,
+        tensorboard=False,
+        device="cpu",
+    )
+
+
+def test_a_resume_is_exact(adapted, cache, tmp_path):
+    whole = dataclasses.replace(adapted, out=tmp_path / "whole")
+    _fit(whole, cache)
+    _fit(adapted, cache, {2: [signal.SIGTERM]})
+    _fit(dataclasses.replace(adapted, resume=True), cache)
+    assert len(_rows(whole.out)) == 6
+    assert _rows(adapted.out) == _rows(whole.out)
+    with pytest.raises(UserError, match="other contents of --model"):
+        _fit(dataclasses.replace(adapted, resume=True, lora_on="experts"), cache)
+
+
+def _call(config, *more):
+    named = ("--model", config.model, "--data", config.data, "--out", str(config.out), "--lora-rank", "4")
+    sizes = ("--steps", "40", "--lr", "1e-2", "--seq-len", "64", "--batch-size", "4", "--sample-tokens", "3")
+    return main(["train", *named, *sizes, "--device", "cpu", *more])
+
+
+def test_the_whole_program(adapted, capsys):
+    assert _call(adapted) == 0
+    assert re.search(r"fine-tuning [\d,]+ parameters of adapters", capsys.readouterr().out)
+    result = json.loads((adapted.out / "result.json").read_text())
+    assert result["held_out_loss"]["model"] < 0.8 * result["held_out_loss"]["before"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (adapted.model, adapted.out / "export"))
+    changed = {name for name, weight in after.named_parameters() if not torch.equal(weight, before.get_parameter(name))}
+    assert {name.rpartition("layers.")[2][2:].removesuffix(".weight") for name in changed} == {
+        *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+        *("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    }
+
+
+def test_where_it_cannot_be(adapted, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else True)
+    assert _call(adapted) == 2
+    assert "pip install 'moesaic[lora]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert _call(dataclasses.replace(adapted, model="qwen3-moe-small")) == 2
+    assert "--model is a new one" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _call(adapted) == 2
+    assert "--lora-rank runs on one process, not 2: peft's adapters are plain tensors" in capsys.readouterr().err
