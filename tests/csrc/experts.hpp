@@ -177,7 +177,7 @@ bool one_experts_problem(int isa) {
                                          data(gw1), data(gw3), data(gw2), data(gb1), data(gb3),
                                          turned[0], turned[1], turned[2], adds};
     for (const Guarded *g : {gw1.get(), gw3.get(), gw2.get()}) {
-      if (adds && g) memset(g->data(), 0, g->size());
+      if (adds && g) memset(g->data(), 0, g->bytes());
     }
     const auto expected_gw1 = turned[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
                expected_gw3 = turned[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,

@@ -35,15 +35,17 @@ class Guarded {
     mprotect(whole_, page, PROT_NONE);
     mprotect(whole_ + page + inner, page, PROT_NONE);
     data_ = whole_ + page + (at_end ? inner - bytes : 0);
+    bytes_ = bytes;
     memset(data_, 0xff, bytes);  // NaN in both types
   }
   ~Guarded() { munmap(whole_, size_); }
   Guarded(const Guarded &) = delete;
   char *data() const { return data_; }
+  size_t bytes() const { return static_cast<size_t>(bytes_); }
 
  private:
   char *whole_, *data_;
-  int64_t size_;
+  int64_t size_, bytes_;
 };
 
 float get(const char *p, int64_t i, int dtype) {

@@ -197,6 +197,14 @@ for options in ({options}):
     compiled(a).square().sum().backward()
     layer(b).square().sum().backward()
     assert torch.equal(a.grad, b.grad)
+# In training mode too, where tokens are counted: once, also where the forward is run again.
+layer = naive.make(torch.float32)
+compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+x = naive.tokens(5, 6, dtype=torch.float32).requires_grad_()
+compiled(x).sum().backward()
+assert layer.router.load.sum() == 5 * 3, layer.router.load
+torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False).sum().backward()
+assert layer.router.load.sum() == 2 * 5 * 3, layer.router.load
 print("compiled")
 """
 

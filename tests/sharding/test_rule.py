@@ -144,8 +144,8 @@ TABLES = {
         "linear in grad": "P R R R -> P P",
     },
 }
-# They add to buffers in place, and DTensor might add to a redistributed copy.
-WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into"}
+# Two add to buffers in place, and DTensor might add to a redistributed copy; one is of counts that are a rank's own.
+WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "first_time"}
 
 
 def with_means(table: dict[str, str]) -> dict[str, str]:

@@ -58,6 +58,27 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def first_time(counts: Tensor) -> Tensor:
+    """``counts``, or zeros where this forward is run again by activation checkpointing.
+
+    In compiled code it is an operator: what is asked at the time of tracing would be the answer for ever.
+    """
+    if torch.compiler.is_compiling():
+        return _first_time(counts)
+    return torch.zeros_like(counts) if is_recomputing() else counts
+
+
+# No sharding rule: counts are a rank's own.
+@torch.library.custom_op("moesaic::first_time", mutates_args=())
+def _first_time(counts: Tensor) -> Tensor:
+    return torch.zeros_like(counts) if is_recomputing() else counts.clone()
+
+
+@_first_time.register_fake
+def _(counts: Tensor) -> Tensor:
+    return torch.empty_like(counts)
+
+
 def load_balancing_loss(
     scores: Float[Tensor, "T E"], total_counts: Int[Tensor, "E"], num_tokens: Int[Tensor, ""]
 ) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moesaic.layers.balance import is_recomputing, load_balancing_loss, record_loss, router_z_loss
+from moesaic.layers.balance import first_time, load_balancing_loss, record_loss, router_z_loss
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
 from moesaic.ops.autocast import no_autocast
@@ -114,8 +114,7 @@ class TopKRouter(nn.Module):
     def _balance(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> None:
         counts_E = torch.zeros_like(self.load)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-        if not is_recomputing():
-            self.load += counts_E
+        self.load += first_time(counts_E)
         config = self.config
         if not (config.aux_loss_coef or config.z_loss_coef):
             return
