@@ -20,10 +20,13 @@ def test_relative_links_lead_to_files(document):
 
 
 @each_document
-def test_flags_of_the_training_program_exist(document):
+def test_flags_of_the_programs_exist(document):
+    from moesaic.integrations.transformers.command import ConvertOptions, UpcycleOptions
     from moesaic.train.config import TrainConfig
 
-    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)} | {"--help"}
+    options = (TrainConfig, ConvertOptions, UpcycleOptions)
+    fields = (field for option in options for field in dataclasses.fields(option))
+    known = {"--" + field.name.replace("_", "-") for field in fields} | {"--help"}
     text = document.read_text().replace("\\\n", " ")
     commands = re.findall(r"moesaic train\b([^\n`]*)|ARGS='([^']*)'|LAYOUT=[\"']([^\"']*)", text)
     named = {flag for parts in commands for flag in re.findall(r"--[a-z][a-z-]*", " ".join(parts))}

@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from moesaic.ops.experts_mlp.impl import triton as experts_mlp
-from moesaic.ops.experts_mlp.problem import Needs, Problem
+from moesaic.ops.experts_mlp.problem import MainGrads, Needs, Problem
 from moesaic.ops.grouped_mm.impl import triton as grouped_mm
 from moesaic.ops.triton import device
 
@@ -45,7 +45,7 @@ class Options:
 
     capabilities: Annotated[tuple[str, ...], tyro.conf.arg(help="compute capabilities")] = ("8.0", "9.0", "10.0")
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    activations: Annotated[tuple[str, ...], tyro.conf.arg(help="gelu comes with biases")] = ("silu", "gelu")
+    activations: Annotated[tuple[str, ...], tyro.conf.arg(help="all but silu with biases")] = ("silu", "gelu")
     jobs: Annotated[int, tyro.conf.arg(help="processes")] = 2
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
@@ -107,7 +107,7 @@ def compile_launches(capability: str, dtype: torch.dtype, activation: str) -> li
 
 
 def _launch_experts(tokens: int, dtype: torch.dtype, activation: str) -> None:
-    is_biased = activation == "gelu"
+    is_biased = activation != "silu"
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -119,7 +119,10 @@ def _launch_experts(tokens: int, dtype: torch.dtype, activation: str) -> None:
     )
     _, h1, h3 = experts_mlp.forward(problem, True)
     assert h1 is not None
-    experts_mlp.backward(empty(tokens, D), problem, h1, h3, Needs(*[True] * 5, is_biased, is_biased))
+    grad, biases = empty(tokens, D), (is_biased, is_biased)
+    experts_mlp.backward(grad, problem, h1, h3, Needs(*[True] * 5, *biases))
+    into = MainGrads(*(empty(*w.shape, dtype=torch.float32) for w in (problem.w1_EDF, problem.w1_EDF, problem.w2_EFD)))
+    experts_mlp.backward(grad, problem, h1, h3, Needs(True, True, False, False, False, *biases), into)
 
 
 def _launch_products(num_rows: int, dtype: torch.dtype) -> None:

@@ -163,17 +163,22 @@ bool one_experts_problem(int isa) {
           compare(p, h3.get(), expected.h3, p.dtype, "h3");
   if (save && right) {
     auto wanted = [&] { return draw(0, 3) > 0; };
+    const bool adds = draw(0, 1);
+    const int gw_dtype = adds ? MOESAIC_F32 : p.dtype;
     const auto gx = result(expected.gx.size(), p.dtype, wanted()),
                gweights = result(expected.gweights.size(), MOESAIC_F32, wanted()),
-               gw1 = result(expected.gw1.size(), p.dtype, wanted()),
-               gw3 = result(expected.gw3.size(), p.dtype, p.gated && wanted()),
-               gw2 = result(expected.gw2.size(), p.dtype, wanted()),
+               gw1 = result(expected.gw1.size(), gw_dtype, wanted()),
+               gw3 = result(expected.gw3.size(), gw_dtype, p.gated && wanted()),
+               gw2 = result(expected.gw2.size(), gw_dtype, wanted()),
                gb1 = result(expected.gb1.size(), p.dtype, wanted()),
                gb3 = result(expected.gb3.size(), p.dtype, p.gated && wanted());
     const bool turned[3] = {draw(0, 1) > 0, draw(0, 1) > 0, draw(0, 1) > 0};
     const moesaic_experts_grads grads = {data(gx),  reinterpret_cast<float *>(data(gweights)),
                                          data(gw1), data(gw3), data(gw2), data(gb1), data(gb3),
-                                         turned[0], turned[1], turned[2]};
+                                         turned[0], turned[1], turned[2], adds};
+    for (const Guarded *g : {gw1.get(), gw3.get(), gw2.get()}) {
+      if (adds && g) memset(g->data(), 0, g->size());
+    }
     const auto expected_gw1 = turned[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
                expected_gw3 = turned[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,
                expected_gw2 = turned[2] ? turn(expected.gw2, p.E, p.F, p.D) : expected.gw2;
@@ -181,8 +186,8 @@ bool one_experts_problem(int isa) {
                                          threads) == MOESAIC_OK;
     right = right && compare(p, gx.get(), expected.gx, p.dtype, "gx") &&
             compare(p, gweights.get(), expected.gweights, MOESAIC_F32, "gweights") &&
-            compare(p, gw1.get(), expected_gw1, p.dtype, "gw1") && compare(p, gw3.get(), expected_gw3, p.dtype, "gw3") &&
-            compare(p, gw2.get(), expected_gw2, p.dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
+            compare(p, gw1.get(), expected_gw1, gw_dtype, "gw1") && compare(p, gw3.get(), expected_gw3, gw_dtype, "gw3") &&
+            compare(p, gw2.get(), expected_gw2, gw_dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
             compare(p, gb3.get(), expected.gb3, p.dtype, "gb3");
   }
   if (!right) {

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
@@ -25,7 +26,8 @@ PLANNED: dict[str, dict[str, Any]] = {
     "Qwen2-MoE": _HEADS,
     "Qwen3-MoE": _HEADS,
     "OLMoE": {**_HEADS, "clip_qkv": 2.0},
-    "DeepSeek-V2": _LATENT_HEADS,
+    # As its Lite model: queries without a latent.
+    "DeepSeek-V2": {**_LATENT_HEADS, "q_lora_rank": None},
     "DeepSeek-V3": {**_LATENT_HEADS, "attention_bias": True},
     "GLM-4-MoE": {**_HEADS, "use_qk_norm": True, "attention_bias": True},
     # A window that the sequence is longer than.
@@ -126,4 +128,30 @@ def test_projections_that_are_no_linear_layers_are_refused():
     model = swap_moe(make_model("Mixtral"))
     model.model.layers[0].self_attn.lora = nn.Linear(32, 16)
     with pytest.raises(ValueError, match=r"layer 0's attention: 'lora' \(Linear\) of MixtralAttention is not known"):
+        moesaic.parallelize(model, fake_meshes(2, tp=2))
+
+
+def check_other_dtype() -> None:
+    reference = swap_moe(make_model("Ernie-4.5-MoE")).bfloat16()
+    for layer in reference.modules():
+        if isinstance(layer, moesaic.MoE):
+            layer.router.float()
+    model = moesaic.parallelize(copy.deepcopy(reference), moesaic.build_meshes(ep=2, device_type="cpu"))
+    ids = torch.randint(3, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    reference(input_ids=ids, labels=ids).loss.backward()
+    rank = torch.distributed.get_rank()
+    model(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad.dtype == q.dtype, name
+        assert (p.grad.full_tensor() - q.grad).norm() < 0.03 * q.grad.norm(), name
+
+
+def test_parameters_of_two_dtypes_over_dp(ranks):
+    ranks(check_other_dtype, 2)
+
+
+def test_heads_that_may_read_whole_sequences_are_refused():
+    config = make_model("Qwen3-MoE").config
+    model = swap_moe(AutoModelForSequenceClassification.from_config(config))
+    with pytest.raises(ValueError, match="Qwen3MoeForSequenceClassification may take the hidden states for those of"):
         moesaic.parallelize(model, fake_meshes(2, tp=2))

@@ -144,8 +144,8 @@ TABLES = {
         "linear in grad": "P R R R -> P P",
     },
 }
-# It adds to a buffer in place, and DTensor might add to a redistributed copy.
-WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad"}
+# They add to buffers in place, and DTensor might add to a redistributed copy.
+WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into"}
 
 
 def with_means(table: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moesaic.ops import Activation, experts_mlp
 
+MainGrads = tuple[Tensor, Tensor, Tensor]
+
 
 class ExpertCompute(Protocol):
     """What :class:`GroupedExperts` computes: tokens, weights and biases to tokens, on tensors or DTensors."""
@@ -27,6 +29,8 @@ class ExpertCompute(Protocol):
         b1: Tensor | None,
         b3: Tensor | None,
         b2: Tensor | None,
+        *,
+        main_grads: MainGrads | None = None,
     ) -> Tensor: ...
 
 
@@ -53,6 +57,8 @@ class GroupedExperts(nn.Module):
         w2: ``[E, F, D]``, down projection.
         b1, b3, b2: their biases, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None without.
         compute: what ``forward`` calls; a parallel plan may replace it.
+        main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
+            then get no ``.grad``: see :func:`moesaic.experts_mlp`. For weights that are plain tensors.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
@@ -81,6 +87,7 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, device=device, dtype=dtype))
+        self.main_grads: MainGrads | None = None
         for name, dim_out in {"b1": hidden_dim, "b3": hidden_dim, "b2": dim}.items():
             bias = torch.empty(num_experts, dim_out, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(bias) if biases else None)
@@ -101,7 +108,8 @@ class GroupedExperts(nn.Module):
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
         """Apply to each token its experts, and sum what they give by the weights."""
-        return self.compute(x, topk_ids, topk_weights, self.w1, self.w3, self.w2, self.b1, self.b3, self.b2)
+        weights, biases = (self.w1, self.w3, self.w2), (self.b1, self.b3, self.b2)
+        return self.compute(x, topk_ids, topk_weights, *weights, *biases, main_grads=self.main_grads)
 
     def extra_repr(self) -> str:
         E, D, hidden = self.w1.shape
@@ -120,5 +128,20 @@ def _experts_mlp(
     b1: Tensor | None,
     b3: Tensor | None,
     b2: Tensor | None,
+    *,
+    main_grads: MainGrads | None = None,
 ) -> Tensor:
-    return experts_mlp(x, topk_ids, topk_weights, w1, w3, w2, activation=activation, b1=b1, b3=b3, b2=b2, impl=impl)
+    return experts_mlp(
+        x,
+        topk_ids,
+        topk_weights,
+        w1,
+        w3,
+        w2,
+        activation=activation,
+        b1=b1,
+        b3=b3,
+        b2=b2,
+        main_grads=main_grads,
+        impl=impl,
+    )

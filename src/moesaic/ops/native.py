@@ -17,7 +17,7 @@ from torch import Tensor
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
-_ABI = 4
+_ABI = 5
 OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
 
 
@@ -73,7 +73,7 @@ class ExpertsGrads(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3")),
-        *((name, ctypes.c_int32) for name in ("w1_turned", "w3_turned", "w2_turned")),
+        *((name, ctypes.c_int32) for name in ("w1_turned", "w3_turned", "w2_turned", "adds")),
     )
 
 

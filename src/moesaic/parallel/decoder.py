@@ -27,6 +27,15 @@ def find_decoder(model: nn.Module) -> nn.Module | None:
     return backbone
 
 
+def leaves_shards_alone(model: Any) -> bool:
+    """Whether a model around a decoder, or a bare one, treats what the decoder gives token by token."""
+    decoder = find_decoder(model)
+    if decoder is model:
+        return True
+    is_causal = getattr(model, "loss_type", None) == "ForCausalLM"
+    return is_causal and all(child in (decoder, model.get_output_embeddings()) for child in model.children())
+
+
 def decoder_layers(decoder: nn.Module) -> list[Any]:
     """Its layers."""
     return list(decoder.get_submodule("layers").children())

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental import local_map
 
 from moesaic.layers import GroupedExperts
+from moesaic.layers.experts import MainGrads
 from moesaic.ops.experts_mlp.down_bias import down_bias
 from moesaic.parallel.placements import DOWN_BIAS, RESULTS, ROW_GRADS, ROWS
 
@@ -35,8 +36,10 @@ def add_down_bias_apart(experts: GroupedExperts, mesh: DeviceMesh) -> None:
         b1: Tensor | None,
         b3: Tensor | None,
         b2: Tensor | None,
+        *,
+        main_grads: MainGrads | None = None,
     ) -> Tensor:
-        z = compute(x, topk_ids, topk_weights, w1, w3, w2, b1, b3, None)
+        z = compute(x, topk_ids, topk_weights, w1, w3, w2, b1, b3, None, main_grads=main_grads)
         return z if b2 is None else z + biases(topk_weights, topk_ids, b2)
 
     experts.compute = with_bias

@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import local_map
 
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.layers.experts import MainGrads
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.down_bias import add_down_bias_apart, on_first_rank
 from moesaic.parallel.fit import expert_misfit
@@ -59,9 +60,9 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
     compute: Any = experts.compute
 
-    def on_local(*operands: Any) -> Tensor:
+    def on_local(*operands: Any, main_grads: MainGrads | None = None) -> Tensor:
         *others, b2 = operands
-        return compute(*others, None if b2 is None else on_first_rank(b2, mesh))
+        return compute(*others, None if b2 is None else on_first_rank(b2, mesh), main_grads=main_grads)
 
     weights = [None if getattr(experts, name) is None else placements for name, placements in WEIGHTS.items()]
     function: Any = local_map(

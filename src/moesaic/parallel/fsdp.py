@@ -1,8 +1,10 @@
 """Fully sharded data parallelism: dense parameters over dp, expert parameters over edp, gradients summed."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,7 +17,8 @@ from moesaic.parallel.mesh import Meshes
 def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes) -> None:
     """Apply FSDP2 to ``blocks`` and to ``model`` around them.
 
-    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp; an axis of size 1 is left alone. Experts
+    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp; an axis of size 1 is left alone. Modules
+    with parameters of another dtype are sharded on their own, too. Experts
     that do not divide by ep are cut along the model dim: of a dim that ep cuts unevenly, torch's checkpoints take a
     rank's part for that of another.
     """
@@ -28,8 +31,21 @@ def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: M
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
         axes = ("dp_replicate", "dp_shard") if meshes.layout.dp_replicate > 1 else ("dp_shard",)
-        for module in dict.fromkeys([*blocks, model]):
+        for module in dict.fromkeys([*_of_another_dtype(model, ignored), *blocks, model]):
             _shard(module, meshes.dense[axes], ignored)
+
+
+def _of_another_dtype(model: nn.Module, ignored: set[nn.Parameter]) -> list[nn.Module]:
+    """Modules whose own parameters differ in dtype from most of the model's: FSDP gathers parameters of one dtype.
+
+    transformers keeps the router of some families in fp32, whatever the model is in.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in set(model.parameters()) - ignored:
+        sizes[parameter.dtype] += parameter.numel()
+    common = max(sizes, key=lambda dtype: sizes[dtype])
+    own = {module: set(module.parameters(recurse=False)) - ignored for module in model.modules()}
+    return [module for module, parameters in own.items() if any(p.dtype != common for p in parameters)]
 
 
 def _model_dim(experts: GroupedExperts, weight: nn.Parameter) -> Shard:

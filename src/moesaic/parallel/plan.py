@@ -15,6 +15,7 @@ from moesaic.parallel.decoder import (
     check_decoder,
     decoder_layers,
     find_decoder,
+    leaves_shards_alone,
 )
 from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
@@ -136,6 +137,11 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
     if meshes.tp_size > 1 and not is_decoder and not isinstance(model, MoE):
         raise ValueError(
             f"model: tp > 1 knows a moesaic.MoE or a transformers decoder, not {type(model).__name__}; use tp=1"
+        )
+    if meshes.tp_size > 1 and is_decoder and not leaves_shards_alone(model):
+        raise ValueError(
+            f"model: tp > 1 knows causal language models, and {type(model).__name__} may take the hidden states for "
+            "those of whole sequences; use tp=1"
         )
     for name, moe in moes.items():
         check_experts(name or type(moe).__name__, moe, meshes.layout)

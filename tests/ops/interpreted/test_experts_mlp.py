@@ -95,6 +95,29 @@ def test_without_gradients_the_same_bits():
     assert torch.equal(z, run("triton", p)["z"])
 
 
+@pytest.mark.parametrize("tokens", [9, 150])
+@pytest.mark.parametrize("turned", [False, True])
+def test_main_grads_hold_what_is_not_rounded(on, tokens, turned):
+    on("9.0")
+    p = experts(tokens, 2, 3, 72, 40, torch.bfloat16)
+    expected = run("triton", p)
+    leaf = {name: t.detach().requires_grad_() for name, t in p.operands().items()}
+    into = tuple(torch.zeros(leaf[name].shape) for name in ("w1", "w3", "w2"))
+    if turned:
+        into = tuple(t.mT.contiguous().mT for t in into)
+    w = (leaf["w1"], leaf["w3"], leaf["w2"])
+    experts_mlp(leaf["x"], p.ids, leaf["weights"], *w, impl="triton", main_grads=into).backward(p.grad)
+    assert torch.equal(leaf["x"].grad, expected["x"])
+    for name, t in zip(("w1", "w3", "w2"), into, strict=True):
+        assert leaf[name].grad is None
+        torch.testing.assert_close(t.bfloat16(), expected[name], rtol=2**-8, atol=2**-8)
+        assert not torch.equal(t, t.bfloat16().float())
+    once = [t.clone() for t in into]
+    experts_mlp(p.x, p.ids, p.weights, *w, impl="triton", main_grads=into).backward(p.grad)
+    for t, before in zip(into, once, strict=True):
+        torch.testing.assert_close(t, 2 * before)
+
+
 def test_same_bits_every_time():
     p = experts(40, 2, 4, 40, 48, torch.bfloat16, biased=True)
     first = run("triton", p)

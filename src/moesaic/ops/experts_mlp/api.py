@@ -10,6 +10,7 @@ from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS, GATED_ONLY, Activation, no_gate
 from moesaic.ops.experts_mlp.down_bias import down_bias
+from moesaic.ops.experts_mlp.main_grads import check_main_grads, experts_mlp_into
 from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.implementations import code_of
@@ -27,6 +28,7 @@ def experts_mlp(
     b1: Float[Tensor, "W F"] | None = None,
     b3: Float[Tensor, "W F"] | None = None,
     b2: Float[Tensor, "W D"] | None = None,
+    main_grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     impl: str | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """The routed experts, whole: gather, gated MLP of each token copy's expert, weighted sum over copies.
@@ -58,6 +60,13 @@ def experts_mlp(
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared), or
             ``"clamped_swiglu"`` (gpt-oss), which has no form without ``w3``.
         b1, b3, b2: biases. ``b2`` is for plain tensors only.
+        main_grads: buffers for the gradients of ``w1``, ``w3`` and ``w2``, of their shapes, fp32 (fp64 for fp64),
+            contiguous or the ``.mT`` of what is. The backward pass adds the gradients to them, with no rounding to the
+            weights' dtype, and autograd gets none: a weight's ``.grad`` stays as it is, and its hooks are not called.
+            For gradients accumulated over several backward passes ("main gradients", as Megatron keeps them with
+            ``gradient_accumulation_fusion``). The ``cpu`` and ``triton`` kernels need no memory of the weights' size
+            for it. An expert without tokens keeps its values. Plain tensors only; ``torch.compile`` leaves
+            the call uncompiled.
         impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
             (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
             never falls back.
@@ -72,9 +81,10 @@ def experts_mlp(
 
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``, or one that needs ``w3`` without it.
-        TypeError: dtypes that do not fit, or that the named ``impl`` does not have.
+        TypeError: dtypes that do not fit, or that the named ``impl`` does not have; ``main_grads`` beside DTensors.
         RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
-            ``impl="triton"`` without triton, or off CUDA.
+            ``impl="triton"`` without triton, or off CUDA; ``main_grads`` under
+            ``torch.compile(fullgraph=True)``.
         NotImplementedError: under forward-mode differentiation, and for second derivatives.
 
     Example:
@@ -99,11 +109,16 @@ def experts_mlp(
     tokens = (x, topk_ids, topk_weights)
     x_BTD, ids_BTK, weights_BTK = tokens if in_blocks else (t.unsqueeze(0) for t in tokens)
     B, W = x_BTD.shape[0], w1.shape[0]
+    weights = {name: given.get(name) for name in ("w1", "w3", "w2")}
+    buffers = None if main_grads is None else check_main_grads(main_grads, weights)
     # Of this only the shape is read.
     experts_BG = ids_BTK.new_empty(B, -(-W // max(B, 1)))
     operands = (x_BTD, ids_BTK, weights_BTK, experts_BG, w1, given.get("w3"), w2, given.get("b1"), given.get("b3"))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*given.values(), topk_weights)):
-        z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl_code)
+        if buffers is None:
+            z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl_code)
+        else:
+            z_BTD = experts_mlp_into(buffers, operands, activation_code, impl_code)
     else:
         z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl_code)
     if "b2" in given:

@@ -7,7 +7,7 @@ from torch import Tensor
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.impl import triton as triton_impl
-from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.fastest import is_for_cpu_kernels, on_cuda
 
 _MODULES = {"torch": torch_impl, "triton": triton_impl}
@@ -17,8 +17,15 @@ def forward(problem: Problem, save: bool) -> Forward:
     return _fastest(problem).forward(problem, save)
 
 
-def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
-    return _fastest(problem).backward(grad_TD, problem, h1_TKF, h3_TKF, needs)
+def backward(
+    grad_TD: Tensor,
+    problem: Problem,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    needs: Needs,
+    into: MainGrads = NO_MAIN_GRADS,
+) -> Gradients:
+    return _fastest(problem).backward(grad_TD, problem, h1_TKF, h3_TKF, needs, into)
 
 
 def _fastest(problem: Problem) -> ModuleType:

@@ -29,30 +29,30 @@ from moesaic.ops.implementations import AUTO
 from moesaic.ops.layout import empty_gradient, lying_as
 
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
-_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
+MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
-_OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
+OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(
     "moesaic::experts_mlp",
-    f"({_OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> (Tensor, Tensor, Tensor)",
+    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "moesaic::experts_mlp_inference",
-    f"({_OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> Tensor",
+    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> Tensor",
 )
 torch.library.define(
     "moesaic::experts_mlp_backward",
-    f"(Tensor grad, {_OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, int impl) "
+    f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, int impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
-def _zeros(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+def zeros(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
     """Zeros without memory, in the place of what is not given or not wanted."""
     return like.new_zeros(1).expand(shape)
 
 
-def _problem(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Tensor, *others: Any) -> Problem:
+def one_block(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Tensor, *others: Any) -> Problem:
     """The one-block form: ids count the matrices of all blocks, those of copies that are not here are -1."""
     ids_BNK = number_by_matrix(ids_BNK, experts_BG.shape[1])
     x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
@@ -64,9 +64,9 @@ def _problem(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Te
 @untouched_by_autocast
 def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, activation, impl = args
-    z_TD, h1_TKF, h3_TKF = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), True)
+    z_TD, h1_TKF, h3_TKF = MODULES[impl].forward(one_block(x, ids, *tensors, activation), True)
     h1 = h1_TKF.unflatten(0, x.shape[:2])
-    h3 = _zeros(h1, h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
+    h3 = zeros(h1, h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
     return torch.ops.aten._unsafe_view(z_TD, x.shape), h1, h3
 
 
@@ -74,7 +74,7 @@ def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 @untouched_by_autocast
 def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
     *tensors, activation, impl = args
-    z_TD = _MODULES[impl].forward(_problem(x, ids, *tensors, activation), False).z_TD
+    z_TD = MODULES[impl].forward(one_block(x, ids, *tensors, activation), False).z_TD
     return torch.ops.aten._unsafe_view(z_TD, x.shape)
 
 
@@ -82,9 +82,9 @@ def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
 @untouched_by_autocast
 def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, h1, h3, activation, needs, impl = args
-    problem = _problem(x, ids, *tensors, activation)
+    problem = one_block(x, ids, *tensors, activation)
     h3_TKF = None if problem.w3_EDF is None else h3.flatten(0, 1)
-    found: Gradients = _MODULES[impl].backward(
+    found: Gradients = MODULES[impl].backward(
         grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs)
     )
     found = found._replace(
@@ -92,11 +92,11 @@ def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor,
         w3=None if found.w3 is None or problem.w3_EDF is None else lying_as(problem.w3_EDF, found.w3),
         w2=None if found.w2 is None else lying_as(problem.w2_EFD, found.w2),
     )
-    likes = _likes(x, *tensors)
-    return tuple(_zeros(*t) if g is None else g.view(t[1]) for g, t in zip(found, likes, strict=True))
+    given = zip(found, likes(x, *tensors), strict=True)
+    return tuple(zeros(*like) if g is None else g.view(like[1]) for g, like in given)
 
 
-def _likes(x: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
+def likes(x: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
     """For every gradient a tensor of its dtype and its shape; of an argument that is not given too."""
     w1, _, w2, b1, b3 = args
     W, _, F = w1.shape
@@ -108,7 +108,7 @@ def _likes(x: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[tupl
 def _forward_fake(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, w1, w3, *_ = args
     h1 = x.new_empty(*ids.shape, w1.shape[2])
-    return x.new_empty(x.shape), h1, _zeros(h1, h1.shape) if w3 is None else torch.empty_like(h1)
+    return x.new_empty(x.shape), h1, zeros(h1, h1.shape) if w3 is None else torch.empty_like(h1)
 
 
 @torch.library.register_fake("moesaic::experts_mlp_inference")
@@ -124,8 +124,8 @@ def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Te
     biases = [None if b is None else b.new_empty(b.shape) for b in (b1, None if w3 is None else b3)]
     gradients = (x.new_empty(x.shape), weights.new_empty(weights.shape), *projections, *biases)
     return tuple(
-        gradient if wanted and gradient is not None else _zeros(*like)
-        for gradient, wanted, like in zip(gradients, Needs.unpack(needs), _likes(x, *tensors), strict=True)
+        gradient if wanted and gradient is not None else zeros(*like)
+        for gradient, wanted, like in zip(gradients, Needs.unpack(needs), likes(x, *tensors), strict=True)
     )
 
 
@@ -139,16 +139,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 # Where they stand among the operators' arguments: x, weights, w1, w3, w2, b1, b3.
-_DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
+DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * 11
     if grad is None:
         return tuple(result)
-    needs = Needs(*(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE))
+    needs = Needs(*(ctx.needs_input_grad[i] for i in DIFFERENTIABLE))
     found = torch.ops.moesaic.experts_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs.pack(), ctx.impl)
-    for i, wanted, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
+    for i, wanted, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
         result[i] = gradient if wanted else None
     return tuple(result)
 

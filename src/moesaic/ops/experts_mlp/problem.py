@@ -65,6 +65,20 @@ class Needs(NamedTuple):
         return Needs(*(bool(bits >> i & 1) for i in range(7)))
 
 
+class MainGrads(NamedTuple):
+    """Buffers of the accumulation dtype that gradients of the weights are added to; None where there is none to add.
+
+    Their matrices are contiguous, or turned ones that are. An expert without rows keeps its values.
+    """
+
+    w1: Tensor | None = None
+    w3: Tensor | None = None
+    w2: Tensor | None = None
+
+
+NO_MAIN_GRADS = MainGrads()
+
+
 class Gradients(NamedTuple):
     """The gradients, each of its argument's dtype; None where it is not wanted."""
 

@@ -47,7 +47,15 @@ def weight_grad(
     return gw_EKN
 
 
-def weight_grad_into(into_EKN: Tensor, x: Tensor, grad: Tensor, groups: Groups) -> None:
+def weight_grad_into(
+    into_EKN: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    groups: Groups,
+    *,
+    x_rows: Tensor | None = None,
+    grad_rows: Tensor | None = None,
+) -> None:
     """Add it to a contiguous tensor of the operands' dtype or fp32. An expert without rows keeps its values."""
     _, K, N = into_EKN.shape
     if into_EKN.numel() == 0 or groups.num_rows == 0:
@@ -55,12 +63,12 @@ def weight_grad_into(into_EKN: Tensor, x: Tensor, grad: Tensor, groups: Groups) 
 
     def run_elsewhere(config: Config) -> None:
         # The tuner runs it many times.
-        _launch(x, grad, groups, config, torch.empty_like(into_EKN), None, None)
+        _launch(x, grad, groups, config, torch.empty_like(into_EKN), x_rows, grad_rows)
 
     config = choose("weight_grad", x, K=K, N=N, groups=groups, run=run_elsewhere)
     # What is added to needs registers beside the sum.
     config = replace(config, BN=min(config.BN, 128))
-    _launch(x, grad, groups, config, into_EKN, None, None, accumulate=True)
+    _launch(x, grad, groups, config, into_EKN, x_rows, grad_rows, accumulate=True)
 
 
 def rows_per_chunk(num_rows: int, num_blocks: int, config: Config, gpu: Device) -> int:

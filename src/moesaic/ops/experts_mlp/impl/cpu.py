@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
-from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.layout import is_turned
 from moesaic.ops.native import (
     DTYPES,
@@ -52,7 +52,14 @@ def forward(problem: Problem, save: bool) -> Forward:
     return Forward(z_TD, h1_TKF, h3_TKF)
 
 
-def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
+def backward(
+    grad_TD: Tensor,
+    problem: Problem,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    needs: Needs,
+    into: MainGrads = NO_MAIN_GRADS,
+) -> Gradients:
     library, isa = _kernels(problem)
     routing, keep = _routing(problem)
     h1_TKF, h3_TKF = h1_TKF.contiguous(), None if h3_TKF is None else h3_TKF.contiguous()
@@ -63,7 +70,9 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         _empty(t, dtype) if wanted and t is not None else None
         for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
     ]
-    turned = [w is not None and is_turned(w) for w in (p.w1_EDF, p.w3_EDF, p.w2_EFD)]
+    adds = any(buffer is not None for buffer in into)
+    matrices = into if adds else found[2:5]
+    turned = [w is not None and is_turned(w) for w in matrices]
     status = library.moesaic_cpu_experts_backward(
         routing,
         _experts(problem),
@@ -71,7 +80,7 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         matrix(grad_TD),
         h1_TKF.data_ptr(),
         _pointer(h3_TKF),
-        ExpertsGrads(*map(_pointer, found), *turned),
+        ExpertsGrads(*map(_pointer, (*found[:2], *matrices, *found[5:])), *turned, adds),
         isa,
         torch.get_num_threads(),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.activation import hidden, slopes
-from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
 
@@ -30,7 +30,14 @@ def forward(problem: Problem, save: bool) -> Forward:
     return Forward(z_TD.to(x.dtype), h1_TKF, h3_TKF) if save else Forward(z_TD.to(x.dtype), None, None)
 
 
-def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
+def backward(
+    grad_TD: Tensor,
+    problem: Problem,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    needs: Needs,
+    into: MainGrads = NO_MAIN_GRADS,
+) -> Gradients:
     """The gradients of :func:`forward`, by the chain rule."""
     x, acc, name = problem.x_TD, accumulation_dtype(problem.x_TD.dtype), problem.activation
     gate, up = _projections(problem)
@@ -50,6 +57,10 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         gx[t] += gate.backward(x[t], ga_rF * slope1_rF, e)
         if up is not None and slope3_rF is not None:
             gx[t] += up.backward(x[t], ga_rF * slope3_rF, e)
+    sums = (gate.w_grad, None if up is None else up.w_grad, gw2)
+    for buffer, total in zip(into, sums, strict=True):
+        if buffer is not None and total is not None:
+            buffer += total
     found = Gradients(
         gx,
         gweights,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.activation import hidden, slopes
-from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
 from moesaic.ops.layout import is_turned
@@ -61,6 +61,12 @@ class _Rows:
             return grouped.weight_grad(grad_RN, x_RK, self.sizes_1E, w_EKN.shape[0]).mT
         return grouped.weight_grad(x_RK, grad_RN, self.sizes_1E, w_EKN.shape[0])
 
+    def weight_grad_into(self, into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor) -> None:
+        if is_turned(into_EKN):
+            grouped.weight_grad_into(into_EKN.mT, grad_RN, x_RK, self.sizes_1E)
+        else:
+            grouped.weight_grad_into(into_EKN, x_RK, grad_RN, self.sizes_1E)
+
     def bias_grad(self, grad_RN: Tensor, b_EN: Tensor) -> Tensor:
         ones_R1 = grad_RN.new_ones(grad_RN.shape[0], 1)
         return grouped.weight_grad(ones_R1, grad_RN, self.sizes_1E, b_EN.shape[0]).squeeze(1).to(b_EN.dtype)
@@ -77,7 +83,14 @@ def forward(problem: Problem, save: bool) -> Forward:
     return Forward(z_TD, rows.to_slots(h1_RF), None if h3_RF is None else rows.to_slots(h3_RF))
 
 
-def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
+def backward(
+    grad_TD: Tensor,
+    problem: Problem,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    needs: Needs,
+    into: MainGrads = NO_MAIN_GRADS,
+) -> Gradients:
     rows = _Rows(problem)
     dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
     h1_RF = rows.of_slots(h1_TKF)
@@ -92,6 +105,8 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         gweights = rows.to_slots((ga_RF * a_RF.to(acc)).sum(1, keepdim=True)).squeeze(2).to(problem.weights_TK.dtype)
     if needs.w2:
         gw2 = rows.weight_grad(a_RF, rows.of_tokens(grad_TD, problem.weights_TK), problem.w2_EFD)
+    if into.w2 is not None:
+        rows.weight_grad_into(into.w2, a_RF, rows.of_tokens(grad_TD, problem.weights_TK))
     ga_RF = ga_RF * weight_R1
     slope1_RF, slope3_RF = slopes(problem.activation, h1_RF.to(acc), None if h3_RF is None else h3_RF.to(acc))
     gh1_RF = (ga_RF * slope1_RF).to(dtype)
@@ -102,7 +117,12 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
         if problem.w3_EDF is not None and gh3_RF is not None:
             gx_RD += rows.times(gh3_RF, problem.w3_EDF.mT)
         gx = rows.to_tokens(gx_RD)
-    x_RD = rows.of_tokens(problem.x_TD) if needs.w1 or needs.w3 else None
+    wants_rows = needs.w1 or needs.w3 or into.w1 is not None or into.w3 is not None
+    x_RD = rows.of_tokens(problem.x_TD) if wants_rows else None
+    if x_RD is not None and into.w1 is not None:
+        rows.weight_grad_into(into.w1, x_RD, gh1_RF)
+    if x_RD is not None and into.w3 is not None and gh3_RF is not None:
+        rows.weight_grad_into(into.w3, x_RD, gh3_RF)
     if x_RD is not None and needs.w1:
         gw1 = rows.weight_grad(x_RD, gh1_RF, problem.w1_EDF)
     if x_RD is not None and needs.w3 and problem.w3_EDF is not None and gh3_RF is not None:

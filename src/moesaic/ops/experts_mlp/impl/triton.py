@@ -11,7 +11,7 @@ Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, D m
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.problem import Forward, Gradients, Needs, Problem
+from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.layout import is_turned
 from moesaic.ops.triton import available
 
@@ -31,7 +31,14 @@ def forward(problem: Problem, save: bool) -> Forward:
     return Forward(z_TD, hidden.h1, None if w3 is None else hidden.h3)
 
 
-def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor | None, needs: Needs) -> Gradients:
+def backward(
+    grad_TD: Tensor,
+    problem: Problem,
+    h1_TKF: Tensor,
+    h3_TKF: Tensor | None,
+    needs: Needs,
+    into: MainGrads = NO_MAIN_GRADS,
+) -> Gradients:
     x, w1, w3, w2 = problem.x_TD, problem.w1_EDF, problem.w3_EDF, problem.w2_EFD
     down_gradient, matmul, weight_grad, combine, routing = (
         available.load(name, x) for name in ("down_gradient", "matmul", "weight_grad", "combine", "routing")
@@ -49,7 +56,14 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
                 return sums(w.mT, grad, grad_of, rows, rows_of).mT
             return weight_grad.weight_grad(rows, grad, routed.groups, w.dtype, x_rows=rows_of, grad_rows=grad_of)
 
-        wanted = down_gradient.Wanted(routing_weights=needs.weights, weighted=needs.w2, biases=has_b1 or has_b3)
+        def add(into: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> None:
+            if is_turned(into):
+                add(into.mT, grad, grad_of, rows, rows_of)
+            else:
+                weight_grad.weight_grad_into(into, rows, grad, routed.groups, x_rows=rows_of, grad_rows=grad_of)
+
+        weighted = needs.w2 or into.w2 is not None
+        wanted = down_gradient.Wanted(routing_weights=needs.weights, weighted=weighted, biases=has_b1 or has_b3)
         hidden = down_gradient.down_gradient(
             grad_TD, w2, h1_TKF, h3_TKF, problem.weights_TK, problem.activation, routed, wanted
         )
@@ -61,6 +75,12 @@ def backward(grad_TD: Tensor, problem: Problem, h1_TKF: Tensor, h3_TKF: Tensor |
             gw1 = sums(w1, x, routed.tokens, hidden.gh1, None)
         if needs.w3 and w3 is not None:
             gw3 = sums(w3, x, routed.tokens, hidden.gh3, None)
+        if into.w2 is not None:
+            add(into.w2, hidden.weighted, None, grad_TD, routed.tokens)
+        if into.w1 is not None:
+            add(into.w1, x, routed.tokens, hidden.gh1, None)
+        if into.w3 is not None:
+            add(into.w3, x, routed.tokens, hidden.gh3, None)
         if needs.x:
             plus = None if w3 is None else Product(hidden.gh3, w3.mT)
             gx_RD = matmul.grouped_mm(Product(hidden.gh1, w1.mT), routed.groups, x.dtype, plus=plus)
