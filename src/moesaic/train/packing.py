@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from moesaic.checkpoint import ranks
 from moesaic.parallel.mesh import Meshes
@@ -114,7 +113,7 @@ class PackedRows:
         return int(self._counts[self._rows[index]].sum())
 
 
-def check_apart(model: nn.Module, meshes: Meshes, *, vocab_size: int, device: torch.device) -> None:
+def check_apart(model: Any, meshes: Meshes, *, vocab_size: int, device: torch.device) -> None:
     """Raise `UserError` if a conversation's logits depend on what is before it in its row. Collective."""
     rows = (torch.arange(16) * 3 + 1 + torch.tensor([[0], [7]])) % vocab_size
     rows[1, 8:] = rows[0, 8:]
@@ -127,6 +126,6 @@ def check_apart(model: nn.Module, meshes: Meshes, *, vocab_size: int, device: to
     worst = max(ranks.gather(float((one - other).abs().max() / one.abs().max()) if second.any() else 0.0))
     if not worst <= _APART:
         raise UserError(
-            f"--packing: conversations that share a row would see one another in {type(model).__name__}, whose logits "
+            f"--packing: conversations that share a row would see one another in {model.config.model_type}, its logits "
             f"differ by {worst:.1e} of the largest; choose --no-packing"
         )
