@@ -37,6 +37,11 @@ DELIBERATE = {
     "experts_mlp": {
         "the pre-activations are not linear in what the result is linear in": lambda *all: is_reduced(all[:9]),
     },
+    "inference": {
+        "linear with most activations, but clamped_swiglu clamps what is not": (
+            lambda x, ids, weights, experts, w1, w3, w2, *biases: is_reduced((w3, *biases[1:2]))
+        ),
+    },
     "down_bias": {
         "the gradient of the one is not linear in the other": lambda *all: is_reduced(all[:3]),
     },
