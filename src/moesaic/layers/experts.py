@@ -58,7 +58,9 @@ class GroupedExperts(nn.Module):
         b1, b3, b2: their biases, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None without.
         compute: what ``forward`` calls; a parallel plan may replace it.
         main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
-            then get no ``.grad``: see :func:`moesaic.experts_mlp`. For weights that are plain tensors.
+            then get no ``.grad``: see :func:`moesaic.experts_mlp`. Of a layer in parallel
+            (``parallelize(..., experts="local")``) they have the shapes of this rank's weights, ``w1.to_local()``; over
+            ``edp`` ranks, of the weights that these share, and each rank's buffers are its part of the sum.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
