@@ -32,6 +32,18 @@ def test_activations(activation, gated):
     check(p, run("triton", p))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize(("activation", "gated"), FORMS)
+def test_a_nan_stays_a_nan(activation, gated):
+    p = experts(6, 2, 3, 8, 12, torch.float32, gated=gated, activation=activation)
+    x = p.x.clone()
+    x[2, 0] = torch.nan
+    found = run("triton", replace(p, x=x))
+    assert found["z"][2].isnan().all()
+    assert not found["z"][[0, 1, 3, 4, 5]].isnan().any()
+    assert found["weights"][2].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", available.DTYPES)
 def test_clamps(dtype):
     check_clamps("triton", dtype)

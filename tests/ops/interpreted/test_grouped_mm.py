@@ -168,3 +168,20 @@ def test_tuning_finds_right_results_and_remembers(monkeypatch, tmp_path):
     monkeypatch.setenv("MOESAIC_TRITON_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match="MOESAIC_TRITON_AUTOTUNE: got 'yes'"):
         run("triton", p)
+
+
+def test_what_was_tuned_is_of_one_device_and_versions(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOESAIC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    cuda = torch.device("cuda")
+    files = [tuner.cache_file(torch.device("cpu")), tuner.cache_file(cuda)]
+    assert "NVIDIA-H100-80GB-HBM3" in files[1].name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    files.append(tuner.cache_file(cuda))
+    monkeypatch.setattr(tuner.triton, "__version__", "99.1")
+    files.append(tuner.cache_file(cuda))
+    monkeypatch.setattr(tuner, "version", lambda name: "99.2")
+    files.append(tuner.cache_file(cuda))
+    assert len(set(files)) == 5
+    assert "99.1" in files[-1].name
+    assert "99.2" in files[-1].name

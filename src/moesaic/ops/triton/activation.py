@@ -1,6 +1,7 @@
 """The hidden rows of experts_mlp and their derivatives, on fp32 blocks; ``ops/experts_mlp/activation.py`` defines them.
 
-A NaN stays a NaN: it is never the smaller or larger of two numbers, so nothing here takes a maximum.
+A NaN stays a NaN: nothing here takes a minimum or maximum without ``propagate_nan``. Those, and no comparison and
+selection, for the numbers in flight have hardly a register to spare.
 """
 
 import triton
@@ -48,7 +49,7 @@ def hidden(h1, h3, ACT: tl.constexpr, IS_GATED: tl.constexpr):
     """The hidden rows; ``h3`` is not read without gate."""
     if ACT == "clamped_swiglu":
         tl.static_assert(IS_GATED)
-        g = tl.where(h1 > 7.0, 7.0, h1)
+        g = tl.minimum(h1, 7.0, propagate_nan=tl.PropagateNan.ALL)
         return (_clamp(h3) + 1.0) * (g * tl.sigmoid(1.702 * g))
     elif IS_GATED:
         return _activate(h1, ACT) * h3
@@ -61,7 +62,7 @@ def hidden_and_slopes(h1, h3, ACT: tl.constexpr, IS_GATED: tl.constexpr):
     """The hidden rows, and their derivatives by ``h1`` and ``h3``; the last is of no meaning without gate."""
     if ACT == "clamped_swiglu":
         tl.static_assert(IS_GATED)
-        g = tl.where(h1 > 7.0, 7.0, h1)
+        g = tl.minimum(h1, 7.0, propagate_nan=tl.PropagateNan.ALL)
         s = tl.sigmoid(1.702 * g)
         act = g * s
         up = _clamp(h3) + 1.0
@@ -79,4 +80,4 @@ def hidden_and_slopes(h1, h3, ACT: tl.constexpr, IS_GATED: tl.constexpr):
 
 @triton.jit
 def _clamp(h):
-    return tl.where(h > 7.0, 7.0, tl.where(h < -7.0, -7.0, h))
+    return tl.clamp(h, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)

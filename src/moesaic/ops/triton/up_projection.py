@@ -105,7 +105,7 @@ def _launch(
         HAS_B3=b3 is not None,
         SAVE=save,
         ACT=activation,
-        SUBTILES=2 if config.BN >= 64 else 1,
+        SUBTILES=4 if config.BN >= 64 else 1,
         FORM1=gate.form,
         FORM3=up.form,
         EVEN=D % config.BK == 0,
@@ -227,20 +227,33 @@ def _up_projection_kernel(
                 up = tl.dot(block, w, up, input_precision=PRECISION)
         inside = first + tl.arange(0, BM) < end
         slot_offsets = tl.load(slots + rows).to(tl.int64) * F
+        h1_rows, h3_rows = h1 + slot_offsets, h3 + slot_offsets
         out_rows = a + (first + tl.arange(0, BM)).to(tl.int64) * F
-        if SUBTILES == 2:
+        if SUBTILES == 4:
             gate0, gate1 = halves(gate, BM, BN)
             up0, up1 = halves(up, BM, BN)
+            gate00, gate01 = halves(gate0, BM, BN // 2)
+            up00, up01 = halves(up0, BM, BN // 2)
+            gate10, gate11 = halves(gate1, BM, BN // 2)
+            up10, up11 = halves(up1, BM, BN // 2)
             _finish_columns(
-                gate0, up0, f, F, expert, inside, b1, b3, h1 + slot_offsets, h3 + slot_offsets, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 2,
+                gate00, up00, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
             )  # fmt: skip
             _finish_columns(
-                gate1, up1, f + BN // 2, F, expert, inside, b1, b3, h1 + slot_offsets, h3 + slot_offsets, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 2,
+                gate01, up01, f + BN // 4, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
+            _finish_columns(
+                gate10, up10, f + BN // 2, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
+            _finish_columns(
+                gate11, up11, f + BN // 4 * 3, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
             )  # fmt: skip
         else:
             _finish_columns(
-                gate, up, f, F, expert, inside, b1, b3, h1 + slot_offsets, h3 + slot_offsets, out_rows,
+                gate, up, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
                 stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN,
             )  # fmt: skip
