@@ -19,7 +19,7 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-torch test-references lint format bench clean
+.PHONY: help setup train test test-torch test-references lint format bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ format: $(STAMP) ## fix what can be fixed by machine
 
 bench: $(STAMP) ## run every benchmark; each prints one table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+bench-gpu: $(STAMP) ## measure on a GPU; ARGS='--dry-run' where there is none
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## delete .venv and every cache; runs/ stays
 	rm -rf csrc/CMake[CFI]* csrc/cmake_install.cmake csrc/build.ninja csrc/.[a-z]* src/moesaic/ops/*.so

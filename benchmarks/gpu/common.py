@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,12 @@ def environment() -> dict[str, Any]:
     """Device, versions, and clocks as found."""
     found: dict[str, Any] = {
         "device": "interpreter" if DRY_RUN else torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "moesaic": version("moesaic"),
+        },
     }
     if not DRY_RUN:
         query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,driver_version"
@@ -116,6 +122,12 @@ def environment() -> dict[str, Any]:
         found["nvidia_smi"] = {query: said.stdout.decode().strip()}
         found["cuda"] = torch.version.cuda
     return found
+
+
+def verdict(what: str, aim: float, measured: list[float], at_least: bool = True) -> dict[str, Any]:
+    """A row of the table of aims: the worst that was measured, and whether that is as it should be."""
+    worst = min(measured) if at_least else max(measured)
+    return {"what": what, "aim": aim, "worst": worst, "met": worst >= aim if at_least else worst <= aim}
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -3,7 +3,8 @@
 Compiles ahead of time for GPUs that need not be there: the functions that launch kernels run on tensors without memory,
 and each launch is compiled instead. ptxas and the disassembler come with triton.
 
-    python benchmarks/gpu/compile_table.py [--capabilities 8.0 9.0 10.0] [--dtypes bfloat16] [--json FILE]
+    python benchmarks/gpu/compile_table.py [--capabilities 8.0 9.0] [--dtypes bfloat16] [--forms silu] [--json FILE]
+    python benchmarks/gpu/compile_table.py --sample [--json FILE]
 """
 
 import json
@@ -35,17 +36,48 @@ SHARED_LIMITS = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 
 # Qwen3-30B-A3B's experts; a few, some and many rows each.
 E, K, D, F = 128, 8, 2048, 768
 TOKENS = {"few": 64, "some": 512, "many": 32768}
+CAPABILITIES = ("8.0", "9.0", "10.0")
+DTYPES = ("bfloat16", "float16", "float32")
 _SMS = 132
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the experts compute."""
+
+    activation: str
+    is_gated: bool = True
+    is_biased: bool = False
+
+
+# Of the activations gelu needs the most registers, clamped_swiglu the most of those of known models.
+FORMS = {
+    "silu": Form("silu"),
+    "silu, biases": Form("silu", is_biased=True),
+    "silu, no gate": Form("silu", is_gated=False),
+    "gelu, biases": Form("gelu", is_biased=True),
+    "clamped_swiglu": Form("clamped_swiglu"),
+    "clamped_swiglu, biases": Form("clamped_swiglu", is_biased=True),
+}
+# Every form in every dtype for one GPU at least, in the largest blocks, and the usual one for all of them.
+SAMPLE = (
+    ("9.0", "bfloat16", tuple(FORMS), tuple(TOKENS)),
+    ("8.0", "bfloat16", ("silu",), tuple(TOKENS)),
+    ("10.0", "bfloat16", ("silu",), tuple(TOKENS)),
+    ("8.0", "float16", tuple(FORMS), ("many",)),
+    ("10.0", "float32", tuple(FORMS), ("many",)),
+)
 
 
 @dataclass(frozen=True)
 class Options:
     """What to compile."""
 
-    capabilities: Annotated[tuple[str, ...], tyro.conf.arg(help="compute capabilities")] = ("8.0", "9.0", "10.0")
-    dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    activations: Annotated[tuple[str, ...], tyro.conf.arg(help="all but silu with biases")] = ("silu", "gelu")
+    capabilities: Annotated[tuple[str, ...], tyro.conf.arg(help="compute capabilities")] = CAPABILITIES
+    dtypes: tuple[str, ...] = DTYPES
+    forms: Annotated[tuple[str, ...], tyro.conf.arg(help="of the experts")] = tuple(FORMS)
+    sample: Annotated[bool, tyro.conf.arg(help="instead: every form and dtype for some GPU")] = False
     jobs: Annotated[int, tyro.conf.arg(help="processes")] = 2
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
@@ -58,7 +90,7 @@ class Row:
     capability: str
     dtype: str
     rows: str
-    activation: str
+    form: str
     config: str
     registers: int
     spilled_bytes: int
@@ -83,45 +115,46 @@ class _Target:
         return 0
 
 
-def compile_launches(capability: str, dtype: torch.dtype, activation: str) -> list[Row]:
-    """Every kernel that a forward and a backward pass of both operators launch."""
+def compile_launches(capability: str, dtype: torch.dtype, forms: tuple[str, ...], sizes: tuple[str, ...]) -> list[Row]:
+    """Every kernel that a forward and a backward pass of both operators launch, in the forms that are new to it."""
     major, minor = map(int, capability.split("."))
     driver.set_active(_Target((major, minor)))
     device.describe = lambda _: device.nvidia((major, minor), _SMS)
-    compiled: dict[int, tuple[str, str, Any, dict[str, Any]]] = {}
-    run, rows = JITFunction.run, ""
+    compiled: dict[int, tuple[str, str, str, Any, dict[str, Any]]] = {}
+    run, rows, form = JITFunction.run, "", ""
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(id(kernel), (self.fn.__name__, rows, kernel, options))
+        compiled.setdefault(id(kernel), (self.fn.__name__, rows, form, kernel, options))
         return kernel
 
     JITFunction.run = compile_only
     try:
-        for rows, tokens in TOKENS.items():  # noqa: B007 -- read by compile_only
-            _launch_experts(tokens, dtype, activation)
-            _launch_products(tokens * K, dtype)
+        for rows in sizes:
+            for form in forms:
+                _launch_experts(TOKENS[rows], dtype, FORMS[form])
+            _launch_products(TOKENS[rows] * K, dtype)
     finally:
         JITFunction.run = run
-    return [_describe(capability, dtype, activation, *entry) for entry in compiled.values()]
+    return [_describe(capability, dtype, *entry) for entry in compiled.values()]
 
 
-def _launch_experts(tokens: int, dtype: torch.dtype, activation: str) -> None:
-    is_biased = activation != "silu"
+def _launch_experts(tokens: int, dtype: torch.dtype, form: Form) -> None:
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     ids, weights = empty(tokens, K, dtype=torch.int64), empty(tokens, K, dtype=torch.float32)
-    b1, b3 = (empty(E, F), empty(E, F)) if is_biased else (None, None)
-    problem = Problem(
-        empty(tokens, D), ids, weights, empty(E, D, F), empty(E, D, F), empty(E, F, D), b1, b3, activation
-    )
+    b1 = empty(E, F) if form.is_biased else None
+    w3, b3 = (empty(E, D, F), b1) if form.is_gated else (None, None)
+    problem = Problem(empty(tokens, D), ids, weights, empty(E, D, F), w3, empty(E, F, D), b1, b3, form.activation)
+    experts_mlp.forward(problem, False)
     _, h1, h3 = experts_mlp.forward(problem, True)
     assert h1 is not None
-    grad, biases = empty(tokens, D), (is_biased, is_biased)
+    grad, biases = empty(tokens, D), (b1 is not None, b3 is not None)
     experts_mlp.backward(grad, problem, h1, h3, Needs(*[True] * 5, *biases))
-    into = MainGrads(*(empty(*w.shape, dtype=torch.float32) for w in (problem.w1_EDF, problem.w1_EDF, problem.w2_EFD)))
+    given = (problem.w1_EDF, w3, problem.w2_EFD)
+    into = MainGrads(*(None if w is None else empty(*w.shape, dtype=torch.float32) for w in given))
     experts_mlp.backward(grad, problem, h1, h3, Needs(True, True, False, False, False, *biases), into)
 
 
@@ -136,7 +169,7 @@ def _launch_products(num_rows: int, dtype: torch.dtype) -> None:
 
 
 def _describe(
-    capability: str, dtype: torch.dtype, activation: str, name: str, rows: str, kernel: Any, options: dict[str, Any]
+    capability: str, dtype: torch.dtype, name: str, rows: str, form: str, kernel: Any, options: dict[str, Any]
 ) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -152,7 +185,7 @@ def _describe(
         capability,
         str(dtype).removeprefix("torch."),
         rows,
-        options.get("ACT", activation if "ACT" in options else ""),
+        form if "ACT" in options else "",
         f"{blocks}, {metadata.num_warps} warps, {metadata.num_stages} stages" if blocks else "",
         int(used[1]),
         int(used[2]) + int(used[3]),
@@ -169,13 +202,14 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _task(args: tuple[str, str, str]) -> list[Row]:
-    capability, dtype, activation = args
-    return compile_launches(capability, getattr(torch, dtype), activation)
+def _task(args: tuple[str, str, tuple[str, ...], tuple[str, ...]]) -> list[Row]:
+    capability, dtype, forms, sizes = args
+    return compile_launches(capability, getattr(torch, dtype), forms, sizes)
 
 
 def main(options: Options) -> None:
-    tasks = [(c, d, a) for c in options.capabilities for d in options.dtypes for a in options.activations]
+    everything = [(c, d, options.forms, tuple(TOKENS)) for c in options.capabilities for d in options.dtypes]
+    tasks = SAMPLE if options.sample else everything
     # A process of its own each, for the stand-in driver stays; spawned, since torch has threads.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = list(dict.fromkeys(row for found in pool.map(_task, tasks) for row in found))
@@ -185,7 +219,7 @@ def main(options: Options) -> None:
         "for",
         "dtype",
         "rows",
-        "act",
+        "form",
         "blocks",
         "registers",
         "spilled",

@@ -6,35 +6,27 @@ transformers. Prints the table and what was aimed at, and writes ``benchmarks/re
     python -m benchmarks.gpu.experts [--dry-run]
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import tyro
 from benchmarks.gpu import common
 from benchmarks.gpu.common import DEVICE, DRY_RUN
-from benchmarks.gpu.shapes import ROUTINGS, SHAPES, TOKENS, Shape, route
+from benchmarks.gpu.shapes import ROUTINGS, SHAPES, TOKENS, Options, Shape, route
 from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moesaic import MoE, MoEConfig
+from moesaic.layers.experts import MainGrads
 from moesaic.ops import experts_mlp
 
 OURS, BASE = "triton", "torch"
 DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run."""
-
-    rounds: Annotated[int, tyro.conf.arg(help="timed calls; the median counts")] = 20
-    shapes: Annotated[tuple[str, ...], tyro.conf.arg(help="names of shapes")] = tuple(s.name for s in SHAPES)
-    tokens: tuple[int, ...] = TOKENS
-    dry_run: Annotated[bool, tyro.conf.arg(help="tiny sizes on the CPU")] = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +149,37 @@ def check_compiled(shape: Shape) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
+def accumulate(buffers: MainGrads, contender: Contender, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Both passes, the weights' gradients added to fp32 buffers."""
+    x = x.detach().requires_grad_()
+    z = experts_mlp(x, ids, weights.detach().requires_grad_(), *contender.parameters, impl=OURS, main_grads=buffers)
+    z.backward(torch.ones_like(z))
+    assert x.grad is not None
+    return x.grad
+
+
+def check_main_grads(found: dict[str, Contender], x: Tensor, ids: Tensor, weights: Tensor) -> MainGrads:
+    """As torch's gradients, the same bits in a second run, and twice as much after a second pass."""
+    expected = backward(found[BASE], x, ids, weights)[3:]
+    parameters = found[OURS].parameters
+
+    def run() -> MainGrads:
+        w1, w3, w2 = (torch.zeros_like(p, dtype=torch.float32) for p in parameters)
+        accumulate((w1, w3, w2), found[OURS], x, ids, weights)
+        return w1, w3, w2
+
+    with common.poisoned():
+        buffers = run()
+    for i, (ours, base, again) in enumerate(zip(buffers, expected, run(), strict=True)):
+        assert torch.equal(ours, again), f"main gradient {i}: two runs differ"
+        assert common.error(ours, base) < 2e-2, f"main gradient {i} differs by {common.error(ours, base):.2g}"
+    once = [t.clone() for t in buffers]
+    accumulate(buffers, found[OURS], x, ids, weights)
+    assert all(common.error(t, 2 * before) < 1e-6 for t, before in zip(buffers, once, strict=True))
+    assert all(p.grad is None for p in parameters)
+    return buffers
+
+
 def saved_bytes(contender: Contender, x: Tensor, ids: Tensor, weights: Tensor) -> int:
     """Of what autograd keeps, beside the arguments and the parameters."""
     given = {t.untyped_storage().data_ptr() for t in (x, ids, weights, *contender.parameters)}
@@ -193,6 +216,9 @@ def measure(shape: Shape, tokens: int, routing: str, options: Options, found: di
         row |= {f"{label} {name} ms": t for name, t in ms.items()}
         row[f"{label} ratio"] = ms[BASE] / ms[OURS]
         row[f"{label} TFLOP/s"] = times * flops / ms[OURS] / 1e9
+    buffers = check_main_grads(found, x, ids, weights)
+    run_into = functools.partial(accumulate, buffers, found[OURS], x, ids, weights)
+    row["fwd+bwd main gradients ms"] = common.milliseconds(run_into, options.rounds)
     row["weights GB/s"] = touched / row[f"fwd {OURS} ms"] / 1e6
     row["saved"] = saved_bytes(found[OURS], x, ids, weights) / save_everything(shape, tokens)
     row["error"] = errors[OURS]
@@ -220,14 +246,11 @@ def verdicts(rows: list[dict[str, Any]], ceilings: dict[str, float]) -> list[dic
         ("saved bytes, of save-everything", 0.3, [r["saved"] for r in large], False),
         ("zipf against balanced time", 1.15, skewed, False),
     ]  # fmt: skip
-    return [
-        {"what": what, "aim": aim, "worst": (worst := min(v) if more else max(v)), "met": (worst >= aim) is more}
-        for what, aim, v, more in aims
-        if v
-    ]
+    return [common.verdict(what, aim, measured, at_least) for what, aim, measured, at_least in aims if measured]
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> list[dict[str, Any]]:
+    """Measure, print and save; gives back what was aimed at and what was reached."""
     common.require_gpu()
     ceilings, rows = common.ceilings(options.rounds), []
     for shape in (s for s in SHAPES if s.name in options.shapes):
@@ -243,10 +266,12 @@ def main(options: Options) -> None:
     results = verdicts(rows, ceilings)
     common.show("Aims", results)
     print(
-        "right before it was timed: values, gradients, the same bits twice, CUDA graph, torch.compile(fullgraph=True)"
+        "right before it was timed: values, gradients, main gradients, the same bits twice, CUDA graph, "
+        "torch.compile(fullgraph=True)"
     )
     record = {"what": "MoE layer on a GPU", "rounds": options.rounds, "ceilings": ceilings, "aims": results}
     common.save("experts", record | {"shapes": [asdict(s) for s in SHAPES], "rows": rows})
+    return results
 
 
 if __name__ == "__main__":

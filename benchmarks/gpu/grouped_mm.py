@@ -6,14 +6,14 @@ Compared with fp32 before it is timed, in memory filled with NaN. Writes ``bench
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import tyro
 from benchmarks.gpu import common
 from benchmarks.gpu.common import DEVICE
-from benchmarks.gpu.shapes import ROUTINGS, SHAPES, TOKENS, Shape, route
+from benchmarks.gpu.shapes import ROUTINGS, SHAPES, Options, Shape, route
 from torch import Tensor
 
 from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS
@@ -21,16 +21,6 @@ from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS
 DTYPE = torch.bfloat16
 OURS, BASE, LOOP = "triton", "torch", "cuBLAS loop"
 Passes = dict[str, Callable[[], Tensor]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run."""
-
-    rounds: Annotated[int, tyro.conf.arg(help="timed calls; the median counts")] = 20
-    shapes: Annotated[tuple[str, ...], tyro.conf.arg(help="names of shapes")] = tuple(s.name for s in SHAPES)
-    tokens: tuple[int, ...] = TOKENS
-    dry_run: Annotated[bool, tyro.conf.arg(help="tiny sizes on the CPU")] = False
 
 
 def passes(x: Tensor, w: Tensor, grad: Tensor, sizes: Tensor) -> dict[str, Passes]:
@@ -90,7 +80,8 @@ def measure(shape: Shape, tokens: int, routing: str, options: Options) -> list[d
     return rows
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> list[dict[str, Any]]:
+    """Measure, print and save; gives back what was aimed at and what was reached."""
     common.require_gpu()
     ceilings, rows = common.ceilings(options.rounds), []
     for shape in (s for s in SHAPES if s.name in options.shapes):
@@ -99,10 +90,11 @@ def main(options: Options) -> None:
                 rows += measure(shape, tokens, routing, options)
     common.show("grouped_mm, bf16", rows)
     small = [r["ratio"] for r in rows if r["rows a group"] <= 64]
-    aims = [{"what": "groups of <= 64 rows, x torch", "aim": 1.3, "worst": min(small), "met": min(small) >= 1.3}]
+    aims = [common.verdict("grouped_mm, groups of <= 64 rows, x torch", 1.3, small)] if small else []
     common.show("Aims", aims)
     record = {"what": "grouped_mm on a GPU", "rounds": options.rounds, "ceilings": ceilings, "aims": aims}
     common.save("grouped_mm", record | {"shapes": [asdict(s) for s in SHAPES], "rows": rows})
+    return aims
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Experts of known models, and routings of their tokens."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import tyro
 from benchmarks.gpu.common import DEVICE, DRY_RUN
 from torch import Tensor
 
@@ -31,6 +33,16 @@ ROUTINGS = ("balanced", "zipf")
 if DRY_RUN:
     SHAPES = (Shape("tiny", 40, 48, 4, 2, True),)
     TOKENS = (20,)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    rounds: Annotated[int, tyro.conf.arg(help="timed calls; the median counts")] = 20
+    shapes: Annotated[tuple[str, ...], tyro.conf.arg(help="names of shapes")] = tuple(s.name for s in SHAPES)
+    tokens: tuple[int, ...] = TOKENS
+    dry_run: Annotated[bool, tyro.conf.arg(help="tiny sizes on the CPU")] = False
 
 
 def route(shape: Shape, tokens: int, routing: str, seed: int = 0) -> tuple[Tensor, Tensor]:
