@@ -85,6 +85,15 @@ def test_casts(tmp_path, capsys):
     assert_same_tensors(tmp_path / "half", half)
     run(capsys, "convert", tmp_path / "dcp", tmp_path / "single", "--dtype", "float32")
     assert_same_tensors(tmp_path / "single", {name: tensor.float() for name, tensor in half.items()})
+    for name, dtype in {"half": "bfloat16", "single": "float32"}.items():
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == dtype
+
+
+def test_adapters_are_refused(tmp_path, capsys):
+    model = make_model("Mixtral")
+    checkpoint.save(tmp_path / "checkpoints", 1, {"model": {"model.q_proj.lora_A.weight": torch.ones(2)}}, {})
+    (tmp_path / "config.json").write_text(json.dumps({"model": model.config.to_dict()}, default=str))
+    assert "has adapters beside the weights" in run(capsys, "convert", tmp_path, tmp_path / "x", status=2)
 
 
 def test_the_verification_sees_one_wrong_bit(tmp_path, capsys, monkeypatch):

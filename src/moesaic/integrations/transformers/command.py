@@ -33,10 +33,10 @@ class ConvertOptions:
     cannot work.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A checkpoint of transformers, a folder or a name on the hub; or the folder of a run or of one of its
     checkpoints."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
     to: Literal["dcp", "hf"] | None = None
     """The format to write. By default the one that the source is not in."""
@@ -53,9 +53,9 @@ class UpcycleOptions:
     Exit status: 0 done; 2 the call cannot work.
     """
 
-    dense: Annotated[str, tyro.conf.Positional]
+    dense: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE")]
     """A dense checkpoint of transformers, a folder or a name on the hub."""
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
     experts: int
     """Experts of a layer."""

@@ -6,6 +6,7 @@ verification that reads what was written and compares every tensor with its sour
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -95,10 +96,15 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     verify(place)
     config = _config_of(run)
     stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
+    if any(".lora_" in name for name in stored):
+        raise ValueError(
+            f"source: {place} has adapters beside the weights; take the run's export, where they are merged"
+        )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     plain = model_on_meta(config, dtype or own)
     plain.config.architectures = [type(plain).__name__]
-    original = to_original_names(swap_moe(model_on_meta(config, own)), stored, restore_dtypes=False)
+    swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
+    original = to_original_names(swapped, stored, restore_dtypes=False)
     tensors = to_file_names(plain, _cast(original, plain if dtype else None))
     write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, run))
     with open_files(target) as files:
