@@ -27,7 +27,7 @@ from moesaic.train.packing import Conversations
 from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
 
 # Counts up when what is in a folder changes.
-_FORMAT = 2
+_FORMAT = 3
 # Of a large corpus this much held-out text is kept: more than anyone measures.
 _HELD_OUT_BYTES = 32 * 2**20
 
