@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from moesaic.train.chat import Renderer
+from moesaic.train.chat import Renderer, encode_prompt
 from moesaic.train.corpus import Conversation, documents, split
 from moesaic.train.errors import UserError
 from moesaic.train.tokenizer import train_bpe
@@ -92,6 +92,19 @@ def test_prompt_and_completion_need_no_template():
     assert whole == f"one is ONE{tokenizer.eos_token}"
     assert learned == f"ONE{tokenizer.eos_token}"
     assert _render(None, "all", prompt="one is ", completion="ONE")[1] == whole
+
+
+def test_a_prompt_is_asked_as_it_was_trained():
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<system>", tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<system> $A {tokenizer.eos_token}", special_tokens=special
+    )
+    row = Conversation("", json.dumps({"prompt": "one is ", "completion": "ONE"}))
+    rendered = Renderer(tokenizer, "assistant").render(row)
+    asked = encode_prompt(tokenizer, "one is ")
+    assert tokenizer.decode(asked) == "<system>one is "
+    assert asked == rendered.ids[: rendered.counted.index(True)]
 
 
 def test_tools_reach_the_template():

@@ -79,9 +79,7 @@ class Renderer:
     def _render_completion(self, prompt: str, completion: str) -> Rendered:
         """Encoded apart, as a prompt is when the model is asked to go on; then the end of text."""
         end = self.tokenizer.eos_token_id
-        asked = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if asked and asked[-1] == end:
-            asked.pop()
+        asked = encode_prompt(self.tokenizer, prompt)
         said = [*self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], end]
         return Rendered(asked + said, [self.loss_on == "all"] * len(asked) + [True] * len(said))
 
@@ -138,6 +136,12 @@ class Renderer:
             raise UserError(
                 f"--data {conversation.place}: the tokenizer has chat templates, but none for this: {error}"
             ) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt without a template: with what the tokenizer puts before a text, and no end of text."""
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:
