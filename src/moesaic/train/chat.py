@@ -87,13 +87,14 @@ class Renderer:
         """Where what the template marks as answers is in the rendered text."""
         # Without the keys that have no value, as `apply_chat_template` gives messages to a template.
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        (marked,), (spans,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [given],
             tools=tools,
             chat_template=self._template(conversation),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        (marked,), (spans,) = rendered
         if marked != text:
             raise UserError(
                 f"--data {conversation.place}: the chat template renders this conversation differently each time; "
