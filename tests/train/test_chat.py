@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from moesaic.train.chat import Renderer
+from moesaic.train.chat import Renderer, encode_prompt
 from moesaic.train.corpus import Conversation, documents, split
 from moesaic.train.errors import UserError
+from moesaic.train.tokenizer import train_bpe
 from tests.train.chats import CHANGING, MARKED, PLAIN, tiny_tokenizer, write_chats
 
 MESSAGES = [
@@ -36,6 +39,47 @@ def test_answers_are_learned_up_to_their_end(template, loss_on, learned):
     assert _render(template, loss_on)[:2] == (WHOLE, learned)
 
 
+# Its prompt ends in a space, which tokenizers put into the first token of the answer.
+SPACED_MARKED = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}\n"
+    "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SPACED = SPACED_MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def _learned(tokenizer, loss_on="assistant"):
+    rendered = Renderer(tokenizer, loss_on).render(
+        Conversation("", json.dumps({"messages": MESSAGES}), "chats.jsonl:7")
+    )
+    return [tokenizer.decode([i]) for i, counted in zip(rendered.ids, rendered.counted, strict=True) if counted]
+
+
+@pytest.mark.parametrize("template", [SPACED, SPACED_MARKED], ids=["plain", "marked"])
+def test_a_token_across_the_end_of_the_prompt_is_learned(template):
+    tokenizer = train_bpe(["assistant: ONE\n", "assistant: TWO\n"] * 50, 280)
+    tokenizer.chat_template = template
+    assert _learned(tokenizer) == [" ONE", "\n", " TWO", "\n"]
+
+
+@pytest.mark.parametrize("template", [SPACED, SPACED_MARKED], ids=["plain", "marked"])
+def test_an_answer_may_end_in_what_is_no_token(template):
+    words = ["</s>", "[UNK]", "system", "user", "assistant", ":", "be", "loud", "one", "two", "ONE", "TWO"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
+    tokenizer.chat_template = template
+    assert _learned(tokenizer) == ["ONE", "TWO"]
+
+
+def test_a_tokenizer_without_offsets_learns_all_or_nothing():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = PLAIN
+    assert "".join(_learned(tokenizer, "all")) == WHOLE
+    with pytest.raises(UserError, match="--tokenizer: ByT5Tokenizer does not tell where .*--loss-on all"):
+        _learned(tokenizer)
+
+
 def test_a_template_that_changes_what_was_said_is_refused():
     with pytest.raises(UserError, match=r"--data chats.jsonl:7: cannot tell which tokens message 3 is.*--loss-on last"):
         _render(CHANGING, "assistant")
@@ -48,6 +92,19 @@ def test_prompt_and_completion_need_no_template():
     assert whole == f"one is ONE{tokenizer.eos_token}"
     assert learned == f"ONE{tokenizer.eos_token}"
     assert _render(None, "all", prompt="one is ", completion="ONE")[1] == whole
+
+
+def test_a_prompt_is_asked_as_it_was_trained():
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<system>", tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<system> $A {tokenizer.eos_token}", special_tokens=special
+    )
+    row = Conversation("", json.dumps({"prompt": "one is ", "completion": "ONE"}))
+    rendered = Renderer(tokenizer, "assistant").render(row)
+    asked = encode_prompt(tokenizer, "one is ")
+    assert tokenizer.decode(asked) == "<system>one is "
+    assert asked == rendered.ids[: rendered.counted.index(True)]
 
 
 def test_tools_reach_the_template():
@@ -71,9 +128,10 @@ def test_the_prompt_asks_for_the_last_answer():
         ),
         (PLAIN, MESSAGES[:2], "chats.jsonl:7: no message has the role 'assistant'.*--loss-on all"),
         (PLAIN, MESSAGES[2:], "chats.jsonl:7: cannot tell which tokens message 1 is"),
+        ({"rag": PLAIN}, MESSAGES, "chats.jsonl:7: the tokenizer has chat templates, but none for this"),
         ("{{ raise_exception('no system') }}", MESSAGES, "chats.jsonl:7: .* does not take this .*: no system"),
     ],
-    ids=["no template", "no answer", "no question", "template refuses"],
+    ids=["no template", "no answer", "no question", "no default", "template refuses"],
 )
 def test_errors_name_the_line(template, messages, message):
     with pytest.raises(UserError, match=message):

@@ -242,7 +242,8 @@ def test_what_model_names(tmp_path, monkeypatch):
         ("family", r"--model .*model \(gpt2\): .* has no MoE block; known ones are .*Mixtral"),
         ("broken", r"--model .*model \(mixtral\): .*[Hh]eader"),
         ("no tokenizer", r"--tokenizer .*model: transformers cannot load it"),
-        ("vocabulary", r"--tokenizer: it has 304 tokens, but --model .* only knows 300"),
+        ("vocabulary", r"--model .*: its tokenizer has 304 tokens, but its embedding only 300 rows; .*resize"),
+        ("another tokenizer", r"--tokenizer: it has 304 tokens, but --model .* only knows 300; leave it out"),
         ("short", r"--seq-len 4: no conversation has anything to learn"),
     ],
 )
@@ -257,11 +258,12 @@ def test_mistakes_are_one_line(tuned, cache, tmp_path, capsys, change, message):
     elif change == "no tokenizer":
         for path in folder.glob("tokenizer*"):
             path.unlink()
-    elif change == "vocabulary":
+    elif change in ("vocabulary", "another tokenizer"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(300)
         model.save_pretrained(folder)
-    arguments = [*_arguments(tuned), *(["--seq-len", "4"] if change == "short" else [])]
+    more = {"short": ["--seq-len", "4"], "another tokenizer": ["--tokenizer", str(folder)]}
+    arguments = [*_arguments(tuned), *more.get(change, [])]
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.cli import main
 from moesaic.integrations.transformers import register, swap_moe, unswap_moe
@@ -17,7 +17,7 @@ from moesaic.parallel import build_meshes, parallelize
 from moesaic.train import lora
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
-from tests.train.chats import FAMILIES, write_chats, write_model
+from tests.train.chats import FAMILIES, PLAIN, write_chats, write_model
 from tests.train.test_resume import _fit, _rows
 
 peft = pytest.importorskip("peft")
@@ -155,8 +155,10 @@ def test_a_resume_is_exact(adapted, cache, tmp_path):
     _fit(dataclasses.replace(adapted, resume=True), cache)
     assert len(_rows(whole.out)) == 6
     assert _rows(adapted.out) == _rows(whole.out)
-    with pytest.raises(UserError, match="other contents of --model"):
-        _fit(dataclasses.replace(adapted, resume=True, lora_on="experts"), cache)
+    for changes in ({"lora_on": "experts"}, {"lora_alpha": 16.0}):
+        with pytest.raises(UserError, match="other contents of --model"):
+            _fit(dataclasses.replace(adapted, resume=True, **changes), cache)
+    assert AutoTokenizer.from_pretrained(adapted.out / "tokenizer").chat_template == PLAIN
 
 
 def _call(config, *more):

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from moesaic.train.baselines import count_bytes
 from moesaic.train.corpus import documents
@@ -91,3 +93,11 @@ def test_two_at_a_time_agree(corpus, own_cache):
     outer = prepare(str(corpus), text_column="text", tokenizer=None, vocab_size=300, notify=meanwhile)
     assert [outer] == inner
     assert [path.name for path in own_cache.iterdir()] == [outer.folder.name]
+
+
+def test_ids_with_gaps_do_not_wrap(corpus, own_cache, tmp_path):
+    words = {"</s>": 0, "[UNK]": 70_000}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    text, _ = _prepare(corpus, tokenizer=str(tmp_path / "tokenizer"))
+    assert set(np.unique(text.tokens())) == {0, 70_000}

@@ -3,6 +3,7 @@
 Learned are the answers: what the template puts between `{% generation %}` and `{% endgeneration %}` or, where it has no
 such marks, what rendering one more message adds to the prompt for it. That is checked: the prompt has to be how the
 whole conversation begins. Some templates render an answer otherwise once others follow it, and are refused for that.
+A token is learned if any of its characters is of an answer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from moesaic.train.corpus import Conversation
 from moesaic.train.errors import UserError
@@ -45,17 +48,23 @@ class Renderer:
                 f"--data {conversation.place}: no message has the role 'assistant', so there is nothing to learn; take "
                 "it out, or choose --loss-on all"
             )
-        if self.loss_on == "assistant" and _MARKS.search(self._template(conversation)):
-            found = self._apply(conversation, messages, tools, tokenize=True, return_assistant_tokens_mask=True)
-            return Rendered(found["input_ids"], [bool(mask) for mask in found["assistant_masks"]])
         text = self._apply(conversation, messages, tools)
-        chosen = {"assistant": answers, "last": answers[-1:], "all": []}[self.loss_on]
-        spans = [self._span(conversation, messages, tools, text, index) for index in chosen]
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         if self.loss_on == "all":
-            return Rendered(found["input_ids"], [True] * len(found["input_ids"]))
-        starts = [start for start, _ in found["offset_mapping"]]
-        return Rendered(found["input_ids"], [any(a <= start < b for a, b in spans) for start in starts])
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return Rendered(ids, [True] * len(ids))
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"--tokenizer: {type(self.tokenizer).__name__} does not tell where in the text its tokens are, which "
+                "decides what is learned; choose --loss-on all, or give a tokenizer with a tokenizer.json"
+            )
+        if self.loss_on == "assistant" and _MARKS.search(self._template(conversation)):
+            spans = self._marked(conversation, messages, tools, text)
+        else:
+            chosen = answers if self.loss_on == "assistant" else answers[-1:]
+            spans = [self._span(conversation, messages, tools, text, index) for index in chosen]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        counted = [any(_overlap(token, span) for span in spans) for token in found["offset_mapping"]]
+        return Rendered(found["input_ids"], counted)
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that asks for its last answer; the same for a conversation without one asks for the first."""
@@ -70,11 +79,28 @@ class Renderer:
     def _render_completion(self, prompt: str, completion: str) -> Rendered:
         """Encoded apart, as a prompt is when the model is asked to go on; then the end of text."""
         end = self.tokenizer.eos_token_id
-        asked = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if asked and asked[-1] == end:
-            asked.pop()
+        asked = encode_prompt(self.tokenizer, prompt)
         said = [*self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"], end]
         return Rendered(asked + said, [self.loss_on == "all"] * len(asked) + [True] * len(said))
+
+    def _marked(self, conversation: Conversation, messages: list, tools: Any, text: str) -> list[tuple[int, int]]:
+        """Where what the template marks as answers is in the rendered text."""
+        # Without the keys that have no value, as `apply_chat_template` gives messages to a template.
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        rendered: Any = render_jinja_template(
+            [given],
+            tools=tools,
+            chat_template=self._template(conversation),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        (marked,), (spans,) = rendered
+        if marked != text:
+            raise UserError(
+                f"--data {conversation.place}: the chat template renders this conversation differently each time; "
+                "choose --loss-on all"
+            )
+        return spans
 
     def _span(self, conversation: Conversation, messages: list, tools: Any, text: str, index: int) -> tuple[int, int]:
         """Where answer `index` is in the rendered text, from what asks for it to its end."""
@@ -105,4 +131,21 @@ class Renderer:
                 f"--data {conversation.place}: a conversation, but the tokenizer has no chat template; give one that "
                 "has with --tokenizer, or use rows of 'prompt' and 'completion'"
             )
-        return self.tokenizer.get_chat_template(tools=json.loads(conversation.text).get("tools"))
+        try:
+            return self.tokenizer.get_chat_template(tools=json.loads(conversation.text).get("tools"))
+        except ValueError as error:
+            raise UserError(
+                f"--data {conversation.place}: the tokenizer has chat templates, but none for this: {error}"
+            ) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt without a template: with what the tokenizer puts before a text, and no end of text."""
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _overlap(token: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Whether a token has a character of the span. One without characters, as a space may be, is where it begins."""
+    (start, end), (first, last) = token, span
+    return max(start, first) < min(end, last) or (start == end and first <= start < last)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +23,18 @@ _TOLERANCE = 1e-3
 
 
 def export(model: Any, folder: Path, tokenizer: Any) -> None:
-    """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective."""
-    with quiet():
-        export_pretrained(model, folder, tokenizer=tokenizer)
+    """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective.
+
+    Raises `TrainingError` on all ranks if it cannot be written.
+    """
+    try:
+        with quiet():
+            export_pretrained(model, folder, tokenizer=tokenizer)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot export to {folder}: {error}. What was trained is saved: the same command with --resume --out "
+            f"{folder.parent} exports again"
+        ) from error
 
 
 def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes) -> float:
@@ -48,17 +59,30 @@ def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Te
     return difference
 
 
-def load_exported(folder: Path) -> nn.Module:
-    """The exported model as plain transformers loads it, on the CPU in fp32."""
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load_exported(folder: Path) -> nn.Module | None:
+    """The exported model as plain transformers loads it, on the CPU in fp32; on rank 0, None elsewhere. Collective.
+
+    Raises `TrainingError` on all ranks if transformers cannot load it.
+    """
+    model = None
+
+    def load() -> None:
+        nonlocal model
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except Exception as error:
+            raise TrainingError(f"transformers cannot load the export in {folder}: {error}") from error
+
+    # The model stays here: results are sent to all ranks.
+    ranks.together(load if ranks.rank() == 0 else lambda: None, TrainingError)
+    return model
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, seed: int) -> str:
-    """`prompt` and what the model makes of it: nucleus sampling, the same for the same seed."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    inputs = torch.tensor([ids])
+def sample(model: Any, tokenizer: Any, prompt: Sequence[int], *, max_new_tokens: int, seed: int) -> str:
+    """What the model makes of a prompt's tokens: nucleus sampling, the same for the same seed."""
+    inputs = torch.tensor([list(prompt) or [tokenizer.eos_token_id]])
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         found = model.generate(
@@ -70,4 +94,4 @@ def sample(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, seed
             top_p=0.95,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return prompt + tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+    return tokenizer.decode(found[0, inputs.shape[1] :], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """The run folder: a new one, or the one to go on in; its settings file.
 
 config.json      settings, layout and versions
+tokenizer/       the tokenizer, as transformers saves it
 metrics.jsonl    one line every `log_every` steps
 tensorboard/     the same as events
 checkpoints/     step-00000100, ...
@@ -21,6 +22,7 @@ from moesaic.train.errors import UserError
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -188,13 +187,13 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         run.adapters.merge_and_unload()
     folder = run.folder / run_folder.EXPORT
     finish.export(run.model, folder, run.text.tokenizer())
-    exported: Any = finish.load_exported(folder) if leader else None
+    exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
     difference = finish.compare_with_export(run.model, exported, tokens, run.meshes)
     if leader:
-        prompt = scores.prompt()
-        text = finish.sample(
-            exported, run.text.tokenizer(), prompt, max_new_tokens=config.sample_tokens, seed=config.seed
+        prompt, ids = scores.prompt()
+        text = prompt + finish.sample(
+            exported, run.text.tokenizer(), ids, max_new_tokens=config.sample_tokens, seed=config.seed
         )
         result = {"step": run.step, scores.name: numbers, "export_difference": difference, "sample": text}
         run_folder.write_json(run.folder / run_folder.RESULT, result)

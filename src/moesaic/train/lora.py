@@ -55,9 +55,14 @@ def add_adapters(model: nn.Module, config: TrainConfig) -> Any:
         raise UserError(f"--lora-on {config.lora_on}: {type(model).__name__} has no linear layers in a 'self_attn'")
     settings = peft.LoraConfig(
         r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        lora_alpha=alpha_of(config),
         target_modules=[] if config.lora_on == "experts" else attention,
         target_parameters=None if config.lora_on == "attention" else experts,
     )
     torch.manual_seed(config.seed)
     return peft.LoraModel(model, settings, "default")
+
+
+def alpha_of(config: TrainConfig) -> float:
+    """`lora_alpha`, or twice the rank where it is not given."""
+    return 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moesaic.integrations.transformers import load_pretrained, swap_moe
+from moesaic.layers.experts import GroupedExperts
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
 from moesaic.train.architecture import ModelSource
@@ -76,6 +77,11 @@ def load_model(
     """
     rows = source.text_values["vocab_size"]
     if vocab_size > rows:
+        if config.tokenizer is None:
+            raise UserError(
+                f"--model {config.model}: its tokenizer has {vocab_size} tokens, but its embedding only {rows} rows; "
+                "give it more with transformers' resize_token_embeddings, or another tokenizer with --tokenizer"
+            )
         raise UserError(
             f"--tokenizer: it has {vocab_size} tokens, but --model {config.model} only knows {rows}; leave it out to "
             "use the model's own"
@@ -96,19 +102,22 @@ def load_model(
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW with weight decay on matrices only.
+    """AdamW with weight decay on matrices only: not on the experts' biases, which are one vector for each expert.
 
     Fused: one operation for all parameters of a mesh instead of a dozen for each. It takes tensors of one mesh only, so
     they are grouped by that too.
     """
     assert config.lr is not None
     assert config.weight_decay is not None
+    experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    biases = {id(bias) for module in experts for bias in (module.b1, module.b3, module.b2)}
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((mesh, parameter.ndim >= 2), []).append(parameter)
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in biases
+        groups.setdefault((mesh, is_matrix), []).append(parameter)
     return AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if matrices else 0.0}

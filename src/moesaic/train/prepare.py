@@ -27,7 +27,7 @@ from moesaic.train.packing import Conversations
 from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
 
 # Counts up when what is in a folder changes.
-_FORMAT = 2
+_FORMAT = 3
 # Of a large corpus this much held-out text is kept: more than anyone measures.
 _HELD_OUT_BYTES = 32 * 2**20
 
@@ -139,16 +139,18 @@ def _join(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
 
 
 def _render(renderer: Renderer, conversations: Sequence[Any]) -> Conversations:
+    dtype = _dtype(renderer.tokenizer)
     rendered = [renderer.render(conversation) for conversation in conversations]
     return Conversations(
-        np.concatenate([np.asarray(part.ids, _dtype(renderer.tokenizer)) for part in rendered]),
+        np.concatenate([np.asarray(part.ids, dtype) for part in rendered]),
         np.concatenate([np.asarray(part.counted, bool) for part in rendered]),
         np.cumsum([len(part.ids) for part in rendered], dtype=np.int64),
     )
 
 
 def _dtype(tokenizer: Any) -> type[np.unsignedinteger]:
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    # Not by their number: ids may have gaps.
+    return np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
 
 
 def _beginning(held_out: Sequence[Document]) -> list[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +25,7 @@ from moesaic.train.config import TrainConfig, to_json, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
-from moesaic.train.lora import add_adapters
+from moesaic.train.lora import add_adapters, alpha_of
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
@@ -88,7 +89,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         identity = models.identity(model.config)
         if config.lora_rank:
             adapters = add_adapters(model, config)
-            identity += f", adapters of rank {config.lora_rank} on {config.lora_on}"
+            scale = f"alpha {alpha_of(config):g}"
+            identity += f", adapters of rank {config.lora_rank} and {scale} on {config.lora_on}"
     else:
         architecture = models.model_config(source.values, vocab_size=text.vocab_size, eos_id=text.eos_id)
         model = models.build_model(config, architecture, meshes, runtime.device)
@@ -121,6 +123,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         _restore(run)
     if runtime.leader:
         run_folder.write_json(folder / run_folder.CONFIG, _describe(run))
+        shutil.copytree(text.folder / "tokenizer", folder / run_folder.TOKENIZER, dirs_exist_ok=True)
     return run
 
 

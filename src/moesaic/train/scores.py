@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from moesaic.train import baselines, evaluate
-from moesaic.train.chat import Renderer
+from moesaic.train.chat import Renderer, encode_prompt
 from moesaic.train.corpus import Conversation
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED
@@ -36,8 +36,8 @@ class Scores(Protocol):
         """Numbers for result.json, with what can be compared, and the same for people."""
         ...
 
-    def prompt(self) -> str:
-        """What the model is to continue at the end."""
+    def prompt(self) -> tuple[str, list[int]]:
+        """What the model is to continue at the end, and its tokens as in training."""
         ...
 
 
@@ -79,9 +79,10 @@ class _OfText:
         size = f"{self._held_out.num_bytes:,} bytes from {len(texts)} documents"
         return numbers, f"held-out text, {size}, in bits per byte:\n  {shown}"
 
-    def prompt(self) -> str:
+    def prompt(self) -> tuple[str, list[int]]:
         given = self._run.config.prompt
-        return "def main(" if given is None else given
+        text = "def main(" if given is None else given
+        return text, self._text.tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 class _OfConversations:
@@ -115,15 +116,18 @@ class _OfConversations:
         targets = int((self._held_out.targets != IGNORED).sum())
         return numbers, f"held-out: loss of {targets:,} tokens in {self._count} conversations, in nats:\n  {shown}"
 
-    def prompt(self) -> str:
+    def prompt(self) -> tuple[str, list[int]]:
         given = self._run.config.prompt
-        document = self._documents[0]
-        if given is None:
-            return self._renderer.prompt(document)
+        document, tokenizer = self._documents[0], self._renderer.tokenizer
         if "prompt" in json.loads(document.text):
-            return given
-        asked = json.dumps({"messages": [{"role": "user", "content": given}]})
-        return self._renderer.prompt(Conversation("", asked, "--prompt"))
+            text = self._renderer.prompt(document) if given is None else given
+            return text, encode_prompt(tokenizer, text)
+        if given is not None:
+            asked = json.dumps({"messages": [{"role": "user", "content": given}]})
+            document = Conversation("", asked, "--prompt")
+        text = self._renderer.prompt(document)
+        # Special tokens are in the template.
+        return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _options(run: Run) -> Mapping[str, Any]:
