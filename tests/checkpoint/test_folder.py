@@ -93,3 +93,11 @@ def test_files_are_checked_by_size_and_content(tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         folders.verify_file(file, entry)
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "notes").write_text("before")
+    with pytest.raises(FileNotFoundError):
+        folders.publish(tmp_path / "missing", tmp_path / "final")
+    assert (tmp_path / "final" / "notes").read_text() == "before"

@@ -152,3 +152,24 @@ def test_shares_are_equal_but_for_one_tensor():
         assert max(shares) <= sum(sizes) / num_ranks + max(sizes)
     (files,) = saving.deal(tensors, 1, 900)
     assert all(len(file) == 1 or sum(sizes[int(name)] for name in file) <= 900 for file in files)
+
+
+@pytest.mark.parametrize("names", [["notes.txt", "config.json"], ["results.json", "config.json"], ["tokenizer.json"]])
+def test_folders_that_no_export_wrote_stay(tmp_path, names):
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match="no export wrote"):
+        export_pretrained(make_model("Mixtral"), tmp_path / "out")
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+def test_neighbours_of_the_target_stay(tmp_path):
+    model = make_model("Mixtral")
+    for name in ("out.tmp", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("mine")
+    for _ in range(2):
+        export_pretrained(model, tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "out.old", "out.tmp"]
+    assert all((tmp_path / name / "notes").read_text() == "mine" for name in ("out.tmp", "out.old"))

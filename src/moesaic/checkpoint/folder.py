@@ -119,13 +119,27 @@ def verify_file(path: Path, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} is damaged: it {what}")
 
 
-def publish(work: Path, final: Path) -> None:
-    """Give the complete folder `work` its final name, for good even if the machine stops now."""
-    if final.exists():
-        # A folder cannot be renamed onto another. The old one is damaged, or holds the same step of the same run.
-        remove(final)
-    os.rename(work, final)
+def publish(work: Path, final: Path, old: Path | None = None) -> None:
+    """Give the complete folder `work` its final name, for good even if the machine stops now.
+
+    A folder cannot be renamed onto another: what has the name already is moved to `old` (by default `<final>.old`),
+    removed once `work` has the name, and put back if `work` cannot have it.
+    """
+    if not final.exists():
+        os.rename(work, final)
+        flush(final.parent)
+        return
+    if old is None:
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+    os.rename(final, old)
+    try:
+        os.rename(work, final)
+    except OSError:
+        os.rename(old, final)
+        raise
     flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

@@ -37,7 +37,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -115,8 +115,16 @@ def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
     return [Path(place) for place in places or ()], listed
 
 
+def require_new(source: str | Path, target: Path, name: str) -> None:
+    """Raise ``ValueError`` unless a target is a new or empty folder, and not its source."""
+    if Path(source).resolve() == target.resolve():
+        raise ValueError(f"{name}: {target} is the source too; choose another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{name}: {target} is there already, and not empty; choose another folder")
+
+
 def copy_tokenizer(source: str | Path, target: Path) -> None:
     """Copy what a checkpoint has of a tokenizer's files into a folder."""
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (place := cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)) is not None:
             shutil.copy(place, target / name)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moesaic.checkpoint import folder, ranks
 from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import architecture_of, origins_of
+from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
 
 _ERRORS = (OSError, ValueError, SafetensorError)
-_OURS = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+_OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_TEMPLATES = "additional_chat_templates"
 
 
 @torch.no_grad()
@@ -90,20 +95,22 @@ def write_pretrained(
         exchange: where tensors are on several ranks, what they were made with.
         add: puts more into the folder, on rank 0, before it gets its name.
     """
-    final = Path(path).absolute()
-    work = final.with_name(final.name + ".tmp")
+    final = Path(path).resolve()
     leader = ranks.rank() == 0
+    own: Path | None = None
     try:
-        ranks.together(lambda: _begin(final, work) if leader else None, *_ERRORS)
+        begun = ranks.together(lambda: _begin(final) if leader else None, *_ERRORS)
+        own = next(place for place in begun if place is not None)
+        work = own / "new"
         ranks.together(lambda: _check_shared(work), *_ERRORS)
         names = deal(tensors, ranks.world_size(), max_shard_size)
         failure = _write_shards(tensors, names, work, exchange or Exchange())
         ranks.together(lambda: _raise(failure), *_ERRORS)
         ranks.together(lambda: _finish(plain, tensors, names, work, final, add) if leader else None, *_ERRORS)
-    except _ERRORS:
-        if leader:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    finally:
+        # What was there before is in it for a moment: never remove the only copy.
+        if leader and own is not None and (final.exists() or not (own / "old").exists()):
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def plain_on_meta(model: Any) -> Any:
@@ -214,14 +221,27 @@ def _write_file(tensors: dict[str, Tensor], place: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _begin(final: Path, work: Path) -> None:
+def _begin(final: Path) -> Path:
+    """Check the target; a folder beside it, of this call alone, with the folder ``new`` to write."""
     if final.exists():
         if not final.is_dir():
             raise OSError(f"{final} should be a directory, and is a file")
-        if other := sorted(entry.name for entry in final.iterdir() if entry.suffix not in _OURS or entry.is_dir()):
+        entries = list(final.iterdir())
+        if other := sorted(entry.name for entry in entries if not _is_ours(entry)):
             raise ValueError(f"path: {final} has {other}, which no export wrote; choose another folder")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+        if entries and not (final / CONFIG_NAME).is_file():
+            raise ValueError(f"path: {final} has no {CONFIG_NAME}, so no export wrote it; choose another folder")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    # mkdtemp's own folder is for its user alone; what gets the name should be for all, as the umask says.
+    (own / "new").mkdir()
+    return own
+
+
+def _is_ours(entry: Path) -> bool:
+    if entry.is_dir():
+        return entry.name == _TEMPLATES
+    return entry.name in _OURS or _SHARD.fullmatch(entry.name) is not None
 
 
 def _check_shared(work: Path) -> None:
@@ -258,4 +278,4 @@ def _finish(
         plain.generation_config.save_pretrained(work)
     add(work)
     folder.flush(work)
-    folder.publish(work, final)
+    folder.publish(work, final, old=work.with_name("old"))
