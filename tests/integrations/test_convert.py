@@ -146,3 +146,13 @@ def test_help(capsys, command):
     assert f"usage: moesaic {command}" in capsys.readouterr().out
     assert cli.main(["--help"]) == 0
     assert command in capsys.readouterr().out
+
+
+def test_targets_are_new_and_not_the_source(tmp_path):
+    make_model("Mixtral").save_pretrained(tmp_path / "hf")
+    (tmp_path / "link").symlink_to("hf")
+    with pytest.raises(ValueError, match="target: .* is the source too"):
+        module.convert(tmp_path / "hf", tmp_path / "link")
+    module.convert(tmp_path / "hf", tmp_path / "dcp")
+    with pytest.raises(ValueError, match="target: .* not empty"):
+        module.convert(tmp_path / "dcp", tmp_path / "hf")

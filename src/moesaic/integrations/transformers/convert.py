@@ -1,4 +1,6 @@
-"""Checkpoints of transformers into those of :mod:`moesaic.checkpoint`, which training resumes from, and back.
+"""Checkpoints of transformers into those of :mod:`moesaic.checkpoint`, and back.
+
+What is written has weights and no optimizer: ``moesaic.checkpoint.load`` reads it, ``moesaic train --resume`` does not.
 
 Tensor by tensor: memory for the largest layer's experts, twice over, and one file of the result. Both ways end with a
 verification that reads what was written and compares every tensor with its source, bit for bit.
@@ -22,7 +24,7 @@ from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
 from moesaic.checkpoint.store import verify
-from moesaic.integrations.transformers.files import copy_tokenizer, open_files
+from moesaic.integrations.transformers.files import copy_tokenizer, open_files, require_new
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import empty_model, model_on_meta, to_our_names
 from moesaic.integrations.transformers.naming import to_model_names
@@ -59,6 +61,7 @@ def convert(
         OSError, ValueError, CheckpointError: the source is not whole, or not a model that can be swapped; the target
             has other files or cannot be written; what was written is not what was read.
     """
+    require_new(source, Path(target), "target")
     progress = progress or Progress()
     if format_of(source) == "hf":
         _to_dcp(source, Path(target), dtype, progress)
@@ -68,8 +71,6 @@ def convert(
 
 
 def _to_dcp(source: str | Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"target: {target} is there already, and not empty; choose another folder")
     with open_files(source) as files:
         plain = empty_model(source, files, dtype)
         state = to_model_names(plain, files.tensors)

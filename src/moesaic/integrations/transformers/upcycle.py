@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from moesaic.integrations.transformers.files import copy_tokenizer, open_files
+from moesaic.integrations.transformers.files import copy_tokenizer, open_files, require_new
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.loading import empty_model
 from moesaic.integrations.transformers.naming import to_model_names
@@ -133,6 +133,7 @@ def upcycle(
         >>> upcycle("path/to/Qwen3-0.6B", "out", experts=16, top_k=4, granularity=2)
     """
     check_numbers(experts, top_k, granularity, noise)
+    require_new(dense, Path(out), "out")
     with open_files(dense) as files:
         source = empty_model(dense, files, None)
         target = _target(source.config)
