@@ -89,6 +89,19 @@ def test_casts(tmp_path, capsys):
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == dtype
 
 
+@pytest.mark.parametrize("place", ["tokenizer", "export", "."])
+def test_the_tokenizer_of_a_run_comes_along(tmp_path, capsys, place):
+    make_model("Mixtral").save_pretrained(tmp_path / "hf")
+    run(capsys, "convert", tmp_path / "hf", tmp_path / "dcp")
+    folder = tmp_path / "dcp" / place
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    (folder / "additional_chat_templates/short.jinja").write_text("short")
+    (folder / "tokenizer.json").write_text("{}")
+    run(capsys, "convert", tmp_path / "dcp", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out/additional_chat_templates/short.jinja").read_text() == "short"
+
+
 def test_adapters_are_refused(tmp_path, capsys):
     model = make_model("Mixtral")
     checkpoint.save(tmp_path / "checkpoints", 1, {"model": {"model.q_proj.lora_A.weight": torch.ones(2)}}, {})
@@ -110,12 +123,13 @@ def test_the_verification_sees_one_wrong_bit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "write_pretrained", spoiled)
     error = run(capsys, "convert", tmp_path / "dcp", tmp_path / "out", status=1)
     assert "verification: 'model.layers.1.input_layernorm.weight' was not written as it is in the source" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors(tmp_path, capsys):
     make_model("Mixtral").save_pretrained(tmp_path / "hf")
     assert "--to hf: " in run(capsys, "convert", tmp_path / "hf", tmp_path / "x", "--to", "hf", status=2)
-    assert "not empty" in run(capsys, "convert", tmp_path / "hf", tmp_path / "hf", status=2)
+    assert "is the source too" in run(capsys, "convert", tmp_path / "hf", tmp_path / "hf", status=2)
     assert "does not tell" in run_with_spoiled_config(tmp_path, capsys)
     (tmp_path / "dcp/config.json").unlink()
     file = next((tmp_path / "dcp/checkpoints/step-00000000").glob("*.distcp"))

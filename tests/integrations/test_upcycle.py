@@ -77,7 +77,7 @@ def test_it_trains(tmp_path):
 def test_noise_is_the_fraction_asked(tmp_path):
     dense = make_dense("Llama", tmp_path / "dense")
     sizes = {"experts": 4, "top_k": 2}
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         out = tmp_path / f"moe{seed}"
         upcycle(tmp_path / "dense", out, **sizes, noise=0.1, seed=seed)
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / f"moe{seed}") for seed in (0, 1)]
@@ -88,6 +88,10 @@ def test_noise_is_the_fraction_asked(tmp_path):
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, other)
     upcycle(tmp_path / "dense", tmp_path / "again", **sizes, noise=0.1)
+    with pytest.raises(ValueError, match="out: .* is the source too"):
+        upcycle(tmp_path / "dense", tmp_path / "dense", **sizes)
+    with pytest.raises(ValueError, match="out: .* is there already, and not empty"):
+        upcycle(tmp_path / "dense", tmp_path / "again", **sizes)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), models[0].parameters(), strict=True))
 

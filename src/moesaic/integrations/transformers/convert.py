@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +25,12 @@ from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
 from moesaic.checkpoint.store import verify
-from moesaic.integrations.transformers.files import copy_tokenizer, open_files, require_new
+from moesaic.integrations.transformers.files import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    open_files,
+    require_new,
+)
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import empty_model, model_on_meta, to_our_names
 from moesaic.integrations.transformers.naming import to_model_names
@@ -34,7 +40,7 @@ from moesaic.integrations.transformers.swap import swap_moe
 
 Format = Literal["dcp", "hf"]
 # Of a run's folder, which the training program writes.
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, CHECKPOINTS, TOKENIZER, EXPORT = "config.json", "checkpoints", "tokenizer", "export"
 _PREFIX = "model."
 
 
@@ -59,15 +65,20 @@ def convert(
 
     Raises:
         OSError, ValueError, CheckpointError: the source is not whole, or not a model that can be swapped; the target
-            has other files or cannot be written; what was written is not what was read.
+            has other files or cannot be written; what was written is not what was read. Nothing stays in the target.
     """
     require_new(source, Path(target), "target")
     progress = progress or Progress()
-    if format_of(source) == "hf":
-        _to_dcp(source, Path(target), dtype, progress)
-        return "dcp"
-    _to_hf(Path(source), Path(target), dtype, progress)
-    return "hf"
+    try:
+        if format_of(source) == "hf":
+            _to_dcp(source, Path(target), dtype, progress)
+            return "dcp"
+        _to_hf(Path(source), Path(target), dtype, progress)
+        return "hf"
+    except BaseException:
+        # It was new or empty. What is half there, or wrong, would be in the way of another try.
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def _to_dcp(source: str | Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -107,7 +118,7 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
     original = to_original_names(swapped, stored, restore_dtypes=False)
     tensors = to_file_names(plain, _cast(original, plain if dtype else None))
-    write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, run))
+    write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, _tokenizer_of(run)))
     with open_files(target) as files:
         _compare(files.tensors, progress.watch("verifying", tensors))
 
@@ -129,6 +140,12 @@ def _config_of(run: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"source: {place} does not tell the model: {type(error).__name__}: {error}") from error
     return AutoConfig.for_model(kind, **values)
+
+
+def _tokenizer_of(run: Path) -> Path:
+    """Where a run has its tokenizer, or what was converted to be like one."""
+    places = (run / TOKENIZER, run / EXPORT, run)
+    return next((place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES)), run)
 
 
 def _stored(place: Path) -> dict[str, LazyTensor]:

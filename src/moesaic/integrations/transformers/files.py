@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
@@ -128,3 +128,5 @@ def copy_tokenizer(source: str | Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (place := cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)) is not None:
             shutil.copy(place, target / name)
+    if (templates := Path(source) / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(templates, target / CHAT_TEMPLATE_DIR)
