@@ -218,7 +218,8 @@ print("a graph break: the same")
 
 def test_dtensors_are_refused(ranks):
     assert set(ranks(_on_dtensors, 2)) == {
-        "main_grads: for plain tensors, and w1 or its buffer is a DTensor; give local tensors"
+        "main_grads: for plain tensors, and w1 or its buffer is a DTensor; give local tensors, as "
+        'parallelize(..., experts="local") does with the weights'
     }
 
 

@@ -166,6 +166,7 @@ def test_the_whole_program_and_its_second_call(tiny, cache, capsys):
         "metrics.jsonl",
         "result.json",
         "tensorboard",
+        "tokenizer",
     ]
     assert [path.name for path in checkpoints(config.out / "checkpoints")] == ["step-00000004", "step-00000006"]
     assert [row["step"] for row in read_jsonl(config.out / "metrics.jsonl") if "bits_per_byte" in row] == [3, 6]
