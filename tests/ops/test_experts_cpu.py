@@ -160,12 +160,17 @@ def test_memory_comes_back_to_the_pool(dtype):
     assert pool.state().lent == lent
 
 
-def test_auto_takes_the_kernels_where_they_were_measured():
-    def fastest(dtype):
-        p = experts(2, 1, 1, 3, 4, dtype)
+@pytest.mark.parametrize("amx", [False, True])
+def test_auto_takes_the_kernels_where_they_were_measured(monkeypatch, amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    def fastest(dtype, tokens=2):
+        p = experts(tokens, 1, 1, 3, 4, dtype)
         return auto._fastest(Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu"))
 
-    assert fastest(torch.float32) is (cpu if HERE[-1] == "avx512_bf16" else torch_impl)
+    kernels = cpu if HERE[-1] == "avx512_bf16" else torch_impl
+    assert fastest(torch.float32) is fastest(torch.float32, 17) is fastest(torch.bfloat16, 16) is kernels
+    assert fastest(torch.bfloat16, 17) is (torch_impl if amx else kernels)
     assert fastest(torch.float64) is torch_impl
 
 

@@ -5,6 +5,7 @@ none. Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An en
 ``benchmarks/results/`` that justifies it.
 """
 
+import torch
 from torch import Tensor
 
 from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
@@ -34,9 +35,15 @@ def on_cuda(operator: str, num_rows: int, num_groups: int) -> str:
     return _ON_CUDA[operator][shape_class(num_rows, num_groups)]
 
 
-def is_for_cpu_kernels(x: Tensor) -> bool:
-    """Whether the kernels of ``csrc/`` are there and the fastest for operands like ``x``."""
+def is_for_cpu_kernels(x: Tensor, num_rows: int, num_groups: int) -> bool:
+    """Whether the kernels of ``csrc/`` are there and the fastest for operands like ``x``.
+
+    Where there is AMX, torch's bf16 products run on its tiles and the kernels do not: they are the faster ones for few
+    rows a group alone (``benchmarks/results/fastest_cpu_xeon_1thread.json``).
+    """
     if x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and shape_class(num_rows, num_groups) != "few":
         return False
     loaded = kernels()
     return isinstance(loaded, Kernels) and loaded.isa >= _MEASURED

@@ -71,7 +71,7 @@ class MeshDispatcher:
         sent = Permutation(sent.slots[:num_sent], sent.positions, sent.group_sizes)
         local_ids_SK = _local_ids(routing.ids, owner_TK, sent, experts_per_rank)
         x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
-        ids_NK = self._to_experts(local_ids_SK, traffic)
+        ids_NK = self._to_experts(local_ids_SK.to(torch.int32), traffic).to(local_ids_SK.dtype)
 
         return Dispatched(
             self._in_blocks(x_ND, traffic.capacity, grad_placements=ROW_GRADS),

@@ -29,7 +29,7 @@ def backward(
 
 
 def _fastest(problem: Problem) -> ModuleType:
-    x = problem.x_TD
+    x, num_rows, num_groups = problem.x_TD, problem.ids_TK.numel(), problem.w1_EDF.shape[0]
     if x.device.type == "cuda":
-        return _MODULES[on_cuda("experts_mlp", problem.ids_TK.numel(), problem.w1_EDF.shape[0])]
-    return cpu if is_for_cpu_kernels(x) else torch_impl
+        return _MODULES[on_cuda("experts_mlp", num_rows, num_groups)]
+    return cpu if is_for_cpu_kernels(x, num_rows, num_groups) else torch_impl

@@ -28,4 +28,4 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 def _fastest(operator: str, x: Tensor, sizes_BG: Tensor) -> ModuleType:
     if x.device.type == "cuda":
         return _MODULES[on_cuda(operator, x.shape[0], sizes_BG.numel())]
-    return cpu if is_for_cpu_kernels(x) else torch_impl
+    return cpu if is_for_cpu_kernels(x, x.shape[0], sizes_BG.numel()) else torch_impl

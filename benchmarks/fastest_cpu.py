@@ -1,0 +1,102 @@
+"""Where the CPU kernels are faster than torch's products: what `moesaic/ops/fastest.py` goes by on this processor.
+
+Time of `impl="torch"` over that of `impl="cpu"` by the average of rows a group, forward alone and with the backward
+pass, for `experts_mlp` (SwiGLU) and `grouped_mm`. Both run interleaved in one process, and medians are compared.
+
+    python benchmarks/fastest_cpu.py [--rounds 3] [--threads 1] [--json benchmarks/results/NAME.json]
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from grouped_mm_cpu import processor
+from rich.console import Console
+from rich.table import Table
+
+from moesaic import experts_mlp, grouped_mm
+
+# Experts, model dim, hidden dim.
+SHAPES = {"8 wide": (8, 1024, 1792), "64 fine": (64, 1024, 512), "128 finer": (128, 512, 256)}
+ROWS = (1, 4, 8, 16, 32, 64, 128)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: Annotated[int, tyro.conf.arg(help="timed rounds; both implementations run once a round")] = 3
+    threads: Annotated[int, tyro.conf.arg(help="torch threads")] = 1
+    rows: Annotated[tuple[int, ...], tyro.conf.arg(help="rows a group")] = ROWS
+    json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
+
+
+def passes(name: str, rows: int, dtype: torch.dtype) -> dict[str, Callable[[str], object]]:
+    """What is timed, by name: functions of the implementation."""
+    E, D, F = SHAPES[name]
+    T = rows * E
+    w1, w3, w2 = (
+        (torch.randn(shape) * shape[1] ** -0.5).to(dtype).requires_grad_()
+        for shape in ((E, D, F), (E, D, F), (E, F, D))
+    )
+    x = torch.randn(T, D).to(dtype).requires_grad_()
+    ids, weights = (torch.randperm(T) % E)[:, None], torch.rand(T, 1)
+    sizes = torch.full((E,), rows, dtype=torch.int32)
+    gz, gy = torch.randn(T, D).to(dtype), torch.randn(T, F).to(dtype)
+
+    def experts(impl: str) -> torch.Tensor:
+        return experts_mlp(x, ids, weights, w1, w3, w2, impl=impl)
+
+    def product(impl: str) -> torch.Tensor:
+        return grouped_mm(x, w1, sizes, impl=impl)
+
+    return {
+        "experts_mlp, forward": torch.no_grad()(experts),
+        "experts_mlp, forward+backward": lambda impl: torch.autograd.grad(experts(impl), (x, w1, w3, w2), gz),
+        "grouped_mm, forward": torch.no_grad()(product),
+        "grouped_mm, forward+backward": lambda impl: torch.autograd.grad(product(impl), (x, w1), gy),
+    }
+
+
+def measure(run: Callable[[str], object], rounds: int) -> dict[str, float]:
+    """Seconds of each implementation."""
+    times: dict[str, list[float]] = {"cpu": [], "torch": []}
+    for timed in (False, *[True] * rounds):
+        for impl, found in times.items():
+            start = time.perf_counter()
+            run(impl)
+            if timed:
+                found.append(time.perf_counter() - start)
+    return {impl: statistics.median(found) for impl, found in times.items()}
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    found: list[dict[str, Any]] = []
+    table = Table(title=f"Time of torch's products over that of the CPU kernels, {options.threads} thread(s)")
+    for column in ("experts", "dtype", "what", *(f"{rows} rows" for rows in options.rows)):
+        table.add_column(column)
+    for name in SHAPES:
+        for dtype in DTYPES:
+            cells: dict[str, list[str]] = {}
+            for rows in options.rows:
+                for what, run in passes(name, rows, dtype).items():
+                    seconds = measure(run, options.rounds)
+                    key = {"experts": name, "dtype": str(dtype).removeprefix("torch."), "what": what, "rows": rows}
+                    found.append(key | {"seconds": seconds, "ratio": seconds["torch"] / seconds["cpu"]})
+                    cells.setdefault(what, []).append(f"{found[-1]['ratio']:.2f}x")
+            for what, ratios in cells.items():
+                table.add_row(name, str(dtype).removeprefix("torch."), what, *ratios)
+    Console(width=140).print(table)
+    if options.json:
+        about = {"processor": processor(), "torch": torch.__version__, "amx": torch.cpu._is_amx_tile_supported()}
+        options.json.write_text(json.dumps({"threads": options.threads} | about | {"rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
