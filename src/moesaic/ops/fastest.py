@@ -35,15 +35,20 @@ def on_cuda(operator: str, num_rows: int, num_groups: int) -> str:
     return _ON_CUDA[operator][shape_class(num_rows, num_groups)]
 
 
+def has_cpu_kernels(x: Tensor) -> bool:
+    """Whether the kernels of ``csrc/`` are there for operands like ``x``, and measured on this kind of processor."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    loaded = kernels()
+    return isinstance(loaded, Kernels) and loaded.isa >= _MEASURED
+
+
 def is_for_cpu_kernels(x: Tensor, num_rows: int, num_groups: int) -> bool:
     """Whether the kernels of ``csrc/`` are there and the fastest for operands like ``x``.
 
     Where there is AMX, torch's bf16 products run on its tiles and the kernels do not: they are the faster ones for few
     rows a group alone (``benchmarks/results/fastest_cpu_xeon_1thread.json``).
     """
-    if x.device.type != "cpu" or x.dtype not in DTYPES:
-        return False
     if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and shape_class(num_rows, num_groups) != "few":
         return False
-    loaded = kernels()
-    return isinstance(loaded, Kernels) and loaded.isa >= _MEASURED
+    return has_cpu_kernels(x)

@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moesaic.ops.fastest import is_for_cpu_kernels, on_cuda
+from moesaic.ops.fastest import has_cpu_kernels, is_for_cpu_kernels, on_cuda
 from moesaic.ops.grouped_mm.impl import cpu
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
@@ -22,7 +22,9 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
 
 
 def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
-    _fastest("grouped_mm_weight_grad", x_RK, sizes_BG).weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
+    # Torch's products cannot add to what is wider than they are, so AMX is of no use here.
+    module = cpu if has_cpu_kernels(x_RK) else _fastest("grouped_mm_weight_grad", x_RK, sizes_BG)
+    module.weight_grad_into(into_EKN, x_RK, grad_RN, sizes_BG)
 
 
 def _fastest(operator: str, x: Tensor, sizes_BG: Tensor) -> ModuleType:
