@@ -135,18 +135,11 @@ def check_run(reference: Reference, meshes: Meshes, routing: str, way: str) -> N
     assert_weights_close(moe, reference.weights)
 
 
-WAYS = ("dtensor", "local")
-BOTH = dict.fromkeys(ROUTINGS, WAYS)
-
-
-def check_layout(
-    layout: dict[str, int], length: int, sizes: Sizes = EVEN, ways: dict[str, tuple[str, ...]] = BOTH
-) -> None:
-    """``ways``: of each routing those that are checked."""
+def check_layout(layout: dict[str, int], length: int, sizes: Sizes = EVEN) -> None:
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     for routing in ROUTINGS:
         reference = run_reference(routing, length, sizes)
-        for way in ways[routing]:
+        for way in ("dtensor", "local"):
             try:
                 check_run(reference, meshes, routing, way)
             except Exception as error:
@@ -163,12 +156,7 @@ def name_of(value: int | dict[str, int]) -> str:
 # A length that no tp divides.
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout(ranks, world_size, layout):
-    ways = BOTH
-    if world_size == 8:
-        # Most layouts and the slowest: either way for each, by turns.
-        turn = LAYOUTS.index((world_size, layout))
-        ways = {routing: (WAYS[(turn + i) % 2],) for i, routing in enumerate(ROUTINGS)}
-    ranks(check_layout, world_size, layout, 5, ways=ways)
+    ranks(check_layout, world_size, layout, 5)
 
 
 # A length shorter than tp.
