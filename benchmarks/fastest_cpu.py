@@ -7,16 +7,16 @@ pass, for `experts_mlp` (SwiGLU) and `grouped_mm`. Both run interleaved in one p
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from grouped_mm_cpu import processor
+from experts_cpu import medians
+from grouped_mm_cpu import Machine, processor
 from rich.console import Console
 from rich.table import Table
 
@@ -63,38 +63,29 @@ def passes(name: str, rows: int, dtype: torch.dtype) -> dict[str, Callable[[str]
     }
 
 
-def measure(run: Callable[[str], object], rounds: int) -> dict[str, float]:
-    """Seconds of each implementation."""
-    times: dict[str, list[float]] = {"cpu": [], "torch": []}
-    for timed in (False, *[True] * rounds):
-        for impl, found in times.items():
-            start = time.perf_counter()
-            run(impl)
-            if timed:
-                found.append(time.perf_counter() - start)
-    return {impl: statistics.median(found) for impl, found in times.items()}
-
-
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
+    machine = Machine(options.threads)
     found: list[dict[str, Any]] = []
     table = Table(title=f"Time of torch's products over that of the CPU kernels, {options.threads} thread(s)")
     for column in ("experts", "dtype", "what", *(f"{rows} rows" for rows in options.rows)):
         table.add_column(column)
     for name in SHAPES:
         for dtype in DTYPES:
-            cells: dict[str, list[str]] = {}
+            precision, cells = str(dtype).removeprefix("torch."), dict[str, list[str]]()
             for rows in options.rows:
                 for what, run in passes(name, rows, dtype).items():
-                    seconds = measure(run, options.rounds)
-                    key = {"experts": name, "dtype": str(dtype).removeprefix("torch."), "what": what, "rows": rows}
+                    calls = {impl: partial(run, impl) for impl in ("cpu", "torch")}
+                    seconds = medians(calls, machine, options.rounds)
+                    key = {"experts": name, "dtype": precision, "what": what, "rows": rows}
                     found.append(key | {"seconds": seconds, "ratio": seconds["torch"] / seconds["cpu"]})
                     cells.setdefault(what, []).append(f"{found[-1]['ratio']:.2f}x")
             for what, ratios in cells.items():
-                table.add_row(name, str(dtype).removeprefix("torch."), what, *ratios)
+                table.add_row(name, precision, what, *ratios)
     Console(width=140).print(table)
     if options.json:
         about = {"processor": processor(), "torch": torch.__version__, "amx": torch.cpu._is_amx_tile_supported()}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"threads": options.threads} | about | {"rows": found}, indent=1) + "\n")
 
 

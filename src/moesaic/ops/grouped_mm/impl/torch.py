@@ -41,7 +41,8 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
-    if x_RK.dtype.itemsize == 2 and x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]:
+    has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]
+    if has_gaps and x_RK.dtype.itemsize == 2 and torch.cpu._is_amx_tile_supported():
         # AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717).
         x_RK = x_RK.contiguous()
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
