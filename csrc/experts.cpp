@@ -152,10 +152,10 @@ int forward(const Call &c, moesaic_matrix x, void *z, void *h1, void *h3) {
   return c.product_and_combine(down, layout(e.w2.matrix), c.routing.weights, z);
 }
 
-// The weight gradient x^T @ grad of sorted rows, of which one operand may be gathered; turned it is grad^T @ x.
+// The weight gradient x^T @ grad of sorted rows, of which one operand may be gathered; transposed it is grad^T @ x.
 int weight_gradient(const Call &c, const moesaic_matrix &x, const int64_t *x_rows, const moesaic_matrix &grad,
-                    const int64_t *grad_rows, int64_t inner, int64_t columns, void *gw, bool turned, bool adds) {
-  if (turned) return weight_gradient(c, grad, grad_rows, x, x_rows, columns, inner, gw, false, adds);
+                    const int64_t *grad_rows, int64_t inner, int64_t columns, void *gw, bool transposed, bool adds) {
+  if (transposed) return weight_gradient(c, grad, grad_rows, x, x_rows, columns, inner, gw, false, adds);
   if (!gw || !inner || !columns) return MOESAIC_OK;
   const auto tasks = gradient_tasks(c.experts.experts, inner, columns);
   const int64_t row_bytes = columns * (adds ? 4 : c.size());
@@ -224,9 +224,9 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
     then(c.product_and_combine(p, c.gated() ? layout_of_both(w1, w3) : layout(w1.matrix), nullptr, g.x));
   }
   auto sorted_rows = [&](const Workspace &w) { return moesaic_matrix{w.data(), c.h_stride(), 1}; };
-  then(weight_gradient(c, x, tokens, sorted_rows(dh1), nullptr, e.dim, hidden, g.w1, g.w1_turned, g.adds));
-  then(weight_gradient(c, x, tokens, sorted_rows(dh3), nullptr, e.dim, hidden, g.w3, g.w3_turned, g.adds));
-  then(weight_gradient(c, sorted_rows(h), nullptr, grad, tokens, hidden, e.dim, g.w2, g.w2_turned, g.adds));
+  then(weight_gradient(c, x, tokens, sorted_rows(dh1), nullptr, e.dim, hidden, g.w1, g.w1_transposed, g.adds));
+  then(weight_gradient(c, x, tokens, sorted_rows(dh3), nullptr, e.dim, hidden, g.w3, g.w3_transposed, g.adds));
+  then(weight_gradient(c, sorted_rows(h), nullptr, grad, tokens, hidden, e.dim, g.w2, g.w2_transposed, g.adds));
   then(bias_gradient(c, dh1.data(), g.b1));
   then(bias_gradient(c, dh3.data(), g.b3));
   return status;

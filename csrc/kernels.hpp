@@ -6,7 +6,7 @@
 #include "tile.hpp"
 #include "pack.hpp"
 #include "product.hpp"
-#include "turned.hpp"
+#include "transposed.hpp"
 #include "product_tasks.hpp"
 #include "gradient.hpp"
 #include "activation.hpp"

@@ -92,13 +92,13 @@ typedef struct {
 MOESAIC_API int moesaic_cpu_experts(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x, void *z,
                         void *h1, void *h3, int isa, int threads);
 
-/* Results of the backward pass, contiguous; NULL where one is not wanted. Matrices that are turned are transposed. With
+/* Results of the backward pass, contiguous; NULL where one is not wanted. A flag says that a matrix is stored transposed. With
    `adds` those of w1, w3 and w2 are fp32, and added to what they hold. */
 typedef struct {
   void *x;
   float *weights;
   void *w1, *w3, *w2, *b1, *b3;
-  int32_t w1_turned, w3_turned, w2_turned, adds;
+  int32_t w1_transposed, w3_transposed, w2_transposed, adds;
 } moesaic_experts_grads;
 
 /* The gradients, from that of z and from h1 and h3. */

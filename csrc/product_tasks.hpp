@@ -7,7 +7,7 @@ constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProdu
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>
-constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTurnedScratch ? kPanelScratch<Kind> : kTurnedScratch;
+constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTransposedScratch ? kPanelScratch<Kind> : kTransposedScratch;
 
 // The task's part of the result where there is nothing to sum.
 static void zero_task(const Place &out, const ProductTask &t) {
@@ -33,7 +33,7 @@ static void product_task(const Product &p, const ProductTask &t, const Product &
       default: return dots<Kind, 4>(p, t, out);
     }
   }
-  if (takes_turn<Kind>(p, t)) return turned_product<Kind>(p, t, next_product, next, out, scratch);
+  if (takes_transposed<Kind>(p, t)) return transposed_product<Kind>(p, t, next_product, next, out, scratch);
   float *sums = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
   const int64_t blocks = num_blocks<Kind>(p, t);
   for (int64_t b = 0; b < blocks; ++b) {

@@ -109,15 +109,15 @@ ExpertsResults by_loop(const ExpertsProblem &p) {
 
 // Matrices [experts, rows, columns] transposed.
 std::vector<float> turn(const std::vector<float> &matrices, int64_t experts, int64_t rows, int64_t columns) {
-  std::vector<float> turned(matrices.size());
+  std::vector<float> transposed(matrices.size());
   for (int64_t e = 0; e < experts; ++e) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
-        turned[(e * columns + c) * rows + r] = matrices[(e * rows + r) * columns + c];
+        transposed[(e * columns + c) * rows + r] = matrices[(e * rows + r) * columns + c];
       }
     }
   }
-  return turned;
+  return transposed;
 }
 
 bool compare(const ExpertsProblem &p, const Guarded *ours, const std::vector<float> &expected, int dtype,
@@ -172,16 +172,16 @@ bool one_experts_problem(int isa) {
                gw2 = result(expected.gw2.size(), gw_dtype, wanted()),
                gb1 = result(expected.gb1.size(), p.dtype, wanted()),
                gb3 = result(expected.gb3.size(), p.dtype, p.gated && wanted());
-    const bool turned[3] = {draw(0, 1) > 0, draw(0, 1) > 0, draw(0, 1) > 0};
+    const bool transposed[3] = {draw(0, 1) > 0, draw(0, 1) > 0, draw(0, 1) > 0};
     const moesaic_experts_grads grads = {data(gx),  reinterpret_cast<float *>(data(gweights)),
                                          data(gw1), data(gw3), data(gw2), data(gb1), data(gb3),
-                                         turned[0], turned[1], turned[2], adds};
+                                         transposed[0], transposed[1], transposed[2], adds};
     for (const Guarded *g : {gw1.get(), gw3.get(), gw2.get()}) {
       if (adds && g) memset(g->data(), 0, g->bytes());
     }
-    const auto expected_gw1 = turned[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
-               expected_gw3 = turned[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,
-               expected_gw2 = turned[2] ? turn(expected.gw2, p.E, p.F, p.D) : expected.gw2;
+    const auto expected_gw1 = transposed[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
+               expected_gw3 = transposed[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,
+               expected_gw2 = transposed[2] ? turn(expected.gw2, p.E, p.F, p.D) : expected.gw2;
     right = moesaic_cpu_experts_backward(&routing, &experts, p.x.matrix, p.grad.matrix, data(h1), data(h3), &grads, isa,
                                          threads) == MOESAIC_OK;
     right = right && compare(p, gx.get(), expected.gx, p.dtype, "gx") &&

@@ -18,7 +18,7 @@ def count(way: str, layout: dict[str, int]) -> tuple[dict[str, int], dict[str, i
     torch.manual_seed(0)
     config = moesaic.MoEConfig(dim=8, hidden_dim=6, num_experts=4, top_k=2)
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
-    moe = moesaic.parallelize(moesaic.MoE(config), meshes, experts=way)
+    moe = moesaic.parallelize(moesaic.MoE(config), meshes, compute=way)
     x = torch.randn(5 + meshes.tp_rank, 8, requires_grad=True)
     with CommDebugMode() as forward:
         y = moe(x)

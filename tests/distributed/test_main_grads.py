@@ -18,7 +18,7 @@ def layers(layout: dict[str, int], way: str) -> tuple[moesaic.MoE, moesaic.MoE]:
     # Not a number of experts, nor of hidden dims, that two ranks share evenly.
     plain = moesaic.MoE(moesaic.MoEConfig(dim=16, hidden_dim=7, num_experts=5, top_k=2))
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
-    return plain, moesaic.parallelize(copy.deepcopy(plain), meshes, experts=way)
+    return plain, moesaic.parallelize(copy.deepcopy(plain), meshes, compute=way)
 
 
 def check_sums(layout: dict[str, int]) -> None:
@@ -53,7 +53,7 @@ def check_refusal() -> None:
     whole = [getattr(moe.experts, name) for name in NAMES]
     for like in (local, whole):
         moe.experts.main_grads = tuple(torch.zeros_like(w, requires_grad=False) for w in like)
-        with pytest.raises(TypeError, match='main_grads: .* w1 .* is a DTensor; .*parallelize.*experts="local"'):
+        with pytest.raises(TypeError, match='main_grads: .* w1 .* is a DTensor; .*parallelize.*compute="local"'):
             moe(torch.randn(T, 16))
 
 

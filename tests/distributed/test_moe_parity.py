@@ -111,7 +111,7 @@ def run_reference(routing: str, length: int, sizes: Sizes) -> Reference:
 
 
 def check_run(reference: Reference, meshes: Meshes, routing: str, way: str) -> None:
-    moe = moesaic.parallelize(copy.deepcopy(reference.moe), meshes, experts=way)
+    moe = moesaic.parallelize(copy.deepcopy(reference.moe), meshes, compute=way)
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2, foreach=False)
     batch, length = reference.inputs[0].shape[:2]
     rows = slice(meshes.dp_rank * batch // meshes.dp_size, (meshes.dp_rank + 1) * batch // meshes.dp_size)

@@ -21,7 +21,7 @@ def make(way: str = "dtensor", config: moesaic.MoEConfig = CONFIG) -> tuple[moes
     moe = moesaic.MoE(config)
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return moesaic.parallelize(moe, meshes, experts=way), meshes
+    return moesaic.parallelize(moe, meshes, compute=way), meshes
 
 
 def check_weights() -> None:
@@ -145,8 +145,8 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
     half.router.to("meta")
     with pytest.raises(ValueError, match="'router.weight' is on the meta device and others are not"):
         moesaic.parallelize(half, fake_meshes(1))
-    with pytest.raises(ValueError, match="experts: got 'tensor'; choose 'dtensor' or 'local'"):
-        moesaic.parallelize(moe, fake_meshes(1), experts="tensor")
+    with pytest.raises(ValueError, match="compute: got 'tensor'; choose 'dtensor' or 'local'"):
+        moesaic.parallelize(moe, fake_meshes(1), compute="tensor")
 
 
 def check_only_once() -> None:

@@ -60,7 +60,7 @@ def check_model(layout: dict[str, int], tied: bool, recompute: bool, way: str) -
     model = copy.deepcopy(reference)
     torch.manual_seed(1)  # the same batches, however many random numbers a model takes
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
-    moesaic.parallelize(model, meshes, experts=way)
+    moesaic.parallelize(model, meshes, compute=way)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     models = (reference, model)

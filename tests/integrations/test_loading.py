@@ -45,9 +45,9 @@ def run(model):
 def load_and_compare(folders, layout, dtype, options):
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     for family, folder in folders.items():
-        mine, num_bytes = load_and_count(folder, meshes, dtype=dtype, experts=options)
+        mine, num_bytes = load_and_count(folder, meshes, dtype=dtype, compute=options)
         theirs = swap_moe(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
-        moesaic.parallelize(theirs, meshes, experts=options)
+        moesaic.parallelize(theirs, meshes, compute=options)
         assert_same(mine, theirs)
         shares = sum(
             4 * (p.to_local() if isinstance(p, DTensor) else p).numel()

@@ -50,13 +50,13 @@ def test_other_gradients_are_what_they_were(impl, data):
 
 @each_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("turned", [False, True])
-def test_several_backward_passes_as_accurate_as_fp32_sums(impl, dtype, turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_several_backward_passes_as_accurate_as_fp32_sums(impl, dtype, transposed):
     parts = [experts(40, 2, 3, 24, 20, dtype, biased=True, seed=i) for i in range(4)]
     weights = {name: getattr(parts[0], name) for name in WEIGHTS}
     parts = [replace(p, **weights) for p in parts]
     into = buffers_for(parts[0])
-    if turned:
+    if transposed:
         into = {name: t.mT.contiguous().mT for name, t in into.items()}
     for p in parts:
         call(p, into, impl)
@@ -219,7 +219,7 @@ print("a graph break: the same")
 def test_dtensors_are_refused(ranks):
     assert set(ranks(_on_dtensors, 2)) == {
         "main_grads: for plain tensors, and w1 or its buffer is a DTensor; give local tensors, as "
-        'parallelize(..., experts="local") does with the weights'
+        'parallelize(..., compute="local") does with the weights'
     }
 
 

@@ -87,8 +87,8 @@ IN_DIMS = [
 
 def batch_of(layout: Layout) -> list[Problem]:
     """Three problems that differ in every operand; exact, so that the order of a sum does not matter."""
-    turned = [layout.sizes, layout.sizes[::-1], tuple(block[::-1] for block in layout.sizes)]
-    layouts = [replace(layout, sizes=without_last(sizes, layout.missing)) for sizes in turned]
+    transposed = [layout.sizes, layout.sizes[::-1], tuple(block[::-1] for block in layout.sizes)]
+    layouts = [replace(layout, sizes=without_last(sizes, layout.missing)) for sizes in transposed]
     return [without_poison(problem(item, 3, 4, torch.float64, seed=i)) for i, item in enumerate(layouts)]
 
 

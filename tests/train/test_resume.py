@@ -95,7 +95,7 @@ def _on(ranks, world_size, fn, *args, **kwargs):
 
 @pytest.mark.parametrize(
     ("world_size", "changes", "victim"),
-    [(1, {}, 0), (1, {"dtype": "bf16"}, 0), (2, {"ep": 2}, 1), (4, MESH, 2), (4, {**MESH, "experts": "local"}, 0)],
+    [(1, {}, 0), (1, {"dtype": "bf16"}, 0), (2, {"ep": 2}, 1), (4, MESH, 2), (4, {**MESH, "compute": "local"}, 0)],
     ids=str,
 )
 def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, world_size, changes, victim):

@@ -59,7 +59,7 @@ class GroupedExperts(nn.Module):
         compute: what ``forward`` calls; a parallel plan may replace it.
         main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
             then get no ``.grad``: see :func:`moesaic.experts_mlp`. Of a layer in parallel
-            (``parallelize(..., experts="local")``) they have the shapes of this rank's weights, ``w1.to_local()``; over
+            (``parallelize(..., compute="local")``) they have the shapes of this rank's weights, ``w1.to_local()``; over
             ``edp`` ranks, of the weights that these share, and each rank's buffers are its part of the sum.
 
     Example:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def is_turned(w: Tensor) -> bool:
+def is_transposed(w: Tensor) -> bool:
     """Whether matrices lie column after column, as those of ``checkpoint.mT`` do.
 
     Their gradient then lies so too: else autograd would bring it to the parameter's layout by a copy that takes longer
@@ -16,12 +16,12 @@ def is_turned(w: Tensor) -> bool:
 
 def empty_gradient(w: Tensor, dtype: torch.dtype) -> Tensor:
     """What a gradient of ``w`` is written to, or told of by a fake."""
-    if is_turned(w):
+    if is_transposed(w):
         return w.mT.new_empty(w.mT.shape, dtype=dtype).mT
     return w.new_empty(w.shape, dtype=dtype)
 
 
 def lying_as(w: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of ``w`` where :func:`empty_gradient` has it; itself if it lies so."""
-    lies_so = gradient.mT.is_contiguous() if is_turned(w) else gradient.is_contiguous()
+    lies_so = gradient.mT.is_contiguous() if is_transposed(w) else gradient.is_contiguous()
     return gradient if lies_so else empty_gradient(w, gradient.dtype).copy_(gradient)

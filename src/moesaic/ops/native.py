@@ -73,7 +73,7 @@ class ExpertsGrads(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3")),
-        *((name, ctypes.c_int32) for name in ("w1_turned", "w3_turned", "w2_turned", "adds")),
+        *((name, ctypes.c_int32) for name in ("w1_transposed", "w3_transposed", "w2_transposed", "adds")),
     )
 
 

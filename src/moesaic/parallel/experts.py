@@ -21,7 +21,7 @@ from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import RESULTS, ROW_GRADS, ROWS, WEIGHTS
 
-ExpertsWay = Literal["dtensor", "local"]
+ComputeOn = Literal["dtensor", "local"]
 
 
 def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
@@ -40,7 +40,7 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
         )
 
 
-def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, way: ExpertsWay) -> None:
+def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, compute: ComputeOn) -> None:
     """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
     for name, placements in WEIGHTS.items():
         weight = getattr(moe.experts, name)
@@ -51,7 +51,7 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
     moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
-    if way == "local":
+    if compute == "local":
         _compute_on_local_tensors(moe.experts, mesh)
     elif moe.config.expert_biases:
         add_down_bias_apart(moe.experts, mesh)

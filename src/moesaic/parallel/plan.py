@@ -17,7 +17,7 @@ from moesaic.parallel.decoder import (
     find_decoder,
     leaves_shards_alone,
 )
-from moesaic.parallel.experts import ExpertsWay, check_experts, distribute_experts
+from moesaic.parallel.experts import ComputeOn, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
@@ -28,7 +28,7 @@ from moesaic.parallel.meta import is_on_meta, materialize
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor") -> Model:
+def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor") -> Model:
     """Lay a model over the meshes, in place.
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
@@ -60,7 +60,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
             the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them;
             buffers that are not on the meta device stay as they are.
         meshes: from :func:`moesaic.build_meshes`.
-        experts: how experts compute. ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
+        compute: how experts compute: ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors inside ``local_map``, with less overhead. The numbers are the same.
 
     Returns:
@@ -74,8 +74,8 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
         >>> moe = moesaic.parallelize(moesaic.MoE(config), meshes)
     """
-    if experts not in ("dtensor", "local"):
-        raise ValueError(f"experts: got {experts!r}; choose 'dtensor' or 'local'")
+    if compute not in ("dtensor", "local"):
+        raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     decoder = find_decoder(model)
     _check(model, moes, decoder is not None, meshes)
@@ -89,7 +89,7 @@ def parallelize(model: Model, meshes: Meshes, *, experts: ExpertsWay = "dtensor"
     if not is_empty:
         _take_from_first_rank(model, all_ranks)
     for moe in moes.values():
-        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, experts)
+        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, compute)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
-from moesaic.sharding.dispatch import dispatch_by_rule
+from moesaic.sharding.dtensor import dispatch_by_rule
 from moesaic.sharding.rule import Joint, make_rule
 
 

@@ -42,8 +42,8 @@ class TrainConfig:
     model: str = "qwen3-moe-small"
     """A pretrained model of Hugging Face, a folder with weights or a name on the hub, to fine-tune. Or the shape of a
     new one: a config of this package, a config.json, or a folder with that and no weights."""
-    experts: Literal["dtensor", "local"] = "dtensor"
-    """How experts meet their rows: operators on DTensors, or on local tensors. The same numbers either way."""
+    compute: Literal["dtensor", "local"] = "dtensor"
+    """How experts compute: by operators on DTensors, or on local tensors. Both give the same numbers."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast. Weights and optimizer state are fp32 whatever a pretrained model's files have."""
 

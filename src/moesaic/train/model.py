@@ -62,7 +62,7 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     model = model.to(device)
     try:
         swap_moe(model, aux_loss_coef=config.aux_loss_coef or 0.0, z_loss_coef=config.z_loss_coef)
-        parallelize(model, meshes, experts=config.experts)
+        parallelize(model, meshes, compute=config.compute)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     return model
@@ -92,7 +92,7 @@ def load_model(
                 str(source.weights),
                 meshes,
                 dtype=torch.float32,
-                experts=config.experts,
+                compute=config.compute,
                 device=device,
                 aux_loss_coef=config.aux_loss_coef or 0.0,
                 z_loss_coef=config.z_loss_coef,

@@ -108,14 +108,14 @@ def test_without_gradients_the_same_bits():
 
 
 @pytest.mark.parametrize("tokens", [9, 150])
-@pytest.mark.parametrize("turned", [False, True])
-def test_main_grads_hold_what_is_not_rounded(on, tokens, turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_main_grads_hold_what_is_not_rounded(on, tokens, transposed):
     on("9.0")
     p = experts(tokens, 2, 3, 72, 40, torch.bfloat16)
     expected = run("triton", p)
     leaf = {name: t.detach().requires_grad_() for name, t in p.operands().items()}
     into = tuple(torch.zeros(leaf[name].shape) for name in ("w1", "w3", "w2"))
-    if turned:
+    if transposed:
         into = tuple(t.mT.contiguous().mT for t in into)
     w = (leaf["w1"], leaf["w3"], leaf["w2"])
     experts_mlp(leaf["x"], p.ids, leaf["weights"], *w, impl="triton", main_grads=into).backward(p.grad)

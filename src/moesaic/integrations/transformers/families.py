@@ -14,7 +14,7 @@ from moesaic.integrations.transformers.activations import own_gate_name
 from moesaic.integrations.transformers.links import (
     EXPERTS,
     INTERLEAVED_EXPERTS,
-    TURNED_EXPERTS,
+    TRANSPOSED_EXPERTS,
     Link,
     row,
     same,
@@ -151,7 +151,7 @@ _DEEPSEEK_V3 = (*_DEEPSEEK_V2, same("gate.e_score_correction_bias", "router.bias
 
 FAMILIES: dict[str, Family] = {
     "aria.modeling_aria:AriaTextMoELayer": Family(
-        (*TURNED_EXPERTS, _ROUTER, *shared("shared_experts")), _softmax_and_shared
+        (*TRANSPOSED_EXPERTS, _ROUTER, *shared("shared_experts")), _softmax_and_shared
     ),
     "deepseek_v2.modeling_deepseek_v2:DeepseekV2Moe": Family(_DEEPSEEK_V2, _deepseek_v2),
     "deepseek_v3.modeling_deepseek_v3:DeepseekV3MoE": Family(_DEEPSEEK_V3, _deepseek_v3),
@@ -164,7 +164,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "granitemoe.modeling_granitemoe:GraniteMoeMoE": Family((*EXPERTS, _ROUTER), _softmax),
     "llama4.modeling_llama4:Llama4TextMoe": Family(
-        (*TURNED_EXPERTS, _ROUTER, *shared("shared_expert")), _llama4, returns_pair=True
+        (*TRANSPOSED_EXPERTS, _ROUTER, *shared("shared_expert")), _llama4, returns_pair=True
     ),
     "minimax.modeling_minimax:MiniMaxSparseMoeBlock": Family(_PLAIN, _without_jitter(_softmax)),
     "minimax_m2.modeling_minimax_m2:MiniMaxM2SparseMoeBlock": Family(

@@ -46,13 +46,13 @@ DOWN = Link("experts.down_proj", ("experts.w2",), lambda t: (t.mT,), lambda w2: 
 EXPERTS = (GATE_UP, DOWN)
 
 # [E, D, 2F] and [E, F, D], as they are multiplied.
-TURNED_GATE_UP = Link(
+TRANSPOSED_GATE_UP = Link(
     "experts.gate_up_proj",
     ("experts.w1", "experts.w3"),
     lambda t: t.chunk(2, dim=2),
     lambda w1, w3: torch.cat([w1, w3], dim=2),
 )
-TURNED_EXPERTS = (TURNED_GATE_UP, same("experts.down_proj", "experts.w2"))
+TRANSPOSED_EXPERTS = (TRANSPOSED_GATE_UP, same("experts.down_proj", "experts.w2"))
 
 # [E, D, 2F] and [E, 2F], gate and up in turn.
 INTERLEAVED_GATE_UP = Link(

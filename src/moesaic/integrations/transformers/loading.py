@@ -22,7 +22,7 @@ from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.parallel import Meshes, build_meshes, parallelize
-from moesaic.parallel.experts import ExpertsWay
+from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.meta import materialize
 
 # No buffer of transformers holds it.
@@ -36,7 +36,7 @@ def load_pretrained(
     meshes: Meshes | None = None,
     *,
     dtype: torch.dtype | None = None,
-    experts: ExpertsWay = "dtensor",
+    compute: ComputeOn = "dtensor",
     impl: str | None = None,
     device: torch.device | str | None = None,
     **moe_options: float,
@@ -53,7 +53,7 @@ def load_pretrained(
             that transformers knows for the family.
         meshes: from :func:`moesaic.build_meshes`; None for one process.
         dtype: of the parameters; None takes the config's, else that of the files.
-        experts: see :func:`moesaic.parallelize`.
+        compute: see :func:`moesaic.parallelize`.
         impl, moe_options: see :func:`swap_moe`.
         device: None takes the meshes' device, without meshes the CPU.
 
@@ -75,7 +75,7 @@ def load_pretrained(
     if meshes is None:
         raise ValueError(f"meshes: this is one of {ranks.world_size()} ranks; give what moesaic.build_meshes() makes")
     return load_and_count(
-        path, meshes, dtype=dtype, experts=experts, impl=impl, device=device, moe_options=moe_options
+        path, meshes, dtype=dtype, compute=compute, impl=impl, device=device, moe_options=moe_options
     )[0]
 
 
@@ -84,7 +84,7 @@ def load_and_count(
     meshes: Meshes,
     *,
     dtype: torch.dtype | None = None,
-    experts: ExpertsWay = "dtensor",
+    compute: ComputeOn = "dtensor",
     impl: str | None = None,
     device: torch.device | str | None = None,
     moe_options: Mapping[str, float] | None = None,
@@ -110,7 +110,7 @@ def load_and_count(
 
         # What one rank cannot see no rank waits for.
         ranks.together(describe, Exception)
-        parallelize(model, meshes, experts=experts)
+        parallelize(model, meshes, compute=compute)
         if meshes.dense is None:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors), Exception)

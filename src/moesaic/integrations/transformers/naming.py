@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint's files are which of a transformers model: by transformers' own conversion mapping.
 
-Renamed, put together and turned as ``from_pretrained`` does, but lazily: see :class:`LazyTensor`. Every name is
+Renamed, put together and transposed as ``from_pretrained`` does, but lazily: see :class:`LazyTensor`. Every name is
 accounted for before a number is read.
 """
 

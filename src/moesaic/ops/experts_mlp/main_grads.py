@@ -106,7 +106,7 @@ def _check(name: str, w: Tensor, buffer: Tensor) -> None:
         subclass = type(buffer if is_traceable_wrapper_subclass(buffer) else w).__name__
         raise TypeError(
             f"main_grads: for plain tensors, and {name} or its buffer is a {subclass}; give local tensors, "
-            'as parallelize(..., experts="local") does with the weights'
+            'as parallelize(..., compute="local") does with the weights'
         )
     dtype = accumulation_dtype(w.dtype)
     if buffer.dtype != dtype:

@@ -68,7 +68,7 @@ class Needs(NamedTuple):
 class MainGrads(NamedTuple):
     """Buffers of the accumulation dtype that gradients of the weights are added to; None where there is none to add.
 
-    Their matrices are contiguous, or turned ones that are. An expert without rows keeps its values.
+    Their matrices are contiguous, or transposed ones that are. An expert without rows keeps its values.
     """
 
     w1: Tensor | None = None

@@ -33,7 +33,7 @@ from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
 from moesaic.ops.implementations import AUTO
-from moesaic.ops.layout import empty_gradient, is_turned
+from moesaic.ops.layout import empty_gradient, is_transposed
 
 IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
 _MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
@@ -77,7 +77,7 @@ def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tens
 def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
     module = module_of(impl, x, sizes_BG, w)
-    if is_turned(w):
+    if is_transposed(w):
         return module.weight_grad(grad, x, sizes_BG, w.shape[0]).mT
     return module.weight_grad(x, grad, sizes_BG, w.shape[0])
 

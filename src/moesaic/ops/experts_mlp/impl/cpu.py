@@ -15,7 +15,7 @@ from torch import Tensor
 from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
-from moesaic.ops.layout import is_turned
+from moesaic.ops.layout import is_transposed
 from moesaic.ops.native import (
     DTYPES,
     Experts,
@@ -72,7 +72,7 @@ def backward(
     ]
     adds = any(buffer is not None for buffer in into)
     matrices = into if adds else found[2:5]
-    turned = [w is not None and is_turned(w) for w in matrices]
+    transposed = [w is not None and is_transposed(w) for w in matrices]
     status = library.moesaic_cpu_experts_backward(
         routing,
         _experts(problem),
@@ -80,7 +80,7 @@ def backward(
         matrix(grad_TD),
         h1_TKF.data_ptr(),
         _pointer(h3_TKF),
-        ExpertsGrads(*map(_pointer, (*found[:2], *matrices, *found[5:])), *turned, adds),
+        ExpertsGrads(*map(_pointer, (*found[:2], *matrices, *found[5:])), *transposed, adds),
         isa,
         torch.get_num_threads(),
     )
@@ -97,8 +97,8 @@ def _kernels(problem: Problem) -> Kernels:
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """For a gradient, lying as its argument does if that is a matrix that is turned."""
-    if like.ndim == 3 and is_turned(like):
+    """For a gradient, lying as its argument does if that is a transposed matrix."""
+    if like.ndim == 3 and is_transposed(like):
         return pool.empty(tuple(like.mT.shape), dtype).mT
     return pool.empty(tuple(like.shape), dtype)
 

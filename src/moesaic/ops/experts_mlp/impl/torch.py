@@ -13,7 +13,7 @@ from moesaic.ops.experts_mlp.activation import hidden, slopes
 from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
-from moesaic.ops.layout import is_turned
+from moesaic.ops.layout import is_transposed
 from moesaic.ops.permute import kernels as permuting
 
 
@@ -57,12 +57,12 @@ class _Rows:
         return y_RN + padded.index_select(0, biases_R)
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor, w_EKN: Tensor) -> Tensor:
-        if is_turned(w_EKN):
+        if is_transposed(w_EKN):
             return grouped.weight_grad(grad_RN, x_RK, self.sizes_1E, w_EKN.shape[0]).mT
         return grouped.weight_grad(x_RK, grad_RN, self.sizes_1E, w_EKN.shape[0])
 
     def weight_grad_into(self, into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor) -> None:
-        if is_turned(into_EKN):
+        if is_transposed(into_EKN):
             grouped.weight_grad_into(into_EKN.mT, grad_RN, x_RK, self.sizes_1E)
         else:
             grouped.weight_grad_into(into_EKN, x_RK, grad_RN, self.sizes_1E)

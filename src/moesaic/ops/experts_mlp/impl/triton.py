@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
-from moesaic.ops.layout import is_turned
+from moesaic.ops.layout import is_transposed
 from moesaic.ops.triton import available
 
 
@@ -52,12 +52,12 @@ def backward(
 
         def sums(w: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> Tensor:
             """The gradient of a weight, lying in memory as that does."""
-            if is_turned(w):
+            if is_transposed(w):
                 return sums(w.mT, grad, grad_of, rows, rows_of).mT
             return weight_grad.weight_grad(rows, grad, routed.groups, w.dtype, x_rows=rows_of, grad_rows=grad_of)
 
         def add(into: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> None:
-            if is_turned(into):
+            if is_transposed(into):
                 add(into.mT, grad, grad_of, rows, rows_of)
             else:
                 weight_grad.weight_grad_into(into, rows, grad, routed.groups, x_rows=rows_of, grad_rows=grad_of)

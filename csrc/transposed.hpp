@@ -7,11 +7,11 @@
 
 namespace moesaic::MOESAIC_ISA {
 
-constexpr int64_t kTurnedBytes = 512 << 10;        // of packed rows: they should stay in L2
-constexpr int64_t kTurnedColumns = 16 * kHeight;   // columns between two turns of the result
-constexpr int64_t kMaxTurnedPanels = 3 + kWideRows / kPanel;
-constexpr int64_t kTurnedScratch = kTurnedBytes + kTurnedColumns * kMaxTurnedPanels * kPanelBytes;
-static_assert(kTurnedColumns % kLanes == 0, "a vector of columns lies in one panel");
+constexpr int64_t kTransposedBytes = 512 << 10;        // of packed rows: they should stay in L2
+constexpr int64_t kTransposedColumns = 16 * kHeight;   // columns between two turns of the result
+constexpr int64_t kMaxTransposedPanels = 3 + kWideRows / kPanel;
+constexpr int64_t kTransposedScratch = kTransposedBytes + kTransposedColumns * kMaxTransposedPanels * kPanelBytes;
+static_assert(kTransposedColumns % kLanes == 0, "a vector of columns lies in one panel");
 
 // Rows in panels of nearly equal width.
 struct RowPanels {
@@ -21,11 +21,11 @@ struct RowPanels {
 };
 
 template <class Kind>
-INLINE bool takes_turn(const Product &p, const ProductTask &t) {
+INLINE bool takes_transposed(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
   return !Kind::kWidens && t.matrix >= 0 && t.rows > kFewRows && t.rows <= kWideRows && a.row_stride == 1 &&
          a.column_stride != 1 && b.row_stride == 1 && b.column_stride != 1 && p.inner % Kind::kStep == 0 &&
-         p.num_terms * p.inner / Kind::kStep * RowPanels(t.rows).count * kPanelBytes <= kTurnedBytes;
+         p.num_terms * p.inner / Kind::kStep * RowPanels(t.rows).count * kPanelBytes <= kTransposedBytes;
 }
 
 template <class Kind>
@@ -37,7 +37,7 @@ INLINE Ahead columns_region(const Product &p, int term, const ProductTask &t, in
 }
 
 // Sums of columns `first..first + n` of a task against one panel of its rows become elements of the result.
-static void store_turned(const Place &out, const float *sums, int64_t first, int64_t n, int64_t row, int64_t rows) {
+static void store_transposed(const Place &out, const float *sums, int64_t first, int64_t n, int64_t row, int64_t rows) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t last = least<int64_t>(kLanes, rows - r);
     for (int64_t c = 0; c < n; c += kLanes) {
@@ -64,11 +64,11 @@ static void store_turned(const Place &out, const float *sums, int64_t first, int
 
 // `next` of `next_product` is the task after this one, if there is one.
 template <class Kind>
-static void turned_product(const Product &p, const ProductTask &t, const Product &next_product,
+static void transposed_product(const Product &p, const ProductTask &t, const Product &next_product,
                            const ProductTask *next, const Place &out, char *packed) {
   const int64_t words = p.inner / Kind::kStep;
   const RowPanels panels(t.rows);
-  float *sums = reinterpret_cast<float *>(packed + kTurnedBytes);
+  float *sums = reinterpret_cast<float *>(packed + kTransposedBytes);
   auto packed_panel = [&](int64_t term, int64_t i) __attribute__((always_inline)) {
     return packed + (term * panels.count + i) * words * kPanelBytes;
   };
@@ -87,8 +87,8 @@ static void turned_product(const Product &p, const ProductTask &t, const Product
   tile.ahead = &ahead;
   tile.ahead_rows = &ahead_y;
   tile.result = {nullptr, false, false, nullptr, 0, kPanel, false, false, false};
-  for (int64_t first = 0; first < t.columns; first += kTurnedColumns) {
-    const int64_t n = least(kTurnedColumns, t.columns - first);
+  for (int64_t first = 0; first < t.columns; first += kTransposedColumns) {
+    const int64_t n = least(kTransposedColumns, t.columns - first);
     if (!out.kept) {
       // The result is stored all at once, and must not wait for its lines one by one.
       ahead_y = Ahead::region(Place::at(out, 0, first), t.rows, n * (out.is_bf16 ? 2 : 4), out.row_bytes);
@@ -100,12 +100,12 @@ static void turned_product(const Product &p, const ProductTask &t, const Product
       for (int term = 0; term < p.num_terms; ++term) {
         ahead = term + 1 < p.num_terms ? columns_region<Kind>(p, term + 1, t, first + c)
                 : below < t.columns    ? columns_region<Kind>(p, 0, t, below)
-                : next && takes_turn<Kind>(next_product, *next) ? columns_region<Kind>(next_product, 0, *next, 0)
+                : next && takes_transposed<Kind>(next_product, *next) ? columns_region<Kind>(next_product, 0, *next, 0)
                                                                 : Ahead{};
         ahead.spread(panels.count * (words / kUnroll));
         for (int64_t i = 0; i < panels.count; ++i) {
           const int64_t row = panels.begin(i), width = least(t.rows, panels.begin(i + 1)) - row;
-          tile.result.sums = sums + (i * kTurnedColumns + c) * kPanel;
+          tile.result.sums = sums + (i * kTransposedColumns + c) * kPanel;
           for (int64_t k = 0; k < words; k += t.block_words) {
             tile.words = least(t.block_words, words - k);
             tile.panel = packed_panel(term, i) + k * kPanelBytes;
@@ -121,7 +121,7 @@ static void turned_product(const Product &p, const ProductTask &t, const Product
     }
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t row = panels.begin(i), width = least(t.rows, panels.begin(i + 1)) - row;
-      store_turned(out, sums + i * kTurnedColumns * kPanel, first, n, row, width);
+      store_transposed(out, sums + i * kTransposedColumns * kPanel, first, n, row, width);
     }
   }
 }
