@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from moesaic import checkpoint
-from moesaic.checkpoint import CheckpointError, folder, ranks
+from moesaic import checkpoint, ranks
+from moesaic.checkpoint import CheckpointError, folder
 from tests.distributed.pool import RankError
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moesaic.checkpoint import folder, ranks
+from moesaic import ranks
+from moesaic.checkpoint import folder
 from moesaic.checkpoint.folder import CheckpointError, Manifest
 from moesaic.checkpoint.reader import SafeReader
 
@@ -40,9 +41,8 @@ def save(
     """
     final = root / folder.folder_name(step)
     work = final.with_name(final.name + ".tmp")
-    leader = ranks.rank() == 0
     try:
-        ranks.together(lambda: _begin(work) if leader else None, OSError)
+        ranks.on_leader(lambda: _begin(work), OSError)
         ranks.together(lambda: _check_shared(work), OSError)
         with _one_process_is_meant():
             dcp.save(
@@ -54,9 +54,9 @@ def save(
         described = ranks.together(lambda: _describe_own(work), OSError)
         files = {name: entry for part in described for name, entry in part.items()}
         manifest = Manifest(step=step, world_size=ranks.world_size(), info=info, files=files)
-        ranks.together(lambda: _finish(work, final, manifest, keep) if leader else None, OSError)
+        ranks.on_leader(lambda: _finish(work, final, manifest, keep), OSError)
     except (OSError, CheckpointException) as error:
-        if leader:
+        if ranks.is_leader():
             shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {final}: {_reason(error)}") from error
     return final
@@ -68,14 +68,14 @@ def load(root: Path, state: dict[str, Any]) -> Manifest:
     All files are checked against their hashes before any is read. A damaged checkpoint is passed over, with a warning
     that names the file; `CheckpointError` if none is left, or if it has not all that `state` asks for.
     """
-    found = ranks.gather([path.name for path in folder.checkpoints(root)])[0]
+    found = ranks.from_leader([path.name for path in folder.checkpoints(root)])
     problems = []
     for name in reversed(found):
         try:
             manifest = verify(root / name)
         except CheckpointError as error:
             problems.append(str(error))
-            if ranks.rank() == 0:
+            if ranks.is_leader():
                 _log.warning("%s; going on with the checkpoint before it", error)
             continue
         read_into(root / name, state)
@@ -121,7 +121,7 @@ def _check_shared(work: Path) -> None:
 def _describe_own(work: Path) -> dict[str, dict[str, Any]]:
     """The manifest entries of the files that this rank wrote."""
     own = sorted(work.glob(f"__{ranks.rank()}_*"))
-    if ranks.rank() == 0:
+    if ranks.is_leader():
         own.append(work / ".metadata")
     return {path.name: folder.describe_file(path) for path in own}
 

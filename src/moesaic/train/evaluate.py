@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.corpus import Document
 from moesaic.train.loader import IGNORED, Batch, Rows, collate

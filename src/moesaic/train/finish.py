@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
@@ -51,7 +51,7 @@ def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Te
         with torch.no_grad():
             theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())
-    difference = ranks.gather(difference)[0]
+    difference = ranks.from_leader(difference)
     if not difference <= _TOLERANCE:
         raise TrainingError(
             f"the exported model's logits differ from the trained model's, by {difference:.1e} of the largest"
@@ -64,9 +64,10 @@ def load_exported(folder: Path) -> nn.Module | None:
 
     Raises `TrainingError` on all ranks if transformers cannot load it.
     """
-    model = None
+    model: nn.Module | None = None
 
     def load() -> None:
+        # Not given back: results go to all ranks, and the model is to stay here.
         nonlocal model
         try:
             with quiet():
@@ -74,8 +75,7 @@ def load_exported(folder: Path) -> nn.Module | None:
         except Exception as error:
             raise TrainingError(f"transformers cannot load the export in {folder}: {error}") from error
 
-    # The model stays here: results are sent to all ranks.
-    ranks.together(load if ranks.rank() == 0 else lambda: None, TrainingError)
+    ranks.on_leader(load, TrainingError)
     return model
 
 

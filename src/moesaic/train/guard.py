@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 
 
 class ForwardGuard:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moesaic.checkpoint import CheckpointError, latest, ranks
+from moesaic import ranks
+from moesaic.checkpoint import CheckpointError, latest
 from moesaic.layers import expert_load, reset_expert_load
 from moesaic.train import finish
 from moesaic.train import folder as run_folder

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED, Row

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from moesaic import checkpoint
-from moesaic.checkpoint import ranks
+from moesaic import checkpoint, ranks
 from moesaic.parallel.mesh import Meshes, build_meshes
 from moesaic.train import folder as run_folder
 from moesaic.train import model as models
@@ -99,8 +98,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     # Late: a mistake above leaves no folder behind.
     choose = run_folder.resumable_folder if config.resume else run_folder.new_folder
-    folder = ranks.together(lambda: choose(config.out) if runtime.leader else None, UserError)[0]
-    assert folder is not None
+    folder = ranks.on_leader(lambda: choose(config.out), UserError)
     run = Run(
         config=dataclasses.replace(config, out=folder),
         runtime=runtime,
@@ -195,9 +193,10 @@ def _prepare_text(
 
 
 def _check_same_on_all_ranks(what: str, value: Any) -> None:
-    for rank, other in enumerate(ranks.gather(value)):
-        if other != value:
-            raise UserError(f"ranks {ranks.rank()} and {rank} have different {what}")
+    try:
+        ranks.agree(value, what)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _describe(run: Run) -> dict[str, Any]:

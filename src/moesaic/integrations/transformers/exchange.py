@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, overlap, relative
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from moesaic.checkpoint import ranks
+from moesaic import ranks
 from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
 from moesaic.integrations.transformers.naming import to_model_names

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from moesaic.checkpoint import folder, ranks
+from moesaic import ranks
+from moesaic.checkpoint import folder
 from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import architecture_of, origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
@@ -96,20 +97,18 @@ def write_pretrained(
         add: puts more into the folder, on rank 0, before it gets its name.
     """
     final = Path(path).resolve()
-    leader = ranks.rank() == 0
     own: Path | None = None
     try:
-        begun = ranks.together(lambda: _begin(final) if leader else None, *_ERRORS)
-        own = next(place for place in begun if place is not None)
+        own = ranks.on_leader(lambda: _begin(final), *_ERRORS)
         work = own / "new"
         ranks.together(lambda: _check_shared(work), *_ERRORS)
         names = deal(tensors, ranks.world_size(), max_shard_size)
         failure = _write_shards(tensors, names, work, exchange or Exchange())
-        ranks.together(lambda: _raise(failure), *_ERRORS)
-        ranks.together(lambda: _finish(plain, tensors, names, work, final, add) if leader else None, *_ERRORS)
+        ranks.share_failure(failure)
+        ranks.on_leader(lambda: _finish(plain, tensors, names, work, final, add), *_ERRORS)
     finally:
         # What was there before is in it for a moment: never remove the only copy.
-        if leader and own is not None and (final.exists() or not (own / "old").exists()):
+        if ranks.is_leader() and own is not None and (final.exists() or not (own / "old").exists()):
             shutil.rmtree(own, ignore_errors=True)
 
 
@@ -247,11 +246,6 @@ def _is_ours(entry: Path) -> bool:
 def _check_shared(work: Path) -> None:
     if not work.is_dir():
         raise OSError(f"rank {ranks.rank()} does not see {work}; all ranks need one shared file system")
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure
 
 
 def _finish(

@@ -1,0 +1,111 @@
+"""Ranks that act together: they share values, and when one fails, all fail.
+
+Everything here works without a process group too: then there is one rank. Calls that exchange something are collective:
+every rank makes them, in the same order.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def active() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """The rank of this process."""
+    return dist.get_rank() if active() else 0
+
+
+def is_leader() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if active() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if active():
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in rank order, on every rank. Values are pickled."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_leader(value: T) -> T:
+    """The value of rank 0, on every rank."""
+    return gather(value)[0]
+
+
+def agree(value: Any, what: str) -> None:
+    """Raise ``ValueError`` on all ranks unless ``value`` is the same on all of them; ``what`` names it in the text."""
+    values = gather(value)
+    other = next((index for index, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is not None:
+        raise ValueError(f"ranks 0 and {other} have different {what}; give all ranks the same")
+
+
+def together(work: Callable[[], T], *errors: type[Exception]) -> list[T]:
+    """Run ``work()`` on every rank, and give back the results in rank order.
+
+    If it raises one of ``errors`` on any rank, all ranks raise. A rank that failed raises its own error. The others
+    raise a copy of the error of the lowest rank that failed, with a note that names the rank.
+
+    Any other exception is a bug. It is raised at once, and leaves the other ranks waiting.
+    """
+    result: Any = None
+    own: Exception | None = None
+    try:
+        result = work()
+    except errors as error:
+        own = error
+    outcomes = gather((result, _portable(own)))
+    if own is not None:
+        raise own
+    for index, (_, error) in enumerate(outcomes):
+        if error is not None:
+            error.add_note(f"This happened on rank {index}; the other ranks stop too.")
+            raise error
+    return [value for value, _ in outcomes]
+
+
+def on_leader(work: Callable[[], T], *errors: type[Exception]) -> T:
+    """Run ``work()`` on rank 0, and give its result to every rank. Failures are shared as in :func:`together`."""
+    result: Any = together(work if is_leader() else lambda: None, *errors)[0]
+    return result
+
+
+def share_failure(error: Exception | None) -> None:
+    """Raise on all ranks if any of them brings an error, as :func:`together` does."""
+
+    def bring() -> None:
+        if error is not None:
+            raise error
+
+    together(bring, Exception)
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error; or a RuntimeError that says the same, if the error cannot be pickled and read again."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
