@@ -1,10 +1,16 @@
 """Rules of the house that no linter holds."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from moesaic.sharding import internals
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -40,6 +46,61 @@ def test_operators_and_layers_know_nothing_of_ranks(room):
         if (names := {name for name in _imports(file) if name.startswith(("torch.distributed", "moesaic.ranks"))})
     }
     assert offenders == {}
+
+
+def _private_parts_of_torch_distributed(source: str) -> set[str]:
+    """Imports of its private modules and names, private attributes of its classes, private keyword arguments."""
+    classes = (DTensor, DeviceMesh, internals.DTensorSpec, internals.LocalTensorMode, Tensor, nn.Module)
+    *theirs, of_tensor, of_module = [{*dir(c), *getattr(c, "__annotations__", {})} for c in classes]
+    attributes = {n for n in set().union(*theirs) - of_tensor - of_module if n.startswith("_") and n[1] != "_"}
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                names = [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), names=aliases):
+                names = [f"{module}.{alias.name}" for alias in aliases]
+            case ast.Attribute(value=value, attr=attr) if attr in attributes and ast.unparse(value) != "self":
+                found.add(ast.unparse(node))
+                continue
+            case ast.Call(keywords=keywords):
+                found |= {f"{k.arg}=" for k in keywords if k.arg in ("_init_backend", "_rank")}
+                continue
+            case ast.Attribute() | ast.Constant(value=str()):
+                names = [ast.unparse(node).strip("'")]
+            case _:
+                continue
+        found |= {n for n in names if re.match(r"torch\.distributed\b.*\._", n)}
+    return found
+
+
+def test_one_file_touches_private_parts_of_torch_distributed():
+    offenders = {
+        str(file.relative_to(ROOT)): sorted(found)
+        for file in SOURCES
+        if file != Path(internals.__file__)
+        if (found := _private_parts_of_torch_distributed(file.read_text()))
+    }
+    assert offenders == {}
+
+
+@pytest.mark.parametrize(
+    "violation",
+    [
+        "from torch.distributed.tensor._dtensor_spec import DTensorSpec",
+        "from torch.distributed import _local_tensor",
+        "import torch.distributed.tensor._ops.utils as utils",
+        "torch.distributed.tensor._api.DTensor",
+        "spec = t._spec",
+        "local = weight.grad._local_tensor",
+        "DTensor._op_dispatcher.sharding_propagator",
+        "mesh._flatten('all')",
+        "DeviceMesh('cpu', ranks, _init_backend=False)",
+        "logging.getLogger('torch.distributed.tensor._redistribute')",
+    ],
+)
+def test_a_private_part_of_torch_distributed_is_found(violation):
+    assert _private_parts_of_torch_distributed(violation)
 
 
 def test_no_file_names_a_path_of_some_machine():

@@ -24,6 +24,7 @@ from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import RESULT_GRADS, RESULTS, ROW_GRADS, ROWS
+from moesaic.sharding.internals import group_over_all_axes
 from moesaic.sharding.rule import Placements
 
 
@@ -59,7 +60,7 @@ class MeshDispatcher:
         self.mesh = mesh
         self.ep = mesh.get_group("ep")
         self.etp = mesh.get_group("etp")
-        self.all = mesh._flatten("ep_etp").get_group()
+        self.all = group_over_all_axes(mesh, "ep_etp")
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         experts_per_rank = -(-num_experts // self.ep.size())

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moesaic.sharding.internals import group_over_all_axes
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshLayout:
@@ -105,7 +107,7 @@ class Meshes:
     def all_ranks(self) -> dist.ProcessGroup:
         """The group of every rank of the meshes. Collective on its first call."""
         assert self.dense is not None
-        return self.dense._flatten("dp_tp").get_group()
+        return group_over_all_axes(self.dense, "dp_tp")
 
     @property
     def dp_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Run an operator on DTensors by its rule. The only file that knows DTensor's internals.
+"""Run an operator on DTensors by its rule.
 
 A rule is asked once for every combination of placements, shapes and flags; then a call is a look-up, the operator on
 the local tensors, and wrapping. ``torch.distributed.tensor.experimental.register_sharding`` is the usual way in, but it
@@ -14,16 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._local_tensor import maybe_run_for_local_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor.placement_types import Partial, Replicate
 
 from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import RULES, decide, is_tensor
 from moesaic.sharding.formula import operators_of_gradient
+from moesaic.sharding.internals import (
+    DTensorSpec,
+    local_of,
+    make_spec,
+    maybe_run_for_local_tensor,
+    meta_of,
+    moved,
+    redistribute_local_tensor,
+    replicates_implicitly,
+    spec_of,
+    torch_has_rule,
+    wrap,
+)
 
 # For every operator with a rule, what was decided so far.
 _PLANS: dict[torch._ops.OpOverload, dict[Any, "_Plan"]] = {}
@@ -50,7 +60,7 @@ class _Plan:
     differentiable: bool = False
 
 
-def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
+def run_by_rule(op: torch._ops.OpOverload) -> None:
     """Let DTensor run ``op`` by the rule it has in the registry, from now on."""
     if op in _PLANS:  # had another rule before
         _PLANS[op].clear()
@@ -76,7 +86,7 @@ def dispatch_by_rule(op: torch._ops.OpOverload) -> None:
             if not isinstance(value, DTensor):
                 values = _replicate_scalars(op, slots, values)
                 break
-        key = (*slots, *[value._spec for value in values], *[_hashable(args[i]) for i in others if i < given])
+        key = (*slots, *map(spec_of, values), *[_hashable(args[i]) for i in others if i < given])
         if scalars:
             key = (*key, *[type(args[i]) for i in scalars if i < given])
         if kwargs:
@@ -101,11 +111,15 @@ def _hashable(argument: Any) -> Any:
 
 
 def _keep(plans: dict[Any, _Plan], key: Any, plan: _Plan, tensors: Sequence[Any]) -> None:
-    if any(type(size) is not int for t in tensors for size in t._spec.tensor_meta.shape):
+    if _has_symbols(tensors):
         return
     if len(plans) >= _MAX_PLANS:
         plans.clear()
     plans[key] = plan
+
+
+def _has_symbols(tensors: Sequence[Any]) -> bool:
+    return any(type(size) is not int for t in tensors for size in meta_of(spec_of(t)).shape)
 
 
 def _call(
@@ -117,9 +131,9 @@ def _call(
     kwargs: dict[str, Any] | None,
 ) -> Any:
     """The operator on local tensors."""
-    locals_ = [t._local_tensor for t in tensors]
+    locals_ = list(map(local_of, tensors))
     for i, target in plan.changes:
-        locals_[i] = _bring(locals_[i], tensors[i]._spec, target)
+        locals_[i] = _bring(locals_[i], spec_of(tensors[i]), target)
     local_args, local_kwargs = list(args), dict(kwargs or ())
     for slot, local in zip(slots, locals_, strict=True):
         if isinstance(slot, int):
@@ -128,8 +142,8 @@ def _call(
             local_kwargs[slot] = local
     results = op(*local_args, **local_kwargs) if plan.here else _nothing(plan, locals_[0].device)
     if isinstance(results, Tensor):
-        return _wrap(results, plan.outputs[0])
-    return tuple(_wrap(r, spec) for r, spec in zip(results, plan.outputs, strict=True))
+        return wrap(results, plan.outputs[0])
+    return tuple(wrap(r, spec) for r, spec in zip(results, plan.outputs, strict=True))
 
 
 def _bring(local: Tensor, spec: DTensorSpec, target: DTensorSpec) -> Tensor:
@@ -139,7 +153,7 @@ def _bring(local: Tensor, spec: DTensorSpec, target: DTensorSpec) -> Tensor:
     if counted_once:
         local = _keep_on_first(local, *[spec.mesh.get_local_rank(axis) for axis in counted_once])
         placements = tuple(w if axis in counted_once else a for axis, (a, w) in enumerate(pairs))
-        spec = DTensorSpec(spec.mesh, placements, tensor_meta=spec.tensor_meta)
+        spec = moved(spec, placements)
     return redistribute_local_tensor(local, spec, target)
 
 
@@ -149,51 +163,40 @@ def _keep_on_first(term: Tensor, *coordinates: int) -> Tensor:
     return torch.zeros_like(term) if any(coordinates) else term
 
 
-def _wrap(local: Tensor, spec: DTensorSpec) -> DTensor:
-    # Without __init__, which does nothing but take as long as all of this.
-    return DTensor.__new__(DTensor, local, spec, requires_grad=False)
-
-
 def _nothing(plan: _Plan, device: torch.device) -> Any:
-    results = tuple(torch.empty(0, dtype=_meta(spec).dtype, device=device) for spec in plan.outputs)
+    results = tuple(torch.empty(0, dtype=meta_of(spec).dtype, device=device) for spec in plan.outputs)
     return results[0] if len(results) == 1 else results
-
-
-def _meta(spec: DTensorSpec) -> TensorMeta:
-    assert spec.tensor_meta is not None
-    return spec.tensor_meta
 
 
 def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], tensors: Sequence[Any]) -> list[Any]:
     """DTensors of all tensors: a plain one counts as replicated if it is a scalar or the user allowed it."""
-    mesh = next(t for t in tensors if isinstance(t, DTensor))._spec.mesh
+    mesh = next(t for t in tensors if isinstance(t, DTensor)).device_mesh
     replicated = []
     for slot, t in zip(slots, tensors, strict=True):
         if not isinstance(t, DTensor):
             t = t if isinstance(t, Tensor) else torch.tensor(t)  # a Python number, as in `x + 1`
-            if t.ndim and not DTensor._op_dispatcher._allow_implicit_replication:
+            if t.ndim and not replicates_implicitly():
                 name = op._schema.arguments[slot].name if isinstance(slot, int) else slot
                 raise ShardingError(
                     f"{op._name}: {name} is a plain tensor, but other arguments are DTensors. If it is the same on "
                     f"every rank:\n  {name} = DTensor.from_local({name}, mesh, [Replicate()] * mesh.ndim)\n"
                     "If every rank has a part of it, say which with the placements."
                 )
-            spec = DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=TensorMeta(t.shape, t.stride(), t.dtype))
-            t = _wrap(t, spec)
+            t = wrap(t, make_spec(mesh, (Replicate(),) * mesh.ndim, t))
         replicated.append(t)
     return replicated
 
 
 def _check_gradient(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> None:
     """Raise unless the gradient of ``op`` can be computed on DTensors: now, and not after the forward pass."""
-    if any(type(size) is not int for t in tensors for size in t._spec.tensor_meta.shape):
+    if _has_symbols(tensors):
         return
     flags = [*args, *kwargs.values()]
     call = (op, *[(type(flag), _hashable(flag)) for flag in flags if not isinstance(flag, Tensor)])
     if call in _DIFFERENTIABLE:
         return
     for called in operators_of_gradient(op, args, kwargs):
-        if called.namespace not in _NAMESPACES_OF_TORCH and not _has_rule(called):
+        if called.namespace not in _NAMESPACES_OF_TORCH and called not in RULES and not torch_has_rule(called):
             raise ShardingError(
                 f"{op._name}: its gradient calls {called._name}, which has no sharding rule; give it one:\n"
                 f"  sharding_rule(...)(torch.ops.{called})"
@@ -201,32 +204,26 @@ def _check_gradient(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Seq
     _DIFFERENTIABLE.add(call)
 
 
-def _has_rule(op: torch._ops.OpOverload) -> bool:
-    propagator = DTensor._op_dispatcher.sharding_propagator
-    registries = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")  # the second since torch 2.12
-    return op in RULES or any(op in getattr(propagator, name, ()) for name in registries)
-
-
 def _make_plan(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:
     mesh = _common_mesh(op, tensors)
     names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
-    given = [tuple(t._spec.placements) for t in tensors]
+    given = [tuple(t.placements) for t in tensors]
     decision = decide(op, args, given, dict(zip(names, mesh.shape, strict=True)), kwargs)
     changes = [
-        (i, DTensorSpec(mesh, target, tensor_meta=tensors[i]._spec.tensor_meta))
+        (i, moved(spec_of(tensors[i]), target))
         for i, (actual, target) in enumerate(zip(given, decision.inputs, strict=True))
         if actual != target
     ]
     outputs = [
-        DTensorSpec(mesh, placements, tensor_meta=TensorMeta(result.shape, result.stride(), result.dtype))
+        make_spec(mesh, placements, result)
         for placements, result in zip(decision.outputs, decision.results, strict=True)
     ]
     return _Plan(tuple(changes), tuple(outputs), mesh.get_coordinate() is not None)
 
 
 def _common_mesh(op: torch._ops.OpOverload, tensors: Sequence[Any]) -> DeviceMesh:
-    mesh = tensors[0]._spec.mesh
+    mesh = tensors[0].device_mesh
     for t in tensors:
-        if t._spec.mesh != mesh:
-            raise ShardingError(f"{op._name}: its tensors are on two meshes, {mesh} and {t._spec.mesh}; use one")
+        if t.device_mesh != mesh:
+            raise ShardingError(f"{op._name}: its tensors are on two meshes, {mesh} and {t.device_mesh}; use one")
     return mesh

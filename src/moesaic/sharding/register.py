@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
-from moesaic.sharding.dtensor import dispatch_by_rule
+from moesaic.sharding.dtensor import run_by_rule
 from moesaic.sharding.rule import Joint, make_rule
 
 
@@ -65,7 +65,7 @@ def sharding_rule(
                 f"{overload} returns {len(overload._schema.returns)}"
             )
         RULES[overload] = rule
-        dispatch_by_rule(overload)
+        run_by_rule(overload)
         return op
 
     return register

@@ -10,12 +10,12 @@ from math import prod
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
 
+from moesaic.sharding.internals import LocalTensorMode, parts_of
 from moesaic.sharding.proof.placing import join, split
 
 
@@ -49,13 +49,6 @@ def simulated_ranks(*shape: int, names: Sequence[str] = "abc") -> Iterator[Ranks
             yield Ranks(init_device_mesh("cpu", shape, mesh_dim_names=tuple(names[: len(shape)])), mode)
     finally:
         dist.destroy_process_group()
-
-
-def parts_of(t: DTensor) -> list[Tensor]:
-    """The local tensor of every rank."""
-    local = t._local_tensor
-    assert isinstance(local, LocalTensor)
-    return [part for _, part in sorted(local._local_tensors.items())]
 
 
 def whole(t: DTensor, atol: float = 0.0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from moesaic.sharding.internals import silence_advice_on_redistribution
 from moesaic.train.errors import UserError
 
 
@@ -79,8 +79,7 @@ def started(device_name: str | None) -> Iterator[Runtime]:
 
     A process group that exists already is used, and kept.
     """
-    # Advice to those who choose placements, on every rank; here it would only hide what matters.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    silence_advice_on_redistribution()  # for those who choose placements; here it would only hide what matters
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = choose_device(device_name, local_rank)
     if device.type != "cpu":

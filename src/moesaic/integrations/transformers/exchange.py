@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from moesaic import ranks
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, overlap, relative
+from moesaic.sharding.internals import box_at
 
 
 class Exchange:
@@ -65,9 +65,4 @@ def _pieces(tensor: DTensor) -> dict[int, Box]:
     """Which rank has which box: of replicas the first."""
     mesh: DeviceMesh = tensor.device_mesh
     axes = [range(1 if p.is_replicate() else size) for p, size in zip(tensor.placements, mesh.shape, strict=True)]
-    pieces = {}
-    for place in itertools.product(*axes):
-        shape, offset = _compute_local_shape_and_global_offset(tensor.shape, mesh.shape, list(place), tensor.placements)
-        box = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        pieces[int(mesh.mesh[place])] = box
-    return pieces
+    return {int(mesh.mesh[place]): box_at(tensor, place) for place in itertools.product(*axes)}

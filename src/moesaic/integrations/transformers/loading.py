@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from moesaic import ranks
@@ -24,6 +23,7 @@ from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.meta import materialize
+from moesaic.sharding.internals import box_at
 
 # No buffer of transformers holds it.
 _UNSET = -77
@@ -212,7 +212,8 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
     """This rank's part of a tensor, and the box of the whole that it is."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), whole(tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    local = tensor.to_local().detach()
-    assert local.shape == torch.Size(shape)
-    return local, tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    here = tensor.device_mesh.get_coordinate()
+    assert here is not None, "every rank is on the mesh"
+    box, local = box_at(tensor, here), tensor.to_local().detach()
+    assert local.shape == torch.Size(side.stop - side.start for side in box)
+    return local, box

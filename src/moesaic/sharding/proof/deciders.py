@@ -1,18 +1,13 @@
 """Who says where the tensors of a call lie: a rule of ours, or DTensor's own propagation."""
 
 from collections.abc import Callable, Sequence
-from math import prod
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor.placement_types import Partial
 
 from moesaic.sharding.admission import Decision
 from moesaic.sharding.decide import RULES, admits
+from moesaic.sharding.internals import make_spec, mesh_without_ranks, propagate
 from moesaic.sharding.proof.examples import Example
 from moesaic.sharding.rule import Placements
 
@@ -42,20 +37,10 @@ def _by_rule(example: Example, placements: Sequence[Placements], mesh: Sequence[
 
 
 def _by_torch(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:
-    ranks = torch.arange(prod(mesh)).view(*mesh)
-    device_mesh = DeviceMesh("cpu", ranks, mesh_dim_names=_names(mesh), _init_backend=False, _rank=0)
-
-    def spec(t: Tensor, p: Placements) -> DTensorSpec:
-        return DTensorSpec(device_mesh, p, tensor_meta=TensorMeta(t.shape, t.stride(), t.dtype))
-
-    specs = [spec(t, p) for t, p in zip(example.tensors, placements, strict=True)]
-    schema = OpSchema(example.op, example.arguments(specs), {})
+    device_mesh = mesh_without_ranks(mesh, _names(mesh))
+    specs = [make_spec(device_mesh, p, t) for t, p in zip(example.tensors, placements, strict=True)]
     try:
-        sharding = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding_non_cached(schema)
+        used, results = propagate(example.op, example.arguments(specs))
     except Exception:
         return None  # torch has no rule, or its rule has no answer
-    redistributed = sharding.redistribute_schema if sharding.needs_redistribute else None
-    used = [a for a in (redistributed or schema).args_schema if isinstance(a, DTensorSpec)]
-    outputs = sharding.output_spec
-    outputs = [outputs] if isinstance(outputs, DTensorSpec) else list(outputs or ())
-    return Decision(tuple(s.placements for s in used), tuple(s.placements for s in outputs if s is not None))
+    return Decision(tuple(s.placements for s in used), tuple(s.placements for s in results))

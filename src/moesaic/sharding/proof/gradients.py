@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate
 
+from moesaic.sharding.internals import parts_of
 from moesaic.sharding.proof.examples import first_line
 from moesaic.sharding.proof.placing import join, same
 from moesaic.sharding.proof.trial import Inputs, Trial, show
 from moesaic.sharding.rule import Placements
-from moesaic.sharding.simulated import Ranks, count_collectives, parts_of
+from moesaic.sharding.simulated import Ranks, count_collectives
 
 
 class _Wrong(Exception):

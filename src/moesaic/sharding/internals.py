@@ -1,0 +1,114 @@
+"""What torch has no public way for. The only file that touches private parts of torch.distributed.
+
+DTensor's spec and local tensor, redistribution without autograd, the propagation of torch's own rules, simulated ranks:
+torch may rename any of these in any release, so everything else in moesaic asks for them here. A test keeps it so.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from math import prod
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_run_for_local_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._op_schema import OpSchema
+from torch.distributed.tensor._redistribute import redistribute_local_tensor
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
+
+__all__ = ["DTensorSpec", "LocalTensorMode", "maybe_run_for_local_tensor", "redistribute_local_tensor"]
+
+# Attributes, and so as fast as torch's own code.
+spec_of: Callable[[Any], DTensorSpec] = attrgetter("_spec")
+local_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
+
+Box = tuple[slice, ...]
+
+
+def make_spec(mesh: DeviceMesh, placements: Sequence[Placement], like: Tensor) -> DTensorSpec:
+    """What a DTensor says of itself: its placements, and the shape, strides and dtype of ``like``, which are global."""
+    return DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(like.shape, like.stride(), like.dtype))
+
+
+def moved(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:
+    """The same tensor with other placements."""
+    return DTensorSpec(spec.mesh, tuple(placements), tensor_meta=spec.tensor_meta)
+
+
+def meta_of(spec: DTensorSpec) -> TensorMeta:
+    """Global shape, strides and dtype."""
+    assert spec.tensor_meta is not None
+    return spec.tensor_meta
+
+
+def wrap(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """A DTensor without autograd. It takes half as long as with ``__init__``, which does nothing."""
+    return DTensor.__new__(DTensor, local, spec, requires_grad=False)
+
+
+def replicates_implicitly() -> bool:
+    """Whether the user has allowed plain tensors among DTensors (``implicit_replication()``)."""
+    return DTensor._op_dispatcher._allow_implicit_replication
+
+
+def torch_has_rule(op: torch._ops.OpOverload) -> bool:
+    """Whether DTensor itself knows what to do with an operator."""
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    registries = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")  # the second since torch 2.12
+    return any(op in getattr(propagator, name, ()) for name in registries)
+
+
+def mesh_without_ranks(shape: Sequence[int], names: Sequence[str]) -> DeviceMesh:
+    """A mesh to ask questions about. No process group is needed, and none is made."""
+    ranks = torch.arange(prod(shape)).view(*shape)
+    return DeviceMesh("cpu", ranks, mesh_dim_names=tuple(names), _init_backend=False, _rank=0)
+
+
+def propagate(
+    op: torch._ops.OpOverload, arguments: Sequence[Any]
+) -> tuple[tuple[DTensorSpec, ...], tuple[DTensorSpec, ...]]:
+    """What DTensor's own rules decide about a call: the specs of its tensors as they are used, and of its results.
+
+    Args:
+        op: the operator.
+        arguments: positional, each tensor given as its spec.
+
+    Raises:
+        Exception: torch has no rule for the operator, or its rule has no answer.
+    """
+    schema = OpSchema(op, tuple(arguments), {})
+    sharding = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding_non_cached(schema)
+    redistributed = sharding.redistribute_schema if sharding.needs_redistribute else None
+    used = [a for a in (redistributed or schema).args_schema if isinstance(a, DTensorSpec)]
+    results = sharding.output_spec
+    results = [results] if isinstance(results, DTensorSpec) else list(results or ())
+    return tuple(used), tuple(r for r in results if r is not None)
+
+
+def parts_of(t: DTensor) -> list[Tensor]:
+    """On simulated ranks, the local tensor of every rank."""
+    local = local_of(t)
+    assert isinstance(local, LocalTensor)
+    return [part for _, part in sorted(local._local_tensors.items())]
+
+
+def box_at(t: DTensor, place: Sequence[int]) -> Box:
+    """Which part of a DTensor lies on the rank at ``place`` in its mesh."""
+    shape, offset = _compute_local_shape_and_global_offset(t.shape, t.device_mesh.shape, list(place), t.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def group_over_all_axes(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
+    """One group of all ranks of a mesh, its axes taken together. Collective on its first call."""
+    return mesh._flatten(name).get_group()
+
+
+def silence_advice_on_redistribution() -> None:
+    """Let torch no longer warn on every rank of redistributions that take more steps than others would."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
