@@ -1,4 +1,4 @@
-"""Every example runs, and so does the README's."""
+"""Every example runs, and so do those of the README."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from moesaic.cli import main
 
 ROOT = Path(__file__).parents[1]
 # A gloo thread that comes too late when Python ends, on a busy machine; after the script did all it does
@@ -41,10 +43,21 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
 
-def test_readme(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for i, block in enumerate(blocks):
-        script = tmp_path / f"block{i}.py"
-        script.write_text(block)
-        run(script)
+LAYER, OPERATOR = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_trains_a_layer_on_ranks(tmp_path):
+    script = tmp_path / "layer.py"
+    script.write_text(LAYER)
+    assert "(Shard(dim=0), Shard(dim=2))" in run(script)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_readme_proves_an_operator(tmp_path, monkeypatch, capsys):
+    [command] = re.findall(r"^moesaic (prove .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (tmp_path / "mylib.py").write_text(OPERATOR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Fewer ranks than by default, to save time.
+    assert main([*command.split(), "--axes", "2", "--meshes"]) == 0
+    assert "nothing wrong, nothing missing" in capsys.readouterr().out
