@@ -146,7 +146,7 @@ def test_errors_name_the_line(template, messages, message):
         ('{"text": "x"}', "rows.jsonl:2: no 'messages', which the first row has"),
         ('{"messages": []}', "rows.jsonl:2: 'messages' must be a list of messages, and not empty"),
         ('{"messages": [{"content": "x"}]}', "rows.jsonl:2: message 1 must be an object with 'role' and 'content'"),
-        ("\xff", "rows.jsonl:2: not a line of JSON"),
+        ("\xff", "rows.jsonl:2: not UTF-8 (invalid start byte); convert it"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moesaic.train.corpus import Document, documents, fingerprint
+from moesaic.train.corpus import Document, documents, fingerprint, split
 from moesaic.train.errors import UserError
 from tests.train.conftest import write_corpus
 
@@ -82,6 +82,40 @@ def test_one_file_is_cut_into_pieces(tmp_path):
     assert held_out
 
 
+@pytest.mark.parametrize("count", [2, 3, 10, 39, 45])
+@pytest.mark.parametrize("names", ["{}.txt", "{}.md", "chapter {}"])
+def test_of_few_files_some_are_held_out_whatever_their_names(tmp_path, count, names):
+    for index in range(count):
+        (tmp_path / names.format(index)).write_text(f"the text of file {index}\n" * 20)
+    corpus = documents(str(tmp_path))
+    train, held_out = split(corpus)
+    assert len(corpus) == count == len(train) + len(held_out)
+    assert train
+    assert held_out
+    assert not {document.text for document in train} & {document.text for document in held_out}
+
+
+def test_some_are_trained_on_where_all_would_be_held_out():
+    corpus = [document for index in range(200) if (document := Document(f"{index}", f"{index}")).held_out]
+    assert len(corpus) > 1
+    train, held_out = split(corpus)
+    assert len(train) == 1
+    assert {document.key for document in corpus} == {document.key for document in train + held_out}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 100_000, "x" * 20_000 + "y" * 20_000, "".join(f"line {index}\n" for index in range(99)), "one\ntwo\n"],
+    ids=["one line", "two pieces", "less than a piece", "two lines"],
+)
+def test_one_file_is_enough(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    train, held_out = split(documents(str(tmp_path / "file")))
+    assert train
+    assert held_out
+    assert not {document.text for document in train} & {document.text for document in held_out}
+
+
 def test_pieces_that_repeat_do_not_overlap_either(tmp_path):
     path = tmp_path / "book.txt"
     chapter = "".join(f"line {index:06}\n" for index in range(16_384 // 12 + 1))
@@ -104,7 +138,9 @@ def test_datasets(tmp_path, form, monkeypatch):
         path = tmp_path / "saved"
         (datasets.DatasetDict({"train": rows}) if "splits" in form else rows).save_to_disk(str(path))
     assert [document.text for document in documents(str(path), "body")] == texts
-    with pytest.raises(UserError, match=r"no column 'messages', 'text', or .*--text-column: body"):
+    with pytest.raises(
+        UserError, match=r"no column 'messages', 'text', .*or 'instruction' and 'output'.*--text-column: body"
+    ):
         documents(str(path))
 
 
@@ -121,5 +157,5 @@ def test_errors_name_the_data(tmp_path):
     with pytest.raises(UserError, match="too few"):
         documents(str(tmp_path))
     (tmp_path / "binary").write_bytes(b"\0")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
+    with pytest.raises(UserError, match="binary cannot be read as text: binary"):
         documents(str(tmp_path / "binary"))

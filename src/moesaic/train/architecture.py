@@ -16,6 +16,7 @@ from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.train.config import flag
 from moesaic.train.errors import UserError
+from moesaic.train.hub import check_is_name, check_on_hub
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.gguf")
@@ -103,6 +104,8 @@ def _has_weights(name: str, folder: Path) -> bool:
 def _from_hub(name: str) -> Path:
     from transformers.utils import cached_file
 
+    check_is_name("--model", name)
+    check_on_hub("--model", name, "model")
     try:
         return Path(str(cached_file(name, "config.json")))
     except Exception as error:

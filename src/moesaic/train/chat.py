@@ -19,6 +19,7 @@ from moesaic.train.corpus import Conversation
 from moesaic.train.errors import UserError
 
 LossOn = Literal["assistant", "last", "all"]
+_QUOTED = re.compile(r"""(["'])(\w+)\1""")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -137,6 +138,13 @@ class Renderer:
             raise UserError(
                 f"--data {conversation.place}: the tokenizer has chat templates, but none for this: {error}"
             ) from error
+
+
+def named_in_template(tokenizer: Any) -> frozenset[str]:
+    """The words that a tokenizer's chat templates have in quotes, which the roles of its own are among."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    templates = template.values() if isinstance(template, dict) else [template]
+    return frozenset(word for text in templates for _, word in _QUOTED.findall(text))
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,23 +1,24 @@
 """Text, or conversations, as documents, each of which is either for training or held out.
 
 A document is held out by a hash of its key (its path within the corpus), so the choice is the same on every machine
-and does not move when other documents come or go. Of documents with the same text only the first counts: what is
-held out is never trained on.
+and does not move when other documents come or go. Of a few documents at least one is held out. Of those with the same
+text only the first counts: what is held out is never trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.train.errors import UserError
-from moesaic.train.rows import Row, is_table, read_rows
+from moesaic.train.forms import Form, choose_form, has_empty_answer
+from moesaic.train.hub import check_is_name
+from moesaic.train.rows import RowError, is_lines, is_table, read_rows
+from moesaic.train.textfiles import Skipped, UnreadableError, kind_of, list_skipped, read_text, shown, text_files
 
 HELD_OUT_PART = 0.05
 # Without tests, which would be most of it, and without what was written by a program.
@@ -27,6 +28,8 @@ _STDLIB_WITHOUT = frozenset(
 # A corpus of fewer documents is cut into pieces of this many characters, so that some of it can be held out.
 _FEW_DOCUMENTS = 40
 _PIECE = 16_384
+# A single piece is cut into about this many.
+_PARTS = 20
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class Document:
     text: str
 
     @property
+    def digest(self) -> bytes:
+        """A hash of its key. Names of files may hold bytes that are not UTF-8."""
+        return hashlib.sha256(self.key.encode("utf-8", "surrogateescape")).digest()
+
+    @property
     def held_out(self) -> bool:
-        """Whether this document is for measuring and not for training."""
-        digest = hashlib.sha256(self.key.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < HELD_OUT_PART * 2**64
+        """Whether this document is for measuring and not for training, in a corpus that is large enough."""
+        return int.from_bytes(self.digest[:8], "big") < HELD_OUT_PART * 2**64
 
 
 @dataclass(frozen=True)
@@ -51,55 +58,63 @@ class Conversation(Document):
     """Where it is from, for errors."""
 
 
-def documents(source: str, text_column: str | None = None) -> Sequence[Document]:
+def documents(
+    source: str,
+    text_column: str | None = None,
+    *,
+    roles: Set[str] = frozenset(),
+    notify: Callable[[str], None] = lambda text: None,
+) -> Sequence[Document]:
     """The documents of `source`, in a fixed order, no two with the same text; all or none are `Conversation`s.
 
-    `source` is "stdlib", a folder of text files, a text file, or rows: a .jsonl file or a folder of them, or a dataset
-    that the `datasets` library can load (.json, .csv, .parquet, a folder of `save_to_disk`, or a name). Rows are
-    conversations if they have a column "messages", or have "prompt" and "completion" and no "text"; unless
-    `text_column` is given. Raises `UserError` if there is no text, or a row is not like the first.
-    """
-    path = Path(source).expanduser()
-    if source == "stdlib":
-        found = _stdlib()
-    elif is_table(path):
-        found = _from_rows(source, text_column)
-    elif path.is_file():
-        found = _text_file(path)
-    elif path.is_dir():
-        found = _files(path)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        found = _from_rows(source, text_column)
-    else:
-        raise UserError(f"--data {source}: there is no such file or folder")
+    Args:
+        source: "stdlib", a folder of text files, a text file, or rows: a file of JSON or CSV, a folder of .jsonl or
+            .parquet files, or a dataset that the `datasets` library can load (.parquet, a folder of `save_to_disk`, or
+            a name). The columns of the first row decide what the rows are, see `forms`.
+        text_column: Makes rows text, of this column.
+        roles: Roles that messages may have beside the usual ones.
+        notify: Told once of the files that are left out, and of empty answers.
 
-    unique: dict[bytes, Document] = {}
-    for document in found:
-        if document.text:
-            unique.setdefault(hashlib.sha256(document.text.encode()).digest(), document)
-    result = list(unique.values())
-    if result and isinstance(result[0], Conversation):
+    Raises:
+        UserError: There are not two documents, a row is not like the first, or a message is not one.
+    """
+    try:
+        found = _find(source, text_column, roles, notify)
+        result = _unique(found)
+    except UnreadableError as error:
+        raise UserError(f"--data {shown(source)}: {error}") from error
+    if not result:
+        raise UserError(f"--data {shown(source)}: there is no text in it")
+    if isinstance(result[0], Conversation):
         if len(result) < 2:
-            raise UserError(f"--data {source}: one conversation is too few to train on some and hold out others")
+            raise UserError(
+                f"--data {shown(source)}: one conversation is too few to train on some and hold out others; give more"
+            )
+        empty = sum(has_empty_answer(json.loads(document.text)) for document in result)
+        if empty:
+            notify(
+                f"--data {shown(source)}: {empty} of {len(result)} conversations with an empty answer, which is learned"
+            )
         return result
     if len(result) < _FEW_DOCUMENTS:
-        # Pieces may be equal where the whole was not.
-        pieces = (piece for document in result for piece in _pieces(document))
-        result = list({piece.text: piece for piece in pieces}.values())
-    parts = {document.held_out for document in result}
-    if parts != {True, False}:
+        result = _cut(result, _PIECE)
+    if len(result) == 1:
+        result = _cut(result, len(result[0].text) // _PARTS + 1)
+    if len(result) == 1:
         raise UserError(
-            f"--data {source}: {len(result)} piece(s) of text are too few to train on some and hold out others; "
-            "give it more text"
+            f"--data {shown(source)}: one line of text is too few to train on some and hold out others; give more"
         )
     return result
 
 
 def split(corpus: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """The documents for training, and those held out; of a few conversations at least one."""
+    """The documents for training, and those held out; of two or more at least one each."""
     held_out = [document for document in corpus if document.held_out]
+    by_digest = sorted(corpus, key=lambda document: document.digest)
     if not held_out:
-        held_out = [min(corpus, key=lambda document: hashlib.sha256(document.key.encode()).digest())]
+        held_out = by_digest[:1]
+    elif len(held_out) == len(corpus):
+        held_out = [document for document in corpus if document is not by_digest[-1]]
     kept_back = {document.key for document in held_out}
     return [document for document in corpus if document.key not in kept_back], held_out
 
@@ -108,103 +123,107 @@ def fingerprint(corpus: Sequence[Document]) -> str:
     """A hash of every key and text: two corpora with the same one are the same."""
     total = hashlib.sha256()
     for document in corpus:
-        total.update(hashlib.sha256(document.key.encode()).digest())
+        total.update(document.digest)
         total.update(hashlib.sha256(document.text.encode()).digest())
     return total.hexdigest()
 
 
-def _stdlib() -> Iterator[Document]:
-    return _files(Path(sysconfig.get_paths()["stdlib"]), ".py", without=_STDLIB_WITHOUT)
+def _find(source: str, text_column: str | None, roles: Set[str], notify: Callable[[str], None]) -> Iterator[Document]:
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _files(source, *text_files(root, ".py", without=_STDLIB_WITHOUT), notify)
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--data {shown(source)}: {error}") from error
+    kind = kind_of(path)
+    if kind is None:
+        check_is_name("--data", source)
+    if kind is None or is_table(path):
+        return _from_rows(source, path, text_column, roles)
+    if kind == "a folder":
+        return _files(source, *text_files(path), notify)
+    return _text_file(path)
 
 
-def _files(root: Path, suffix: str = "", without: frozenset[str] = frozenset()) -> Iterator[Document]:
-    """The text files under `root`, in the order of their paths; hidden files and folders are left out."""
-    paths: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in without and not name.startswith(".")]
-        paths += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
-    keys = {path.relative_to(root).as_posix(): path for path in paths}
-    for key in sorted(keys):
-        if (text := _read(keys[key])) is not None:
-            yield Document(key, text)
+def _files(
+    source: str, paths: Mapping[str, Path], skipped: list[Skipped], notify: Callable[[str], None]
+) -> Iterator[Document]:
+    """The files that hold text; `notify` is told of the others."""
+    rows = [key for key in paths if is_lines(key)]
+    if rows:
+        notify(
+            f"--data {shown(source)}: {len(rows)} of {len(paths)} files are named like rows and read as plain text: "
+            f"{shown(rows[0])}, ...; to read rows, give the file, or a folder of such files only"
+        )
+    for key, path in paths.items():
+        try:
+            yield Document(key, read_text(path))
+        except UnreadableError as error:
+            skipped.append(Skipped(key, str(error)))
+    if skipped:
+        total = len(paths) + sum(name not in paths for name, _ in skipped)
+        notify(f"--data {shown(source)}: left out {len(skipped)} of {total} files: {list_skipped(skipped)}")
 
 
 def _text_file(path: Path) -> Iterator[Document]:
-    if (text := _read(path)) is None:
-        raise UserError(f"--data {path} is not UTF-8 text")
-    yield Document(path.name, text)
-
-
-def _read(path: Path) -> str | None:
-    """The text of a file; None if it isn't UTF-8 text or cannot be read."""
     try:
-        data = path.read_bytes()
-        return None if b"\0" in data else data.decode()
-    except (OSError, UnicodeDecodeError):
-        return None
+        yield Document(path.name, read_text(path))
+    except UnreadableError as error:
+        raise UserError(f"--data {shown(path)} cannot be read as text: {error}") from error
 
 
-def _pieces(document: Document) -> Iterator[Document]:
-    """The document cut at the ends of lines."""
+def _from_rows(source: str, path: Path, text_column: str | None, roles: Set[str]) -> Iterator[Document]:
+    form: Form | None = None
+    for row in read_rows(source, path):
+        try:
+            form = form or choose_form(row, text_column)
+            lacking = [column for column in form.columns if row.values.get(column) is None]
+            if lacking:
+                raise RowError(f"no {' and no '.join(map(repr, lacking))}, which the first row has")
+            content = form.read(row.values, roles)
+            text = content if isinstance(content, str) else json.dumps(content)
+            # JSON can hold what is not text: half of a pair of UTF-16.
+            (content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"--data {row.place}: {error.object[error.start]!a} is a lone surrogate, half of a character; "
+                "write the character whole, or take it out"
+            ) from error
+        except (RowError, TypeError) as error:
+            raise UserError(f"--data {row.place}: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"--data {row.place}: this row is nested too deeply to be read; take it out") from error
+        # Rows have no path, so the text itself decides.
+        key = hashlib.sha256(text.encode()).hexdigest()
+        yield Document(key, text) if isinstance(content, str) else Conversation(key, text, row.place)
+
+
+def _unique(found: Iterable[Document]) -> list[Document]:
+    """The first of those with the same text; none that is empty."""
+    unique: dict[bytes, Document] = {}
+    for document in found:
+        if document.text:
+            unique.setdefault(hashlib.sha256(document.text.encode()).digest(), document)
+    return list(unique.values())
+
+
+def _cut(corpus: Sequence[Document], size: int) -> list[Document]:
+    """Pieces of about `size` characters. They may be equal where the whole was not."""
+    return _unique(piece for document in corpus for piece in _pieces(document, size))
+
+
+def _pieces(document: Document, size: int) -> Iterator[Document]:
+    """The document cut at the ends of lines; within a line if it is longer than `_PIECE`."""
+    whole = document.text.splitlines(keepends=True)
+    lines = (line[start : start + _PIECE] for line in whole for start in range(0, len(line), _PIECE))
     piece: list[str] = []
-    size = count = 0
-    for line in document.text.splitlines(keepends=True):
+    length = count = 0
+    for line in lines:
         piece.append(line)
-        size += len(line)
-        if size >= _PIECE:
+        length += len(line)
+        if length >= size:
             yield Document(f"{document.key}#{count}", "".join(piece))
-            piece, size, count = [], 0, count + 1
+            piece, length, count = [], 0, count + 1
     if piece:
         yield Document(f"{document.key}#{count}", "".join(piece))
-
-
-def _from_rows(source: str, text_column: str | None) -> Iterator[Document]:
-    columns: tuple[str, ...] = ()
-    for row in read_rows(source):
-        columns = columns or _choose_columns(row, text_column)
-        lacking = [column for column in columns if row.values.get(column) is None]
-        if lacking:
-            raise UserError(f"--data {row.place}: no {' and no '.join(map(repr, lacking))}, which the first row has")
-        # Rows have no path, so the text itself decides.
-        if columns == ("messages",):
-            _check_messages(row)
-            kept = {"messages": row.values["messages"], "tools": row.values.get("tools") or None}
-            text = json.dumps({name: value for name, value in kept.items() if value is not None})
-            yield Conversation(hashlib.sha256(text.encode()).hexdigest(), text, row.place)
-        elif columns == ("prompt", "completion"):
-            _check_strings(row, columns)
-            text = json.dumps({name: row.values[name] for name in columns})
-            yield Conversation(hashlib.sha256(text.encode()).hexdigest(), text, row.place)
-        else:
-            _check_strings(row, columns)
-            text = row.values[columns[0]]
-            yield Document(hashlib.sha256(text.encode()).hexdigest(), text)
-
-
-def _choose_columns(row: Row, text_column: str | None) -> tuple[str, ...]:
-    choices = [("messages",), ("text",), ("prompt", "completion")] if text_column is None else [(text_column,)]
-    for columns in choices:
-        if set(columns) <= row.values.keys():
-            return columns
-    wanted = "'messages', 'text', or 'prompt' and 'completion'" if text_column is None else repr(text_column)
-    raise UserError(
-        f"--data {row.place}: no column {wanted}; choose one that holds text with --text-column: "
-        f"{', '.join(row.values)}"
-    )
-
-
-def _check_strings(row: Row, columns: Sequence[str]) -> None:
-    for column in columns:
-        if not isinstance(row.values[column], str):
-            raise UserError(f"--data {row.place}: {column!r} must be a string, not {type(row.values[column]).__name__}")
-
-
-def _check_messages(row: Row) -> None:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"--data {row.place}: 'messages' must be a list of messages, and not empty")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"--data {row.place}: message {number} must be an object with 'role' and 'content', got {message!r:.60}"
-            )

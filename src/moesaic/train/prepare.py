@@ -20,14 +20,14 @@ import numpy as np
 
 from moesaic.train import tokenizer as tokenizers
 from moesaic.train.baselines import count_bytes
-from moesaic.train.chat import LossOn, Renderer
+from moesaic.train.chat import LossOn, Renderer, named_in_template
 from moesaic.train.corpus import Conversation, Document, documents, fingerprint, split
 from moesaic.train.errors import UserError
 from moesaic.train.packing import Conversations
 from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
 
-# Counts up when what is in a folder changes.
-_FORMAT = 3
+# Counts up when what is in a folder changes, or what may be.
+_FORMAT = 4
 # Of a large corpus this much held-out text is kept: more than anyone measures.
 _HELD_OUT_BYTES = 32 * 2**20
 
@@ -43,11 +43,11 @@ def prepare(
 ) -> PreparedText | PreparedConversations:
     """The prepared text or conversations of `data`, from the cache if they are there. Reads all of it either way.
 
-    Processes that do this at the same time all do the work, and all get the same result. `notify` is told before
-    anything that takes long.
+    Processes that do this at the same time all do the work, and all get the same result. `notify` is told what
+    of the data is left out or looks wrong, and before anything that takes long.
     """
-    corpus = documents(data, text_column)
     given = None if tokenizer is None else tokenizers.load(tokenizer)
+    corpus = documents(data, text_column, roles=named_in_template(given), notify=notify)
     is_chat = isinstance(corpus[0], Conversation)
     if is_chat and given is None:
         raise UserError(
@@ -87,7 +87,7 @@ def _build(
     folder: Path, corpus: Sequence[Document], data_identity: str, tokenizer: Any, loss_on: LossOn | None
 ) -> None:
     train, held_out = split(corpus)
-    held_out.sort(key=lambda document: hashlib.sha256(document.key.encode()).digest())
+    held_out.sort(key=lambda document: document.digest)
     meta = {
         "conversations": loss_on is not None,
         "data_identity": data_identity,

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moesaic.train.errors import UserError
+from moesaic.train.hub import check_is_name, check_on_hub
 
 END_OF_TEXT = "<|endoftext|>"
 # All bytes and the end of text.
@@ -44,6 +45,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 def load(name: str | Path) -> Any:
     """The transformers tokenizer in a folder, or of a name. Raises `UserError` if there is none or it has no end."""
+    if not Path(name).exists():
+        check_is_name("--tokenizer", str(name))
+        check_on_hub("--tokenizer", str(name), "model")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:
