@@ -5,30 +5,43 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
 
 from moesaic import clip_grad_norm_
 
+WORLD = 4
+
 
 def make_parameters() -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Parameters on two meshes and on none, with the gradients they stand for."""
+    """Parameters on three meshes and on none, with the gradients they stand for."""
     torch.manual_seed(0)
-    a = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+    a = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("dp",))
     b = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "etp"))
-    values = [torch.randn(6, 5, 3) for _ in range(5)]
-    placed = [
-        distribute_tensor(values[0], a, [Shard(0)]),
-        distribute_tensor(values[1], a, [Replicate()]),
-        distribute_tensor(values[2], b, [Shard(0), Shard(2)]),
-        distribute_tensor(values[3], b, [Replicate(), Shard(1)]),
-        values[4].clone(),
+    meshes_and_placements = [
+        (a, [Shard(0)]),  # uneven: 6 rows on 4 ranks
+        (a, [Shard(2)]),  # 3 on 4: the last rank has none
+        (a, [Replicate()]),
+        (b, [Shard(0), Shard(2)]),
+        (b, [Replicate(), Shard(1)]),  # HSDP's
+        (b["etp"], [Shard(0)]),  # on each row of ranks by itself
+        (b["ep"], [Replicate()]),
     ]
+    values = [torch.randn(6, 5, 3) for _ in meshes_and_placements]
+    placed = [distribute_tensor(v, *where) for v, where in zip(values, meshes_and_placements, strict=True)]
+    # As autograd leaves gradients of replicated parameters: sums that are still to be made.
+    values += [torch.randn(6, 5, 3), torch.randn(6, 5, 3)]
+    placed.append(DTensor.from_local(values[-2] / WORLD, a, [Partial()]))
+    share = distribute_tensor(values[-1] / 2, b, [Replicate(), Shard(1)]).to_local()
+    placed.append(
+        DTensor.from_local(share, b, [Partial(), Shard(1)], run_check=False, shape=(6, 5, 3), stride=(15, 3, 1))
+    )
+    values.append(torch.randn(6, 5, 3))
+    placed.append(values[-1].clone())
     parameters = [nn.Parameter(torch.zeros_like(t)) for t in placed]
     for p, t in zip(parameters, placed, strict=True):
         p.grad = t
-    # A gradient that is still a sum to be made, as autograd leaves that of a replicated parameter.
-    share = DTensor.from_local(values[1] / 4, a, [Partial()])
-    parameters[1].grad = share
     return parameters, values
 
 
@@ -42,29 +55,61 @@ def check_norm(norm_type: float, foreach: bool | None) -> None:
     norm = clip_grad_norm_([*parameters, unused], 0.7, norm_type=norm_type, foreach=foreach)
     assert type(norm) is Tensor
     torch.testing.assert_close(norm, expected)
+    gathered = [torch.empty_like(norm) for _ in range(WORLD)]
+    torch.distributed.all_gather(gathered, norm)
+    assert all(torch.equal(norm, other) for other in gathered)
     for p, q in zip(parameters, plain, strict=True):
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         torch.testing.assert_close(grad, q.grad)
 
 
 @pytest.mark.parametrize("foreach", [None, False])
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
 def test_norm_over_all_meshes(ranks, norm_type, foreach):
-    ranks(check_norm, 4, norm_type, foreach)
+    ranks(check_norm, WORLD, norm_type, foreach)
+
+
+def check_strided() -> None:
+    """FSDP2 over tensor parallelism, whose shards are strided; no collective but one, however many meshes."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    value = torch.randn(7, 6)
+    layer = nn.Linear(6, 7, bias=False)
+    layer.weight = nn.Parameter(distribute_tensor(value, mesh["tp"], [Shard(0)]))
+    fully_shard(layer, mesh=mesh["dp"])
+    assert not layer.weight.placements[0].is_shard()
+    layer.weight.grad = layer.weight.detach().clone()
+    flat = nn.Parameter(distribute_tensor(value, init_device_mesh("cpu", (WORLD,)), [Shard(1)]))
+    flat.grad = flat.detach().clone()
+    with CommDebugMode() as comms:
+        norm = clip_grad_norm_([layer.weight, flat], 1.0)
+    assert sum(comms.get_comm_counts().values()) == 1
+    torch.testing.assert_close(norm, value.norm() * 2**0.5)
+    torch.testing.assert_close(flat.grad.full_tensor(), value / norm)
+    torch.testing.assert_close(layer.weight.grad.full_tensor(), value / norm)
+
+
+def test_strided_shards_and_one_collective(ranks):
+    ranks(check_strided, WORLD)
 
 
 def check_nonfinite() -> None:
-    parameters, values = make_parameters()
-    if torch.distributed.get_rank() == 2:
-        grad = parameters[2].grad
-        grad.to_local(grad_placements=grad.placements).view(-1)[0] = math.inf
-    with pytest.raises(RuntimeError, match="total gradient norm is inf.*no gradient was changed"):
-        clip_grad_norm_(parameters, 0.7, error_if_nonfinite=True)
-    assert torch.equal(parameters[4].grad, values[4])
+    for poisoned in (3, 2):  # a shard; one copy of many
+        parameters, values = make_parameters()
+        if torch.distributed.get_rank() == 2:
+            parameters[poisoned].grad.to_local().view(-1)[0] = math.inf
+        with pytest.raises(RuntimeError, match="total gradient norm is inf.*no gradient was changed"):
+            clip_grad_norm_(parameters, 0.7, error_if_nonfinite=True)
+        assert torch.equal(parameters[-1].grad, values[-1])
 
 
 def test_every_rank_raises_where_one_is_not_finite(ranks):
-    ranks(check_nonfinite, 4)
+    ranks(check_nonfinite, WORLD)
+
+
+def test_a_norm_of_order_zero_is_refused():
+    with pytest.raises(ValueError, match="norm_type: expected a number above 0 or inf, got 0.0"):
+        clip_grad_norm_([], 1.0, norm_type=0.0)
 
 
 def test_half_precision_gradients_are_summed_in_fp32():

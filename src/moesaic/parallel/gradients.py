@@ -1,11 +1,14 @@
 """Gradients as sums, and their norm over parameters that live on several meshes."""
 
+import functools
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -39,12 +42,13 @@ def clip_grad_norm_(
 
     ``torch.nn.utils.clip_grad_norm_`` for parameters on different meshes and for plain tensors beside DTensors, which
     torch refuses to mix (pytorch issue 180346). Collective: every rank calls it with the same parameters. The
-    gradients of plain parameters count as replicated.
+    gradients of plain parameters count as replicated. Norms and scaling run on the local shards. All meshes that
+    hold every rank share one all-reduce; a gradient that is ``Partial`` needs another.
 
     Args:
         parameters: whose gradients to clip, in place; those without a gradient are skipped.
         max_norm: the largest norm allowed.
-        norm_type: p of the p-norm; may be ``inf``.
+        norm_type: p of the p-norm, above 0; may be ``inf``.
         error_if_nonfinite: raise where the norm is not finite, before any gradient is changed.
         foreach: use the foreach kernels; None decides by device.
 
@@ -53,46 +57,91 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
+        ValueError: ``norm_type`` is not above 0.
     """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type: expected a number above 0 or inf, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    with_grad = [p for p in parameters if p.grad is not None]
-    by_mesh: dict[object, list[Tensor]] = {}
-    for p in with_grad:
-        mesh = p.grad.device_mesh if isinstance(p.grad, DTensor) else None
-        by_mesh.setdefault(mesh, []).append(p)
-    norms = [_group_norm([p.grad for p in group], norm_type, foreach) for group in by_mesh.values()]
-    total = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.tensor(0.0)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    total = _total_norm(grads, norm_type, foreach)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the total gradient norm is {total.item()}, not finite; no gradient was changed")
-    for group in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total, foreach=foreach)
+    torch.nn.utils.clip_grads_with_norm_([_holder(g) for g in grads], max_norm, total, foreach=foreach)
     return total
 
 
-def _group_norm(grads: list[Tensor | None], norm_type: float, foreach: bool | None) -> Tensor:
-    whole = [_summed(g) for g in grads if g is not None]
-    if math.isinf(norm_type):
-        return _largest(whole)
-    norm = torch.nn.utils.get_total_norm(whole, norm_type, error_if_nonfinite=False, foreach=foreach)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _holder(grad: Tensor) -> Tensor:
+    """A tensor whose gradient is the local shard: DTensor would propagate placements for every gradient scaled."""
+    local = _local(grad)
+    holder = local.detach()
+    holder.grad = local
+    return holder
 
 
-def _largest(grads: list[Tensor]) -> Tensor:
-    """The largest magnitude, where torch refuses because a rank's shard is empty."""
-    local = [g.to_local(grad_placements=g.placements) if isinstance(g, DTensor) else g for g in grads]
-    largest = torch.stack([g.abs().max() if g.numel() else g.new_zeros(()) for g in local]).max()
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _total_norm(grads: list[Tensor], p: float, foreach: bool | None) -> Tensor:
+    """The p-norm over all ranks, on the device of the first gradient."""
+    if not grads:
+        return torch.tensor(0.0)
+    # Gradients by mesh, and by how many ranks of it hold each element: every copy counts its part.
+    locals_of: dict[DeviceMesh | None, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for grad in grads:
+        if isinstance(grad, DTensor):
+            grad = _without_partial(grad)
+            mesh = grad.device_mesh
+            copies = math.prod(mesh.size(i) for i, q in enumerate(grad.placements) if q.is_replicate())
+            locals_of[mesh][copies].append(grad.to_local())
+        else:
+            locals_of[None][1].append(grad)
+    merge = torch.maximum if math.isinf(p) else torch.add
+    op = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
+    device = grads[0].device
+    sums: list[Tensor] = []
+    on_every_rank: list[Tensor] = []
+    for mesh, by_copies in locals_of.items():
+        parts = [_power_sum(shards, p, foreach) / (1 if math.isinf(p) else n) for n, shards in by_copies.items()]
+        part = functools.reduce(merge, parts)
+        if mesh is None:
+            sums.append(part.to(device))
+        elif mesh.size() == dist.get_world_size():
+            on_every_rank.append(part.to(mesh.device_type))
+        else:
+            part = part.to(mesh.device_type)
+            for axis in range(mesh.ndim):
+                dist.all_reduce(part, op, group=mesh.get_group(axis))
+            sums.append(part.to(device))
+    if on_every_rank:
+        part = functools.reduce(merge, on_every_rank)
+        dist.all_reduce(part, op)
+        sums.append(part.to(device))
+    total = functools.reduce(merge, sums)
+    dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+    return (total if math.isinf(p) else total ** (1 / p)).to(dtype)
+
+
+def _power_sum(shards: list[Tensor], p: float, foreach: bool | None) -> Tensor:
+    """The sum of p-th powers of magnitudes, in fp64; for inf the largest magnitude."""
+    # Torch refuses the inf norm of an empty tensor.
+    filled = [_at_least_fp32(g) for g in shards if g.numel()]
+    if not filled:
+        return torch.zeros((), dtype=torch.float64, device=shards[0].device)
+    norm = torch.nn.utils.get_total_norm(filled, p, foreach=foreach).double()
     # A reduction by MAX may drop a NaN; an infinity it keeps.
-    largest = torch.where(largest.isnan(), math.inf, largest)
-    if isinstance(grads[0], DTensor):
-        mesh = grads[0].device_mesh
-        for axis in range(mesh.ndim):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(axis))
-    return largest
+    return torch.where(norm.isnan(), math.inf, norm) if math.isinf(p) else norm**p
 
 
-def _summed(grad: Tensor) -> Tensor:
-    """A gradient ready for a norm: in fp32 at least, and not ``Partial``, for a norm is not linear."""
-    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    if not isinstance(grad, DTensor) or not any(p.is_partial() for p in grad.placements):
+def _at_least_fp32(grad: Tensor) -> Tensor:
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+
+def _without_partial(grad: DTensor) -> DTensor:
+    """A gradient ready for a norm: not ``Partial``, for a norm is not linear."""
+    if not any(p.is_partial() for p in grad.placements):
         return grad
-    return grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    # A sum in a half type would lose what the norm keeps.
+    precise = _at_least_fp32(grad)
+    assert isinstance(precise, DTensor)
+    return precise.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
