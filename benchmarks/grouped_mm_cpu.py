@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS
 from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
 
 
@@ -106,18 +105,18 @@ def calls(shape: Shape, dtype: torch.dtype, steps: list[Tensor]) -> dict[str, di
         for s in ((shape.R, shape.K), (shape.E, shape.K, shape.N), (shape.R, shape.N))
     )
     with_ends = [(sizes, sizes.cumsum(0).to(torch.int32)) for sizes in steps]
-    ops, cpu, peer = torch.ops.moesaic, IMPLEMENTATIONS[OURS], torch.nn.functional.grouped_mm
+    ops, peer = torch.ops.moesaic, torch.nn.functional.grouped_mm
     return {
         "forward": {
-            OURS: lambda: [ops.grouped_mm(x, w, sizes, cpu) for sizes, _ in with_ends],
+            OURS: lambda: [ops.grouped_mm(x, w, sizes, OURS) for sizes, _ in with_ends],
             PEER: lambda: [peer(x, w, offs=ends) for _, ends in with_ends],
         },
         "input gradient": {
-            OURS: lambda: [ops.grouped_mm_input_grad(grad, w, sizes, cpu) for sizes, _ in with_ends],
+            OURS: lambda: [ops.grouped_mm_input_grad(grad, w, sizes, OURS) for sizes, _ in with_ends],
             PEER: lambda: [peer(grad, w.mT, offs=ends) for _, ends in with_ends],
         },
         "weight gradient": {
-            OURS: lambda: [ops.grouped_mm_weight_grad(x, grad, sizes, w, cpu) for sizes, _ in with_ends],
+            OURS: lambda: [ops.grouped_mm_weight_grad(x, grad, sizes, w, OURS) for sizes, _ in with_ends],
             PEER: lambda: [peer(x.mT, grad, offs=ends) for _, ends in with_ends],
         },
     }

@@ -16,8 +16,6 @@ from benchmarks.gpu.common import DEVICE
 from benchmarks.gpu.shapes import ROUTINGS, SHAPES, Options, Shape, route
 from torch import Tensor
 
-from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS
-
 DTYPE = torch.bfloat16
 OURS, BASE, LOOP = "triton", "torch", "cuBLAS loop"
 Passes = dict[str, Callable[[], Tensor]]
@@ -28,11 +26,10 @@ def passes(x: Tensor, w: Tensor, grad: Tensor, sizes: Tensor) -> dict[str, Passe
     ops = torch.ops.moesaic
     found: dict[str, Passes] = {}
     for name in (OURS, BASE):
-        code = IMPLEMENTATIONS[name]
         found[name] = {
-            "forward": lambda code=code: ops.grouped_mm(x, w, sizes, code),
-            "input gradient": lambda code=code: ops.grouped_mm_input_grad(grad, w, sizes, code),
-            "weight gradient": lambda code=code: ops.grouped_mm_weight_grad(x, grad, sizes, w, code),
+            "forward": lambda name=name: ops.grouped_mm(x, w, sizes, name),
+            "input gradient": lambda name=name: ops.grouped_mm_input_grad(grad, w, sizes, name),
+            "weight gradient": lambda name=name: ops.grouped_mm_weight_grad(x, grad, sizes, w, name),
         }
     ends = sizes.cumsum(0).tolist()
     rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

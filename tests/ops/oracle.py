@@ -48,13 +48,13 @@ def run(impl: str | None, p: Problem, out_dtype: torch.dtype | None = None) -> R
     return Results(y.detach(), *torch.autograd.grad(y, (x, w), p.grad.to(y.dtype)))
 
 
-def run_operators(code: int, p: Problem) -> Results:
+def run_operators(impl: str | None, p: Problem) -> Results:
     """The three results by the operators, which check no shapes."""
     ops = torch.ops.moesaic
     return Results(
-        ops.grouped_mm(p.x, p.w, p.group_sizes, code),
-        ops.grouped_mm_input_grad(p.grad, p.w, p.group_sizes, code),
-        ops.grouped_mm_weight_grad(p.x, p.grad, p.group_sizes, p.w, code),
+        ops.grouped_mm(p.x, p.w, p.group_sizes, impl),
+        ops.grouped_mm_input_grad(p.grad, p.w, p.group_sizes, impl),
+        ops.grouped_mm_weight_grad(p.x, p.grad, p.group_sizes, p.w, impl),
     )
 
 

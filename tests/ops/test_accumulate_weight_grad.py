@@ -27,11 +27,7 @@ def test_it_adds_the_weight_gradient(impl, data):
     before = into.data_ptr()
     accumulate_weight_grad(into, p.x, p.grad, p.group_sizes, impl=impl)
     assert into.data_ptr() == before
-    if impl == "torch" and dtype in (torch.bfloat16, torch.float16):
-        # Two roundings, of the sum and of what it is added to.
-        torch.testing.assert_close(into, expected)
-    else:
-        assert torch.equal(into, expected)
+    assert torch.equal(into, expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -43,10 +39,10 @@ def test_experts_without_rows_keep_their_values(impl):
     assert torch.equal(into[1], torch.full((8, 16), torch.inf))
 
 
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_opcheck(code):
+@pytest.mark.parametrize("impl", [None, "reference", "torch"])
+def test_opcheck(impl):
     p = problem(layout("flat", [[3, 0, 6]]), 8, 16, torch.float32)
-    args = (torch.zeros(3, 8, 16), p.x, p.grad, p.group_sizes, code)
+    args = (torch.zeros(3, 8, 16), p.x, p.grad, p.group_sizes, impl)
     torch.library.opcheck(torch.ops.moesaic.grouped_mm_accumulate_weight_grad, args)
 
 

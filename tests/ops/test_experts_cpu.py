@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 
 from moesaic.ops import ACTIVATIONS, experts_mlp, gated, native, pool
-from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
+from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.problem import Problem
 from tests.ops.cpu_isa import HERE, each_isa, needs_kernels, same_for_all_examples, use
 from tests.ops.experts_oracle import any_experts, cast, check, experts, run
@@ -166,7 +166,8 @@ def test_auto_takes_the_kernels_where_they_were_measured(monkeypatch, amx):
 
     def fastest(dtype, tokens=2):
         p = experts(tokens, 1, 1, 3, 4, dtype)
-        return auto._fastest(Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu"))
+        problem = Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu")
+        return module_for("experts_mlp", None, problem)
 
     kernels = cpu if HERE[-1] == "avx512_bf16" else torch_impl
     assert fastest(torch.float32) is fastest(torch.float32, 17) is fastest(torch.bfloat16, 16) is kernels

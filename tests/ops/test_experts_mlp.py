@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import moesaic
 from moesaic.ops import ACTIVATIONS, experts_mlp
 from moesaic.ops.experts_mlp.activation import GATED_ONLY
-from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
+from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
 from tests.ops.cpu_isa import CPU
 from tests.ops.experts_oracle import Experts, any_experts, check, check_clamps, experts, run
 

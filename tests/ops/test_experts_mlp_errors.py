@@ -96,6 +96,6 @@ def test_no_second_derivative():
 def test_the_operator_without_memory_refuses_to_be_differentiated():
     p = experts(T, K, E, D, F, torch.float32)
     x = p.x.unsqueeze(0).requires_grad_()
-    args = (x, p.ids[None], p.weights[None], torch.empty(1, E), p.w1, p.w3, p.w2, None, None, 0, 0)
+    args = (x, p.ids[None], p.weights[None], torch.empty(1, E), p.w1, p.w3, p.w2, None, None, 0, None)
     with pytest.raises(NotImplementedError, match="keeps nothing to differentiate with; call moesaic.experts_mlp"):
         torch.ops.moesaic.experts_mlp_inference(*args).sum().backward()

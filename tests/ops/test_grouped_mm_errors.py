@@ -8,8 +8,9 @@ import torch
 
 from moesaic.ops import debug_checks, grouped_mm
 from moesaic.ops.debug import debug_checks_enabled
-from moesaic.ops.grouped_mm import ops as operators
 from moesaic.ops.grouped_mm import tiled
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS
+from moesaic.ops.implementations import Row, takes_all
 from tests.ops.cpu_isa import CPU
 
 
@@ -166,13 +167,13 @@ def test_sizes_are_always_checked_on_cpu(case, impl):
 @pytest.mark.parametrize("case", BAD_SIZES)
 def test_debug_checks_check_sizes_of_every_operator(case, monkeypatch):
     # The tiles stand in for a device where nothing else reads the sizes.
-    monkeypatch.setitem(operators._MODULES, operators.AUTO, tiled)
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch", Row(tiled, takes_all))
     bad, message = BAD_SIZES[case]
     grad = torch.ones(6, 5)
     calls = (
-        lambda: grouped_mm(X, W, bad),
-        lambda: torch.ops.moesaic.grouped_mm_input_grad(grad, W, bad, operators.AUTO),
-        lambda: torch.ops.moesaic.grouped_mm_weight_grad(X, grad, bad, W, operators.AUTO),
+        lambda: grouped_mm(X, W, bad, impl="torch"),
+        lambda: torch.ops.moesaic.grouped_mm_input_grad(grad, W, bad, "torch"),
+        lambda: torch.ops.moesaic.grouped_mm_weight_grad(X, grad, bad, W, "torch"),
     )
     for call in calls:
         with debug_checks(), pytest.raises(ValueError, match=message):

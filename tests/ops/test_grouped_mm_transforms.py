@@ -15,11 +15,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from moesaic.ops import grouped_mm
-from moesaic.ops.grouped_mm import ops as operators
 from moesaic.ops.grouped_mm import tiled
 from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.impl import reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS
+from moesaic.ops.implementations import Row, takes_all
 from tests.ops.cpu_isa import CPU, skip_unless_supported
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, Layout, Problem, layout, problem, without_last
@@ -49,13 +50,12 @@ def test_derivatives(name, impl):
     # Of each operator, so that the gradients of gradients are right to any order. Batched gradients go through vmap.
     p = without_poison(problem(LAYOUTS[name], 3, 4, torch.float64, exact=False))
     x, w, grad = (t.requires_grad_() for t in (p.x, p.w, p.grad))
-    code = operators.IMPLEMENTATIONS[impl]
     only_its_shape = torch.full_like(w, torch.nan)
     functions = {
-        "grouped_mm": (lambda x, w: ops.grouped_mm(x, w, p.group_sizes, code), (x, w)),
-        "input_grad": (lambda grad, w: ops.grouped_mm_input_grad(grad, w, p.group_sizes, code), (grad, w)),
+        "grouped_mm": (lambda x, w: ops.grouped_mm(x, w, p.group_sizes, impl), (x, w)),
+        "input_grad": (lambda grad, w: ops.grouped_mm_input_grad(grad, w, p.group_sizes, impl), (grad, w)),
         "weight_grad": (
-            lambda x, grad: ops.grouped_mm_weight_grad(x, grad, p.group_sizes, only_its_shape, code),
+            lambda x, grad: ops.grouped_mm_weight_grad(x, grad, p.group_sizes, only_its_shape, impl),
             (x, grad),
         ),
     }
@@ -72,11 +72,10 @@ def test_opcheck(name, impl, dtype, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     p = without_poison(problem(LAYOUTS[name], 3, 4, dtype, exact=False))
     x, w, grad = (t.requires_grad_() for t in (p.x, p.w.mT.contiguous().mT, p.grad))
-    code = operators.IMPLEMENTATIONS[impl]
-    torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code))
-    torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, code, torch.float32))
-    torch.library.opcheck(ops.grouped_mm_input_grad, (grad, w, p.group_sizes, code))
-    torch.library.opcheck(ops.grouped_mm_weight_grad, (x, grad, p.group_sizes, w, code))
+    torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, impl))
+    torch.library.opcheck(ops.grouped_mm, (x, w, p.group_sizes, impl, torch.float32))
+    torch.library.opcheck(ops.grouped_mm_input_grad, (grad, w, p.group_sizes, impl))
+    torch.library.opcheck(ops.grouped_mm_weight_grad, (x, grad, p.group_sizes, w, impl))
 
 
 # Which dim of x, w, group_sizes and the gradient vmap takes, if any.
@@ -107,9 +106,9 @@ def stack_where_batched(batch: list[Problem], in_dims: tuple[int | None, ...]) -
 def test_vmap(name, in_dims):
     def all_three(x, w, sizes, grad):
         return (
-            ops.grouped_mm(x, w, sizes, 0),
-            ops.grouped_mm_input_grad(grad, w, sizes, 0),
-            ops.grouped_mm_weight_grad(x, grad, sizes, w, 0),
+            ops.grouped_mm(x, w, sizes, None),
+            ops.grouped_mm_input_grad(grad, w, sizes, None),
+            ops.grouped_mm_weight_grad(x, grad, sizes, w, None),
         )
 
     vmapped, looped = stack_where_batched(batch_of(LAYOUTS[name]), in_dims)
@@ -126,8 +125,8 @@ def test_gradients_through_vmap(name, in_dims):
     y = torch.vmap(lambda x, w, sizes, grad: grouped_mm(x, w, sizes) * grad, in_dims)(x, w, sizes, grad)
     ours = torch.autograd.grad(y.sum(), (x, w))
     theirs = (
-        [ops.grouped_mm_input_grad(grad, w, sizes, 0) for _, w, sizes, grad in looped],
-        [ops.grouped_mm_weight_grad(x, grad, sizes, w, 0) for x, w, sizes, grad in looped],
+        [ops.grouped_mm_input_grad(grad, w, sizes, None) for _, w, sizes, grad in looped],
+        [ops.grouped_mm_weight_grad(x, grad, sizes, w, None) for x, w, sizes, grad in looped],
     )
     for gradient, parts, dim in zip(ours, theirs, in_dims, strict=False):
         assert torch.equal(gradient, sum(parts) if dim is None else torch.stack(parts, dim))
@@ -185,10 +184,10 @@ def test_autocast(impl, dtype):
 @pytest.mark.parametrize("module", [reference, torch_impl, tiled])
 def test_autocast_does_not_reach_into_the_operators(module, monkeypatch):
     # Products in fp32 inside an operator would become products in bf16.
-    monkeypatch.setitem(operators._MODULES, operators.AUTO, module)
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch", Row(module, takes_all))
     p = problem(layout("shared", [[40, 30], [0, 70]], slack=1), 60, 20, torch.bfloat16, exact=False)
     with torch.autocast("cpu", torch.bfloat16):
-        results = run(None, p, torch.float32)
+        results = run("torch", p, torch.float32)
     check(p, results, out_dtype=torch.float32, margin=1.5)
 
 

@@ -89,9 +89,9 @@ def _grouped(op: str, form: str, *, rows: int, num_weights: int, sizes: Tensor) 
     if op == "grouped_mm":
         return Problem(grouped_mm, [x, w, sizes], packet, line)
     if op == "grouped_mm_input_grad":
-        return Problem(lambda *args: packet(*args, 0), [grad, w, sizes], packet, line)
+        return Problem(lambda *args: packet(*args, None), [grad, w, sizes], packet, line)
     only_its_shape = torch.full_like(w, torch.nan)
-    return Problem(lambda *args: packet(*args, 0), [x, grad, sizes, only_its_shape], packet, line)
+    return Problem(lambda *args: packet(*args, None), [x, grad, sizes, only_its_shape], packet, line)
 
 
 def grouped(op: str, form: str) -> Problem:

@@ -19,7 +19,6 @@ FEWER = torch.tensor([[2, 0, 3], [0, 6, 0], [1, 1, 1], [4, 0, 0]])
 FLAT = torch.tensor([3, 0, 4, 2])
 IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, 1]])
 K, N = 13, 14
-AUTO = 0
 SILU = 0
 
 
@@ -33,13 +32,13 @@ def grouped() -> dict:
     calls = {}
     for form, (sizes, rows, num_weights) in forms.items():
         x, w, grad = random(rows, K), random(num_weights, K, N), random(rows, N)
-        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, AUTO), {"meshes": [(2, 2)]}
+        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, None), {"meshes": [(2, 2)]}
         if form == "fewer":
             continue  # its gradients have the rules of "own"
         # The gradients of gradients are tested with those of the operators they are made of.
         only_one = {"axes": (2, 3) if form == "own" else (2,), "meshes": [], "backward": False}
-        calls[f"input_grad, {form}"] = ops.grouped_mm_input_grad, (grad, w, sizes, AUTO), only_one
-        calls[f"weight_grad, {form}"] = ops.grouped_mm_weight_grad, (x, grad, sizes, w, AUTO), only_one
+        calls[f"input_grad, {form}"] = ops.grouped_mm_input_grad, (grad, w, sizes, None), only_one
+        calls[f"weight_grad, {form}"] = ops.grouped_mm_weight_grad, (x, grad, sizes, w, None), only_one
     return calls
 
 
@@ -79,15 +78,15 @@ def fused() -> dict:
     calls = {}
     for form, args in forms.items():
         meshes = [(2, 2)] if form == "fewer" else []
-        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, AUTO), {"axes": (2,), "meshes": meshes}
+        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, None), {"axes": (2,), "meshes": meshes}
         calls[f"inference, {form}"] = (
             ops.experts_mlp_inference,
-            (*args, SILU, AUTO),
+            (*args, SILU, None),
             {"axes": (2,), "meshes": [], "backward": False},
         )
     args = forms["biased"]
-    _, h1, h3 = ops.experts_mlp(*args, SILU, AUTO)
-    everything = (grad, *args, h1, h3, SILU, 0b1111111, AUTO)
+    _, h1, h3 = ops.experts_mlp(*args, SILU, None)
+    everything = (grad, *args, h1, h3, SILU, 0b1111111, None)
     weights_TK, ids_TK, bias = weights.flatten(0, 1), ids.flatten(0, 1), random(G, D)
     calls["down_bias"] = ops.experts_down_bias, (weights_TK, ids_TK, bias), {"meshes": [(2, 2)]}
     down_bias_backward = (random(B * N, D), weights_TK, ids_TK, bias)

@@ -25,7 +25,7 @@ def on_ranks(shape: tuple[int, ...], admitted: list, refused: list) -> tuple[int
     """Every one of ``admitted`` is right without communication, every one of ``refused`` raises. How many."""
     mesh = init_device_mesh("cpu", shape)
     rank = torch.distributed.get_rank()
-    expected = torch.ops.moesaic.grouped_mm(*inputs(), 0)
+    expected = torch.ops.moesaic.grouped_mm(*inputs(), None)
 
     def place(placements) -> list[DTensor]:
         return [
@@ -37,12 +37,12 @@ def on_ranks(shape: tuple[int, ...], admitted: list, refused: list) -> tuple[int
 
     for given, (output,) in admitted:
         with no_collectives():
-            result = torch.ops.moesaic.grouped_mm(*place(given), 0)
+            result = torch.ops.moesaic.grouped_mm(*place(given), None)
         assert result.placements == output, given
         torch.testing.assert_close(result.full_tensor(), expected, rtol=1e-12, atol=1e-12)
     for given in refused:
         with pytest.raises(moesaic.ShardingError):
-            torch.ops.moesaic.grouped_mm(*place(given), 0)
+            torch.ops.moesaic.grouped_mm(*place(given), None)
     return len(admitted), len(refused)
 
 
@@ -59,7 +59,7 @@ def sample(report: Report, num_axes: int, number: int) -> tuple[list, list]:
 @pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
 def test_a_sample_on_real_ranks(ranks, unchecked, shape):
     meshes = [shape] if len(shape) > 1 else []
-    report = moesaic.prove(torch.ops.moesaic.grouped_mm, *inputs(), 0, axes=(4,), meshes=meshes, backward=False)
+    report = moesaic.prove(torch.ops.moesaic.grouped_mm, *inputs(), None, axes=(4,), meshes=meshes, backward=False)
     assert report.ok
     admitted, refused = sample(report, len(shape), 20)
     counts = (len(admitted), len(refused))

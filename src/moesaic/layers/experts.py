@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moesaic.ops import Activation, experts_mlp
+from moesaic.ops import Activation, Implementation, experts_mlp
 
 MainGrads = tuple[Tensor, Tensor, Tensor]
 
@@ -80,7 +80,7 @@ class GroupedExperts(nn.Module):
         *,
         activation: Activation = "silu",
         biases: bool = False,
-        impl: str | None = None,
+        impl: Implementation | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,7 +120,7 @@ class GroupedExperts(nn.Module):
 
 def _experts_mlp(
     activation: Activation,
-    impl: str | None,
+    impl: Implementation | None,
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,

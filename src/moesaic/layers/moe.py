@@ -13,7 +13,7 @@ from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.router import Routing, TopKRouter
-from moesaic.ops import gated
+from moesaic.ops import Implementation, gated
 
 
 class SharedExpert(nn.Module):
@@ -58,7 +58,7 @@ class MoE(nn.Module):
         self,
         config: MoEConfig,
         *,
-        impl: str | None = None,
+        impl: Implementation | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

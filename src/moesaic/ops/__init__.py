@@ -2,12 +2,13 @@
 
 from moesaic.ops.debug import debug_checks
 from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, experts_mlp, gated
-from moesaic.ops.grouped_mm import accumulate_weight_grad, grouped_mm
+from moesaic.ops.grouped_mm import Implementation, accumulate_weight_grad, grouped_mm
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "Implementation",
     "Permutation",
     "accumulate_weight_grad",
     "combine",

@@ -1,14 +1,16 @@
 """What ``impl=None`` goes by: where the CPU kernels are the fastest, and on CUDA what is, by operator and shape class.
 
 **CUDA awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on
-none. Until ``benchmarks/gpu`` has run on one, every entry is ``"torch"``. An entry changes together with the file of
+none. Until ``benchmarks/gpu`` has run on one, it is ``"torch"`` there. An entry changes together with the file of
 ``benchmarks/results/`` that justifies it.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
 
 # On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
 # whether torch's own products are faster there.
@@ -17,11 +19,21 @@ _MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
 # Largest average of rows a group.
 _FEW, _SOME = 16, 64
 
-_ON_CUDA = {
-    "grouped_mm": {"few": "torch", "some": "torch", "many": "torch"},
-    "grouped_mm_weight_grad": {"few": "torch", "some": "torch", "many": "torch"},
-    "experts_mlp": {"few": "torch", "some": "torch", "many": "torch"},
-}
+
+class Call(NamedTuple):
+    """What a choice depends on.
+
+    Attributes:
+        operator: its name in ``torch.ops.moesaic``.
+        operands: the tensors that an implementation may refuse; the first has the dtype and the device of all.
+        num_rows: of all groups together.
+        num_groups: how many there are.
+    """
+
+    operator: str
+    operands: tuple[Tensor, ...]
+    num_rows: int
+    num_groups: int
 
 
 def shape_class(num_rows: int, num_groups: int) -> str:
@@ -30,25 +42,15 @@ def shape_class(num_rows: int, num_groups: int) -> str:
     return "few" if average <= _FEW else "some" if average <= _SOME else "many"
 
 
-def on_cuda(operator: str, num_rows: int, num_groups: int) -> str:
-    """The name of the implementation."""
-    return _ON_CUDA[operator][shape_class(num_rows, num_groups)]
-
-
-def has_cpu_kernels(x: Tensor) -> bool:
-    """Whether the kernels of ``csrc/`` are there for operands like ``x``, and measured on this kind of processor."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES:
-        return False
-    loaded = kernels()
-    return isinstance(loaded, Kernels) and loaded.isa >= _MEASURED
-
-
-def is_for_cpu_kernels(x: Tensor, num_rows: int, num_groups: int) -> bool:
-    """Whether the kernels of ``csrc/`` are there and the fastest for operands like ``x``.
-
-    Where there is AMX, torch's bf16 products run on its tiles and the kernels do not: they are the faster ones for few
-    rows a group alone (``benchmarks/results/fastest_cpu_xeon_1thread.json``).
-    """
-    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and shape_class(num_rows, num_groups) != "few":
-        return False
-    return has_cpu_kernels(x)
+def fastest(call: Call) -> tuple[str, ...]:
+    """The names of implementations, the fastest first. The last one takes everything."""
+    x = call.operands[0]
+    if x.device.type != "cpu" or not isinstance(loaded := kernels(), Kernels) or loaded.isa < _MEASURED:
+        return ("torch",)
+    # Where there is AMX, torch's bf16 products run on its tiles and the kernels do not: they are the faster ones for
+    # few rows a group alone (benchmarks/results/fastest_cpu_xeon_1thread.json). Torch's products cannot add to what is
+    # wider than they are, so AMX is of no use there.
+    on_tiles = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    if on_tiles and call.operator != "grouped_mm_accumulate_weight_grad":
+        return ("cpu", "torch") if shape_class(call.num_rows, call.num_groups) == "few" else ("torch",)
+    return ("cpu", "torch")

@@ -1,18 +1,45 @@
-"""Implementations by name, and by the codes that operators take."""
+"""An operator's implementations in a table, and the one choice among them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import NamedTuple
 
-AUTO = 0
+from moesaic.ops.fastest import Call, fastest
 
 
-def code_of(impl: str | None, implementations: Mapping[str, int]) -> int:
-    """The code of a named implementation; ``AUTO`` for None.
+class Row(NamedTuple):
+    """An implementation.
+
+    Attributes:
+        module: its functions; the package ``impl`` of the operator says which.
+        refuses: given the operands, the error that says why it cannot compute with them; None if it can.
+    """
+
+    module: ModuleType
+    refuses: Callable[..., Exception | None]
+
+
+def takes_all(*operands: object) -> None:
+    """Of an implementation that refuses nothing."""
+
+
+def check_name(impl: str | None, table: Mapping[str, Row]) -> None:
+    """Raise ``ValueError`` unless ``impl`` is None or the name of an implementation."""
+    if impl is not None and impl not in table:
+        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(table)} or None")
+
+
+def choose(table: Mapping[str, Row], impl: str | None, call: Call) -> ModuleType:
+    """The module of the implementation called ``impl``; for None, of the fastest that does not refuse.
 
     Raises:
         ValueError: there is none of this name.
+        ValueError, TypeError, RuntimeError: it refuses the operands.
     """
     if impl is None:
-        return AUTO
-    if impl not in implementations:
-        raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(implementations)} or None")
-    return implementations[impl]
+        return next(table[name].module for name in fastest(call) if table[name].refuses(*call.operands) is None)
+    check_name(impl, table)
+    refusal = table[impl].refuses(*call.operands)
+    if refusal is not None:
+        raise refusal
+    return table[impl].module

@@ -107,22 +107,23 @@ def kernels() -> Kernels | str:
     return Kernels(library, INSTRUCTION_SETS.index(wanted))
 
 
-def kernels_for(x: Tensor, *others: Tensor) -> Kernels:
-    """The kernels for operands of one dtype.
-
-    Raises:
-        ValueError: the operands are not on the CPU.
-        TypeError: there are no kernels for their dtypes.
-        RuntimeError: there are none here.
-    """
+def refuses(x: Tensor, *others: Tensor) -> Exception | None:
+    """The error that says why the kernels cannot compute with these operands; None if they can."""
     if x.device.type != "cpu":
-        raise ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
+        return ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
     if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in others):
         dtypes = " and ".join(str(t.dtype) for t in (x, *others))
-        raise TypeError(f'impl: "cpu" has no kernels for {dtypes}; use "torch" or None')
+        return TypeError(f'impl: "cpu" has no kernels for {dtypes}; use "torch" or None')
     loaded = kernels()
     if isinstance(loaded, str):
-        raise RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+        return RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    return None
+
+
+def loaded_kernels() -> Kernels:
+    """The kernels, for operands that they do not refuse."""
+    loaded = kernels()
+    assert isinstance(loaded, Kernels), loaded
     return loaded
 
 

@@ -13,7 +13,7 @@ from moesaic.ops.triton import available
 from tests.ops.experts_oracle import Experts, any_experts, check, check_clamps, experts, run
 from tests.ops.oracle import uninitialised_memory_is_nan
 
-routing = available.load("routing", torch.empty(0))
+routing = available.load("routing")
 
 
 @settings(max_examples=8)

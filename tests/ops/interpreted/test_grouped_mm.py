@@ -56,7 +56,7 @@ def test_launches_of_gpus(on, capability, sizes):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "sliced", "expanded"])
 def test_descriptors_are_used_where_a_weight_is_aligned(strides, dtype):
-    tiles = available.load("tiles", torch.empty(0))
+    tiles = available.load("tiles")
     w = problem(layout("flat", [[2, 3]]), 40, 72, dtype, strides=("contiguous", strides, "contiguous")).w
     form = {"contiguous": 1, "transposed": 2}.get(strides, 0) if dtype != torch.float32 else 0
     assert tiles.as_weight(w, 16, 32, device.nvidia((9, 0), 3)).form == form
@@ -67,7 +67,7 @@ def test_descriptors_are_used_where_a_weight_is_aligned(strides, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_hot_expert_is_split(monkeypatch, form, sizes):
     # A gradient of one block, fewer than multiprocessors: the rows of the second expert are summed in chunks.
-    kernels = available.load("weight_grad", torch.empty(0))
+    kernels = available.load("weight_grad")
     added = []
     add = kernels._add_partials
     monkeypatch.setattr(kernels, "_add_partials", lambda *args: (added.append(args[1].partials), add(*args)))
@@ -143,7 +143,7 @@ def test_gradient_of_gradient():
 
 
 def test_tf32_only_where_torch_allows_it():
-    tiles = available.load("tiles", torch.empty(0))
+    tiles = available.load("tiles")
     assert tiles.precision(torch.float32) == "ieee"
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

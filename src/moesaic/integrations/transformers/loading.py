@@ -20,6 +20,7 @@ from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.swap import swap_moe
+from moesaic.ops import Implementation
 from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.meta import materialize
@@ -37,7 +38,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype | None = None,
     compute: ComputeOn = "dtensor",
-    impl: str | None = None,
+    impl: Implementation | None = None,
     device: torch.device | str | None = None,
     **moe_options: float,
 ) -> Any:
@@ -85,7 +86,7 @@ def load_and_count(
     *,
     dtype: torch.dtype | None = None,
     compute: ComputeOn = "dtensor",
-    impl: str | None = None,
+    impl: Implementation | None = None,
     device: torch.device | str | None = None,
     moe_options: Mapping[str, float] | None = None,
 ) -> tuple[Any, int]:

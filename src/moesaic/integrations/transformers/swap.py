@@ -17,6 +17,7 @@ from moesaic.integrations.transformers.families import FAMILIES, Family, family_
 from moesaic.integrations.transformers.links import Link
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE, MoEConfig
+from moesaic.ops import Implementation
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -34,7 +35,7 @@ def swap_moe(
     aux_loss_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     bias_update_speed: float = 0.0,
-    impl: str | None = None,
+    impl: Implementation | None = None,
 ) -> Model:
     """Replace the MoE blocks of a transformers model by :class:`moesaic.MoE`, in place, with their weights and routing.
 
@@ -184,7 +185,7 @@ def _links_of(block: nn.Module, family: Family) -> tuple[Link, ...]:
 
 
 @torch.no_grad()
-def _layer_for(swap: _Swap, impl: str | None) -> MoE:
+def _layer_for(swap: _Swap, impl: Implementation | None) -> MoE:
     block, links = swap.block, _links_of(swap.block, swap.family)
     with torch.device("meta"):
         layer = (_PairMoE if swap.family.returns_pair else MoE)(swap.config, impl=impl)

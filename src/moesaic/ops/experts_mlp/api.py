@@ -10,10 +10,11 @@ from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS, GATED_ONLY, Activation, no_gate
 from moesaic.ops.experts_mlp.down_bias import down_bias
+from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
 from moesaic.ops.experts_mlp.main_grads import check_main_grads, experts_mlp_into
-from moesaic.ops.experts_mlp.ops import IMPLEMENTATIONS
 from moesaic.ops.forward_ad import refuse_forward_ad
-from moesaic.ops.implementations import code_of
+from moesaic.ops.grouped_mm.implementations import Implementation
+from moesaic.ops.implementations import check_name
 
 
 def experts_mlp(
@@ -29,7 +30,7 @@ def experts_mlp(
     b3: Float[Tensor, "W F"] | None = None,
     b2: Float[Tensor, "W D"] | None = None,
     main_grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
-    impl: str | None = None,
+    impl: Implementation | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """The routed experts, whole: gather, gated MLP of each token copy's expert, weighted sum over copies.
 
@@ -106,7 +107,8 @@ def experts_mlp(
     given = dict(zip(given, autocast(*given.values()), strict=True))
     _check_dtypes(given, topk_ids, topk_weights)
     _check_shapes(given, topk_ids, topk_weights)
-    activation_code, impl_code = _activation_code(activation, w3 is not None), code_of(impl, IMPLEMENTATIONS)
+    activation_code = _activation_code(activation, w3 is not None)
+    check_name(impl, IMPLEMENTATIONS)
 
     x, w1, w2 = given["x"], given["w1"], given["w2"]
     in_blocks = x.ndim == 3
@@ -120,11 +122,11 @@ def experts_mlp(
     operands = (x_BTD, ids_BTK, weights_BTK, experts_BG, w1, given.get("w3"), w2, given.get("b1"), given.get("b3"))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*given.values(), topk_weights)):
         if buffers is None:
-            z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl_code)
+            z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl)
         else:
-            z_BTD = experts_mlp_into(buffers, operands, activation_code, impl_code)
+            z_BTD = experts_mlp_into(buffers, operands, activation_code, impl)
     else:
-        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl_code)
+        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl)
     if "b2" in given:
         z_BTD = z_BTD + down_bias(weights_BTK, ids_BTK, given["b2"], experts_BG.shape[1])
     # Not a view: an in-place operation on a view of what an operator made is an error.

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.ops.autocast import untouched_by_autocast
-from moesaic.ops.experts_mlp.ops import DIFFERENTIABLE, MODULES, OPERANDS, likes, one_block, zeros
+from moesaic.ops.experts_mlp.implementations import module_for
+from moesaic.ops.experts_mlp.ops import DIFFERENTIABLE, OPERANDS, likes, one_block, zeros
 from moesaic.ops.experts_mlp.problem import Gradients, MainGrads, Needs
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
@@ -20,7 +21,7 @@ from moesaic.ops.grouped_mm.groups import accumulation_dtype
 torch.library.define(
     "moesaic::experts_mlp_backward_into",
     f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, Tensor(a!)? gw1, Tensor(b!)? gw3, "
-    "Tensor(c!)? gw2, int activation, int needs, int impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(c!)? gw2, int activation, int needs, str? impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -31,9 +32,8 @@ def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor,
     problem = one_block(x, ids, *tensors, activation)
     h3_TKF = None if problem.w3_EDF is None else h3.flatten(0, 1)
     into = MainGrads(gw1, gw3, gw2)
-    found: Gradients = MODULES[impl].backward(
-        grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs), into
-    )
+    module = module_for("experts_mlp_backward_into", impl, problem)
+    found: Gradients = module.backward(grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs), into)
     given = zip(found, likes(x, *tensors), strict=True)
     gx, gweights, _, _, _, gb1, gb3 = (zeros(*like) if g is None else g.view(like[1]) for g, like in given)
     return gx, gweights, gb1, gb3
@@ -50,7 +50,7 @@ def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Te
 
 class _IntoMainGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, main_grads: MainGrads, activation: int, impl: int, *operands: Tensor | None) -> Tensor:
+    def forward(ctx: Any, main_grads: MainGrads, activation: int, impl: str | None, *operands: Tensor | None) -> Tensor:
         z, h1, h3 = torch.ops.moesaic.experts_mlp(*operands, activation, impl)
         # Not saved for the backward pass: autograd would take what another backward pass adds for an error.
         ctx.main_grads, ctx.activation, ctx.impl = main_grads, activation, impl
@@ -74,7 +74,9 @@ class _IntoMainGrads(torch.autograd.Function):
         return tuple(result)
 
 
-def experts_mlp_into(main_grads: MainGrads, operands: tuple[Tensor | None, ...], activation: int, impl: int) -> Tensor:
+def experts_mlp_into(
+    main_grads: MainGrads, operands: tuple[Tensor | None, ...], activation: int, impl: str | None
+) -> Tensor:
     """The result of the operator ``experts_mlp``, of whose weights the gradients go into buffers."""
     return _IntoMainGrads.apply(main_grads, activation, impl, *operands)
 

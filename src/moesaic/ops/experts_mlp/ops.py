@@ -7,42 +7,31 @@ for, ``experts_mlp_inference`` does not keep them. ``experts_mlp_backward`` give
 Tokens come in ``B`` blocks of ``N``, each with experts of its own: expert ``g`` of block ``b`` is matrix ``b * G + g``
 of the weights, and the last blocks may have fewer. An implementation sees one block: its ids are numbers of matrices.
 Of ``experts [B, G]`` only the shape is read. It tells ``G``, which a rank's shard of the weights alone would not.
-
-The first argument that is not a tensor is an int in each of them: DTensor's cache of sharding decisions ignores what
-stands before the first int.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import untouched_by_autocast
-from moesaic.ops.experts_mlp import auto
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
-from moesaic.ops.experts_mlp.impl import cpu, reference
-from moesaic.ops.experts_mlp.impl import torch as torch_impl
-from moesaic.ops.experts_mlp.impl import triton as triton_impl
+from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem, number_by_matrix
-from moesaic.ops.implementations import AUTO
 from moesaic.ops.layout import empty_gradient, lying_as
-
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
-MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
 OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(
     "moesaic::experts_mlp",
-    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> (Tensor, Tensor, Tensor)",
+    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "moesaic::experts_mlp_inference",
-    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, int impl) -> Tensor",
+    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> Tensor",
 )
 torch.library.define(
     "moesaic::experts_mlp_backward",
-    f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, int impl) "
+    f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, str? impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -64,7 +53,8 @@ def one_block(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: T
 @untouched_by_autocast
 def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, activation, impl = args
-    z_TD, h1_TKF, h3_TKF = MODULES[impl].forward(one_block(x, ids, *tensors, activation), True)
+    problem = one_block(x, ids, *tensors, activation)
+    z_TD, h1_TKF, h3_TKF = module_for("experts_mlp", impl, problem).forward(problem, True)
     h1 = h1_TKF.unflatten(0, x.shape[:2])
     h3 = zeros(h1, h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
     return torch.ops.aten._unsafe_view(z_TD, x.shape), h1, h3
@@ -74,7 +64,8 @@ def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 @untouched_by_autocast
 def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
     *tensors, activation, impl = args
-    z_TD = MODULES[impl].forward(one_block(x, ids, *tensors, activation), False).z_TD
+    problem = one_block(x, ids, *tensors, activation)
+    z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, False).z_TD
     return torch.ops.aten._unsafe_view(z_TD, x.shape)
 
 
@@ -84,9 +75,8 @@ def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor,
     *tensors, h1, h3, activation, needs, impl = args
     problem = one_block(x, ids, *tensors, activation)
     h3_TKF = None if problem.w3_EDF is None else h3.flatten(0, 1)
-    found: Gradients = MODULES[impl].backward(
-        grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs)
-    )
+    module = module_for("experts_mlp_backward", impl, problem)
+    found: Gradients = module.backward(grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs))
     found = found._replace(
         w1=None if found.w1 is None else lying_as(problem.w1_EDF, found.w1),
         w3=None if found.w3 is None or problem.w3_EDF is None else lying_as(problem.w3_EDF, found.w3),

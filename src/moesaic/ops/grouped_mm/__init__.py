@@ -2,5 +2,6 @@
 
 from moesaic.ops.grouped_mm.accumulate import accumulate_weight_grad
 from moesaic.ops.grouped_mm.api import grouped_mm
+from moesaic.ops.grouped_mm.implementations import Implementation
 
-__all__ = ["accumulate_weight_grad", "grouped_mm"]
+__all__ = ["Implementation", "accumulate_weight_grad", "grouped_mm"]

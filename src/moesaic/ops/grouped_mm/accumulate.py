@@ -7,20 +7,21 @@ from torch import Tensor
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.grouped_mm.api import check_shapes
 from moesaic.ops.grouped_mm.groups import as_blocks
-from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, module_of
-from moesaic.ops.implementations import code_of
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation, module_for
+from moesaic.ops.implementations import check_name
 
 
 # No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
 @torch.library.custom_op("moesaic::grouped_mm_accumulate_weight_grad", mutates_args=("into",))
-def _accumulate(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
+def _accumulate(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: str | None) -> None:
     sizes_BG = as_blocks(group_sizes)
     with no_autocast(x.device.type):
-        module_of(impl, x, sizes_BG, into).weight_grad_into(into, x, grad, sizes_BG)
+        module = module_for("grouped_mm_accumulate_weight_grad", impl, (x, grad), sizes_BG, into.shape[0])
+        module.weight_grad_into(into, x, grad, sizes_BG)
 
 
 @_accumulate.register_fake
-def _(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: int) -> None:
+def _(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: str | None) -> None:
     return None
 
 
@@ -30,7 +31,7 @@ def accumulate_weight_grad(
     grad: Float[Tensor, "R N"],
     group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
     *,
-    impl: str | None = None,
+    impl: Implementation | None = None,
 ) -> None:
     """Add the weight gradient of :func:`moesaic.grouped_mm` to ``into``, in place.
 
@@ -64,4 +65,5 @@ def accumulate_weight_grad(
         raise ValueError("into: requires a gradient, and this has none; give a buffer, such as into.detach()")
     if grad.device != x.device:
         raise ValueError(f"grad: is on {grad.device}, x on {x.device}; move it there")
-    _accumulate(into, x.detach(), grad.detach(), group_sizes, code_of(impl, IMPLEMENTATIONS))
+    check_name(impl, IMPLEMENTATIONS)
+    _accumulate(into, x.detach(), grad.detach(), group_sizes, impl)

@@ -7,8 +7,9 @@ from torch import Tensor
 from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.forward_ad import refuse_forward_ad
-from moesaic.ops.grouped_mm.ops import IMPLEMENTATIONS, grouped_mm_op
-from moesaic.ops.implementations import code_of
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation
+from moesaic.ops.grouped_mm.ops import grouped_mm_op
+from moesaic.ops.implementations import check_name
 
 
 def grouped_mm(
@@ -16,7 +17,7 @@ def grouped_mm(
     w: Float[Tensor, "W K N"],
     group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
     *,
-    impl: str | None = None,
+    impl: Implementation | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "R N"]:
     """Multiply consecutive groups of rows of ``x`` each by its own matrix.
@@ -69,7 +70,8 @@ def grouped_mm(
     x, w = autocast(x, w)
     _check_dtypes(x, w, group_sizes, out_dtype)
     check_shapes(x, w, group_sizes)
-    return grouped_mm_op(x, w, group_sizes, code_of(impl, IMPLEMENTATIONS), out_dtype)
+    check_name(impl, IMPLEMENTATIONS)
+    return grouped_mm_op(x, w, group_sizes, impl, out_dtype)
 
 
 def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dtype | None) -> None:

@@ -14,98 +14,87 @@ Of the weight that ``grouped_mm_weight_grad`` gets only shape and strides are re
 are, so also whether the blocks share them, and how the gradient is to lie in memory; and of DTensors, on which ranks.
 
 All three take weights of any number of matrices up to that of groups, for a rank's shard may have fewer.
-
-The first argument that is not a tensor is an int in each of them: DTensor's cache of sharding decisions ignores what
-stands before the first int.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import untouched_by_autocast
-from moesaic.ops.debug import debug_checks_enabled
-from moesaic.ops.grouped_mm import auto
-from moesaic.ops.grouped_mm.groups import as_blocks, check_group_sizes
-from moesaic.ops.grouped_mm.impl import cpu, reference
-from moesaic.ops.grouped_mm.impl import torch as torch_impl
-from moesaic.ops.grouped_mm.impl import triton as triton_impl
-from moesaic.ops.implementations import AUTO
+from moesaic.ops.grouped_mm.groups import as_blocks
+from moesaic.ops.grouped_mm.implementations import module_for
 from moesaic.ops.layout import empty_gradient, is_transposed
-
-IMPLEMENTATIONS: dict[str, int] = {"reference": 1, "torch": 2, "cpu": 3, "triton": 4}
-_MODULES: dict[int, ModuleType] = {AUTO: auto, 1: reference, 2: torch_impl, 3: cpu, 4: triton_impl}
 
 torch.library.define(
     "moesaic::grouped_mm",
-    "(Tensor x, Tensor w, Tensor group_sizes, int impl, ScalarType? out_dtype=None) -> Tensor",
+    "(Tensor x, Tensor w, Tensor group_sizes, str? impl, ScalarType? out_dtype=None) -> Tensor",
 )
 torch.library.define(
-    "moesaic::grouped_mm_input_grad", "(Tensor grad, Tensor w, Tensor group_sizes, int impl) -> Tensor"
+    "moesaic::grouped_mm_input_grad", "(Tensor grad, Tensor w, Tensor group_sizes, str? impl) -> Tensor"
 )
 torch.library.define(
     "moesaic::grouped_mm_weight_grad",
-    "(Tensor x, Tensor grad, Tensor group_sizes, Tensor w, int impl) -> Tensor",
+    "(Tensor x, Tensor grad, Tensor group_sizes, Tensor w, str? impl) -> Tensor",
 )
-
-
-def module_of(impl: int, x: Tensor, sizes_BG: Tensor, w: Tensor) -> ModuleType:
-    """The implementation of a code; under ``debug_checks`` the sizes are checked first."""
-    if debug_checks_enabled():
-        check_group_sizes(x.shape[0], sizes_BG, w.shape[0])
-    return _MODULES[impl]
 
 
 @torch.library.impl("moesaic::grouped_mm", "default")
 @untouched_by_autocast
-def _forward(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
+def _forward(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return module_of(impl, x, sizes_BG, w).forward(x, w, sizes_BG, out_dtype or x.dtype)
+    module = module_for("grouped_mm", impl, (x, w), sizes_BG, w.shape[0])
+    return module.forward(x, w, sizes_BG, out_dtype or x.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_input_grad", "default")
 @untouched_by_autocast
-def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    return module_of(impl, grad, sizes_BG, w).forward(grad, w.mT, sizes_BG, grad.dtype)
+    module = module_for("grouped_mm_input_grad", impl, (grad, w), sizes_BG, w.shape[0])
+    return module.forward(grad, w.mT, sizes_BG, grad.dtype)
 
 
 @torch.library.impl("moesaic::grouped_mm_weight_grad", "default")
 @untouched_by_autocast
-def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
+def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: str | None) -> Tensor:
     sizes_BG = as_blocks(group_sizes)
-    module = module_of(impl, x, sizes_BG, w)
+    module = module_for("grouped_mm_weight_grad", impl, (x, grad), sizes_BG, w.shape[0])
     if is_transposed(w):
         return module.weight_grad(grad, x, sizes_BG, w.shape[0]).mT
     return module.weight_grad(x, grad, sizes_BG, w.shape[0])
 
 
 @torch.library.register_fake("moesaic::grouped_mm")
-def _forward_fake(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
+def _forward_fake(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[2], dtype=out_dtype or x.dtype)
 
 
 @torch.library.register_fake("moesaic::grouped_mm_input_grad")
-def _input_grad_fake(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+def _input_grad_fake(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None) -> Tensor:
     return grad.new_empty(grad.shape[0], w.shape[1])
 
 
 @torch.library.register_fake("moesaic::grouped_mm_weight_grad")
-def _weight_grad_fake(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
+def _weight_grad_fake(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: str | None) -> Tensor:
     return empty_gradient(w, x.dtype)
 
 
-def grouped_mm_op(x: Tensor, w: Tensor, group_sizes: Tensor, impl: int, out_dtype: torch.dtype | None = None) -> Tensor:
+def grouped_mm_op(
+    x: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     return torch.ops.moesaic.grouped_mm(x, w, group_sizes, impl, out_dtype)
 
 
-def input_grad_op(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: int) -> Tensor:
+def input_grad_op(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None) -> Tensor:
     return torch.ops.moesaic.grouped_mm_input_grad(grad, w, group_sizes, impl)
 
 
-def weight_grad_op(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: int) -> Tensor:
+def weight_grad_op(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: str | None) -> Tensor:
     return torch.ops.moesaic.grouped_mm_weight_grad(x, grad, group_sizes, w, impl)
 
 
@@ -197,7 +186,7 @@ def _vmap_matrix(op: Any) -> Any:
 
 
 def _vmap_weight_grad(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, grad: Tensor, sizes: Tensor, w: Tensor, impl: int
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, grad: Tensor, sizes: Tensor, w: Tensor, impl: str | None
 ) -> Any:
     V, (B, G) = info.batch_size, _blocks_of_one(sizes, in_dims[2])
     num_matrices = _num_matrices(w, in_dims[3])

@@ -11,35 +11,39 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
 
 
-def load(name: str, x: Tensor) -> ModuleType:
-    """The module of kernels ``moesaic.ops.triton.<name>``, for operands like ``x``.
-
-    Raises:
-        TypeError: a dtype without kernels.
-        RuntimeError: there is no triton, ``x`` is not on a GPU (and the kernels are not interpreted), or on an old one.
-    """
+def refuses(x: Tensor, *others: Tensor) -> Exception | None:
+    """The error that says why the kernels cannot compute with operands like ``x``; None if they can."""
     if x.dtype not in DTYPES:
-        raise TypeError(f'impl: "triton" has no kernels for {x.dtype}; use "torch" or None')
-    is_interpreted = _prepare()
+        return TypeError(f'impl: "triton" has no kernels for {x.dtype}; use "torch" or None')
+    try:
+        is_interpreted = _prepare()
+    except ModuleNotFoundError as error:
+        refusal = RuntimeError(
+            'impl: "triton" needs triton, which is not installed; pip install "moesaic[triton]", or use "torch" or None'
+        )
+        refusal.__cause__ = error
+        return refusal
     if x.device.type == "cuda":
-        _check_gpu(x.device)
-    elif not is_interpreted and x.device.type != "meta":
-        raise RuntimeError(
+        return _refuses_gpu(x.device)
+    if not is_interpreted and x.device.type != "meta":
+        return RuntimeError(
             f'impl: "triton" computes on CUDA, x is on {x.device}; move it there, or use "torch" or None '
             "(TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly, for tests)"
         )
+    return None
+
+
+def load(name: str) -> ModuleType:
+    """The module of kernels ``moesaic.ops.triton.<name>``."""
+    _prepare()
     return importlib.import_module(f"moesaic.ops.triton.{name}")
 
 
 @functools.cache
 def _prepare() -> bool:
     """Import triton; whether its interpreter runs the kernels."""
-    try:
-        import triton
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            'impl: "triton" needs triton, which is not installed; pip install "moesaic[triton]", or use "torch" or None'
-        ) from error
+    import triton
+
     if not triton.knobs.runtime.interpret:
         return False
     from moesaic.ops.triton import interpreter
@@ -49,9 +53,10 @@ def _prepare() -> bool:
 
 
 @functools.cache
-def _check_gpu(device: torch.device) -> None:
+def _refuses_gpu(device: torch.device) -> Exception | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < _OLDEST:
-        raise RuntimeError(
+        return RuntimeError(
             f'impl: "triton" needs compute capability 8.0, {device} has {capability[0]}.{capability[1]}; use "torch"'
         )
+    return None

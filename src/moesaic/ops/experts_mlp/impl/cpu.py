@@ -25,13 +25,13 @@ from moesaic.ops.native import (
     Routing,
     Weights,
     check_status,
-    kernels_for,
+    loaded_kernels,
     matrix,
 )
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    library, isa = _kernels(problem)
+    library, isa = _kernels()
     x_TD, (T, K), F = problem.x_TD, problem.ids_TK.shape, problem.w1_EDF.shape[2]
     routing, keep = _routing(problem)
     z_TD = pool.empty(tuple(x_TD.shape), x_TD.dtype)
@@ -60,7 +60,7 @@ def backward(
     needs: Needs,
     into: MainGrads = NO_MAIN_GRADS,
 ) -> Gradients:
-    library, isa = _kernels(problem)
+    library, isa = _kernels()
     routing, keep = _routing(problem)
     h1_TKF, h3_TKF = h1_TKF.contiguous(), None if h3_TKF is None else h3_TKF.contiguous()
     p = problem
@@ -90,8 +90,8 @@ def backward(
     return Gradients(x, None if weights is None else weights.to(p.weights_TK.dtype), *others)
 
 
-def _kernels(problem: Problem) -> Kernels:
-    loaded = kernels_for(problem.x_TD)
+def _kernels() -> Kernels:
+    loaded = loaded_kernels()
     pool.limit(loaded)  # the kernels take their own memory from it
     return loaded
 

@@ -19,7 +19,7 @@ from moesaic.ops.triton import available
 def forward(problem: Problem, save: bool) -> Forward:
     x, w1, w3, w2 = problem.x_TD, problem.w1_EDF, problem.w3_EDF, problem.w2_EFD
     up_projection, matmul, combine, routing = (
-        available.load(name, x) for name in ("up_projection", "matmul", "combine", "routing")
+        available.load(name) for name in ("up_projection", "matmul", "combine", "routing")
     )
     with torch.cuda.device_of(x):
         routed = routing.route(problem.ids_TK, w1.shape[0])
@@ -41,7 +41,7 @@ def backward(
 ) -> Gradients:
     x, w1, w3, w2 = problem.x_TD, problem.w1_EDF, problem.w3_EDF, problem.w2_EFD
     down_gradient, matmul, weight_grad, combine, routing = (
-        available.load(name, x) for name in ("down_gradient", "matmul", "weight_grad", "combine", "routing")
+        available.load(name) for name in ("down_gradient", "matmul", "weight_grad", "combine", "routing")
     )
     Product = matmul.Product
     has_b1 = needs.b1 and problem.b1_EF is not None

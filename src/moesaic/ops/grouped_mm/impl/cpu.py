@@ -9,11 +9,11 @@ from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.grouped_mm.groups import are_shared, check_group_sizes
-from moesaic.ops.native import BAD_GROUPS, DTYPES, Groups, check_status, kernels_for, matrix
+from moesaic.ops.native import BAD_GROUPS, DTYPES, Groups, check_status, loaded_kernels, matrix
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    library, isa = kernels_for(x_RK, w_EKN)
+    library, isa = loaded_kernels()
     (R, K), N = x_RK.shape, w_EKN.shape[2]
     y_RN = pool.empty((R, N), out_dtype)
     groups, keep = _groups(sizes_BG, R, w_EKN.shape[0])
@@ -49,7 +49,7 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 
 
 def _weight_grad(gw_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, *, accumulate: bool) -> None:
-    library, isa = kernels_for(x_RK, grad_RN)
+    library, isa = loaded_kernels()
     R, (E, K, N) = x_RK.shape[0], gw_EKN.shape
     groups, keep = _groups(sizes_BG, R, E)
     status = library.moesaic_cpu_weight_grad(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.grouped_mm import tiled
-from moesaic.ops.grouped_mm.groups import are_shared, iterate_groups, padding_rows
+from moesaic.ops.grouped_mm.groups import accumulation_dtype, are_shared, iterate_groups, padding_rows
 
 # Limits of torch._grouped_mm's CUDA kernel.
 _MAX_GROUPS = 1023
@@ -34,8 +34,9 @@ def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: i
 
 
 def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
-    # In the dtype of the sum, else it would be rounded twice.
-    into_EKN += weight_grad(x_RK.to(into_EKN.dtype), grad_RN.to(into_EKN.dtype), sizes_BG, into_EKN.shape[0])
+    # In the dtype of the sum, else it would be rounded twice. The addition is in that dtype too.
+    acc = accumulation_dtype(into_EKN.dtype)
+    into_EKN += weight_grad(x_RK.to(acc), grad_RN.to(acc), sizes_BG, into_EKN.shape[0])
 
 
 def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
