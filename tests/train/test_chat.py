@@ -186,3 +186,78 @@ def test_a_folder_of_json_lines_and_what_is_held_out(tmp_path):
     assert {document.key for document in corpus} == {document.key for document in train + held_out}
     with pytest.raises(UserError, match="one conversation is too few"):
         documents(str(write_chats(tmp_path / "one.jsonl", count=1)))
+
+
+PARTS = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}</end>{% endfor %}"
+STRINGS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% endif %}</end>{% endfor %}"
+)
+CONCATENATED = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</end>' }}{% endfor %}"
+BOTH = PARTS.replace("{% for p", "{% if m.content is string %}{{ m.content }}{% else %}{% for p").replace(
+    "{% endfor %}</end>", "{% endfor %}{% endif %}</end>"
+)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, PARTS, STRINGS, CONCATENATED, BOTH])
+def test_strings_and_lists_of_parts_train_alike_under_any_template(template):
+    parts = [
+        {**message, "content": [{"type": "text", "text": part} for part in (message["content"], "")]}
+        for message in MESSAGES
+    ]
+    expected = (WHOLE, WHOLE)
+    assert _render(template, "all", messages=MESSAGES)[:2] == expected
+    assert _render(template, "all", messages=parts)[:2] == expected
+    assert _render(template, "all", messages=[*parts[:2], *MESSAGES[2:]])[:2] == expected
+    if template in (PLAIN, MARKED):
+        assert _render(template, "last", messages=parts)[1] == "TWO</end>"
+    asked = Conversation("", json.dumps({"messages": MESSAGES[1:2]}))
+    assert Renderer(tiny_tokenizer(template), "last").prompt(asked).startswith("<user>one</end>")
+
+
+CALL = {"name": "f", "arguments": {"city": "Zürich", "days": [1, {"two": True}]}}
+CALLS = "{% for c in m.tool_calls %}call {{ c.function.name }} ARGUMENTS{% endfor %}</end>"
+JSON_CALL = 'call f {"city": "Zürich", "days": [1, {"two": true}]}'
+
+
+@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"], ensure_ascii=False)])
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ '' + c.function.arguments }}",
+        "{% set a = c.function.arguments %}{{ a if a is string else a | tojson }}",
+    ],
+)
+def test_arguments_of_tool_calls_are_json_under_any_template(printed, arguments):
+    template = PLAIN.replace("{{ m.content }}</end>", "{{ m.content }}" + CALLS.replace("ARGUMENTS", printed))
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [MESSAGES[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    whole, learned, _ = _render(template, "assistant", messages=messages)
+    assert whole == f"<user>one</end><assistant>{JSON_CALL}</end>"
+    assert learned == f"{JSON_CALL}</end>"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "fault"),
+    [
+        (PLAIN, {"content": "", "tool_calls": [{"function": CALL}]}, "does not print the call of 'f' in message 2"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", {"content": "ONE"}, "does not print what message 1 says"),
+        (
+            "{% for m in messages %}{{ '' + m.content if m.role == 'user' else m.content[0] }}{% endfor %}",
+            {"content": [{"type": "text", "text": "yes"}]},
+            "prints the parts of message 2 as code",
+        ),
+    ],
+)
+def test_a_template_that_does_not_print_an_answer_is_refused(template, answer, fault):
+    with pytest.raises(UserError, match=f"chats.jsonl:7: the tokenizer's chat template {fault}.*--tokenizer"):
+        _render(template, "all", messages=[MESSAGES[1], {"role": "assistant", **answer}])
+
+
+def test_what_a_template_changes_by_intent_is_no_fault():
+    thoughts = {"role": "assistant", "content": "<think>hm</think>ONE"}
+    split = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] | upper | tojson }}</end>{% endfor %}"
+    )
+    assert _render(split, "all", messages=[MESSAGES[1], thoughts])[0] == '<user>"ONE"</end><assistant>"ONE"</end>'

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from moesaic.train.corpus import Conversation
 from moesaic.train.errors import UserError
+from moesaic.train.printed import are_printed, find_fault, forms_of
 
 LossOn = Literal["assistant", "last", "all"]
 _QUOTED = re.compile(r"""(["'])(\w+)\1""")
@@ -31,11 +32,16 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders conversations with a tokenizer. Raises `UserError` if it has no chat template where one is needed."""
+    """Renders conversations with a tokenizer. Raises `UserError` if it has no chat template where one is needed.
+
+    Attributes:
+        without_tools: How many conversations had tools that the template does not print.
+    """
 
     def __init__(self, tokenizer: Any, loss_on: LossOn):
         self.tokenizer = tokenizer
         self.loss_on = loss_on
+        self.without_tools = 0
 
     def render(self, conversation: Conversation) -> Rendered:
         """Its tokens. `UserError` names the file and line of a conversation that cannot be rendered."""
@@ -49,7 +55,9 @@ class Renderer:
                 f"--data {conversation.place}: no message has the role 'assistant', so there is nothing to learn; take "
                 "it out, or choose --loss-on all"
             )
-        text = self._apply(conversation, messages, tools)
+        messages, text = self._suited(conversation, messages, tools)
+        if tools and not are_printed(tools, text):
+            self.without_tools += 1
         if self.loss_on == "all":
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return Rendered(ids, [True] * len(ids))
@@ -75,7 +83,7 @@ class Renderer:
         messages = values["messages"]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         asked = messages[: answers[-1]] if answers and answers[-1] else messages
-        return self._apply(conversation, asked, values.get("tools"), add_generation_prompt=True)
+        return self._suited(conversation, asked, values.get("tools"), add_generation_prompt=True)[1]
 
     def _render_completion(self, prompt: str, completion: str) -> Rendered:
         """Encoded apart, as a prompt is when the model is asked to go on; then the end of text."""
@@ -114,6 +122,25 @@ class Renderer:
                 "template with {% generation %} and {% endgeneration %}, or choose --loss-on last, or all"
             )
         return len(start), len(end)
+
+    def _suited(self, conversation: Conversation, messages: list, tools: Any, **options: Any) -> tuple[list, str]:
+        """The messages in the form that the template takes, and the text it makes of them."""
+        problem: UserError | None = None
+        for form in forms_of(messages):
+            try:
+                text = self._apply(conversation, form, tools, **options)
+            except UserError as error:
+                problem = problem or error
+                continue
+            fault = find_fault(text, form)
+            if fault is None:
+                return form, text
+            problem = problem or UserError(
+                f"--data {conversation.place}: the tokenizer's chat template {fault}; give a tokenizer whose template "
+                "does with --tokenizer, or take the conversation out"
+            )
+        assert problem is not None
+        raise problem
 
     def _apply(self, conversation: Conversation, messages: Sequence[Any], tools: Any, **options: Any) -> Any:
         self._template(conversation)

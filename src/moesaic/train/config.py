@@ -27,7 +27,7 @@ class TrainConfig:
     data: str = "stdlib"
     """What to learn from: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the name or
     path of a dataset of the `datasets` library. Rows, of .jsonl for one, hold text or conversations: a column
-    'messages', or 'prompt' and 'completion'."""
+    'messages', 'prompt' and 'completion', 'conversations' (ShareGPT), or 'instruction' and 'output' (Alpaca)."""
     text_column: str | None = None
     """The column that holds the text. By default 'text', if the rows are no conversations."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"

@@ -66,7 +66,7 @@ def prepare(
         thing = "conversations" if is_chat else "documents"
         notify(f"new text, {len(corpus)} {thing}: {what}; the result is cached in {folder}")
         chosen = given or tokenizers.train_bpe([d.text for d in split(corpus)[0]], vocab_size)
-        _build(folder, corpus, data_identity, chosen, loss_on if is_chat else None)
+        _build(folder, corpus, data_identity, chosen, loss_on if is_chat else None, notify)
     return open_prepared(folder)
 
 
@@ -84,7 +84,12 @@ def cache_folder() -> Path:
 
 
 def _build(
-    folder: Path, corpus: Sequence[Document], data_identity: str, tokenizer: Any, loss_on: LossOn | None
+    folder: Path,
+    corpus: Sequence[Document],
+    data_identity: str,
+    tokenizer: Any,
+    loss_on: LossOn | None,
+    notify: Callable[[str], None],
 ) -> None:
     train, held_out = split(corpus)
     held_out.sort(key=lambda document: document.digest)
@@ -102,6 +107,8 @@ def _build(
     if loss_on is not None:
         renderer = Renderer(tokenizer, loss_on)
         parts = {"train": _render(renderer, train), "held_out": _render(renderer, held_out)}
+        if renderer.without_tools:
+            notify(f"{renderer.without_tools} conversations have tools that the chat template does not print")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".tmp", dir=folder.parent))
