@@ -49,6 +49,18 @@ def test_the_tutorial_runs(fresh_python, tmp_path):
     assert "nothing wrong, nothing missing" in printed
 
 
+def test_the_plan_of_the_experts_is_read_from_the_rules():
+    from moesaic.parallel.placements import PLACES
+    from moesaic.sharding.rule import short
+
+    said = {name: f"[{', '.join(map(short, placements))}]" for name, placements in PLACES.items()}
+    text = (ROOT / "docs" / "design.md").read_text().split("<!-- places -->")[1]
+    rows = re.findall(r"^\| (?:result )?`(\w+)` \| `(.*)` \| `(.*)` \|$", text, re.MULTILINE)
+    gradients = {"z": said["grad"], **{n.removeprefix("grad_"): p for n, p in said.items() if n.startswith("grad_")}}
+    assert rows == [(name, said[name], gradients[name]) for name, *_ in rows]
+    assert {name for name, *_ in rows} == {*gradients}
+
+
 def test_the_tables_are_those_of_the_rules():
     import torch
 

@@ -44,7 +44,7 @@ def without_partial(op: torch.library.CustomOpDef) -> torch.library.CustomOpDef:
         def placements(self, line=None):
             table = super().placements(line)
             whole = [AxisRule(r.name, r.inputs, tuple(R if p == P else p for p in r.outputs), r.factor) for r in table]
-            return PlacementTable(whole, table.line, table.tensors)
+            return PlacementTable(whole, table.line, table.tensors, table.results)
 
     rule = RULES[overload_of(op)]
     RULES[overload_of(op)] = Broken(**vars(rule))

@@ -23,9 +23,8 @@ from moesaic.layers.router import Routing
 from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
-from moesaic.parallel.placements import RESULT_GRADS, RESULTS, ROW_GRADS, ROWS
+from moesaic.parallel.placements import PLACES
 from moesaic.sharding.internals import group_over_all_axes
-from moesaic.sharding.rule import Placements
 
 
 class Traffic(NamedTuple):
@@ -75,26 +74,25 @@ class MeshDispatcher:
         ids_NK = self._to_experts(local_ids_SK.to(torch.int32), traffic).to(local_ids_SK.dtype)
 
         return Dispatched(
-            self._in_blocks(x_ND, traffic.capacity, grad_placements=ROW_GRADS),
-            self._in_blocks(ids_NK, traffic.capacity, grad_placements=None, padding=-1),
-            self._in_blocks(weights_NK, traffic.capacity, grad_placements=ROW_GRADS),
+            self._in_blocks(x_ND, traffic.capacity, "x"),
+            self._in_blocks(ids_NK, traffic.capacity, "ids", padding=-1),
+            self._in_blocks(weights_NK, traffic.capacity, "weights"),
             _Record(sent, traffic),
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
-        z_1CD = from_dtensor(z, RESULTS, grad_placements=RESULT_GRADS)
+        z_1CD = from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
         z_ND = z_1CD[0, : sum(record.traffic.gather)]
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
         return combine(z_SD, record.sent)
 
-    def _in_blocks(
-        self, t_N: Tensor, capacity: int, *, grad_placements: Placements | None, padding: int = 0
-    ) -> DTensor:
+    def _in_blocks(self, t_N: Tensor, capacity: int, operand: str, *, padding: int = 0) -> DTensor:
         """This rank's block, filled up to the capacity of all."""
         t_1C = pad(t_N, (0, 0, 0, capacity - t_N.shape[0]), value=padding).unsqueeze(0)
-        return to_dtensor(t_1C, self.mesh, ROWS, grad_placements=grad_placements, blocks=self.ep.size())
+        grads = PLACES.get(f"grad_{operand}")
+        return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
     def _to_experts(self, t: Tensor, traffic: Traffic) -> Tensor:
         t = all_to_all(t, traffic.send, traffic.receive, self.ep)

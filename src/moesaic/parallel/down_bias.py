@@ -12,7 +12,7 @@ from torch.distributed.tensor.experimental import local_map
 from moesaic.layers import GroupedExperts
 from moesaic.layers.experts import MainGrads
 from moesaic.ops.experts_mlp.down_bias import down_bias
-from moesaic.parallel.placements import DOWN_BIAS, RESULTS, ROW_GRADS, ROWS
+from moesaic.parallel.placements import PLACES
 
 
 def add_down_bias_apart(experts: GroupedExperts, mesh: DeviceMesh) -> None:
@@ -20,9 +20,9 @@ def add_down_bias_apart(experts: GroupedExperts, mesh: DeviceMesh) -> None:
     compute = experts.compute
     biases: Any = local_map(
         partial(_biases_of_rows, mesh=mesh),
-        out_placements=(RESULTS,),
-        in_placements=(ROWS, ROWS, DOWN_BIAS),
-        in_grad_placements=(ROW_GRADS, ROWS, DOWN_BIAS),
+        out_placements=(PLACES["z"],),
+        in_placements=(PLACES["weights"], PLACES["ids"], PLACES["b2"]),
+        in_grad_placements=(PLACES["grad_weights"], PLACES["ids"], PLACES["b2"]),
         device_mesh=mesh,
     )
 

@@ -19,7 +19,10 @@ from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.down_bias import add_down_bias_apart, on_first_rank
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import RESULTS, ROW_GRADS, ROWS, WEIGHTS
+from moesaic.parallel.placements import PLACES
+
+# As the experts' compute takes them.
+_WEIGHTS = ("w1", "w3", "w2", "b1", "b3", "b2")
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -42,12 +45,9 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
 
 def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, compute: ComputeOn) -> None:
     """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
-    for name, placements in WEIGHTS.items():
-        weight = getattr(moe.experts, name)
-        if weight is None:
-            continue
+    for name, weight in list(moe.experts.named_parameters()):
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
-        shard = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None).clone()
+        shard = distribute_tensor(weight.detach(), mesh, PLACES[name], src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
     moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
@@ -64,12 +64,13 @@ def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None
         *others, b2 = operands
         return compute(*others, None if b2 is None else on_first_rank(b2, mesh), main_grads=main_grads)
 
-    weights = [None if getattr(experts, name) is None else placements for name, placements in WEIGHTS.items()]
+    given = ["x", "ids", "weights", *(n if getattr(experts, n) is not None else None for n in _WEIGHTS)]
+    places = [None if name is None else PLACES[name] for name in given]
     function: Any = local_map(
         on_local,
-        out_placements=(RESULTS,),
-        in_placements=(ROWS, ROWS, ROWS, *weights),
-        in_grad_placements=(ROW_GRADS, ROWS, ROW_GRADS, *weights),
+        out_placements=(PLACES["z"],),
+        in_placements=tuple(places),
+        in_grad_placements=tuple(PLACES.get(f"grad_{n}", p) for n, p in zip(given, places, strict=True)),
         device_mesh=mesh,
     )
     experts.compute = function

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moesaic.layers import GroupedExperts
 from moesaic.parallel.mesh import Meshes
@@ -26,7 +25,7 @@ def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: M
     if meshes.layout.edp > 1 and meshes.expert is not None:
         for module in experts:
             uneven = module.num_experts % meshes.layout.ep != 0
-            _shard(module, meshes.expert["edp"], dims=partial(_model_dim, module) if uneven else None)
+            _shard(module, meshes.expert["edp"], dims=_uncut_dim if uneven else None)
     if meshes.dp_size > 1 and meshes.dense is not None:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
@@ -48,9 +47,11 @@ def _of_another_dtype(model: nn.Module, ignored: set[nn.Parameter]) -> list[nn.M
     return [module for module, parameters in own.items() if any(p.dtype != common for p in parameters)]
 
 
-def _model_dim(experts: GroupedExperts, weight: nn.Parameter) -> Shard:
-    """The dim of an expert weight that neither ep nor etp cuts."""
-    return Shard(2 if weight is experts.w2 else 1)
+def _uncut_dim(weight: nn.Parameter) -> Shard:
+    """The dim of an expert weight that neither ep nor etp cuts: the model dim."""
+    assert isinstance(weight, DTensor)
+    cut = {p.dim for p in weight.placements if isinstance(p, Shard)}
+    return Shard(next(dim for dim in range(weight.ndim) if dim not in cut))
 
 
 def _shard(

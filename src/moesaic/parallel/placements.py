@@ -1,39 +1,18 @@
-"""Where everything of the expert computation lives, on the (ep, etp) mesh.
+"""Where everything of the expert computation lies on the (ep, etp) mesh, read from the rules of its operators.
 
-===============  ======================  ==============================
-tensor           placements              placements of its gradient
-===============  ======================  ==============================
-tokens           ``[Shard(0), R]``       ``[Shard(0), Partial]``
-w1, w3           ``[Shard(0), Shard(2)]``  the same
-w2               ``[Shard(0), Shard(1)]``  the same
-b1, b3           ``[Shard(0), Shard(1)]``  the same
-b2               ``[Shard(0), R]``       the same
-result           ``[Shard(0), Partial]``  ``[Shard(0), R]``
-===============  ======================  ==============================
-
-Tokens, with their routing, and results are in ``ep`` blocks of equal capacity. w1 and w3 are column-parallel over etp
-and w2 row-parallel, so neither direction needs a collective: the sums that ``Partial`` asks for are the reduce-scatters
-of the dispatcher. The down bias b2 is not summed over etp but added by one rank of it; its gradient is that of the
-result, which every rank of etp has.
+ep cuts blocks, so a rank has whole experts and the rows that go to them. etp cuts the hidden dim of each expert, so
+w1 and w3 are split by columns and w2 by rows. Neither pass needs a collective: the sums that ``Partial`` asks for are
+the reduce-scatters of the dispatcher.
 """
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+import torch
+from torch.distributed.tensor import Replicate, Shard
 
-from moesaic.sharding.rule import Placements
+from moesaic.sharding import on
 
-ROWS: Placements = (Shard(0), Replicate())
-ROW_GRADS: Placements = (Shard(0), Partial())
-RESULTS: Placements = (Shard(0), Partial())
-RESULT_GRADS: Placements = (Shard(0), Replicate())
-COLUMN: Placements = (Shard(0), Shard(2))
-ROW: Placements = (Shard(0), Shard(1))
-BIAS_COLUMN: Placements = (Shard(0), Shard(1))
-DOWN_BIAS: Placements = (Shard(0), Replicate())
-WEIGHTS: dict[str, Placements] = {
-    "w1": COLUMN,
-    "w3": COLUMN,
-    "w2": ROW,
-    "b1": BIAS_COLUMN,
-    "b3": BIAS_COLUMN,
-    "b2": DOWN_BIAS,
-}
+_ops = torch.ops.moesaic
+
+# By the names in the operators' schemas: x, ids, weights, w1, ..., the result z, its gradient grad, and grad_x, ...
+PLACES = on(_ops.experts_mlp, ep="b", etp="f") | on(_ops.experts_mlp_backward, ep="b", etp="f")
+# The down bias is added by one rank of etp. Its gradient is that of the result, which every rank of etp has.
+PLACES["b2"] = (Shard(0), Replicate())

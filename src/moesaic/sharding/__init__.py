@@ -4,6 +4,7 @@ from moesaic.sharding import library  # noqa: F401 -- registers the rules of our
 from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import rule_of
 from moesaic.sharding.notation import NotationError, parse
+from moesaic.sharding.places import on
 from moesaic.sharding.proof.report import Record, Report
 from moesaic.sharding.prove import prove
 from moesaic.sharding.register import sharding_rule
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "Rule",
     "ShardingError",
+    "on",
     "parse",
     "prove",
     "rule_of",

@@ -58,13 +58,10 @@ def sharding_rule(
         overload = overload_of(op)
         _check_schema(overload)
         tensors = [a.name for a in overload._schema.arguments if is_tensor(a.type)]
-        rule = make_rule(lines, tensors, linear=linear, preserves=preserves, redistribute=redistribute)
-        if len(rule.lines[0].outputs) != len(overload._schema.returns):
-            raise ValueError(
-                f"rule '{rule.lines[0]}' has {len(rule.lines[0].outputs)} outputs, "
-                f"{overload} returns {len(overload._schema.returns)}"
-            )
-        RULES[overload] = rule
+        results = [r.name or f"out{i}" for i, r in enumerate(overload._schema.returns)]
+        RULES[overload] = make_rule(
+            lines, tensors, results, linear=linear, preserves=preserves, redistribute=redistribute
+        )
         run_by_rule(overload)
         return op
 

@@ -37,14 +37,17 @@ class PlacementTable(tuple[AxisRule, ...]):
 
     line: Notation
     tensors: tuple[str, ...]
+    results: tuple[str, ...]
 
-    def __new__(cls, rules: Sequence[AxisRule], line: Notation, tensors: Sequence[str]) -> "PlacementTable":
+    def __new__(
+        cls, rules: Sequence[AxisRule], line: Notation, tensors: Sequence[str], results: Sequence[str]
+    ) -> "PlacementTable":
         table = super().__new__(cls, rules)
-        table.line, table.tensors = line, tuple(tensors)
+        table.line, table.tensors, table.results = line, tuple(tensors), tuple(results)
         return table
 
     def __str__(self) -> str:
-        header = ["on one axis", *self.tensors, *(f"out{i}" for i in range(len(self.line.outputs)))]
+        header = ["on one axis", *self.tensors, *self.results]
         rows = [[r.name, *map(short, r.inputs), *map(short, r.outputs)] for r in self]
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [header, *rows]]
@@ -59,7 +62,7 @@ class Rule:
 
     Attributes:
         lines: alternatives; the first whose patterns fit the shapes of a call speaks for it.
-        tensors: names of the tensor arguments, in order.
+        tensors, results: names of the tensor arguments and of the results, in order.
         linear: each entry, an argument or several jointly, passes ``Partial`` through to the outputs.
         preserves: a reduction such as ``"max"``, and the arguments that pass ``Partial("max")`` through.
         redistribute: arguments that DTensor may bring to the nearest admitted placements.
@@ -67,6 +70,7 @@ class Rule:
 
     lines: tuple[Notation, ...]
     tensors: tuple[str, ...]
+    results: tuple[str, ...]
     linear: tuple[tuple[str, ...], ...] = ()
     preserves: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     redistribute: frozenset[str] = frozenset()
@@ -77,10 +81,17 @@ class Rule:
     def placements(self, line: Notation | None = None) -> PlacementTable:
         """Every admitted choice for one mesh axis, under ``line`` (default: the first)."""
         line = line or self.lines[0]
-        rules = [_replicated(line), *(_sharded(line, factor) for factor in line.shardable)]
+        rules = [_replicated(line), *(self.sharded(line, factor) for factor in line.shardable)]
         rules += [self._through(line, names, reduction, verb) for names, reduction, verb in self._pass_through(line)]
         unique = {rule.inputs: rule for rule in reversed(rules)}
-        return PlacementTable([r for r in rules if unique[r.inputs] is r], line, self.tensors)
+        return PlacementTable([r for r in rules if unique[r.inputs] is r], line, self.tensors, self.results)
+
+    def sharded(self, line: Notation, factor: str) -> AxisRule:
+        """The choice that cuts ``factor`` wherever ``line`` has it."""
+        outputs = tuple(_place(pattern, factor, Partial(pattern.reduction)) for pattern in line.outputs)
+        term = Partial() if Partial() in outputs else Replicate()
+        inputs = tuple(_place(pattern, factor, term if pattern.additive else Replicate()) for pattern in line.inputs)
+        return AxisRule(factor, inputs, outputs, factor)
 
     def _pass_through(self, line: Notation) -> list[tuple[tuple[str, ...], str, str]]:
         """Which arguments pass which reduction through to the outputs."""
@@ -103,6 +114,7 @@ class Rule:
 def make_rule(
     lines: Sequence[str],
     tensors: Sequence[str],
+    results: Sequence[str] | None = None,
     *,
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
@@ -110,9 +122,14 @@ def make_rule(
 ) -> Rule:
     """Parse and check a rule.
 
+    Args:
+        lines: as written.
+        tensors, results: names of the tensor arguments and of the results; by default ``out0``, ``out1``, ...
+        linear, preserves, redistribute: see :func:`moesaic.sharding_rule`.
+
     Raises:
         NotationError: a line does not parse.
-        ValueError: a line has not one pattern for each tensor argument, or a name is not one of them.
+        ValueError: a line has not one pattern for each tensor argument and result, or a name is not an argument's.
     """
     parsed = tuple(parse(line) for line in lines)
     if not parsed:
@@ -126,6 +143,10 @@ def make_rule(
             )
         if len(line.outputs) != len(parsed[0].outputs):
             raise ValueError(f"rule '{line}' has another number of outputs than '{parsed[0]}'")
+    num_outputs = len(parsed[0].outputs)
+    results = [f"out{i}" for i in range(num_outputs)] if results is None else results
+    if len(results) != num_outputs:
+        raise ValueError(f"rule '{parsed[0]}' has {num_outputs} outputs, the operator returns {len(results)}")
     preserves = preserves or {}
     if isinstance(redistribute, bool):
         redistribute = tensors if redistribute else ()
@@ -141,7 +162,7 @@ def make_rule(
     for name in (*chain.from_iterable(chain(linear, *(names for _, names in preserved))), *redistribute):
         if name not in tensors:
             raise ValueError(f"'{name}' is not a tensor argument of the operator: {', '.join(tensors)}")
-    return Rule(parsed, tuple(tensors), linear, preserved, frozenset(redistribute))
+    return Rule(parsed, tuple(tensors), tuple(results), linear, preserved, frozenset(redistribute))
 
 
 def short(placement: Placement) -> str:
@@ -164,13 +185,6 @@ def _joint(names: Sequence[Joint]) -> tuple[tuple[str, ...], ...]:
 
 def _replicated(line: Notation) -> AxisRule:
     return AxisRule("replicate", (Replicate(),) * len(line.inputs), (Replicate(),) * len(line.outputs))
-
-
-def _sharded(line: Notation, factor: str) -> AxisRule:
-    outputs = tuple(_place(pattern, factor, Partial(pattern.reduction)) for pattern in line.outputs)
-    term = Partial() if Partial() in outputs else Replicate()
-    inputs = tuple(_place(pattern, factor, term if pattern.additive else Replicate()) for pattern in line.inputs)
-    return AxisRule(factor, inputs, outputs, factor)
 
 
 def _place(pattern: Pattern, factor: str, otherwise: Placement) -> Placement:

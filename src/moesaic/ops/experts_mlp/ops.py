@@ -23,7 +23,7 @@ from moesaic.ops.layout import empty_gradient, lying_as
 OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
 torch.library.define(
     "moesaic::experts_mlp",
-    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> (Tensor, Tensor, Tensor)",
+    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> (Tensor z, Tensor h1, Tensor h3)",
 )
 torch.library.define(
     "moesaic::experts_mlp_inference",
@@ -32,7 +32,8 @@ torch.library.define(
 torch.library.define(
     "moesaic::experts_mlp_backward",
     f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, str? impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor grad_x, Tensor grad_weights, Tensor grad_w1, Tensor grad_w3, Tensor grad_w2, Tensor grad_b1, "
+    "Tensor grad_b3)",
 )
 
 
