@@ -1,52 +1,175 @@
-"""Documents say what is so: links lead somewhere, and flags that they name exist."""
+"""Documents say what is so: links lead somewhere; commands, flags, files and names exist; numbers agree."""
 
+import ast
+import contextlib
 import dataclasses
+import functools
+import importlib
+import io
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from moesaic.cli import COMMANDS, main
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+# How code names files: from the root of the repository, or from that of the package.
+FILE = re.compile(
+    r"(?:src|docs|tests|benchmarks|examples|csrc|ops|sharding|layers|parallel|checkpoint|train)/[\w./-]*\w"
+)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-@each_document
-def test_relative_links_lead_to_files(document):
-    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
-    relative = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
-    assert [link for link in relative if not (document.parent / link).exists()] == []
+def fenced(text: str) -> list[tuple[str, str]]:
+    """Language and text of every block of code."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def spans(text: str) -> list[str]:
+    """Code within lines."""
+    return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose(text))]
+
+
+def command_lines(text: str) -> list[str]:
+    """Lines of shell blocks and code within lines, without comments, long lines in one piece."""
+    blocks = "\n".join(code for language, code in fenced(text) if not language.startswith("python"))
+    lines = [*blocks.replace("\\\n", " ").splitlines(), *spans(text)]
+    return [re.sub(r"(^|\s)#.*", "", line) for line in lines]
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+@functools.cache
+def flags_of(command: str) -> set[str]:
+    """What a command's --help names."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            status = main([command, "--help"])
+        except SystemExit as leaving:
+            status = leaving.code
+    assert status == 0
+    return flags_in(printed.getvalue())
 
 
 @each_document
-def test_flags_of_the_programs_exist(document):
-    from moesaic.integrations.transformers.command import ConvertOptions, UpcycleOptions
-    from moesaic.train.config import TrainConfig
-
-    options = (TrainConfig, ConvertOptions, UpcycleOptions)
-    fields = (field for option in options for field in dataclasses.fields(option))
-    known = {"--" + field.name.replace("_", "-") for field in fields} | {"--help"}
-    text = document.read_text().replace("\\\n", " ")
-    commands = re.findall(r"moesaic train\b([^\n`]*)|ARGS='([^']*)'|LAYOUT=[\"']([^\"']*)", text)
-    named = {flag for parts in commands for flag in re.findall(r"--[a-z][a-z-]*", " ".join(parts))}
-    # A flag in a table or in running text; those of other programs stand there with their program's name.
-    named |= set(re.findall(r"`(--[a-z][a-z-]*)(?: [^`]*)?`", text)) - FLAGS_OF_OTHERS
-    assert {flag.replace("--no-", "--", 1) for flag in named} - known == set()
+def test_links_lead_to_files_and_headings(document):
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+            dead.append(link)
+    assert dead == []
 
 
-FLAGS_OF_OTHERS = {"--nnodes", "--rdzv-id", "--signal"}
+def anchors(document: Path) -> set[str]:
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-RULES = ROOT / "docs" / "sharding_rules.md"
+@each_document
+def test_commands_and_their_flags_exist(document):
+    wrong = []
+    for line in command_lines(document.read_text()):
+        for command, rest in re.findall(r"(?:^|[\s;])(?:-m )?moesaic ([a-z]+)\b(.*)", line):
+            if command not in COMMANDS or not flags_in(rest) <= flags_of(command):
+                wrong.append(line)
+        for arguments in re.findall(r"(?:ARGS|LAYOUT)=([\"'])(.*?)\1", line):
+            if not flags_in(arguments[1]) <= flags_of("train"):
+                wrong.append(line)
+    assert wrong == []
 
 
-def test_the_tutorial_runs(fresh_python, tmp_path):
-    script = tmp_path / "tutorial.py"
-    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", RULES.read_text(), re.DOTALL)))
-    printed = fresh_python(script).stdout
-    assert "proof of mylib::linear" in printed
-    assert "nothing wrong, nothing missing" in printed
+@each_document
+def test_flags_in_running_text_exist(document):
+    known = set.union(*map(flags_of, COMMANDS), *map(flags_in, map(Path.read_text, BENCHMARKS)), OTHERS)
+    known |= {"--" + name.replace("_", "-") for path in BENCHMARKS for name in fields(path)}
+    assert {flag for span in spans(document.read_text()) for flag in flags_in(span)} - known == set()
+
+
+BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
+# Of torchrun, sbatch and pip.
+OTHERS = {"--nnodes", "--rdzv-id", "--signal", "--standalone", "--nproc-per-node", "--help", "--pid"}
+
+
+def fields(script: Path) -> set[str]:
+    """Fields of the dataclasses of a script, which are its options."""
+    classes = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ClassDef)]
+    return {node.target.id for c in classes for node in c.body if isinstance(node, ast.AnnAssign)}
+
+
+@each_document
+def test_targets_and_variables_of_make_exist(document):
+    makefile = (ROOT / "Makefile").read_text()
+    wrong = []
+    for line in command_lines(document.read_text()):
+        for words in re.findall(r"^make ([^&|]*)", line):
+            for word in re.sub(r"([\"']).*?\1", "", words).split():
+                name, equals, _ = word.partition("=")
+                found = re.search(rf"^{name}\b *\?=" if equals else rf"^{name}:", makefile, re.MULTILINE)
+                wrong += [] if found else [line]
+    assert wrong == []
+
+
+@each_document
+def test_files_and_modules_exist(document):
+    package = ROOT / "src" / "moesaic"
+    text = document.read_text()
+    words = [word for line in command_lines(text) for word in line.split()]
+    paths = [word.partition("::")[0] for word in words if FILE.fullmatch(word.partition("::")[0])]
+    assert [path for path in paths if not any((folder / path).exists() for folder in (ROOT, package))] == []
+    modules = [word for word in words if re.fullmatch(r"benchmarks(\.\w+)+", word)]
+    places = [ROOT / module.replace(".", "/") for module in modules]
+    assert [str(place) for place in places if not (place.with_suffix(".py").exists() or place.is_dir())] == []
+
+
+@each_document
+def test_names_of_the_package_exist(document):
+    import moesaic
+
+    missing = []
+    for span in spans(document.read_text()):
+        for name in re.findall(r"^moesaic((?:\.(?!sbatch)\w+)+)", span):
+            found = moesaic
+            for part in name.split(".")[1:]:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(f"{found.__name__}.{part}")
+                missing += [] if hasattr(found, part) else [span]
+                found = getattr(found, part, moesaic)
+    assert missing == []
+
+
+@each_document
+def test_variables_and_extras_exist(document):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = document.read_text()
+    named = {extra for group in re.findall(r"(?:moesaic|\.)\[([\w,]+)\]", text) for extra in group.split(",")}
+    assert named - extras.keys() == set()
+    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("csrc/*pp"), ROOT / "csrc" / "CMakeLists.txt", ROOT / "Makefile"]
+    read = "\n".join(source.read_text() for source in sources) + "\n".join(path.read_text() for path in BENCHMARKS)
+    assert {name for name in re.findall(r"\bMOESAIC_[A-Z_]+", text) if name not in read} == set()
+
+
+@each_document
+def test_python_and_shell_blocks_parse(document):
+    for language, code in fenced(document.read_text()):
+        if language.startswith("python"):
+            # A decorator alone is a fragment that shows a rule.
+            ast.parse(code if not re.fullmatch(r"@.*\n", code) else code + "def f(): ...")
+        elif language == "bash":
+            subprocess.run(["bash", "-n"], input=code, text=True, check=True)
 
 
 def test_the_plan_of_the_experts_is_read_from_the_rules():
@@ -66,7 +189,60 @@ def test_the_tables_are_those_of_the_rules():
 
     from moesaic.sharding import rule_of
 
+    document = (ROOT / "docs" / "sharding_rules.md").read_text()
     rule = rule_of(torch.ops.moesaic.grouped_mm)
     tables = "\n\n".join(str(rule.placements(line)) for line in rule.lines)
-    assert f"```\n{tables}\n```" in RULES.read_text()
-    assert f"`{rule_of(torch.ops.moesaic.grouped_mm_weight_grad).lines[1]}`" in RULES.read_text()
+    assert f"```\n{tables}\n```" in document
+    assert f"`{rule_of(torch.ops.moesaic.grouped_mm_weight_grad).lines[1]}`" in document
+
+
+def test_layouts_that_are_advised_are_legal():
+    from moesaic.parallel.mesh import resolve_layout
+
+    table = re.findall(
+        r"^\| (\d+) × (\d+) \|.*?`(.*?)`(.*)", (ROOT / "docs" / "multi_node.md").read_text(), re.MULTILINE
+    )
+    assert len(table) >= 5
+    for machines, gpus, flags, note in table:
+        sizes = {name.replace("-", "_"): int(size) for name, size in re.findall(r"--([a-z-]+) (\d+)", flags)}
+        layout = resolve_layout(int(machines) * int(gpus), **sizes)
+        assert [int(edp) for edp in re.findall(r"edp (\d+)", note)] in ([], [layout.edp])
+
+
+def test_defaults_in_tables_are_those_of_the_program():
+    from moesaic.train.config import TrainConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    table = re.findall(r"^\| `--([a-z-]+)` \| (\d+) \|", (ROOT / "docs" / "multi_node.md").read_text(), re.MULTILINE)
+    assert len(table) >= 4
+    assert [name for name, value in table if defaults[name.replace("-", "_")] != int(value)] == []
+
+
+def test_the_run_folder_is_described():
+    from moesaic.train import folder
+
+    [line] = re.findall(r"^In the run folder: (.*)$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    names = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
+    assert {name.strip("`/.") for name in re.findall(r"`.*?`", line)} == {name.strip("`/.") for name in names}
+
+
+def test_the_readme_says_what_the_program_prints():
+    readme, log = (ROOT / "README.md").read_text(), (ROOT / "docs" / "training.md").read_text()
+    [bigram, ours] = re.findall(r"bigram bytes ([\d.]+) +this model ([\d.]+)", log)[0]
+    assert f"({float(ours):.2f}; a bigram model has {float(bigram):.2f})" in readme
+    [millions] = re.findall(r"^([\d.]+) M parameters on 4 cpu processes", log, re.MULTILINE)
+    assert f"{float(millions):.0f} M parameter" in readme
+
+
+def test_the_number_of_families_is_that_of_the_table():
+    words = {13: "thirteen", 14: "fourteen", 15: "fifteen", 16: "sixteen", 17: "seventeen", 18: "eighteen"}
+    rows = re.findall(r"^\| [^|]+ \| `\w+` \|(.*)\|$", (ROOT / "docs" / "transformers.md").read_text(), re.MULTILINE)
+    readme, changes = (ROOT / "README.md").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    depths = [
+        sum(not cell.strip().startswith("no:") for cell in column)
+        for column in zip(*(r.split("|") for r in rows), strict=True)
+    ]
+    assert f"[{words[len(rows)].capitalize()} model families" in readme
+    assert f"transformers models of {words[depths[2]]} families" in readme
+    assert f"MoE blocks of {words[depths[1]]} families" in changes
+    assert f"whole models of {words[depths[2]]} families" in changes

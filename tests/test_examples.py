@@ -1,4 +1,4 @@
-"""Every example runs, and so do those of the README."""
+"""Every example runs, and so does the Python of the README and of the documents."""
 
 import os
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.cli import main
+from moesaic.train.tokenizer import train_bpe
+from tests.integrations.families import make_model
 
 ROOT = Path(__file__).parents[1]
 # A gloo thread that comes too late when Python ends, on a busy machine; after the script did all it does
@@ -43,7 +45,16 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
 
-LAYER, OPERATOR = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_of(page: str) -> list[str]:
+    """The blocks of a page, each with its lines where they are in the page. Those marked as fragments are left out."""
+    text = (ROOT / page).read_text()
+    blocks = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in blocks]
+
+
+LAYER, OPERATOR = python_of("README.md")
+ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md"]
+ALONE = ["docs/training.md"]
 
 
 def test_readme_trains_a_layer_on_ranks(tmp_path):
@@ -61,3 +72,47 @@ def test_readme_proves_an_operator(tmp_path, monkeypatch, capsys):
     # Fewer ranks than by default, to save time.
     assert main([*command.split(), "--axes", "2", "--meshes"]) == 0
     assert "nothing wrong, nothing missing" in capsys.readouterr().out
+
+
+def test_the_tutorial_runs(fresh_python, tmp_path):
+    script = tmp_path / "tutorial.py"
+    script.write_text("".join(python_of("docs/sharding_rules.md")))
+    printed = fresh_python(script).stdout
+    assert "proof of mylib::linear" in printed
+    assert "nothing wrong, nothing missing" in printed
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with the models that the pages name."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_bpe(["to be or not to be"], 257)
+    for path in ("path/to/model", "runs/adapted/export"):
+        make_model("Qwen3-MoE").save_pretrained(folder / path)
+        tokenizer.save_pretrained(folder / path)
+    return folder
+
+
+def run_pages(folder, pages):
+    os.chdir(folder)
+    for page in pages:
+        names = {"__name__": page}
+        for block in python_of(page):
+            exec(compile(block, ROOT / page, "exec"), names)
+
+
+def test_pages_run_on_ranks(ranks, models):
+    ranks(run_pages, 4, models, ON_RANKS)
+    assert (models / "out" / "model.safetensors.index.json").is_file()
+
+
+def test_pages_run_alone(models, monkeypatch):
+    monkeypatch.chdir(models)
+    run_pages(models, ALONE)
+    assert (models / "adapted-bf16" / "tokenizer.json").is_file()
+
+
+def test_no_page_is_forgotten():
+    run_elsewhere = ["README.md", "docs/sharding_rules.md"]
+    pages = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+    assert {page for page in pages if python_of(page)} == {*run_elsewhere, *ON_RANKS, *ALONE}
