@@ -2,7 +2,7 @@
 
 from moesaic.ops.debug import debug_checks
 from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, experts_mlp, gated
-from moesaic.ops.grouped_mm import Implementation, accumulate_weight_grad, grouped_mm
+from moesaic.ops.grouped_mm import Implementation, accumulate_weight_grad, grouped_mm, grouped_mm_weight_grad
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "experts_mlp",
     "gated",
     "grouped_mm",
+    "grouped_mm_weight_grad",
     "permute",
     "sort_by_expert",
 ]

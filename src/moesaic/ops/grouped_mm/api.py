@@ -68,19 +68,26 @@ def grouped_mm(
     """
     refuse_forward_ad("grouped_mm", x, w)
     x, w = autocast(x, w)
-    _check_dtypes(x, w, group_sizes, out_dtype)
+    check_dtypes(x, w, group_sizes)
+    _check_out_dtype(x, out_dtype)
     check_shapes(x, w, group_sizes)
     check_name(impl, IMPLEMENTATIONS)
     return grouped_mm_op(x, w, group_sizes, impl, out_dtype)
 
 
-def _check_dtypes(x: Tensor, w: Tensor, group_sizes: Tensor, out_dtype: torch.dtype | None) -> None:
+def check_dtypes(x: Tensor, other: Tensor, group_sizes: Tensor, name: str = "w") -> None:
+    """Raise ``TypeError`` unless operands have one dtype that is supported; ``name`` is that of ``other``."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {FLOATS}")
-    if w.dtype != x.dtype:
-        raise TypeError(f"w: dtype {w.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast")
+    if other.dtype != x.dtype:
+        raise TypeError(
+            f"{name}: dtype {other.dtype} differs from x's {x.dtype}; cast one of them, or use torch.autocast"
+        )
     if group_sizes.dtype not in INDICES:
         raise TypeError(f"group_sizes: dtype {group_sizes.dtype} is not supported; use int32 or int64")
+
+
+def _check_out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and out_dtype not in (x.dtype, torch.float32):
         raise TypeError(f"out_dtype: got {out_dtype}; it can be {x.dtype} (that of x) or torch.float32")
     if out_dtype == torch.float32 and x.dtype == torch.float64:
