@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+from moesaic.ops.native import DTYPES, Kernels, kernels
+from moesaic.ops.processor import INSTRUCTION_SETS, cpuinfo
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,7 @@ def measure(shape: Shape, dtype: torch.dtype, layout: str, machine: Machine, rou
 
 
 def processor() -> dict[str, str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
-    known = {key.strip(): value.strip() for key, value in found.items()}
+    known = cpuinfo()
     return {"vendor": known.get("vendor_id", "unknown"), "model": known.get("model name", platform.processor())}
 
 

@@ -5,11 +5,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from moesaic.ops import native
-from moesaic.ops.native import DTYPES, INSTRUCTION_SETS, Kernels, kernels
+from moesaic.ops.native import DTYPES, Kernels, kernels
+from moesaic.ops.processor import INSTRUCTION_SETS, processor
 from tests.ops import strategies
 
 _LOADED = kernels()
-HERE = INSTRUCTION_SETS[1 : _LOADED.library.moesaic_cpu_isa() + 1] if isinstance(_LOADED, Kernels) else ()
+HERE = INSTRUCTION_SETS[1 : INSTRUCTION_SETS.index(processor().best) + 1] if isinstance(_LOADED, Kernels) else ()
 
 # For tests that run every implementation: its name where the kernels are.
 CPU = ("cpu",) if HERE else ()

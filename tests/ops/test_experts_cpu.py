@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from moesaic.ops import ACTIVATIONS, experts_mlp, gated, native, pool
+from moesaic.ops import ACTIVATIONS, experts_mlp, gated, implementations, native, pool
 from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.problem import Problem
-from tests.ops.cpu_isa import HERE, each_isa, needs_kernels, same_for_all_examples, use
+from moesaic.ops.processor import Processor
+from tests.ops.cpu_isa import each_isa, needs_kernels, same_for_all_examples, use
 from tests.ops.experts_oracle import any_experts, cast, check, experts, run
 
 pytestmark = needs_kernels
@@ -160,19 +161,16 @@ def test_memory_comes_back_to_the_pool(dtype):
     assert pool.state().lent == lent
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_auto_takes_the_kernels_where_they_were_measured(monkeypatch, amx):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+def test_the_default_depends_on_the_rows_of_an_expert(monkeypatch):
+    monkeypatch.setattr(implementations, "processor", lambda: Processor("Intel", True, "avx512_bf16", "avx512_bf16"))
 
     def fastest(dtype, tokens=2):
         p = experts(tokens, 1, 1, 3, 4, dtype)
         problem = Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu")
         return module_for("experts_mlp", None, problem)
 
-    kernels = cpu if HERE[-1] == "avx512_bf16" else torch_impl
-    assert fastest(torch.float32) is fastest(torch.float32, 17) is fastest(torch.bfloat16, 16) is kernels
-    assert fastest(torch.bfloat16, 17) is (torch_impl if amx else kernels)
-    assert fastest(torch.float64) is torch_impl
+    assert fastest(torch.float32, 17) is fastest(torch.bfloat16, 16) is cpu
+    assert fastest(torch.bfloat16, 17) is fastest(torch.float64) is torch_impl
 
 
 def test_what_it_refuses(monkeypatch):

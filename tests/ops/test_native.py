@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from moesaic.ops import native
-from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
+from moesaic.ops import library
+from moesaic.ops.native import Kernels, kernels
+from moesaic.ops.processor import INSTRUCTION_SETS, processor
 
 needs_kernels = pytest.mark.skipif(not isinstance(kernels(), Kernels), reason=f"no CPU kernels: {kernels()}")
 
@@ -23,8 +24,7 @@ def test_the_kernels_are_here_where_they_are_insisted_on():
 
 @needs_kernels
 def test_info_names_the_instruction_set(fresh_python, monkeypatch):
-    best = kernels().library.moesaic_cpu_isa()
-    for name in INSTRUCTION_SETS[1 : best + 1]:
+    for name in INSTRUCTION_SETS[1 : INSTRUCTION_SETS.index(processor().best) + 1]:
         monkeypatch.setenv("MOESAIC_CPU_ISA", name)
         assert f"CPU kernels: {name}\n" in fresh_python(_INFO).stdout
 
@@ -40,17 +40,17 @@ def test_info_says_why_there_are_no_kernels(fresh_python, monkeypatch):
 def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("MOESAIC_CPU_ISA", "sse2")
     with pytest.raises(ValueError, match=r"MOESAIC_CPU_ISA: got 'sse2'; choose one of \('none', 'avx2'"):
-        kernels.__wrapped__()
+        processor.__wrapped__()
 
 
 def test_a_library_that_was_not_built(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "libmoesaic_cpu.so")
+    monkeypatch.setattr(library, "PATH", tmp_path / "libmoesaic_cpu.so")
     assert "they were not built" in kernels.__wrapped__()
 
 
 @needs_kernels
 def test_a_library_of_other_sources(monkeypatch):
-    monkeypatch.setattr(native, "_ABI", -1)
+    monkeypatch.setattr(library, "ABI", -1)
     assert "was built from other sources" in kernels.__wrapped__()
 
 
@@ -68,9 +68,7 @@ def test_one_openmp_for_torch_and_the_kernels(fresh_python):
 @needs_kernels
 @pytest.mark.skipif(not shutil.which("nm"), reason="reads symbols")
 def test_only_the_c_interface_is_exported():
-    listed = subprocess.run(
-        ["nm", "-DC", "--defined-only", native._LIBRARY], capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["nm", "-DC", "--defined-only", library.PATH], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     ours = {name for name in names if "moesaic" in name}
     assert "moesaic_cpu_grouped_mm" in ours

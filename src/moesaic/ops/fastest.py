@@ -1,20 +1,17 @@
-"""What ``impl=None`` goes by: where the CPU kernels are the fastest, and on CUDA what is, by operator and shape class.
+"""What ``impl=None`` goes by: which implementation was measured to be the fastest, where.
 
-**CUDA awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter, and were timed on
-none. Until ``benchmarks/gpu`` has run on one, it is ``"torch"`` there. An entry changes together with the file of
-``benchmarks/results/`` that justifies it.
+An entry changes together with the numbers that justify it, and a kind of processor or GPU that nobody has measured
+gets ``"torch"``. **CUDA awaits measurement**: the Triton kernels are compiled for GPUs and checked in an interpreter,
+and were timed on none. ``benchmarks/fastest_cpu.py`` and ``benchmarks/gpu`` measure.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moesaic.ops.native import INSTRUCTION_SETS, Kernels, kernels
-
-# On processors without AVX-512 and its bf16 instructions the kernels run when they are named, but nobody has measured
-# whether torch's own products are faster there.
-_MEASURED = INSTRUCTION_SETS.index("avx512_bf16")
+from moesaic.ops.processor import Processor
 
 # Largest average of rows a group.
 _FEW, _SOME = 16, 64
@@ -36,21 +33,87 @@ class Call(NamedTuple):
     num_groups: int
 
 
+class Measured(NamedTuple):
+    """Where an implementation is the fastest. What is None makes no difference.
+
+    Attributes:
+        fastest: the implementation.
+        kind: an instruction set of the CPU kernels, or a type of device.
+        numbers: the file of ``benchmarks/results/`` that shows it, or the reason why it must be so.
+        vendor, has_amx: of the processor.
+        dtypes, operators, shapes: of the call.
+    """
+
+    fastest: str
+    kind: str
+    numbers: str
+    vendor: str | None = None
+    has_amx: bool | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    operators: tuple[str, ...] | None = None
+    shapes: tuple[str, ...] | None = None
+
+
+_WITHOUT_GRADIENT = ("grouped_mm", "experts_mlp_inference")
+
+# The first one that fits counts.
+MEASURED = (
+    Measured(
+        "cpu",
+        "avx512_bf16",
+        "torch's products cannot add to what is wider than they are, so AMX is of no use there",
+        dtypes=(torch.bfloat16,),
+        operators=("grouped_mm_accumulate_weight_grad",),
+    ),
+    # Where there is AMX, torch's bf16 products run on its tiles and the kernels do not.
+    Measured(
+        "torch",
+        "avx512_bf16",
+        "fastest_cpu_xeon_1thread.json",
+        has_amx=True,
+        dtypes=(torch.bfloat16,),
+        shapes=("some", "many"),
+    ),
+    Measured("cpu", "avx512_bf16", "experts_cpu_zen5_1thread.json"),
+    # On these the kernels train 1.3 to 3.7 times (fp32) and 2.6 to 4.7 times (bf16) as fast as torch's products.
+    Measured(
+        "torch",
+        "avx512",
+        "docs/benchmarks.md, processors with AVX-512 and no bf16 instructions",
+        vendor="Intel",
+        dtypes=(torch.float32,),
+        operators=_WITHOUT_GRADIENT,
+        shapes=("many",),
+    ),
+    Measured("cpu", "avx512", "docs/benchmarks.md, processors with AVX-512 and no bf16 instructions", vendor="Intel"),
+)
+
+
 def shape_class(num_rows: int, num_groups: int) -> str:
     """By the average number of rows a group, for on CUDA the numbers themselves are never read to the host."""
     average = num_rows / max(num_groups, 1)
     return "few" if average <= _FEW else "some" if average <= _SOME else "many"
 
 
-def fastest(call: Call) -> tuple[str, ...]:
+def fastest(call: Call, machine: Processor) -> tuple[str, ...]:
     """The names of implementations, the fastest first. The last one takes everything."""
-    x = call.operands[0]
-    if x.device.type != "cpu" or not isinstance(loaded := kernels(), Kernels) or loaded.isa < _MEASURED:
-        return ("torch",)
-    # Where there is AMX, torch's bf16 products run on its tiles and the kernels do not: they are the faster ones for
-    # few rows a group alone (benchmarks/results/fastest_cpu_xeon_1thread.json). Torch's products cannot add to what is
-    # wider than they are, so AMX is of no use there.
-    on_tiles = x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    if on_tiles and call.operator != "grouped_mm_accumulate_weight_grad":
-        return ("cpu", "torch") if shape_class(call.num_rows, call.num_groups) == "few" else ("torch",)
-    return ("cpu", "torch")
+    x, shape = call.operands[0], shape_class(call.num_rows, call.num_groups)
+    return _fastest(call.operator, x.device.type, x.dtype, shape, machine)
+
+
+@functools.cache
+def _fastest(operator: str, device: str, dtype: torch.dtype, shape: str, machine: Processor) -> tuple[str, ...]:
+    # Kernels for less than the processor has were compared with torch's products on others.
+    on_cpu = machine.kernels if machine.kernels == machine.best else "none"
+    kind = on_cpu if device == "cpu" else device
+    found = [
+        entry.fastest
+        for entry in MEASURED
+        if kind == entry.kind
+        and entry.vendor in (None, machine.vendor)
+        and entry.has_amx in (None, machine.has_amx)
+        and (entry.dtypes is None or dtype in entry.dtypes)
+        and (entry.operators is None or operator in entry.operators)
+        and (entry.shapes is None or shape in entry.shapes)
+    ]
+    return (*found, "torch")

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from moesaic.ops.fastest import Call, fastest
+from moesaic.ops.processor import Processor, processor
 
 
 class Row(NamedTuple):
@@ -29,15 +30,22 @@ def check_name(impl: str | None, table: Mapping[str, Row]) -> None:
         raise ValueError(f"impl: unknown implementation {impl!r}; choose one of {sorted(table)} or None")
 
 
-def choose(table: Mapping[str, Row], impl: str | None, call: Call) -> ModuleType:
+def choose(table: Mapping[str, Row], impl: str | None, call: Call, machine: Processor | None = None) -> ModuleType:
     """The module of the implementation called ``impl``; for None, of the fastest that does not refuse.
+
+    Args:
+        table: an operator's implementations by name.
+        impl: a name, or None.
+        call: what is computed.
+        machine: what the fastest is the fastest on; this one's processor if None.
 
     Raises:
         ValueError: there is none of this name.
         ValueError, TypeError, RuntimeError: it refuses the operands.
     """
     if impl is None:
-        return next(table[name].module for name in fastest(call) if table[name].refuses(*call.operands) is None)
+        names = fastest(call, machine or processor())
+        return next(table[name].module for name in names if table[name].refuses(*call.operands) is None)
     check_name(impl, table)
     refusal = table[impl].refuses(*call.operands)
     if refusal is not None:

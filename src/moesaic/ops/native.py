@@ -1,23 +1,16 @@
-"""The CPU kernels: loads the library built from ``csrc/``, and says which instruction set it runs on.
-
-``MOESAIC_CPU_ISA`` (``avx2``, ``avx512``, ``avx512_bf16``) names an instruction set below the best one, or ``none`` to
-do without the kernels. It is read when the library is loaded.
-"""
+"""The C interface of the CPU kernels: the library built from ``csrc/``, its records and its functions."""
 
 import ctypes
 import functools
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The order is that of `enum moesaic_isa`.
-INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
+from moesaic.ops.library import load
+from moesaic.ops.processor import INSTRUCTION_SETS, processor
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_LIBRARY = Path(__file__).with_name("libmoesaic_cpu.so")
-_ABI = 5
 OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
 
 
@@ -91,20 +84,15 @@ def kernels() -> Kernels | str:
     Raises:
         ValueError: ``MOESAIC_CPU_ISA`` names none, or one that this machine does not have.
     """
-    if not _LIBRARY.exists():
-        return "they were not built: install a C++17 compiler with OpenMP, then moesaic again"
-    library = _declare(ctypes.CDLL(str(_LIBRARY)))  # torch, with the OpenMP that both use, is loaded by now
-    if library.moesaic_cpu_abi() != _ABI:
-        return f"{_LIBRARY} was built from other sources; install moesaic again"
-    best = library.moesaic_cpu_isa()
-    if best == 0:
-        return "this processor has neither AVX-512 nor AVX2"
-    wanted = os.environ.get("MOESAIC_CPU_ISA", INSTRUCTION_SETS[best])
-    if wanted not in INSTRUCTION_SETS[: best + 1]:
-        raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {INSTRUCTION_SETS[: best + 1]}")
-    if wanted == "none":
+    library = load()
+    if isinstance(library, str):
+        return library
+    best, used = processor().best, processor().kernels
+    if best == "none":
+        return f"this processor has none of {', '.join(INSTRUCTION_SETS[1:])}"
+    if used == "none":
         return "MOESAIC_CPU_ISA is none"
-    return Kernels(library, INSTRUCTION_SETS.index(wanted))
+    return Kernels(_declare(library), INSTRUCTION_SETS.index(used))
 
 
 def refuses(x: Tensor, *others: Tensor) -> Exception | None:
@@ -144,8 +132,6 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     groups, routing, experts, grads = (ctypes.POINTER(t) for t in (Groups, Routing, Experts, ExpertsGrads))
     signatures = {
-        "moesaic_cpu_abi": (i32,),
-        "moesaic_cpu_isa": (i32,),
         "moesaic_cpu_grouped_mm": (i32, groups, Matrix, Matrix, i64, pointer, i64, i64, i32, i32, i32, i32),
         "moesaic_cpu_weight_grad": (i32, groups, Matrix, Matrix, pointer, i64, i64, i32, i32, i32, i32, i32),
         "moesaic_cpu_experts": (i32, routing, experts, Matrix, pointer, pointer, pointer, i32, i32),

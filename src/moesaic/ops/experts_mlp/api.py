@@ -72,9 +72,8 @@ def experts_mlp(
             With Megatron's ``main_grad`` give ``tuple(w.main_grad for w in (w1, w3, w2))``, and before each backward
             pass set ``w.grad_added_to_main_grad = True`` and ``w.grad = w.new_empty(1).expand_as(w)`` of each: its hook
             then adds nothing, and drops that stand-in. See "Main gradients" in ``docs/design.md``.
-        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
-            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
-            never falls back.
+        impl: one of :data:`moesaic.ops.Implementation`, which never falls back to another. ``None`` picks the fastest
+            that was measured.
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the

@@ -40,9 +40,8 @@ def grouped_mm(
         w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``.
         group_sizes: how many rows each group has (counts, not offsets), int32 or int64, on the device of ``x``.
             On CUDA the values are never read to the host; :func:`moesaic.debug_checks` checks them.
-        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
-            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
-            never falls back.
+        impl: one of :data:`moesaic.ops.Implementation`, which never falls back to another. ``None`` picks the fastest
+            that was measured.
         out_dtype: dtype of the result: that of ``x``, or ``torch.float32`` for half-precision operands.
 
     Returns:

@@ -19,7 +19,7 @@ from moesaic.ops.grouped_mm.impl import triton as triton_impl
 from moesaic.ops.implementations import Row, choose, takes_all
 from moesaic.ops.triton import available
 
-# Every operator has these.
+# Every operator has these. What an argument `impl` can be, beside None.
 Implementation = Literal["reference", "torch", "cpu", "triton"]
 
 IMPLEMENTATIONS: dict[str, Row] = {

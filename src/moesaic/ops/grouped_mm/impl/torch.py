@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moesaic.ops.grouped_mm import tiled
 from moesaic.ops.grouped_mm.groups import accumulation_dtype, are_shared, iterate_groups, padding_rows
+from moesaic.ops.processor import has_amx
 
 # Limits of torch._grouped_mm's CUDA kernel.
 _MAX_GROUPS = 1023
@@ -43,7 +44,7 @@ def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torc
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
     has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]
-    if has_gaps and x_RK.dtype.itemsize == 2 and torch.cpu._is_amx_tile_supported():
+    if has_gaps and x_RK.dtype.itemsize == 2 and has_amx():
         # AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717).
         x_RK = x_RK.contiguous()
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])

@@ -1,0 +1,69 @@
+"""What is known of this machine's processor. Nothing else asks for it, and only this names instruction sets.
+
+``MOESAIC_CPU_ISA`` names an instruction set below the best one for the CPU kernels, or ``none`` to do without them. It
+is read once, when the processor is first asked for.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moesaic.ops import library
+
+# What the CPU kernels have code for, from worst to best. The order is that of `enum moesaic_isa`.
+INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
+
+_VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
+
+
+class Processor(NamedTuple):
+    """A kind of processor.
+
+    Attributes:
+        vendor: ``"Intel"``, ``"AMD"``, or whatever else it says; empty where it says nothing.
+        has_amx: whether torch's half-precision products run on AMX tiles.
+        best: the best instruction set that it and this build of the kernels have.
+        kernels: the one that the kernels use.
+    """
+
+    vendor: str
+    has_amx: bool
+    best: str
+    kernels: str
+
+
+@functools.cache
+def processor() -> Processor:
+    """This machine's.
+
+    Raises:
+        ValueError: ``MOESAIC_CPU_ISA`` names no instruction set, or one that is not here.
+    """
+    vendor = cpuinfo().get("vendor_id", "")
+    loaded = library.load()
+    if isinstance(loaded, str):
+        return Processor(_VENDORS.get(vendor, vendor), has_amx(), "none", "none")
+    here = INSTRUCTION_SETS[: loaded.moesaic_cpu_isa() + 1]
+    wanted = os.environ.get("MOESAIC_CPU_ISA", here[-1])
+    if wanted not in here:
+        raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {here}")
+    return Processor(_VENDORS.get(vendor, vendor), has_amx(), here[-1], wanted)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether torch's half-precision products run on AMX tiles."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}

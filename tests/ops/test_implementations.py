@@ -1,0 +1,100 @@
+"""The choice among an operator's implementations: what None is on each kind of processor, and what a name refuses."""
+
+from types import ModuleType
+from typing import get_args
+
+import pytest
+import torch
+
+from moesaic.ops import Implementation
+from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS as EXPERTS
+from moesaic.ops.fastest import MEASURED, Call
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS as GROUPED
+from moesaic.ops.implementations import Row, check_name, choose, takes_all
+from moesaic.ops.native import DTYPES
+from moesaic.ops.processor import INSTRUCTION_SETS, Processor
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+FEW, SOME, MANY = 16, 64, 65
+OPERATORS = (
+    "grouped_mm",
+    "grouped_mm_input_grad",
+    "grouped_mm_weight_grad",
+    "grouped_mm_accumulate_weight_grad",
+    "experts_mlp",
+    "experts_mlp_inference",
+    "experts_mlp_backward",
+    "experts_mlp_backward_into",
+)
+ADDING, WITHOUT_GRADIENT = {"grouped_mm_accumulate_weight_grad"}, {"grouped_mm", "experts_mlp_inference"}
+
+
+def _refuses(x, *others):
+    return None if x.dtype in DTYPES else TypeError("no kernels")
+
+
+TABLE = {name: Row(ModuleType(name), _refuses if name == "cpu" else takes_all) for name in get_args(Implementation)}
+
+
+def of(vendor: str, best: str, *, amx: bool = False, kernels: str | None = None) -> Processor:
+    return Processor(vendor, amx, best, kernels or best)
+
+
+# For a processor, when the kernels are the choice: of the operator, the dtype and the rows a group.
+KINDS = {
+    "Zen 5": (of("AMD", "avx512_bf16"), lambda operator, dtype, rows: True),
+    "Xeon with AMX": (
+        of("Intel", "avx512_bf16", amx=True),
+        lambda operator, dtype, rows: dtype == FP32 or rows == FEW or operator in ADDING,
+    ),
+    "Xeon without bf16": (
+        of("Intel", "avx512"),
+        lambda operator, dtype, rows: not (dtype == FP32 and rows == MANY and operator in WITHOUT_GRADIENT),
+    ),
+    "AMD without bf16": (of("AMD", "avx512"), lambda operator, dtype, rows: False),
+    "Zen 3": (of("AMD", "avx2"), lambda operator, dtype, rows: False),
+    "Intel with AVX2": (of("Intel", "avx2"), lambda operator, dtype, rows: False),
+    "Zen 5, less chosen": (of("AMD", "avx512_bf16", kernels="avx2"), lambda operator, dtype, rows: False),
+    "no kernels": (of("AMD", "none"), lambda operator, dtype, rows: False),
+}
+
+
+def chosen(machine: Processor, operator: str, dtype: torch.dtype, rows: int, device: str = "cpu") -> str:
+    x = torch.empty(0, dtype=dtype, device=device)
+    return choose(TABLE, None, Call(operator, (x,), 3 * rows, 3), machine).__name__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_none_is(kind):
+    machine, takes_kernels = KINDS[kind]
+    for operator in OPERATORS:
+        for rows in (FEW, SOME, MANY):
+            for dtype in (FP32, BF16):
+                expected = "cpu" if takes_kernels(operator, dtype, rows) else "torch"
+                assert chosen(machine, operator, dtype, rows) == expected, (operator, dtype, rows)
+            assert chosen(machine, operator, FP64, rows) == "torch"
+            assert chosen(machine, operator, BF16, rows, "meta") == "torch"
+
+
+def test_every_entry_is_of_something_that_there_is():
+    for entry in MEASURED:
+        assert entry.fastest in get_args(Implementation)
+        assert entry.kind in (*INSTRUCTION_SETS, "cuda")
+        assert set(entry.operators or ()) <= set(OPERATORS)
+        assert set(entry.shapes or ()) <= {"few", "some", "many"}
+    assert all(hasattr(torch.ops.moesaic, operator) for operator in OPERATORS)
+
+
+@pytest.mark.parametrize("table", [GROUPED, EXPERTS])
+def test_the_names_are_those_of_the_type(table):
+    assert tuple(table) == get_args(Implementation)
+
+
+def test_a_named_one_is_taken_or_says_why_not():
+    call = Call("grouped_mm", (torch.empty(0, dtype=FP64),), 1, 1)
+    assert choose(TABLE, "reference", call) is TABLE["reference"].module
+    with pytest.raises(TypeError, match="no kernels"):
+        choose(TABLE, "cpu", call)
+    for refuse in (lambda: choose(TABLE, "cuda", call), lambda: check_name("cuda", TABLE)):
+        with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of .* or None"):
+            refuse()
