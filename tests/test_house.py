@@ -131,3 +131,24 @@ def test_every_public_name_has_a_docstring():
         name for name in moesaic.__all__ if not (doc := getattr(moesaic, name).__doc__) or doc.startswith(f"{name}(")
     ]
     assert missing == []
+
+
+def _public_names(package: Path) -> list[str]:
+    for node in ast.parse((package / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def test_a_page_lists_all_public_names():
+    text = (ROOT / "docs" / "api.md").read_text()
+    _, *sections = re.split(r"^## `([\w.]+)`$", text, flags=re.MULTILINE)
+    listed = {
+        module: re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+        for module, section in zip(sections[::2], sections[1::2], strict=True)
+    }
+    source = ROOT / "src"
+    packages = [source / "moesaic", *(file.parent for file in (source / "moesaic").glob("*/__init__.py"))]
+    packages.append(source / "moesaic" / "integrations" / "transformers")
+    public = {".".join(package.relative_to(source).parts): _public_names(package) for package in packages}
+    assert listed == {module: names for module, names in public.items() if names}

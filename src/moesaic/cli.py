@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import moesaic
+
 
 @dataclass(frozen=True)
 class Command:
@@ -29,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if leader:
             print(_usage())
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        if leader:
+            print(f"moesaic {moesaic.__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         if leader:

@@ -6,9 +6,11 @@ Read `b` blocks, `c` rows a block, `g` groups a block, `r` rows, `t` tokens; the
 import torch
 
 import moesaic.ops  # noqa: F401 -- defines the operators
+from moesaic import on_demand
 from moesaic.sharding.register import sharding_rule
 
 _ops = torch.ops.moesaic
+on_demand.withdraw()
 
 # A flat group's first row depends on every group before it: rows and experts stay whole, the matrix dims do not.
 # In blocks raggedness lies inside a block, so blocks are a dim like any other: with experts of their own they are
