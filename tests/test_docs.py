@@ -196,6 +196,23 @@ def test_the_tables_are_those_of_the_rules():
     assert f"`{rule_of(torch.ops.moesaic.grouped_mm_weight_grad).lines[1]}`" in document
 
 
+def test_the_error_is_that_of_the_operator():
+    import torch
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    import moesaic
+    from moesaic.sharding.simulated import simulated_ranks
+
+    S, R = Shard, Replicate()
+    values = torch.randn(24, 5), torch.randn(8, 5, 7), torch.ones(4, 2, dtype=torch.int64)
+    with simulated_ranks(2, 2, names=("ep", "etp")) as ranks:
+        places = [S(0), R], [S(0), S(2)], [R, R]
+        operands = [distribute_tensor(t, ranks.mesh, p) for t, p in zip(values, places, strict=True)]
+        with pytest.raises(moesaic.ShardingError) as refused:
+            moesaic.grouped_mm(*operands)
+    assert f"```\n{refused.value}\n```" in (ROOT / "docs" / "sharding_rules.md").read_text()
+
+
 def test_layouts_that_are_advised_are_legal():
     from moesaic.parallel.mesh import resolve_layout
 
