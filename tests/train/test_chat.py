@@ -261,3 +261,18 @@ def test_what_a_template_changes_by_intent_is_no_fault():
         "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] | upper | tojson }}</end>{% endfor %}"
     )
     assert _render(split, "all", messages=[MESSAGES[1], thoughts])[0] == '<user>"ONE"</end><assistant>"ONE"</end>'
+
+
+def test_a_conversation_that_is_nested_too_deeply_is_named():
+    tools = '[{"name": "f", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}]"
+    text = f'{{"messages": {json.dumps(MESSAGES)}, "tools": {tools}}}'
+    with pytest.raises(UserError, match="chats.jsonl:7: this conversation is nested too deeply"):
+        Renderer(tiny_tokenizer(), "all").render(Conversation("", text, "chats.jsonl:7"))
+
+
+def test_tools_that_the_template_does_not_print_are_counted():
+    renderer = Renderer(tiny_tokenizer(), "all")
+    for name in ("f", "user"):
+        tools = [{"type": "function", "function": {"name": name}}]
+        renderer.render(Conversation("", json.dumps({"messages": MESSAGES, "tools": tools})))
+    assert renderer.without_tools == 1

@@ -125,6 +125,22 @@ def test_pieces_that_repeat_do_not_overlap_either(tmp_path):
     assert not train & held_out
 
 
+def test_parquet_with_conversations(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    rows = [
+        [{"role": "user", "content": f"{index}"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        for index in range(3)
+    ]
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict({"messages": rows}).to_parquet(str(tmp_path / "rows" / "one.parquet"))
+    for path in (tmp_path / "rows", tmp_path / "rows" / "one.parquet"):
+        found = [json.loads(document.text)["messages"] for document in documents(str(path))]
+        assert [messages[0]["content"] for messages in found] == ["0", "1", "2"]
+        assert found[0][1]["tool_calls"] == [call]
+
+
 @pytest.mark.parametrize("form", ["jsonl", "disk", "disk with splits"])
 def test_datasets(tmp_path, form, monkeypatch):
     datasets = pytest.importorskip("datasets")
@@ -151,6 +167,8 @@ def test_without_the_datasets_package_the_error_says_what_to_install(monkeypatch
 
 
 def test_errors_name_the_data(tmp_path):
+    with pytest.raises(UserError, match="--data is empty"):
+        documents("")
     with pytest.raises(UserError, match=r"--data /no/such/place: there is no such file or folder"):
         documents("/no/such/place")
     (tmp_path / "one.txt").write_text("one line\n")

@@ -99,7 +99,8 @@ def test_empty_answers_are_counted(tmp_path):
     rows = [{"messages": [USER, ANSWER | {"content": content}]} for content in ("", " \n", "x")]
     rows.append({"messages": [USER, ANSWER | {"content": "", "tool_calls": [CALL]}]})
     _read(tmp_path, *rows, notify=notes.append)
-    assert notes == [f"--data {tmp_path / 'rows.jsonl'}: 2 of 4 conversations with an empty answer, which is learned"]
+    where = tmp_path / "rows.jsonl"
+    assert notes == [f"--data {where}: 2 conversations have an empty answer, which is learned; first {where}:1"]
 
 
 def test_sharegpt_rows(tmp_path):
@@ -149,7 +150,7 @@ def test_alpaca_rows(tmp_path):
     ]
     for change, error in [
         ({"input": 3}, "'input' must be a string, not int"),
-        ({"output": None}, "no 'output', which the first row has"),
+        ({"output": None}, "'output' must not be null"),
         ({"history": [["x"]]}, "'history' must be a list of pairs of strings"),
     ]:
         with pytest.raises(UserError, match=f"rows.jsonl:1: {error}"):
@@ -205,7 +206,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("rows.csv", "text,n\na\n", ": one line of text is too few"),
         ("rows.csv", "text,n\na,1,2\n", ":2: this row has more cells than the first line has columns"),
         ("rows.csv", 'text\n"a\n', ":2: not a row of CSV"),
-        ("rows.csv", "n,text\n1\n", ":2: no 'text', which the first row has"),
+        ("rows.csv", "n,text\n1\n", ":2: 'text' must not be null"),
     ],
 )
 def test_broken_files_of_rows(tmp_path, name, text, error):

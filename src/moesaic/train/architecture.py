@@ -15,8 +15,9 @@ from typing import Any
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.train.config import flag
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
 from moesaic.train.hub import check_is_name, check_on_hub
+from moesaic.train.textfiles import UnreadableError, kind_of, shown
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.gguf")
@@ -48,11 +49,15 @@ def find_model(name: str) -> ModelSource:
     A folder with safetensors beside its config.json is a pretrained model, one without is a shape. Raises `UserError`
     if it is neither, or one that cannot be trained.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        kind = kind_of(path)
+    except (RuntimeError, UnreadableError) as error:
+        raise UserError(f"--model {shown(name)}: {error}") from error
     packaged = resources.files("moesaic.train").joinpath("configs")
-    if path.is_dir():
+    if kind == "a folder":
         found = ModelSource(_read(name, path / "config.json"), str(path) if _has_weights(name, path) else None)
-    elif path.is_file():
+    elif kind is not None:
         found = ModelSource(_read(name, path), None)
     elif (file := packaged.joinpath(f"{name}.json")).is_file():
         found = ModelSource(_parse(name, file.read_text()), None)
@@ -110,7 +115,7 @@ def _from_hub(name: str) -> Path:
         return Path(str(cached_file(name, "config.json")))
     except Exception as error:
         raise UserError(
-            f"--model {name}: there is no such folder, and it cannot be had from the hub: {str(error).splitlines()[0]}"
+            f"--model {name}: there is no such folder, and it cannot be had from the hub: {first_line(error)}"
         ) from error
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moesaic.train.corpus import Conversation
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
 from moesaic.train.printed import are_printed, find_fault, forms_of
 
 LossOn = Literal["assistant", "last", "all"]
@@ -45,6 +46,15 @@ class Renderer:
 
     def render(self, conversation: Conversation) -> Rendered:
         """Its tokens. `UserError` names the file and line of a conversation that cannot be rendered."""
+        with _not_too_deep(conversation):
+            return self._render(conversation)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text that asks for its last answer; the same for a conversation without one asks for the first."""
+        with _not_too_deep(conversation):
+            return self._prompt(conversation)
+
+    def _render(self, conversation: Conversation) -> Rendered:
         values = json.loads(conversation.text)
         if "prompt" in values:
             return self._render_completion(values["prompt"], values["completion"])
@@ -75,8 +85,7 @@ class Renderer:
         counted = [any(_overlap(token, span) for span in spans) for token in found["offset_mapping"]]
         return Rendered(found["input_ids"], counted)
 
-    def prompt(self, conversation: Conversation) -> str:
-        """The text that asks for its last answer; the same for a conversation without one asks for the first."""
+    def _prompt(self, conversation: Conversation) -> str:
         values = json.loads(conversation.text)
         if "prompt" in values:
             return values["prompt"]
@@ -149,7 +158,7 @@ class Renderer:
         except Exception as error:
             raise UserError(
                 f"--data {conversation.place}: the tokenizer's chat template does not take this conversation: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
     def _template(self, conversation: Conversation) -> str:
@@ -165,6 +174,16 @@ class Renderer:
             raise UserError(
                 f"--data {conversation.place}: the tokenizer has chat templates, but none for this: {error}"
             ) from error
+
+
+@contextmanager
+def _not_too_deep(conversation: Conversation) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError(
+            f"--data {conversation.place}: this conversation is nested too deeply to be rendered; take it out"
+        ) from error
 
 
 def named_in_template(tokenizer: Any) -> frozenset[str]:

@@ -90,11 +90,6 @@ def documents(
             raise UserError(
                 f"--data {shown(source)}: one conversation is too few to train on some and hold out others; give more"
             )
-        empty = sum(has_empty_answer(json.loads(document.text)) for document in result)
-        if empty:
-            notify(
-                f"--data {shown(source)}: {empty} of {len(result)} conversations with an empty answer, which is learned"
-            )
         return result
     if len(result) < _FEW_DOCUMENTS:
         result = _cut(result, _PIECE)
@@ -129,6 +124,8 @@ def fingerprint(corpus: Sequence[Document]) -> str:
 
 
 def _find(source: str, text_column: str | None, roles: Set[str], notify: Callable[[str], None]) -> Iterator[Document]:
+    if not source.strip():
+        raise UserError("--data is empty; give a file, a folder or the name of a dataset")
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _files(source, *text_files(root, ".py", without=_STDLIB_WITHOUT), notify)
@@ -140,7 +137,7 @@ def _find(source: str, text_column: str | None, roles: Set[str], notify: Callabl
     if kind is None:
         check_is_name("--data", source)
     if kind is None or is_table(path):
-        return _from_rows(source, path, text_column, roles)
+        return _from_rows(source, path, text_column, roles, notify)
     if kind == "a folder":
         return _files(source, *text_files(path), notify)
     return _text_file(path)
@@ -173,14 +170,18 @@ def _text_file(path: Path) -> Iterator[Document]:
         raise UserError(f"--data {shown(path)} cannot be read as text: {error}") from error
 
 
-def _from_rows(source: str, path: Path, text_column: str | None, roles: Set[str]) -> Iterator[Document]:
+def _from_rows(
+    source: str, path: Path, text_column: str | None, roles: Set[str], notify: Callable[[str], None]
+) -> Iterator[Document]:
     form: Form | None = None
+    empty: dict[str, str] = {}
     for row in read_rows(source, path):
         try:
             form = form or choose_form(row, text_column)
-            lacking = [column for column in form.columns if row.values.get(column) is None]
-            if lacking:
+            if lacking := [column for column in form.columns if column not in row.values]:
                 raise RowError(f"no {' and no '.join(map(repr, lacking))}, which the first row has")
+            if null := [column for column in form.columns if row.values[column] is None]:
+                raise RowError(f"{' and '.join(map(repr, null))} must not be null; give a value, or take the row out")
             content = form.read(row.values, roles)
             text = content if isinstance(content, str) else json.dumps(content)
             # JSON can hold what is not text: half of a pair of UTF-16.
@@ -196,7 +197,14 @@ def _from_rows(source: str, path: Path, text_column: str | None, roles: Set[str]
             raise UserError(f"--data {row.place}: this row is nested too deeply to be read; take it out") from error
         # Rows have no path, so the text itself decides.
         key = hashlib.sha256(text.encode()).hexdigest()
+        if has_empty_answer(content):
+            empty[key] = row.place
         yield Document(key, text) if isinstance(content, str) else Conversation(key, text, row.place)
+    if empty:
+        first = next(iter(empty.values()))
+        notify(
+            f"--data {shown(source)}: {len(empty)} conversations have an empty answer, which is learned; first {first}"
+        )
 
 
 def _unique(found: Iterable[Document]) -> list[Document]:

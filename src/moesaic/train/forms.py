@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ def choose_form(row: Row, text_column: str | None) -> Form:
     else:
         wanted = ", ".join(" and ".join(map(repr, form.columns)) for form in forms[:-1])
         wanted += f", or {' and '.join(map(repr, forms[-1].columns))}"
-    columns = ", ".join(map(str, row.values))
+    columns = ", ".join(map(str, itertools.islice(row.values, 20)))
     raise RowError(f"no column {wanted}; choose one that holds text with --text-column: {columns}")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Literal
 
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
 from moesaic.train.textfiles import shown
 
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,7 +23,7 @@ def check_is_name(flag: str, name: str) -> None:
     It is a mistyped path if there is a folder of the owner's name, or it ends as a file does.
     """
     path = Path(name)
-    if _ON_HUB.fullmatch(name) and not path.parent.exists() and not name.lower().endswith(_FILES):
+    if _ON_HUB.fullmatch(name) and not os.path.exists(path.parent) and not name.lower().endswith(_FILES):
         return
     near = _nearest(path)
     hint = f"; did you mean {shown(near)}?" if near else ""
@@ -49,7 +50,7 @@ def check_on_hub(flag: str, name: str, kind: Literal["model", "dataset"]) -> Non
         ) from error
     except Exception as error:
         raise UserError(
-            f"{flag} {name}: there is no such folder here, and the hub cannot be asked: {_first_line(error)}; "
+            f"{flag} {name}: there is no such folder here, and the hub cannot be asked: {first_line(error)}; "
             "give a folder, or set HF_HUB_OFFLINE=1 to use only what was downloaded before"
         ) from error
 
@@ -61,7 +62,3 @@ def _nearest(path: Path) -> Path | None:
         return None
     near = difflib.get_close_matches(path.name, names, n=1)
     return path.parent / near[0] if near else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -92,6 +92,12 @@ def text_of(content: Any) -> str:
     return content or ""
 
 
+def function_of(call: Any) -> Mapping[str, Any]:
+    """The function of a tool, or of a call of one, which some write without the object around it."""
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
 def _read_message(message: Any, place: str, names: _Names, roles: Set[str]) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get(names.role), str):
         raise RowError(f"{place} must be an object with {names.role!r} and {names.content!r}, got {_short(message)}")
@@ -142,8 +148,8 @@ def _check_calls(message: Mapping[str, Any], place: str) -> None:
     if not isinstance(calls, list):
         raise RowError(f"{place}: 'tool_calls' must be a list of objects, got {_short(calls)}")
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        function = function_of(call)
+        if not isinstance(function.get("name"), str) or not function["name"]:
             raise RowError(f"{place}: a tool call must be an object with a function and its name, got {_short(call)}")
         if not isinstance(function.get("arguments"), dict | str | None):
             raise RowError(f"{place}: 'arguments' must be an object, or JSON, got {_short(function['arguments'])}")

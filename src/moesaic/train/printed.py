@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moesaic.train.messages import text_of
+from moesaic.train.messages import function_of, text_of
 
 Message = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def find_fault(text: str, messages: Sequence[Message]) -> str | None:
         if (parts or message["role"] in ("user", "assistant")) and not _has_a_word(folded, text_of(content)):
             return f"does not print what message {number} says"
         for call in message.get("tool_calls") or []:
-            function = call.get("function", call)
+            function = function_of(call)
             if function["name"] not in text:
                 return f"does not print the call of {function['name']!r} in message {number}"
             if _is_mistaken(function.get("arguments"), text):
@@ -48,7 +48,7 @@ def find_fault(text: str, messages: Sequence[Message]) -> str | None:
 
 def are_printed(tools: Sequence[Mapping[str, Any]], text: str) -> bool:
     """Whether the names of tools are in a text."""
-    names = [tool.get("function", tool).get("name") for tool in tools]
+    names = [function_of(tool).get("name") for tool in tools]
     return all(name in text for name in names if isinstance(name, str))
 
 
@@ -101,10 +101,10 @@ def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function", call)
+        function = function_of(call)
         if "arguments" in function:
             function = {**function, "arguments": change(function["arguments"])}
-        calls.append({**call, "function": function} if "function" in call else function)
+        calls.append({**call, "function": function} if call.get("function") else function)
     return {**message, "tool_calls": calls}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
 from moesaic.train.hub import check_on_hub
 from moesaic.train.textfiles import UnreadableError, kind_of, read_lines, read_text, shown
 
@@ -154,8 +154,7 @@ def _load_dataset(source: str, path: Path) -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            f"--data {source} is neither text nor .jsonl, and loading it as a dataset needs the `datasets` package: "
-            "pip install 'moesaic[datasets]'"
+            f"--data {shown(source)}: it needs the `datasets` package: pip install 'moesaic[datasets]'"
         ) from error
     kind = kind_of(path)
     if kind is None:
@@ -168,7 +167,7 @@ def _load_dataset(source: str, path: Path) -> Any:
         else:
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
-        raise UserError(f"--data {source}: datasets cannot load it: {type(error).__name__}: {error}") from error
+        raise UserError(f"--data {shown(source)}: datasets cannot load it: {first_line(error)}") from error
     if isinstance(rows, dict):
         if "train" not in rows:
             raise UserError(f"--data {source} has no split named 'train', only {', '.join(map(str, rows))}")

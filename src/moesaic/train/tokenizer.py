@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
 from moesaic.train.hub import check_is_name, check_on_hub
 
 END_OF_TEXT = "<|endoftext|>"
@@ -45,13 +46,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 def load(name: str | Path) -> Any:
     """The transformers tokenizer in a folder, or of a name. Raises `UserError` if there is none or it has no end."""
-    if not Path(name).exists():
+    if not os.path.exists(name):
         check_is_name("--tokenizer", str(name))
         check_on_hub("--tokenizer", str(name), "model")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:
-        raise UserError(f"--tokenizer {name}: transformers cannot load it: {error}") from error
+        raise UserError(f"--tokenizer {name}: transformers cannot load it: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer {name} has no end-of-text token (eos_token), which has to part documents")
     return tokenizer
