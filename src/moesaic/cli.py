@@ -55,53 +55,9 @@ def _usage() -> str:
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from moesaic.train.errors import TrainingError, UserError
+    from moesaic.train.command import run
 
-    leader = os.environ.get("RANK", "0") == "0"
-
-    def fail(error: Exception, status: int) -> int:
-        # All ranks fail alike, and one of them says so.
-        if leader:
-            print(f"moesaic train: {error}", file=sys.stderr, flush=True)
-        return status
-
-    try:
-        config = _parse_train(arguments, leader)
-        from moesaic.train.launch import check_launch
-
-        check_launch(config)
-        from moesaic.checkpoint import CheckpointError
-        from moesaic.train.loop import train
-
-        try:
-            train(config)
-        except (TrainingError, CheckpointError) as error:
-            return fail(error, 1)
-    except UserError as error:
-        return fail(error, 2)
-    return 0
-
-
-def _parse_train(arguments: Sequence[str], leader: bool):
-    import dataclasses
-
-    import tyro
-
-    from moesaic.train.config import TrainConfig, check, read_settings
-
-    def parse(default: TrainConfig) -> TrainConfig:
-        return tyro.cli(
-            TrainConfig, prog="moesaic train", args=list(arguments), default=default, console_outputs=leader
-        )
-
-    config = parse(TrainConfig())
-    if config.resume:
-        from moesaic.train.folder import CONFIG, resumable_folder
-
-        folder = resumable_folder(config.out)
-        config = dataclasses.replace(parse(read_settings(folder / CONFIG)), out=folder, resume=True)
-    check(config)
-    return config
+    return run(arguments)
 
 
 def _info(arguments: Sequence[str]) -> int:

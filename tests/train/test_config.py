@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.cli import main
+from moesaic.train.command import parse
 from moesaic.train.config import TrainConfig, check, from_json, to_json
 from moesaic.train.errors import UserError
 from tests.train.conftest import MODEL
@@ -20,6 +21,17 @@ def test_json_form_gives_the_same_settings_back():
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     # Whether to resume is up to each call.
     assert from_json(to_json(dataclasses.replace(config, resume=True))) == config
+
+
+def test_a_run_of_an_older_version_is_resumed(tmp_path):
+    settings = to_json(TrainConfig(steps=7, compute="local"))
+    settings["experts"] = settings.pop("compute")
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings}))
+    manifest = tmp_path / "checkpoints" / "step-00000007" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    config = parse(["--resume", "--out", str(tmp_path), "--steps", "9"], leader=True)
+    assert config == TrainConfig(steps=9, compute="local", out=tmp_path, resume=True)
 
 
 def test_settings_of_another_version_are_refused():

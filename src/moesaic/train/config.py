@@ -177,12 +177,16 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+# Settings of older runs, and what they are called today.
+_RENAMED = {"experts": "compute"}
+
+
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The config that `to_json` was given. Unknown names raise `UserError`."""
+    """The config that `to_json` was given, also of an older version. Unknown names raise `UserError`."""
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"unknown settings {', '.join(unknown)}: written by another version of moesaic?")
-    values = dict(values)
     if values.get("out") is not None:
         values["out"] = Path(values["out"])
     if "betas" in values:

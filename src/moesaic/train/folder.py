@@ -1,13 +1,4 @@
-"""The run folder: a new one, or the one to go on in; its settings file.
-
-config.json      settings, layout and versions
-tokenizer/       the tokenizer, as transformers saves it
-metrics.jsonl    one line every `log_every` steps
-tensorboard/     the same as events
-checkpoints/     step-00000100, ...
-export/          the trained model in Hugging Face format
-result.json      what the end of the run measured
-"""
+"""The run folder: make a new one, or find the one to go on in. :mod:`moesaic.checkpoint.run_folder` has its names."""
 
 from __future__ import annotations
 
@@ -18,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint import checkpoints
+from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG
 from moesaic.train.errors import UserError
 
 RUNS = Path("runs")
-CONFIG = "config.json"
-TOKENIZER = "tokenizer"
-METRICS = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
-CHECKPOINTS = "checkpoints"
-EXPORT = "export"
-RESULT = "result.json"
 
 
 def new_folder(out: Path | None) -> Path:

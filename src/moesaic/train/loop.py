@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from moesaic import ranks
 from moesaic.checkpoint import CheckpointError, latest
+from moesaic.checkpoint.run_folder import EXPORT, METRICS, RESULT, TENSORBOARD
 from moesaic.layers import expert_load, reset_expert_load
 from moesaic.train import finish
-from moesaic.train import folder as run_folder
 from moesaic.train import run as runs
 from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError
+from moesaic.train.folder import write_json
 from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
@@ -168,10 +169,10 @@ def _save(run: Run, screen: Screen, *, must: bool) -> int | None:
 def _open_writers(run: Run, screen: Screen) -> list[MetricWriter]:
     if not run.runtime.leader:
         return []
-    writers: list[MetricWriter] = [JsonlWriter(run.folder / run_folder.METRICS, run.step)]
+    writers: list[MetricWriter] = [JsonlWriter(run.folder / METRICS, run.step)]
     if run.config.tensorboard:
         try:
-            writers.append(TensorBoardWriter(run.folder / run_folder.TENSORBOARD, run.step))
+            writers.append(TensorBoardWriter(run.folder / TENSORBOARD, run.step))
         except ImportError:
             screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
     return writers
@@ -186,7 +187,7 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         screen.message(f"\n{text}")
     if run.adapters is not None:
         run.adapters.merge_and_unload()
-    folder = run.folder / run_folder.EXPORT
+    folder = run.folder / EXPORT
     finish.export(run.model, folder, run.text.tokenizer())
     exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
@@ -197,7 +198,7 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
             exported, run.text.tokenizer(), ids, max_new_tokens=config.sample_tokens, seed=config.seed
         )
         result = {"step": run.step, scores.name: numbers, "export_difference": difference, "sample": text}
-        run_folder.write_json(run.folder / run_folder.RESULT, result)
+        write_json(run.folder / RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
             f"{difference:.0e}\n\nit continues {_shortened(prompt)!r} like this:\n\n{text}\n"
@@ -208,7 +209,7 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
 
 def _first_value(run: Run, name: str) -> float | None:
     """What was measured before the first step, if it was."""
-    path = run.folder / run_folder.METRICS
+    path = run.folder / METRICS
     rows = read_jsonl(path) if path.exists() else []
     return next((row[name] for row in rows if row["step"] == 0 and name in row), None)
 

@@ -16,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moesaic import checkpoint, ranks
+from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
 from moesaic.parallel.mesh import Meshes, build_meshes
-from moesaic.train import folder as run_folder
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_defaults
 from moesaic.train.errors import UserError
+from moesaic.train.folder import new_folder, resumable_folder, write_json
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lora import add_adapters, alpha_of
@@ -56,7 +57,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Where its checkpoints are."""
-        return self.folder / run_folder.CHECKPOINTS
+        return self.folder / CHECKPOINTS
 
 
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
@@ -97,7 +98,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     if isinstance(loader.rows, PackedRows) and loader.rows.shared:
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     # Late: a mistake above leaves no folder behind.
-    choose = run_folder.resumable_folder if config.resume else run_folder.new_folder
+    choose = resumable_folder if config.resume else new_folder
     folder = ranks.on_leader(lambda: choose(config.out), UserError)
     run = Run(
         config=dataclasses.replace(config, out=folder),
@@ -120,8 +121,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     if config.resume:
         _restore(run)
     if runtime.leader:
-        run_folder.write_json(folder / run_folder.CONFIG, _describe(run))
-        shutil.copytree(text.folder / "tokenizer", folder / run_folder.TOKENIZER, dirs_exist_ok=True)
+        write_json(folder / CONFIG, _describe(run))
+        shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
     return run
 
 

@@ -24,6 +24,7 @@ from moesaic import checkpoint
 from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
+from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
 from moesaic.checkpoint.store import verify
 from moesaic.integrations.transformers.files import (
     TOKENIZER_FILES,
@@ -39,8 +40,6 @@ from moesaic.integrations.transformers.saving import to_file_names, to_original_
 from moesaic.integrations.transformers.swap import swap_moe
 
 Format = Literal["dcp", "hf"]
-# Of a run's folder, which the training program writes.
-CONFIG, CHECKPOINTS, TOKENIZER, EXPORT = "config.json", "checkpoints", "tokenizer", "export"
 _PREFIX = "model."
 
 

@@ -1,0 +1,20 @@
+"""The names in a run folder. Who writes or reads one takes its name from here.
+
+================  ==============================================
+config.json       settings, model and versions
+tokenizer/        the tokenizer, as transformers saves it
+metrics.jsonl     one line for every logged step
+tensorboard/      the same numbers as TensorBoard events
+checkpoints/      step-00000100, ...
+export/           the trained model in Hugging Face format
+result.json       what was measured at the end
+================  ==============================================
+"""
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"
+RESULT = "result.json"

@@ -1,0 +1,64 @@
+"""``moesaic train``: parse its options, check the call, train; exit status.
+
+What trains is imported late, so that help and mistakes in options answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from moesaic.train.config import TrainConfig, check, read_settings
+from moesaic.train.errors import TrainingError, UserError
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``moesaic train`` and return its exit status. All ranks fail alike, and only the first one says so."""
+    leader = os.environ.get("RANK", "0") == "0"
+    try:
+        return _run(arguments, leader)
+    except UserError as error:
+        message, status = error, 2
+    except TrainingError as error:
+        message, status = error, 1
+    if leader:
+        print(f"moesaic train: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _run(arguments: Sequence[str], leader: bool) -> int:
+    config = parse(arguments, leader)
+    from moesaic.train.launch import check_launch
+
+    check_launch(config)
+    from moesaic.checkpoint import CheckpointError
+    from moesaic.train.loop import train
+
+    try:
+        train(config)
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from error
+    return 0
+
+
+def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:
+    """The settings of a call; with ``--resume`` those of the run, but for the flags that are given."""
+
+    def on_top_of(default: TrainConfig) -> TrainConfig:
+        return tyro.cli(
+            TrainConfig, prog="moesaic train", args=list(arguments), default=default, console_outputs=leader
+        )
+
+    config = on_top_of(TrainConfig())
+    if config.resume:
+        from moesaic.checkpoint.run_folder import CONFIG
+        from moesaic.train.folder import resumable_folder
+
+        folder = resumable_folder(config.out)
+        config = dataclasses.replace(on_top_of(read_settings(folder / CONFIG)), out=folder, resume=True)
+    check(config)
+    return config
