@@ -51,11 +51,11 @@ def flags_in(text: str) -> set[str]:
 
 
 @functools.cache
-def flags_of(command: str) -> set[str]:
-    """What a command's --help names."""
+def flags_of(*command: str) -> set[str]:
+    """What a command's --help names; without a command, that of moesaic itself."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
-            status = main([command, "--help"])
+            status = main([*command, "--help"])
         except SystemExit as leaving:
             status = leaving.code
     assert status == 0
@@ -94,7 +94,7 @@ def test_commands_and_their_flags_exist(document):
 
 @each_document
 def test_flags_in_running_text_exist(document):
-    known = set.union(*map(flags_of, COMMANDS), *map(flags_in, map(Path.read_text, BENCHMARKS)), OTHERS)
+    known = set.union(flags_of(), *map(flags_of, COMMANDS), *map(flags_in, map(Path.read_text, BENCHMARKS)), OTHERS)
     known |= {"--" + name.replace("_", "-") for path in BENCHMARKS for name in fields(path)}
     assert {flag for span in spans(document.read_text()) for flag in flags_in(span)} - known == set()
 
@@ -211,6 +211,17 @@ def test_the_error_is_that_of_the_operator():
         with pytest.raises(moesaic.ShardingError) as refused:
             moesaic.grouped_mm(*operands)
     assert f"```\n{refused.value}\n```" in (ROOT / "docs" / "sharding_rules.md").read_text()
+
+
+def test_quoted_errors_are_those_of_the_program():
+    document = (ROOT / "docs" / "multi_node.md").read_text()
+    rows = re.findall(r"^\|(.*?)\|", document.partition("## When something is wrong")[2], re.MULTILINE)
+    quoted = set(re.findall(r"`([^`]{12,})`", "".join(rows))) - {"address already in use"}  # torch says that
+    sources = "".join(path.read_text() for path in ROOT.glob("src/moesaic/train/*.py"))
+    assert len(quoted) >= 4
+    # What an error fills in is an ellipsis or N.
+    pieces = [piece.strip() for error in quoted for piece in re.split(r"\.\.\.|\bN\b", error)]
+    assert [piece for piece in pieces if piece not in sources] == []
 
 
 def test_layouts_that_are_advised_are_legal():
