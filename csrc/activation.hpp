@@ -100,34 +100,41 @@ INLINE Activated activate_with_slope(int activation, Reg x) {
   }
 }
 
-// gpt-oss: (clamp(h3, -7, 7) + 1) g sigmoid(1.702 g), g = min(h1, 7).
+// gpt-oss: (clamp(up, -7, 7) + 1) g sigmoid(1.702 g), g = min(gate, 7).
 constexpr float kLimit = 7.f, kAlpha = 1.702f;
-INLINE Reg clamped_gate(Reg h1) { return smaller(all(kLimit), h1); }
-INLINE Reg clamped_up(Reg h3) { return add(larger(all(-kLimit), smaller(all(kLimit), h3)), all(1.f)); }
+INLINE Reg clamped_gate(Reg gate) { return smaller(all(kLimit), gate); }
+INLINE Reg clamped_up(Reg up) { return add(larger(all(-kLimit), smaller(all(kLimit), up)), all(1.f)); }
 
-// The hidden rows of both pre-activations; without gate h3 is 1.
-INLINE Reg hidden(int activation, Reg h1, Reg h3) {
+// Whether experts of so many projections can have an activation.
+static bool has_activation(int activation, int num_projections) {
+  if (activation == MOESAIC_CLAMPED_SWIGLU && num_projections != 2) return false;
+  return activation >= 0 && activation < MOESAIC_NUM_ACTIVATIONS;
+}
+
+// The hidden row, from what the projections gave; with one of them `up` is 1.
+INLINE Reg hidden(int activation, Reg gate, Reg up) {
   if (activation == MOESAIC_CLAMPED_SWIGLU) {
-    const Reg g = clamped_gate(h1);
-    return mul(clamped_up(h3), mul(g, sigmoid(mul(g, all(kAlpha)))));
+    const Reg g = clamped_gate(gate);
+    return mul(clamped_up(up), mul(g, sigmoid(mul(g, all(kAlpha)))));
   }
-  return mul(activate(activation, h1), h3);
+  return mul(activate(activation, gate), up);
 }
 
 struct Hidden {
-  Reg value, slope1, slope3;
+  Reg value, gate_slope, up_slope;
 };
 
-// With the derivatives by h1 and h3. Those of a clamped value are torch's: 1 on the bound, 0 beyond it and of a NaN.
-INLINE Hidden hidden_with_slopes(int activation, Reg h1, Reg h3) {
+// With the derivatives. Those of a clamped value are torch's: 1 on the bound, 0 beyond it and of a NaN.
+INLINE Hidden hidden_with_slopes(int activation, Reg gate, Reg up) {
   if (activation == MOESAIC_CLAMPED_SWIGLU) {
-    const Reg g = clamped_gate(h1), up = clamped_up(h3), s = sigmoid(mul(g, all(kAlpha))), a = mul(g, s);
-    const Reg slope = mul(mul(up, s), fma(mul(g, all(kAlpha)), sub(all(1.f), s), all(1.f)));
-    return {mul(up, a), where_at_most(h1, all(kLimit), slope, zero()),
-            where_at_most(magnitude(h3), all(kLimit), a, zero())};
+    const Reg g = clamped_gate(gate), u = clamped_up(up), s = sigmoid(mul(g, all(kAlpha))), a = mul(g, s);
+    const Reg slope = mul(mul(u, s), fma(mul(g, all(kAlpha)), sub(all(1.f), s), all(1.f)));
+    return {.value = mul(u, a),
+            .gate_slope = where_at_most(gate, all(kLimit), slope, zero()),
+            .up_slope = where_at_most(magnitude(up), all(kLimit), a, zero())};
   }
-  const Activated a = activate_with_slope(activation, h1);
-  return {mul(a.value, h3), mul(a.slope, h3), a.value};
+  const Activated a = activate_with_slope(activation, gate);
+  return {.value = mul(a.value, up), .gate_slope = mul(a.slope, up), .up_slope = a.value};
 }
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -18,8 +18,14 @@ int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_mat
   Workspace copy;
   if (!filled.empty()) as_words(x, groups.rows, inner, k, copy, threads);
   const auto tasks = product_tasks(filled, padding, columns, k, layout(w), kProductLimits, threads);
-  const Product problem{{{x, w, w_stride}, {}}, 1, nullptr, y, inner, columns, y_dtype, tasks.data(),
-                        static_cast<int64_t>(tasks.size())};
+  const Product problem{.terms = {{.x = x, .w = w, .w_stride = w_stride}},
+                        .num_terms = 1,
+                        .y = y,
+                        .inner = inner,
+                        .columns = columns,
+                        .y_dtype = y_dtype,
+                        .tasks = tasks.data(),
+                        .num_tasks = static_cast<int64_t>(tasks.size())};
   return run(k.product, problem, k.scratch_bytes, threads);
 }
 
@@ -37,9 +43,19 @@ int weight_grad(const moesaic_groups &groups, const moesaic_matrix &x, const moe
   }
   const auto tasks = gradient_tasks(groups.matrices, inner, columns);
   const int64_t row_bytes = columns * (gw_dtype == MOESAIC_BF16 ? 2 : 4);
-  const Gradient problem{x, grad, gw, inner, columns, gw_dtype, rows.data(), rows.data(), first.data(), tasks.data(),
-                         static_cast<int64_t>(tasks.size()),
-                         is_streamed(gw, row_bytes, groups.matrices * inner * row_bytes), adds};
+  const Gradient problem{.x = x,
+                         .grad = grad,
+                         .gw = gw,
+                         .inner = inner,
+                         .columns = columns,
+                         .gw_dtype = gw_dtype,
+                         .x_rows = rows.data(),
+                         .grad_rows = rows.data(),
+                         .first_row = first.data(),
+                         .tasks = tasks.data(),
+                         .num_tasks = static_cast<int64_t>(tasks.size()),
+                         .stream = is_streamed(gw, row_bytes, groups.matrices * inner * row_bytes),
+                         .adds = adds};
   return run(k.gradient, problem, k.scratch_bytes, threads);
 }
 

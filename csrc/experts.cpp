@@ -56,9 +56,8 @@ struct Call {
       : routing(r), experts(e), k(kernels), threads(num_threads), sorted(r, e.experts) {}
 
   int64_t size() const { return experts.dtype == MOESAIC_BF16 ? 2 : 4; }
-  bool gated() const { return experts.gated != 0; }
-  // Elements of a sorted row of h and its like: whole lines, which whole words are in.
-  int64_t h_stride() const { return ceil_div(experts.hidden, 64 / size()) * (64 / size()); }
+  // Elements of a sorted row of hidden dims: whole lines, which whole words are in.
+  int64_t hidden_stride() const { return ceil_div(experts.hidden, 64 / size()) * (64 / size()); }
 
   std::vector<ProductTask> tasks(int64_t columns, Layout w, Limits limits) const {
     return product_tasks(sorted.groups, {}, columns, k, w, limits, threads);
@@ -66,7 +65,7 @@ struct Call {
 
   // Rows of a step before, as words: where they lie if their elements are multiplied as they are.
   moesaic_matrix rows_as_words(const char *rows, Workspace &copy) const {
-    moesaic_matrix m = {rows, h_stride(), 1};
+    moesaic_matrix m = {rows, hidden_stride(), 1};
     if (k.widens) {
       as_words(m, sorted.rows, experts.hidden, k, copy, threads);
     } else {
@@ -75,8 +74,9 @@ struct Call {
     return m;
   }
 
-  // y[row] = sum of the terms, then the sum over copies.
-  int product_and_combine(const Product &terms, Layout w, const float *weights, void *z) const {
+  // y[row] = sum of the terms, then the sum over copies, of the tokens' own weights and biases if they are given.
+  int product_and_combine(const Product &terms, Layout w, const float *weights, const moesaic_matrix &biases,
+                          void *z) const {
     Product p = terms;
     Workspace y;
     p.y = y.take(sorted.rows * p.columns * size());
@@ -88,30 +88,57 @@ struct Call {
     if (status != MOESAIC_OK) return status;
     const int64_t row = std::max<int64_t>(1, routing.copies * p.columns);
     const int64_t at_once = std::max<int64_t>(1, kCombinedElements / row);
-    const Combine combine{p.y, sorted.positions.data(), weights, routing.tokens, routing.copies, p.columns, z,
-                          at_once, ceil_div(routing.tokens, at_once)};
+    const Combine combine{.y = p.y,
+                          .positions = sorted.positions.data(),
+                          .weights = weights,
+                          .ids = routing.ids,
+                          .biases = biases,
+                          .tokens = routing.tokens,
+                          .copies = routing.copies,
+                          .columns = p.columns,
+                          .z = z,
+                          .tokens_at_once = at_once,
+                          .num_tasks = ceil_div(routing.tokens, at_once)};
     return run(k.combine, combine, k.scratch_bytes, threads);
   }
 };
 
 Product one_term(const moesaic_matrix &x, const moesaic_weights &w, const int64_t *x_rows, int64_t inner,
                  int64_t columns) {
-  Product p{};
-  p.terms[0] = {x, w.matrix, w.stride};
-  p.num_terms = 1;
-  p.x_rows = x_rows;
-  p.inner = inner;
-  p.columns = columns;
-  return p;
+  return {.terms = {{.x = x, .w = w.matrix, .w_stride = w.stride}},
+          .num_terms = 1,
+          .x_rows = x_rows,
+          .inner = inner,
+          .columns = columns};
 }
 
 moesaic_weights transposed(const moesaic_weights &w) {
-  return {{w.matrix.data, w.matrix.column_stride, w.matrix.row_stride}, w.stride};
+  return {.matrix = {w.matrix.data, w.matrix.column_stride, w.matrix.row_stride}, .stride = w.stride};
 }
 
-Layout layout_of_both(const moesaic_weights &a, const moesaic_weights &b) {
-  const Layout one = layout(a.matrix);
-  return layout(b.matrix) == one ? one : Layout::kApart;
+// That of the weights of all projections.
+Layout layout_of_projections(const moesaic_experts &e, bool transpose) {
+  auto of = [&](int i) {
+    const moesaic_weights &w = e.projections[i].w;
+    return layout(transpose ? transposed(w).matrix : w.matrix);
+  };
+  for (int i = 1; i < e.num_projections; ++i) {
+    if (of(i) != of(0)) return Layout::kApart;
+  }
+  return of(0);
+}
+
+// The same elements, copied if those of a row are apart.
+moesaic_matrix with_contiguous_rows(const moesaic_matrix &m, int64_t rows, int64_t columns, int64_t size, Workspace &copy) {
+  if (!m.data || m.column_stride == 1) return m;
+  const char *from = static_cast<const char *>(m.data);
+  char *to = copy.take(rows * columns * size);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      memcpy(to + (r * columns + c) * size, from + (r * m.row_stride + c * m.column_stride) * size, size);
+    }
+  }
+  return {to, columns, 1};
 }
 
 // Rows of copies that are not here.
@@ -123,120 +150,167 @@ void zero_absent(const Call &c, void *rows) {
   }
 }
 
-int forward(const Call &c, moesaic_matrix x, void *z, void *h1, void *h3) {
+int forward(const Call &c, moesaic_matrix x, void *z, void *const *pre) {
   const moesaic_experts &e = c.experts;
-  zero_absent(c, h1);
-  zero_absent(c, h3);
-  Workspace h, x_words, h_words;
-  char *rows = h.take(c.sorted.rows * c.h_stride() * c.size());
+  Workspace hidden, x_words, hidden_words, bias_rows;
+  char *rows = hidden.take(c.sorted.rows * c.hidden_stride() * c.size());
+  for (int i = 0; i < e.num_projections; ++i) zero_absent(c, pre[i]);
   if (c.sorted.rows && e.hidden) {
     as_words(x, c.routing.tokens, e.dim, c.k, x_words, c.threads);
-    const auto tasks = c.tasks(e.hidden, c.gated() ? layout_of_both(e.w1, e.w3) : layout(e.w1.matrix), kKeptLimits);
-    Up up{};
-    up.gate = one_term(x, e.w1, c.sorted.tokens.data(), e.dim, e.hidden);
-    up.gate.tasks = tasks.data();
-    if (c.gated()) up.up = one_term(x, e.w3, c.sorted.tokens.data(), e.dim, e.hidden);
-    up.b1 = e.b1;
-    up.b3 = e.b3;
-    up.slots = c.sorted.slots.data();
-    up.h = rows;
-    up.h_stride = c.h_stride();
-    up.h1 = h1;
-    up.h3 = h3;
-    up.activation = e.activation;
-    up.num_tasks = static_cast<int64_t>(tasks.size());
+    const auto tasks = c.tasks(e.hidden, layout_of_projections(e, false), kKeptLimits);
+    Up up{.num_projections = e.num_projections,
+          .slots = c.sorted.slots.data(),
+          .hidden_rows = rows,
+          .stride = c.hidden_stride(),
+          .activation = e.activation,
+          .num_tasks = static_cast<int64_t>(tasks.size())};
+    for (int i = 0; i < e.num_projections; ++i) {
+      up.products[i] = one_term(x, e.projections[i].w, c.sorted.tokens.data(), e.dim, e.hidden);
+      up.biases[i] = e.projections[i].b;
+      up.pre[i] = pre[i];
+    }
+    up.products[0].tasks = tasks.data();
     const int status = run(c.k.up, up, c.k.scratch_bytes, c.threads);
     if (status != MOESAIC_OK) return status;
   }
-  const Product down = one_term(c.rows_as_words(rows, h_words), e.w2, nullptr, e.hidden, e.dim);
-  return c.product_and_combine(down, layout(e.w2.matrix), c.routing.weights, z);
+  const Product down = one_term(c.rows_as_words(rows, hidden_words), e.down.w, nullptr, e.hidden, e.dim);
+  const moesaic_matrix biases = with_contiguous_rows(e.down.b, e.experts, e.dim, c.size(), bias_rows);
+  return c.product_and_combine(down, layout(e.down.w.matrix), c.routing.weights, biases, z);
 }
 
 // The weight gradient x^T @ grad of sorted rows, of which one operand may be gathered; transposed it is grad^T @ x.
 int weight_gradient(const Call &c, const moesaic_matrix &x, const int64_t *x_rows, const moesaic_matrix &grad,
-                    const int64_t *grad_rows, int64_t inner, int64_t columns, void *gw, bool transposed, bool adds) {
-  if (transposed) return weight_gradient(c, grad, grad_rows, x, x_rows, columns, inner, gw, false, adds);
-  if (!gw || !inner || !columns) return MOESAIC_OK;
+                    const int64_t *grad_rows, int64_t inner, int64_t columns, moesaic_projection_grads to) {
+  if (!to.w || !inner || !columns) return MOESAIC_OK;
+  if (to.transposed) {
+    to.transposed = 0;
+    return weight_gradient(c, grad, grad_rows, x, x_rows, columns, inner, to);
+  }
   const auto tasks = gradient_tasks(c.experts.experts, inner, columns);
-  const int64_t row_bytes = columns * (adds ? 4 : c.size());
-  const Gradient g{x, grad, gw, inner, columns, adds ? MOESAIC_F32 : c.experts.dtype, x_rows, grad_rows, c.sorted.first.data(),
-                   tasks.data(), static_cast<int64_t>(tasks.size()),
-                   is_streamed(gw, row_bytes, c.experts.experts * inner * row_bytes), adds};
+  const int64_t row_bytes = columns * (to.adds ? 4 : c.size());
+  const Gradient g{.x = x,
+                   .grad = grad,
+                   .gw = to.w,
+                   .inner = inner,
+                   .columns = columns,
+                   .gw_dtype = to.adds ? MOESAIC_F32 : c.experts.dtype,
+                   .x_rows = x_rows,
+                   .grad_rows = grad_rows,
+                   .first_row = c.sorted.first.data(),
+                   .tasks = tasks.data(),
+                   .num_tasks = static_cast<int64_t>(tasks.size()),
+                   .stream = is_streamed(to.w, row_bytes, c.experts.experts * inner * row_bytes),
+                   .adds = to.adds != 0};
   return run(c.k.gradient, g, c.k.scratch_bytes, c.threads);
 }
 
-int bias_gradient(const Call &c, const char *rows, void *gb) {
-  if (!gb || !c.experts.hidden) return MOESAIC_OK;
-  const RowSums sums{rows, c.h_stride(), c.experts.hidden, c.sorted.first.data(), gb, c.experts.experts};
-  return run(c.k.row_sums, sums, c.k.scratch_bytes, c.threads);
+// The gradient of the bias that was added to sorted rows, from theirs.
+int bias_gradient(const Call &c, const char *rows, void *sums) {
+  if (!sums) return MOESAIC_OK;
+  const int64_t parts = ceil_div(c.experts.hidden, kBiasColumns);
+  const BiasGradient b{.rows = {rows, c.hidden_stride(), 1},
+                       .columns = c.experts.hidden,
+                       .first_row = c.sorted.first.data(),
+                       .sums = sums,
+                       .parts = parts,
+                       .num_tasks = c.experts.experts * parts};
+  return run(c.k.bias_gradient, b, c.k.scratch_bytes, c.threads);
 }
 
-// The gradients of the routing weights: for each copy that is here, the sum of its row's parts.
-void sum_dots(const Call &c, const float *dots, float *grads) {
-  const int64_t panels = ceil_div(c.experts.hidden, c.k.panel);
-  for (size_t s = 0; s < c.sorted.positions.size(); ++s) {
-    double sum = 0;
-    for (int64_t i = 0; c.sorted.positions[s] >= 0 && i < panels; ++i) sum += dots[c.sorted.positions[s] * panels + i];
-    grads[s] = static_cast<float>(sum);
+// Of the down projection's bias, and what it adds to the gradients of the routing weights.
+int down_bias_gradient(const Call &c, const moesaic_matrix &grad, void *sums, float *dots) {
+  if (!sums && !dots) return MOESAIC_OK;
+  const moesaic_experts &e = c.experts;
+  Workspace grad_rows, bias_rows;
+  const int64_t parts = ceil_div(e.dim, kBiasColumns);
+  const BiasGradient b{.rows = with_contiguous_rows(grad, c.routing.tokens, e.dim, c.size(), grad_rows),
+                       .numbers = c.sorted.tokens.data(),
+                       .weights = c.routing.weights,
+                       .slots = c.sorted.slots.data(),
+                       .columns = e.dim,
+                       .first_row = c.sorted.first.data(),
+                       .sums = sums,
+                       .biases = with_contiguous_rows(e.down.b, e.experts, e.dim, c.size(), bias_rows),
+                       .dots = dots,
+                       .parts = parts,
+                       .num_tasks = e.experts * parts};
+  return run(c.k.bias_gradient, b, c.k.scratch_bytes, c.threads);
+}
+
+// For every row the sum of its parts, in double.
+void add_parts(std::vector<double> &sums, const float *dots, int64_t parts) {
+  for (size_t r = 0; r < sums.size(); ++r) {
+    for (int64_t i = 0; i < parts; ++i) sums[r] += dots[r * parts + i];
   }
 }
 
-int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad, const void *h1, const void *h3,
+int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad, const void *const *pre,
              const moesaic_experts_grads &g) {
   const moesaic_experts &e = c.experts;
-  const int64_t rows = c.sorted.rows, hidden = e.hidden, bytes = rows * c.h_stride() * c.size();
+  const int64_t rows = c.sorted.rows, hidden = e.hidden, bytes = rows * c.hidden_stride() * c.size();
+  const int64_t panels = ceil_div(hidden, c.k.panel), bias_parts = ceil_div(e.dim, kBiasColumns);
   const int64_t *tokens = c.sorted.tokens.data();
-  const bool any = rows && hidden;
-  Workspace dh1, dh3, h, dots, grad_words, words1, words3;
-  Down down{};
-  if (g.x || g.w1 || g.b1) down.dh1 = dh1.take(bytes);
-  if (c.gated() && (g.x || g.w3 || g.b3)) down.dh3 = dh3.take(bytes);
-  if (g.w2) down.h = h.take(bytes);
-  if (g.weights) down.dots = reinterpret_cast<float *>(dots.take(rows * ceil_div(hidden, c.k.panel) * 4));
-  if (any) {
-    const moesaic_weights w = transposed(e.w2);
-    moesaic_matrix sums = grad;
-    if (down.dh1 || down.dh3 || down.dots) as_words(sums, c.routing.tokens, e.dim, c.k, grad_words, c.threads);
-    const auto tasks = c.tasks(hidden, layout(w.matrix), kKeptLimits);
-    down.product = one_term(sums, w, tokens, e.dim, hidden);
-    if (!(down.dh1 || down.dh3 || down.dots)) down.product.num_terms = 0;
-    down.product.tasks = tasks.data();
-    down.slots = c.sorted.slots.data();
-    down.weights = c.routing.weights;
-    down.h1 = h1;
-    down.h3 = c.gated() ? h3 : nullptr;
-    down.stride = c.h_stride();
-    down.activation = e.activation;
-    down.num_tasks = static_cast<int64_t>(tasks.size());
-    const int status = run(c.k.down, down, c.k.scratch_bytes, c.threads);
-    if (status != MOESAIC_OK) return status;
-  }
-  if (g.weights) sum_dots(c, down.dots, g.weights);
   int status = MOESAIC_OK;
   auto then = [&](int next) { status = status == MOESAIC_OK ? next : status; };
-  if (g.x) {
-    const moesaic_weights w1 = transposed(e.w1), w3 = transposed(e.w3);
-    Product p = one_term(c.rows_as_words(dh1.data(), words1), w1, nullptr, hidden, e.dim);
-    if (c.gated()) {
-      p.terms[1] = {c.rows_as_words(dh3.data(), words3), w3.matrix, w3.stride};
-      p.num_terms = 2;
-    }
-    then(c.product_and_combine(p, c.gated() ? layout_of_both(w1, w3) : layout(w1.matrix), nullptr, g.x));
+  Workspace pre_grads[MOESAIC_MAX_PROJECTIONS], weighted, dots, grad_words, bias_dots;
+  Down down{.slots = c.sorted.slots.data(),
+            .weights = c.routing.weights,
+            .stride = c.hidden_stride(),
+            .activation = e.activation};
+  for (int i = 0; i < e.num_projections; ++i) {
+    down.pre[i] = pre[i];
+    if (g.x || g.projections[i].w || g.projections[i].b) down.pre_grads[i] = pre_grads[i].take(bytes);
   }
-  auto sorted_rows = [&](const Workspace &w) { return moesaic_matrix{w.data(), c.h_stride(), 1}; };
-  then(weight_gradient(c, x, tokens, sorted_rows(dh1), nullptr, e.dim, hidden, g.w1, g.w1_transposed, g.adds));
-  then(weight_gradient(c, x, tokens, sorted_rows(dh3), nullptr, e.dim, hidden, g.w3, g.w3_transposed, g.adds));
-  then(weight_gradient(c, sorted_rows(h), nullptr, grad, tokens, hidden, e.dim, g.w2, g.w2_transposed, g.adds));
-  then(bias_gradient(c, dh1.data(), g.b1));
-  then(bias_gradient(c, dh3.data(), g.b3));
+  if (g.down.w) down.weighted = weighted.take(bytes);
+  if (g.weights) down.dots = reinterpret_cast<float *>(dots.take(rows * panels * 4));
+  if (rows && hidden) {
+    const moesaic_weights w = transposed(e.down.w);
+    const bool has_product = down.pre_grads[0] || down.pre_grads[1] || down.dots;
+    moesaic_matrix words = grad;
+    if (has_product) as_words(words, c.routing.tokens, e.dim, c.k, grad_words, c.threads);
+    const auto tasks = c.tasks(hidden, layout(w.matrix), kKeptLimits);
+    down.product = one_term(words, w, tokens, e.dim, hidden);
+    if (!has_product) down.product.num_terms = 0;
+    down.product.tasks = tasks.data();
+    down.num_tasks = static_cast<int64_t>(tasks.size());
+    then(run(c.k.down, down, c.k.scratch_bytes, c.threads));
+    if (status != MOESAIC_OK) return status;
+  }
+  float *down_bias_dots = nullptr;
+  if (g.weights && e.down.b.data) down_bias_dots = reinterpret_cast<float *>(bias_dots.take(rows * bias_parts * 4));
+  then(down_bias_gradient(c, grad, g.down.b, down_bias_dots));
+  if (g.weights) {
+    std::vector<double> sums(rows);
+    add_parts(sums, down.dots, panels);
+    if (down_bias_dots) add_parts(sums, down_bias_dots, bias_parts);
+    for (size_t s = 0; s < c.sorted.positions.size(); ++s) {
+      const int64_t row = c.sorted.positions[s];
+      g.weights[s] = row < 0 ? 0.f : static_cast<float>(sums[row]);
+    }
+  }
+  if (g.x) {
+    Workspace words[MOESAIC_MAX_PROJECTIONS];
+    Product p{.num_terms = e.num_projections, .inner = hidden, .columns = e.dim};
+    for (int i = 0; i < e.num_projections; ++i) {
+      const moesaic_weights w = transposed(e.projections[i].w);
+      p.terms[i] = {.x = c.rows_as_words(pre_grads[i].data(), words[i]), .w = w.matrix, .w_stride = w.stride};
+    }
+    then(c.product_and_combine(p, layout_of_projections(e, true), nullptr, {}, g.x));
+  }
+  for (int i = 0; i < e.num_projections; ++i) {
+    const moesaic_matrix sorted = {pre_grads[i].data(), c.hidden_stride(), 1};
+    then(weight_gradient(c, x, tokens, sorted, nullptr, e.dim, hidden, g.projections[i]));
+    then(bias_gradient(c, pre_grads[i].data(), g.projections[i].b));
+  }
+  then(weight_gradient(c, {weighted.data(), c.hidden_stride(), 1}, nullptr, grad, tokens, hidden, e.dim, g.down));
   return status;
 }
 
 // NULL where an argument is not one that there are kernels for.
 const Kernels *kernels_of(const moesaic_experts &e, int isa) {
-  if (e.activation < MOESAIC_SILU || e.activation > MOESAIC_CLAMPED_SWIGLU) return nullptr;
-  if (e.activation == MOESAIC_CLAMPED_SWIGLU && !e.gated) return nullptr;
-  return kernels(e.dtype, isa);
+  if (e.num_projections < 1 || e.num_projections > MOESAIC_MAX_PROJECTIONS) return nullptr;
+  const Kernels *k = kernels(e.dtype, isa);
+  return k && k->has_activation(e.activation, e.num_projections) ? k : nullptr;
 }
 
 }  // namespace
@@ -245,20 +319,20 @@ const Kernels *kernels_of(const moesaic_experts &e, int isa) {
 extern "C" {
 
 int moesaic_cpu_experts(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x, void *z,
-                        void *h1, void *h3, int isa, int threads) try {
+                        void *const pre[MOESAIC_MAX_PROJECTIONS], int isa, int threads) try {
   const moesaic::Kernels *k = moesaic::kernels_of(*experts, isa);
   if (!k) return MOESAIC_BAD_ARGUMENT;
-  return moesaic::forward({*routing, *experts, *k, threads}, x, z, h1, h3);
+  return moesaic::forward({*routing, *experts, *k, threads}, x, z, pre);
 } catch (const std::bad_alloc &) {
   return MOESAIC_OUT_OF_MEMORY;
 }
 
 int moesaic_cpu_experts_backward(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x,
-                                 moesaic_matrix grad, const void *h1, const void *h3,
+                                 moesaic_matrix grad, const void *const pre[MOESAIC_MAX_PROJECTIONS],
                                  const moesaic_experts_grads *grads, int isa, int threads) try {
   const moesaic::Kernels *k = moesaic::kernels_of(*experts, isa);
   if (!k) return MOESAIC_BAD_ARGUMENT;
-  return moesaic::backward({*routing, *experts, *k, threads}, x, grad, h1, h3, *grads);
+  return moesaic::backward({*routing, *experts, *k, threads}, x, grad, pre, *grads);
 } catch (const std::bad_alloc &) {
   return MOESAIC_OUT_OF_MEMORY;
 }

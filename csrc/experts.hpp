@@ -39,57 +39,55 @@ static void read_bias(const moesaic_matrix &b, const ProductTask &t, float *out)
   }
 }
 
-// h = hidden(x @ w1 + b1, x @ w3 + b3) for the rows and columns of a task.
+// The pre-activations and hidden rows of a task's rows and columns, from the sums of each projection.
 template <class Kind>
-static void finish_up(const Up &u, const ProductTask &t, const float *gate, const float *up) {
+static void finish_up(const Up &u, const ProductTask &t, const float *const *sums) {
   using Element = ElementOf<Kind>;
-  const int64_t width = u.gate.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
-  float b1[2 * kKeptPanels * kPanel], b3[2 * kKeptPanels * kPanel];
-  read_bias<Kind>(u.b1, t, b1);
-  read_bias<Kind>(u.b3, t, b3);
+  const int64_t width = u.products[0].columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
+  const bool gated = u.num_projections > 1;
+  float biases[MOESAIC_MAX_PROJECTIONS][2 * kKeptPanels * kPanel];
+  for (int i = 0; i < u.num_projections; ++i) read_bias<Kind>(u.biases[i], t, biases[i]);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t row = t.first_row + r, slot = u.slots[row];
     if (r + ahead < t.rows) {
-      bring_row<true>(at<Kind>(u.h, row + ahead, u.h_stride, t.column), bytes);
-      bring_row<true>(at<Kind>(u.h1, u.slots[row + ahead], width, t.column), bytes);
-      bring_row<true>(at<Kind>(u.h3, u.slots[row + ahead], width, t.column), bytes);
+      bring_row<true>(at<Kind>(u.hidden_rows, row + ahead, u.stride, t.column), bytes);
+      for (void *pre : u.pre) bring_row<true>(at<Kind>(pre, u.slots[row + ahead], width, t.column), bytes);
     }
-    Element *h = at<Kind>(u.h, row, u.h_stride, t.column);
-    Element *h1 = at<Kind>(u.h1, slot, width, t.column), *h3 = at<Kind>(u.h3, slot, width, t.column);
+    Element *out = at<Kind>(u.hidden_rows, row, u.stride, t.column);
+    Element *pre[] = {at<Kind>(u.pre[0], slot, width, t.column), at<Kind>(u.pre[1], slot, width, t.column)};
     for (int64_t c = 0; c < t.columns; c += kLanes) {
       const int64_t here = t.columns - c, kept = (c / kPanel * t.rows + r) * kPanel + c % kPanel;
-      Reg a = load_f32(gate + kept, here);
-      if (u.b1.data) a = add(a, load_f32(b1 + c, here));
-      a = rounded_to(h, a);  // as it is saved, so that both passes mean the same function
-      if (h1) store_elements(h1 + c, a, here);
-      Reg b = all(1.f);
-      if (up) {
-        b = load_f32(up + kept, here);
-        if (u.b3.data) b = add(b, load_f32(b3 + c, here));
-        b = rounded_to(h, b);
-        if (h3) store_elements(h3 + c, b, here);
-      }
-      store_elements(h + c, hidden(u.activation, a, b), here);
+      auto projected = [&](int i) __attribute__((always_inline)) {
+        Reg v = load_f32(sums[i] + kept, here);
+        if (u.biases[i].data) v = add(v, load_f32(biases[i] + c, here));
+        v = rounded_to(out, v);  // as it is saved, so that both passes mean the same function
+        if (pre[i]) store_elements(pre[i] + c, v, here);
+        return v;
+      };
+      const Reg gate = projected(0);
+      store_elements(out + c, hidden(u.activation, gate, gated ? projected(1) : all(1.f)), here);
     }
-    if (t.column + t.columns == width) end_row<Kind>(at<Kind>(u.h, row, u.h_stride, 0), width);
+    if (t.column + t.columns == width) end_row<Kind>(at<Kind>(u.hidden_rows, row, u.stride, 0), width);
   }
 }
 
 template <class Kind>
 static void up(const Up &u, Counter &counter, char *scratch) {
-  float *gate = reinterpret_cast<float *>(scratch + kProductScratch<Kind>), *up = gate + kKeptSums;
-  const bool gated = u.up.num_terms > 0;
+  float *first = reinterpret_cast<float *>(scratch + kProductScratch<Kind>);
+  float *const sums[MOESAIC_MAX_PROJECTIONS] = {first, first + kKeptSums};
   for (int64_t i = counter.next(), after; i < u.num_tasks; i = after) {
     after = counter.next();
-    const ProductTask &t = u.gate.tasks[i];
-    const ProductTask *next = after < u.num_tasks ? &u.gate.tasks[after] : nullptr;
-    product_task<Kind>(u.gate, t, gated ? u.up : u.gate, gated ? &t : next, gate, scratch);
-    if (gated) product_task<Kind>(u.up, t, u.gate, next, up, scratch);
-    finish_up<Kind>(u, t, gate, gated ? up : nullptr);
+    const ProductTask &t = u.products[0].tasks[i];
+    const ProductTask *next = after < u.num_tasks ? &u.products[0].tasks[after] : nullptr;
+    for (int p = 0; p < u.num_projections; ++p) {
+      const bool last = p + 1 == u.num_projections;
+      product_task<Kind>(u.products[p], t, u.products[last ? 0 : p + 1], last ? next : &t, sums[p], scratch);
+    }
+    finish_up<Kind>(u, t, sums);
   }
 }
 
-// From the gradient of h those of h1 and h3, and the columns' part of those of the weights.
+// From the gradient of the hidden rows those of the pre-activations, and the columns' part of those of the weights.
 template <class Kind>
 static void finish_down(const Down &d, const ProductTask &t, const float *sums) {
   using Element = ElementOf<Kind>;
@@ -97,35 +95,35 @@ static void finish_down(const Down &d, const ProductTask &t, const float *sums) 
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t row = t.first_row + r, slot = d.slots[row];
     if (r + ahead < t.rows) {
-      bring_row<false>(at<Kind>(d.h1, d.slots[row + ahead], width, t.column), bytes);
-      bring_row<false>(at<Kind>(d.h3, d.slots[row + ahead], width, t.column), bytes);
-      bring_row<true>(at<Kind>(d.dh1, row + ahead, d.stride, t.column), bytes);
-      bring_row<true>(at<Kind>(d.dh3, row + ahead, d.stride, t.column), bytes);
-      bring_row<true>(at<Kind>(d.h, row + ahead, d.stride, t.column), bytes);
+      for (const void *pre : d.pre) bring_row<false>(at<Kind>(pre, d.slots[row + ahead], width, t.column), bytes);
+      for (void *grad : d.pre_grads) bring_row<true>(at<Kind>(grad, row + ahead, d.stride, t.column), bytes);
+      bring_row<true>(at<Kind>(d.weighted, row + ahead, d.stride, t.column), bytes);
     }
-    const Element *h1 = at<Kind>(d.h1, slot, width, t.column), *h3 = at<Kind>(d.h3, slot, width, t.column);
-    Element *dh1 = at<Kind>(d.dh1, row, d.stride, t.column), *dh3 = at<Kind>(d.dh3, row, d.stride, t.column);
-    Element *h = at<Kind>(d.h, row, d.stride, t.column);
+    const Element *gate = at<Kind>(d.pre[0], slot, width, t.column), *up = at<Kind>(d.pre[1], slot, width, t.column);
+    Element *gate_grad = at<Kind>(d.pre_grads[0], row, d.stride, t.column);
+    Element *up_grad = at<Kind>(d.pre_grads[1], row, d.stride, t.column);
+    Element *weighted = at<Kind>(d.weighted, row, d.stride, t.column);
     const Reg weight = all(d.weights[slot]);
     for (int64_t panel = 0; panel < t.columns; panel += kPanel) {
       Reg dot = zero();
       for (int64_t c = panel; c < least(t.columns, panel + kPanel); c += kLanes) {
         const int64_t here = t.columns - c;
-        const Reg up = h3 ? load_elements(h3 + c, here) : all(1.f);
-        const Hidden a = hidden_with_slopes(d.activation, load_elements(h1 + c, here), up);
-        if (h) store_elements(h + c, mul(weight, a.value), here);
+        const Reg factor = up ? load_elements(up + c, here) : all(1.f);
+        const Hidden a = hidden_with_slopes(d.activation, load_elements(gate + c, here), factor);
+        if (weighted) store_elements(weighted + c, mul(weight, a.value), here);
         if (!sums) continue;
         const Reg u = load_f32(sums + (panel / kPanel * t.rows + r) * kPanel + c % kPanel, here);
-        dot = fma(u, rounded_to(h1, a.value), dot);
-        const Reg dh = mul(weight, u);
-        if (dh1) store_elements(dh1 + c, mul(dh, a.slope1), here);
-        if (dh3) store_elements(dh3 + c, mul(dh, a.slope3), here);
+        dot = fma(u, rounded_to(gate, a.value), dot);
+        const Reg grad = mul(weight, u);
+        if (gate_grad) store_elements(gate_grad + c, mul(grad, a.gate_slope), here);
+        if (up_grad) store_elements(up_grad + c, mul(grad, a.up_slope), here);
       }
       if (d.dots) d.dots[row * ceil_div(width, kPanel) + (t.column + panel) / kPanel] = total(dot);
     }
     if (t.column + t.columns < width) continue;
-    if (dh1) end_row<Kind>(at<Kind>(d.dh1, row, d.stride, 0), width);
-    if (dh3) end_row<Kind>(at<Kind>(d.dh3, row, d.stride, 0), width);
+    for (void *grad : d.pre_grads) {
+      if (grad) end_row<Kind>(at<Kind>(grad, row, d.stride, 0), width);
+    }
   }
 }
 
@@ -156,10 +154,14 @@ static void combine(const Combine &m, Counter &counter, char *) {
         for (int64_t k = t * m.copies; k < (t + 1) * m.copies; ++k) {
           if (m.positions[k] < 0) continue;
           const Element *y = at<Kind>(m.y, m.positions[k], m.columns, c);
+          const Element *bias = m.biases.data ? element<Kind>(m.biases, m.ids[k], c) : nullptr;
           const Reg weight = all(m.weights ? m.weights[k] : 1.f);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) {
-            if (v * kLanes < width) sum[v] = fma(weight, load_elements(y + v * kLanes, width - v * kLanes), sum[v]);
+            if (v * kLanes >= width) continue;
+            Reg row = load_elements(y + v * kLanes, width - v * kLanes);
+            if (bias) row = add(row, load_elements(bias + v * kLanes, width - v * kLanes));
+            sum[v] = fma(weight, row, sum[v]);
           }
         }
         for (int v = 0; v < kVectors && v * kLanes < width; ++v) {
@@ -171,21 +173,30 @@ static void combine(const Combine &m, Counter &counter, char *) {
 }
 
 template <class Kind>
-static void row_sums(const RowSums &s, Counter &counter, char *) {
+static void bias_gradient(const BiasGradient &b, Counter &counter, char *) {
   constexpr int64_t kRowsAtOnce = 64;  // a long fp32 sum loses digits
-  for (int64_t e = counter.next(); e < s.num_tasks; e = counter.next()) {
-    for (int64_t c = 0; c < s.columns; c += kLanes) {
-      const int64_t here = s.columns - c;
-      Reg sum = zero();
-      for (int64_t first = s.first_row[e]; first < s.first_row[e + 1]; first += kRowsAtOnce) {
-        Reg part = zero();
-        for (int64_t r = first; r < least(s.first_row[e + 1], first + kRowsAtOnce); ++r) {
-          part = add(part, load_elements(at<Kind>(s.rows, r, s.stride, c), here));
+  float sums[kBiasColumns], part[kBiasColumns];
+  for (int64_t i = counter.next(); i < b.num_tasks; i = counter.next()) {
+    const int64_t m = i / b.parts, column = i % b.parts * kBiasColumns, columns = least(kBiasColumns, b.columns - column);
+    const ElementOf<Kind> *bias = b.dots ? element<Kind>(b.biases, m, column) : nullptr;
+    __builtin_memset(sums, 0, sizeof sums);
+    for (int64_t first = b.first_row[m], end = b.first_row[m + 1]; first < end; first += kRowsAtOnce) {
+      __builtin_memset(part, 0, sizeof part);
+      for (int64_t r = first; r < least(end, first + kRowsAtOnce); ++r) {
+        const ElementOf<Kind> *row = element<Kind>(b.rows, b.numbers ? b.numbers[r] : r, column);
+        const Reg weight = all(b.weights ? b.weights[b.slots[r]] : 1.f);
+        Reg dot = zero();
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          const Reg v = load_elements(row + c, columns - c);
+          store(part + c, fma(weight, v, load(part + c)));
+          if (bias) dot = fma(v, load_elements(bias + c, columns - c), dot);
         }
-        sum = add(sum, part);
+        if (b.dots) b.dots[r * b.parts + i % b.parts] = total(dot);
       }
-      store_elements(at<Kind>(s.sums, e, s.columns, c), sum, here);
+      for (int64_t c = 0; c < columns; c += kLanes) store(sums + c, add(load(sums + c), load(part + c)));
     }
+    ElementOf<Kind> *out = at<Kind>(b.sums, m, b.columns, column);
+    for (int64_t c = 0; out && c < columns; c += kLanes) store_elements(out + c, load(sums + c), columns - c);
   }
 }
 

@@ -37,20 +37,21 @@ constexpr int64_t kUpScratch = kProductScratch<Kind> + 2 * kKeptSums * kWord;
 
 template <class Kind>
 constexpr Kernels table() {
-  return {kPanel,
-          kHeight,
-          Kind::kStep,
-          Kind::kWidens,
-          kProductWords<Kind>,
-          kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,
-          product<Kind>,
-          gradient<Kind>,
-          up<Kind>,
-          down<Kind>,
-          combine<Kind>,
-          row_sums<Kind>,
-          words_of_row<Kind>,
-          spin<Kind>};
+  return {.panel = kPanel,
+          .height = kHeight,
+          .step = Kind::kStep,
+          .widens = Kind::kWidens,
+          .block_words = kProductWords<Kind>,
+          .scratch_bytes = kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,
+          .product = product<Kind>,
+          .gradient = gradient<Kind>,
+          .up = up<Kind>,
+          .down = down<Kind>,
+          .combine = combine<Kind>,
+          .bias_gradient = bias_gradient<Kind>,
+          .words = words_of_row<Kind>,
+          .has_activation = has_activation,
+          .spin = spin<Kind>};
 }
 
 const Kernels f32 = table<F32>();

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 5
+#define MOESAIC_CPU_ABI 6
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -57,7 +57,7 @@ MOESAIC_API int moesaic_cpu_weight_grad(const moesaic_groups *groups, moesaic_ma
                             int64_t inner, int64_t columns, int dtype, int gw_dtype, int accumulate, int isa,
                             int threads);
 
-/* Where the copies of tokens go. Those whose id is not that of an expert are not here. */
+/* Where the copies of tokens go. A copy whose id is not that of an expert is not here. */
 typedef struct {
   const int64_t *ids;   /* [tokens, copies] */
   const float *weights; /* likewise */
@@ -69,41 +69,56 @@ typedef struct {
   int64_t stride; /* from expert to expert */
 } moesaic_weights;
 
+/* What every expert multiplies rows by: x @ w[e] + b[e]. */
+typedef struct {
+  moesaic_weights w; /* [experts, inner, columns] */
+  moesaic_matrix b;  /* [experts, columns]; data is NULL without a bias */
+} moesaic_projection;
+
+#define MOESAIC_MAX_PROJECTIONS 2
+
 enum moesaic_activation {
   MOESAIC_SILU = 0,
   MOESAIC_GELU = 1,
   MOESAIC_GELU_TANH = 2,
   MOESAIC_RELU = 3,
   MOESAIC_RELU2 = 4, /* relu squared */
-  MOESAIC_CLAMPED_SWIGLU = 5, /* of gpt-oss: (clamp(h3, -7, 7) + 1) g sigmoid(1.702 g), g = min(h1, 7); gated only */
+  MOESAIC_CLAMPED_SWIGLU = 5, /* of gpt-oss: (clamp(up, -7, 7) + 1) g sigmoid(1.702 g), g = min(gate, 7); gated only */
+  MOESAIC_NUM_ACTIVATIONS
 };
 
-/* Gated MLPs, or without w3.matrix.data MLPs: (act(x @ w1 + b1) * (x @ w3 + b3)) @ w2. All of one dtype. */
+/* MLPs, all operands of one dtype: down(act(first(x)) * second(x)), or with one projection down(act(first(x))). */
 typedef struct {
-  moesaic_weights w1, w3, w2; /* [experts, dim, hidden], the same, [experts, hidden, dim] */
-  moesaic_matrix b1, b3;      /* [experts, hidden]; data may be NULL */
+  moesaic_projection projections[MOESAIC_MAX_PROJECTIONS]; /* from dim to hidden */
+  moesaic_projection down;                                 /* from hidden to dim */
   int64_t experts, dim, hidden;
-  int32_t activation, dtype, gated;
+  int32_t num_projections, activation, dtype;
 } moesaic_experts;
 
 /* z[t] = sum over the copies k of token t of weights[t, k] * mlp(x[t], expert of t, k).
-   x [tokens, dim]; z likewise, contiguous; h1, h3 [tokens, copies, hidden], contiguous: the pre-activations,
-   zero for copies that are not here, or NULL. */
+   x [tokens, dim]; z likewise, contiguous; pre[i] [tokens, copies, hidden], contiguous: the results of projection i,
+   which the backward pass needs, zero for copies that are not here; NULL where they are not wanted. */
 MOESAIC_API int moesaic_cpu_experts(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x, void *z,
-                        void *h1, void *h3, int isa, int threads);
+                        void *const pre[MOESAIC_MAX_PROJECTIONS], int isa, int threads);
 
-/* Results of the backward pass, contiguous; NULL where one is not wanted. A flag says that a matrix is stored transposed. With
-   `adds` those of w1, w3 and w2 are fp32, and added to what they hold. */
+/* Where the gradients of a projection go, contiguous; NULL where one is not wanted. */
+typedef struct {
+  void *w;
+  void *b;
+  int32_t transposed; /* the matrices of w are stored transposed */
+  int32_t adds;       /* w is fp32, and the gradient is added to what it holds */
+} moesaic_projection_grads;
+
+/* Results of the backward pass, contiguous; NULL where one is not wanted. */
 typedef struct {
   void *x;
   float *weights;
-  void *w1, *w3, *w2, *b1, *b3;
-  int32_t w1_transposed, w3_transposed, w2_transposed, adds;
+  moesaic_projection_grads projections[MOESAIC_MAX_PROJECTIONS], down;
 } moesaic_experts_grads;
 
-/* The gradients, from that of z and from h1 and h3. */
+/* The gradients, from that of z and from what the forward pass left in pre. */
 MOESAIC_API int moesaic_cpu_experts_backward(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x,
-                                 moesaic_matrix grad, const void *h1, const void *h3,
+                                 moesaic_matrix grad, const void *const pre[MOESAIC_MAX_PROJECTIONS],
                                  const moesaic_experts_grads *grads, int isa, int threads);
 
 /* Multiply-adds of registers alone, to measure the machine's peak: the floating-point operations that it did. */

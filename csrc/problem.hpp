@@ -32,6 +32,8 @@ class Counter {
   int64_t value_ = 0;
 };
 
+// The problems below have defaults for what one of them can do without.
+
 // x @ w, over rows of whole words of x, see `words`.
 struct Term {
   moesaic_matrix x, w;
@@ -40,14 +42,14 @@ struct Term {
 
 // The sum of up to two terms, of the same sizes.
 struct Product {
-  Term terms[2];
-  int num_terms;
-  const int64_t *x_rows;  // the row of x that each row of the result takes; NULL: the same
-  void *y;
-  int64_t inner, columns;
-  int y_dtype;
-  const ProductTask *tasks;
-  int64_t num_tasks;
+  Term terms[MOESAIC_MAX_PROJECTIONS] = {};
+  int num_terms = 0;
+  const int64_t *x_rows = nullptr;  // the row of x that each row of the result takes; NULL: the same
+  void *y = nullptr;
+  int64_t inner = 0, columns = 0;
+  int y_dtype = MOESAIC_F32;
+  const ProductTask *tasks = nullptr;
+  int64_t num_tasks = 0;
 };
 
 struct Gradient {
@@ -63,48 +65,60 @@ struct Gradient {
   bool adds;    // to what is there
 };
 
-// What the experts' kernels share: where the copies of tokens lie. Row r of the sorted order is copy `slots[r]`.
+// What the experts' kernels share: row r of the sorted order is copy `slots[r]` of a token. The projections are one or two,
+// and what is kept of each is an array.
 struct Up {
-  Product gate, up;  // without `up` (num_terms is 0) there is no gate: act(x @ w1)
-  moesaic_matrix b1, b3;  // of elements; row e is expert e's; data may be NULL
+  Product products[MOESAIC_MAX_PROJECTIONS] = {};  // the task list is the first one's
+  moesaic_matrix biases[MOESAIC_MAX_PROJECTIONS] = {};  // of elements; row e is expert e's; data may be NULL
+  int num_projections;
   const int64_t *slots;
-  void *h;  // sorted rows of `h_stride` elements
-  int64_t h_stride;
-  void *h1, *h3;  // by slot; may be NULL
-  int activation;
-  int64_t num_tasks;
-};
-
-// The gradient of h, and what follows from it.
-struct Down {
-  Product product;  // grad @ w2^T; without terms only `h` is wanted
-  const int64_t *slots;
-  const float *weights;  // by slot
-  const void *h1, *h3;   // by slot
-  void *dh1, *dh3, *h;   // sorted rows of `stride` elements: gradients of h1 and h3, and weight * h; may be NULL
+  void *hidden_rows;  // sorted rows of `stride` elements
   int64_t stride;
-  float *dots;  // [rows, panels]: parts of <grad, h @ w2>; may be NULL
+  void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by slot; may be NULL
   int activation;
   int64_t num_tasks;
 };
 
-// z[t] = sum over k of weights[t, k] * y[positions[t, k]], where there is such a row.
+// From the gradient of the hidden rows those of what they are made of.
+struct Down {
+  Product product = {};  // grad @ down^T; without terms only `weighted` is wanted
+  const int64_t *slots;
+  const float *weights;                           // by slot
+  const void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by slot; NULL where there is no such projection
+  void *pre_grads[MOESAIC_MAX_PROJECTIONS] = {};  // sorted rows of `stride` elements; may be NULL
+  void *weighted = nullptr;                       // likewise: weight * hidden row
+  int64_t stride;
+  float *dots = nullptr;  // [rows, panels]: parts of <grad, hidden row @ down>
+  int activation;
+  int64_t num_tasks = 0;
+};
+
+// z[t] = sum over k of weights[t, k] * (y[positions[t, k]] + biases[ids[t, k]]), where there is such a row.
 struct Combine {
   const void *y;
   const int64_t *positions;
   const float *weights;  // NULL: 1
+  const int64_t *ids;
+  moesaic_matrix biases;  // rows contiguous; data may be NULL
   int64_t tokens, copies, columns;
   void *z;
   int64_t tokens_at_once;
   int64_t num_tasks;
 };
 
-// sums[e] = the sum of the rows of e.
-struct RowSums {
-  const void *rows;
-  int64_t stride, columns;
-  const int64_t *first_row;
-  void *sums;
+// sums[m] = the sum over the rows r of matrix m of weights[slots[r]] * rows[numbers[r]], and the dots of those rows with a
+// bias of m. A task is some columns of one matrix.
+struct BiasGradient {
+  moesaic_matrix rows;               // each contiguous
+  const int64_t *numbers = nullptr;  // NULL: they follow each other
+  const float *weights = nullptr;    // NULL: 1
+  const int64_t *slots = nullptr;
+  int64_t columns;
+  const int64_t *first_row;  // [matrices + 1]
+  void *sums;                // may be NULL
+  moesaic_matrix biases = {};  // rows contiguous
+  float *dots = nullptr;       // [rows, parts]: parts of <rows[numbers[r]], biases[m]>
+  int64_t parts;               // tasks of one matrix, of `kBiasColumns` columns each
   int64_t num_tasks;
 };
 
@@ -123,9 +137,11 @@ struct Kernels {
   void (*up)(const Up &, Counter &, char *scratch);
   void (*down)(const Down &, Counter &, char *scratch);
   void (*combine)(const Combine &, Counter &, char *scratch);
-  void (*row_sums)(const RowSums &, Counter &, char *scratch);
+  void (*bias_gradient)(const BiasGradient &, Counter &, char *scratch);
   // Row `r` of any matrix as words, with zeros after its end.
   void (*words)(const moesaic_matrix &, int64_t r, int64_t inner, void *out);
+  // Whether experts of so many projections can have an activation.
+  bool (*has_activation)(int activation, int num_projections);
   double (*spin)(int64_t rounds);
 };
 
@@ -139,6 +155,7 @@ constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is
 constexpr int64_t kKeptPanels = 4;       // likewise where the sums of two products are kept until both are there
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;
+constexpr int64_t kBiasColumns = 512;    // columns of a task of a bias's gradient
 
 namespace avx2 { extern const Kernels f32, bf16; }
 namespace avx512 { extern const Kernels f32, bf16; }

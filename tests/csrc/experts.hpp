@@ -4,6 +4,7 @@
 // of the loop's. Of the other activations it is only asked that they write all of their results and nothing else.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "operands.hpp"
@@ -22,7 +23,7 @@ struct ExpertsProblem {
   bool gated, biased;
   std::vector<int64_t> ids;
   std::vector<float> weights;
-  Operand x, w1, w3, w2, b1, b3, grad;
+  Operand x, w1, w3, w2, b1, b3, b2, grad;
 
   bool here(int64_t slot) const { return ids[slot] >= 0 && ids[slot] < E; }
 };
@@ -36,8 +37,9 @@ ExpertsProblem draw_experts() {
   p.D = pick(dims);
   p.F = pick(dims);
   if (p.T > 20) p.D = pick({1, 17, 33}), p.F = pick({2, 16, 65});
+  if (p.T <= 20 && !draw(0, 15)) p.D = 1100, p.F = pick({1, 17});  // a bias's gradient in more than one task
   p.dtype = static_cast<int>(draw(0, 1));
-  p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(MOESAIC_SILU, MOESAIC_CLAMPED_SWIGLU));
+  p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(0, MOESAIC_NUM_ACTIVATIONS - 1));
   p.gated = draw(0, 3) || p.activation == MOESAIC_CLAMPED_SWIGLU;
   p.biased = draw(0, 1);
   const int64_t kind = draw(0, 3);
@@ -51,13 +53,21 @@ ExpertsProblem draw_experts() {
   p.w2 = operand(p.E, p.F, p.D, p.dtype, 1);
   p.b1 = operand(1, p.E, p.F, p.dtype, 2);
   p.b3 = operand(1, p.E, p.F, p.dtype, 2);
+  p.b2 = operand(1, p.E, p.D, p.dtype, 2);
+  for (int64_t e = 0; e < p.E; ++e) {
+    if (std::find(p.ids.begin(), p.ids.end(), e) != p.ids.end()) continue;
+    // No token goes to this expert, so no result may be of its biases.
+    for (const Operand *b : {&p.b1, &p.b3, &p.b2}) {
+      for (int64_t c = 0; c < (b == &p.b2 ? p.D : p.F); ++c) b->set(0, e, c, NAN);
+    }
+  }
   p.grad = operand(1, p.T, p.D, p.dtype, 1);
   return p;
 }
 
 // What each result is by the loop, in the order of the arguments.
 struct ExpertsResults {
-  std::vector<float> z, h1, h3, gx, gweights, gw1, gw3, gw2, gb1, gb3;
+  std::vector<float> z, h1, h3, gx, gweights, gw1, gw3, gw2, gb1, gb3, gb2;
 };
 
 ExpertsResults by_loop(const ExpertsProblem &p) {
@@ -67,6 +77,7 @@ ExpertsResults by_loop(const ExpertsProblem &p) {
   r.gweights.assign(p.T * p.K, 0.f);
   r.gw1.assign(p.E * p.D * p.F, 0.f), r.gw3 = r.gw1, r.gw2 = r.gw1;
   r.gb1.assign(p.E * p.F, 0.f), r.gb3 = r.gb1;
+  r.gb2.assign(p.E * p.D, 0.f);
   auto round = [&](float v) { return rounded(v, p.dtype); };
   std::vector<float> a(p.F), weighted(p.F), dh1(p.F), dh3(p.F);
   for (int64_t s = 0; s < p.T * p.K; ++s) {
@@ -100,15 +111,17 @@ ExpertsResults by_loop(const ExpertsProblem &p) {
         r.gw3[(e * p.D + d) * p.F + f] += p.x.at(0, t, d) * dh3[f];
         r.gw2[(e * p.F + f) * p.D + d] += weighted[f] * p.grad.at(0, t, d);
       }
-      r.z[t * p.D + d] += w * round(y);
+      const float b2 = p.biased ? p.b2.at(0, e, d) : 0, grad = p.grad.at(0, t, d);
+      r.z[t * p.D + d] += w * (round(y) + b2);
+      r.gweights[s] += grad * b2;
+      r.gb2[e * p.D + d] += w * grad;
       r.gx[t * p.D + d] += round(gx);
     }
   }
   return r;
 }
 
-// Matrices [experts, rows, columns] transposed.
-std::vector<float> turn(const std::vector<float> &matrices, int64_t experts, int64_t rows, int64_t columns) {
+std::vector<float> transposed_matrices(const std::vector<float> &matrices, int64_t experts, int64_t rows, int64_t columns) {
   std::vector<float> transposed(matrices.size());
   for (int64_t e = 0; e < experts; ++e) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -137,19 +150,19 @@ bool one_experts_problem(int isa) {
   const ExpertsProblem p = draw_experts();
   const ExpertsResults expected = by_loop(p);
   const int threads = static_cast<int>(draw(1, 3));
-  const moesaic_matrix none = {nullptr, 0, 0};
-  const moesaic_routing routing = {p.ids.data(), p.weights.data(), p.T, p.K};
-  const moesaic_experts experts = {{p.w1.matrix, p.w1.stride},
-                                   {p.gated ? p.w3.matrix : none, p.w3.stride},
-                                   {p.w2.matrix, p.w2.stride},
-                                   p.biased ? p.b1.matrix : none,
-                                   p.biased && p.gated ? p.b3.matrix : none,
-                                   p.E,
-                                   p.D,
-                                   p.F,
-                                   p.activation,
-                                   p.dtype,
-                                   p.gated};
+  auto projection = [&](const Operand &w, const Operand &b) {
+    return moesaic_projection{.w = {w.matrix, w.stride}, .b = p.biased ? b.matrix : moesaic_matrix{}};
+  };
+  const moesaic_routing routing = {.ids = p.ids.data(), .weights = p.weights.data(), .tokens = p.T, .copies = p.K};
+  const moesaic_experts experts = {
+      .projections = {projection(p.w1, p.b1), p.gated ? projection(p.w3, p.b3) : moesaic_projection{}},
+      .down = projection(p.w2, p.b2),
+      .experts = p.E,
+      .dim = p.D,
+      .hidden = p.F,
+      .num_projections = p.gated ? 2 : 1,
+      .activation = p.activation,
+      .dtype = p.dtype};
   auto result = [&](size_t elements, int dtype, bool wanted) {
     const int64_t bytes = static_cast<int64_t>(elements) * (dtype == MOESAIC_BF16 ? 2 : 4);
     return wanted ? std::make_unique<Guarded>(bytes, draw(0, 1)) : nullptr;
@@ -158,37 +171,45 @@ bool one_experts_problem(int isa) {
   const bool save = draw(0, 3);
   const auto z = result(expected.z.size(), p.dtype, true), h1 = result(expected.h1.size(), p.dtype, save),
              h3 = result(expected.h3.size(), p.dtype, save && p.gated);
-  bool right = moesaic_cpu_experts(&routing, &experts, p.x.matrix, data(z), data(h1), data(h3), isa, threads) == MOESAIC_OK;
+  void *const pre[] = {data(h1), data(h3)};
+  bool right = moesaic_cpu_experts(&routing, &experts, p.x.matrix, data(z), pre, isa, threads) == MOESAIC_OK;
   right = right && compare(p, z.get(), expected.z, p.dtype, "z") && compare(p, h1.get(), expected.h1, p.dtype, "h1") &&
           compare(p, h3.get(), expected.h3, p.dtype, "h3");
   if (save && right) {
     auto wanted = [&] { return draw(0, 3) > 0; };
-    const bool adds = draw(0, 1);
-    const int gw_dtype = adds ? MOESAIC_F32 : p.dtype;
     const auto gx = result(expected.gx.size(), p.dtype, wanted()),
-               gweights = result(expected.gweights.size(), MOESAIC_F32, wanted()),
-               gw1 = result(expected.gw1.size(), gw_dtype, wanted()),
-               gw3 = result(expected.gw3.size(), gw_dtype, p.gated && wanted()),
-               gw2 = result(expected.gw2.size(), gw_dtype, wanted()),
-               gb1 = result(expected.gb1.size(), p.dtype, wanted()),
-               gb3 = result(expected.gb3.size(), p.dtype, p.gated && wanted());
-    const bool transposed[3] = {draw(0, 1) > 0, draw(0, 1) > 0, draw(0, 1) > 0};
-    const moesaic_experts_grads grads = {data(gx),  reinterpret_cast<float *>(data(gweights)),
-                                         data(gw1), data(gw3), data(gw2), data(gb1), data(gb3),
-                                         transposed[0], transposed[1], transposed[2], adds};
-    for (const Guarded *g : {gw1.get(), gw3.get(), gw2.get()}) {
-      if (adds && g) memset(g->data(), 0, g->bytes());
+               gweights = result(expected.gweights.size(), MOESAIC_F32, wanted());
+    // A projection's matrices [experts, rows, columns] and their gradients.
+    struct OfProjection {
+      const char *name;
+      const std::vector<float> &w, &b;
+      int64_t rows, columns;
+      bool is_there;
+      std::unique_ptr<Guarded> got_w = nullptr, got_b = nullptr;
+      moesaic_projection_grads grads = {};
+    } of[] = {{"first projection", expected.gw1, expected.gb1, p.D, p.F, true},
+              {"second projection", expected.gw3, expected.gb3, p.D, p.F, p.gated},
+              {"down projection", expected.gw2, expected.gb2, p.F, p.D, true}};
+    for (OfProjection &g : of) {
+      const bool adds = draw(0, 1);
+      g.got_w = result(g.w.size(), adds ? MOESAIC_F32 : p.dtype, g.is_there && wanted());
+      g.got_b = result(g.b.size(), p.dtype, g.is_there && wanted());
+      if (adds && g.got_w) memset(g.got_w->data(), 0, g.got_w->bytes());
+      g.grads = {.w = data(g.got_w), .b = data(g.got_b), .transposed = draw(0, 1) > 0, .adds = adds};
     }
-    const auto expected_gw1 = transposed[0] ? turn(expected.gw1, p.E, p.D, p.F) : expected.gw1,
-               expected_gw3 = transposed[1] ? turn(expected.gw3, p.E, p.D, p.F) : expected.gw3,
-               expected_gw2 = transposed[2] ? turn(expected.gw2, p.E, p.F, p.D) : expected.gw2;
-    right = moesaic_cpu_experts_backward(&routing, &experts, p.x.matrix, p.grad.matrix, data(h1), data(h3), &grads, isa,
-                                         threads) == MOESAIC_OK;
+    const moesaic_experts_grads grads = {.x = data(gx),
+                                         .weights = reinterpret_cast<float *>(data(gweights)),
+                                         .projections = {of[0].grads, of[1].grads},
+                                         .down = of[2].grads};
+    right = moesaic_cpu_experts_backward(&routing, &experts, p.x.matrix, p.grad.matrix, pre, &grads, isa, threads) ==
+            MOESAIC_OK;
     right = right && compare(p, gx.get(), expected.gx, p.dtype, "gx") &&
-            compare(p, gweights.get(), expected.gweights, MOESAIC_F32, "gweights") &&
-            compare(p, gw1.get(), expected_gw1, gw_dtype, "gw1") && compare(p, gw3.get(), expected_gw3, gw_dtype, "gw3") &&
-            compare(p, gw2.get(), expected_gw2, gw_dtype, "gw2") && compare(p, gb1.get(), expected.gb1, p.dtype, "gb1") &&
-            compare(p, gb3.get(), expected.gb3, p.dtype, "gb3");
+            compare(p, gweights.get(), expected.gweights, MOESAIC_F32, "gweights");
+    for (const OfProjection &g : of) {
+      const auto w = g.grads.transposed ? transposed_matrices(g.w, p.E, g.rows, g.columns) : g.w;
+      right = right && compare(p, g.got_w.get(), w, g.grads.adds ? MOESAIC_F32 : p.dtype, g.name) &&
+              compare(p, g.got_b.get(), g.b, p.dtype, g.name);
+    }
   }
   if (!right) {
     fprintf(stderr, "isa %d dtype %d activation %d T %lld K %lld E %lld D %lld F %lld gated %d biased %d threads %d\n", isa,

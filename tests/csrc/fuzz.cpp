@@ -39,7 +39,12 @@ bool one_problem(int isa) {
       for (int64_t i = 0; i < sizes[b * groups + g]; ++i) matrix_of[r++] = shared ? g : b * groups + g;
     }
   }
-  const moesaic_groups layout = {sizes.data(), blocks, groups, rows, matrices, shared};
+  const moesaic_groups layout = {.sizes = sizes.data(),
+                                 .blocks = blocks,
+                                 .groups = groups,
+                                 .rows = rows,
+                                 .matrices = matrices,
+                                 .shared = shared};
   const Operand x = operand(1, rows, inner, dtype), w = operand(matrices, inner, columns, dtype),
                 grad = operand(1, rows, columns, dtype);
   const int threads = static_cast<int>(draw(1, 3));
@@ -85,7 +90,7 @@ bool one_problem(int isa) {
 bool refusals() {
   const int64_t sizes[2] = {3, -1}, many[2] = {3, 3};
   float x[4] = {0}, w[2] = {0}, y[4] = {0};
-  moesaic_groups groups = {sizes, 1, 2, 4, 2, 0};
+  moesaic_groups groups = {.sizes = sizes, .blocks = 1, .groups = 2, .rows = 4, .matrices = 2, .shared = 0};
   const moesaic_matrix m = {x, 1, 1};
   const int isa = moesaic_cpu_isa();
   auto call = [&](int dtype, int which) {

@@ -78,9 +78,11 @@ struct Operand {
   moesaic_matrix matrix;
   int64_t stride;  // from matrix to matrix
   int dtype;
-  float at(int64_t m, int64_t r, int64_t c) const {
-    return get(memory->data(), m * stride + r * matrix.row_stride + c * matrix.column_stride, dtype);
+  int64_t place(int64_t m, int64_t r, int64_t c) const {
+    return m * stride + r * matrix.row_stride + c * matrix.column_stride;
   }
+  float at(int64_t m, int64_t r, int64_t c) const { return get(memory->data(), place(m, r, c), dtype); }
+  void set(int64_t m, int64_t r, int64_t c, float v) const { put(memory->data(), place(m, r, c), v, dtype); }
 };
 
 // Matrices whose elements lie in rows, in columns, or apart.
@@ -100,8 +102,7 @@ Operand operand(int64_t matrices, int64_t rows, int64_t columns, int dtype, int6
   for (int64_t m = 0; any && m < matrices; ++m) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) {
-        put(o.memory->data(), m * o.stride + r * o.matrix.row_stride + c * o.matrix.column_stride,
-            static_cast<float>(draw(-largest, largest)), dtype);
+        o.set(m, r, c, static_cast<float>(draw(-largest, largest)));
       }
     }
   }

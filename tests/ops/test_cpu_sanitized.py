@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
-FLAGS = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # The files of an instruction set, and the flags that the build gives them.
 _PER_FILE = re.compile(r"set_source_files_properties\((\S+) PROPERTIES COMPILE_OPTIONS \"([^\"]*)\"\)")
 

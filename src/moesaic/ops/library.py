@@ -6,13 +6,13 @@ from pathlib import Path
 import torch  # noqa: F401 -- the OpenMP that both use has to be loaded first
 
 PATH = Path(__file__).with_name("libmoesaic_cpu.so")
-ABI = 5
+ABI = 6
 
 
 def load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if not PATH.exists():
-        return "they were not built: install a C++17 compiler with OpenMP, then moesaic again"
+        return "they were not built: install a C++20 compiler with OpenMP, then moesaic again"
     library = ctypes.CDLL(str(PATH))
     if library.moesaic_cpu_abi() != ABI:
         return f"{PATH} was built from other sources; install moesaic again"

@@ -14,7 +14,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
 
 
-class Groups(ctypes.Structure):
+MAX_PROJECTIONS = 2
+
+
+class CGroups(ctypes.Structure):
     """``moesaic_groups`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (
@@ -27,19 +30,19 @@ class Groups(ctypes.Structure):
     )
 
 
-class Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     """``moesaic_matrix`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64))
 
 
-class Weights(ctypes.Structure):
+class CWeights(ctypes.Structure):
     """``moesaic_weights`` of ``csrc/moesaic_cpu.h``."""
 
-    _fields_ = (("matrix", Matrix), ("stride", ctypes.c_int64))
+    _fields_ = (("matrix", CMatrix), ("stride", ctypes.c_int64))
 
 
-class Routing(ctypes.Structure):
+class CRouting(ctypes.Structure):
     """``moesaic_routing`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (
@@ -50,24 +53,47 @@ class Routing(ctypes.Structure):
     )
 
 
-class Experts(ctypes.Structure):
+class CProjection(ctypes.Structure):
+    """``moesaic_projection`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (("w", CWeights), ("b", CMatrix))
+
+
+class CExperts(ctypes.Structure):
     """``moesaic_experts`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (
-        *((name, Weights) for name in ("w1", "w3", "w2")),
-        *((name, Matrix) for name in ("b1", "b3")),
+        ("projections", CProjection * MAX_PROJECTIONS),
+        ("down", CProjection),
         *((name, ctypes.c_int64) for name in ("experts", "dim", "hidden")),
-        *((name, ctypes.c_int32) for name in ("activation", "dtype", "gated")),
+        *((name, ctypes.c_int32) for name in ("num_projections", "activation", "dtype")),
     )
 
 
-class ExpertsGrads(ctypes.Structure):
+class CProjectionGrads(ctypes.Structure):
+    """``moesaic_projection_grads`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (
+        ("w", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("transposed", ctypes.c_int32),
+        ("adds", ctypes.c_int32),
+    )
+
+
+class CExpertsGrads(ctypes.Structure):
     """``moesaic_experts_grads`` of ``csrc/moesaic_cpu.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weights", "w1", "w3", "w2", "b1", "b3")),
-        *((name, ctypes.c_int32) for name in ("w1_transposed", "w3_transposed", "w2_transposed", "adds")),
+        ("x", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("projections", CProjectionGrads * MAX_PROJECTIONS),
+        ("down", CProjectionGrads),
     )
+
+
+# A pointer for each projection: where its results lie.
+CPreActivations = ctypes.c_void_p * MAX_PROJECTIONS
 
 
 class Kernels(NamedTuple):
@@ -115,9 +141,19 @@ def loaded_kernels() -> Kernels:
     return loaded
 
 
-def matrix(t: Tensor) -> Matrix:
-    """The last two dims of a tensor."""
-    return Matrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+def pointer(t: Tensor | None) -> int | None:
+    """Where a tensor's elements begin; None, which is NULL in C, for none."""
+    return None if t is None else t.data_ptr()
+
+
+def matrix(t: Tensor | None) -> CMatrix:
+    """The last two dims of a tensor; one without data for none."""
+    return CMatrix() if t is None else CMatrix(t.data_ptr(), t.stride(-2), t.stride(-1))
+
+
+def projection(w: Tensor, b: Tensor | None) -> CProjection:
+    """What every expert multiplies rows by, ``w [experts, inner, columns]``, and adds to them."""
+    return CProjection(CWeights(matrix(w), w.stride(0)), matrix(b))
 
 
 def check_status(operator: str, status: int) -> None:
@@ -129,17 +165,17 @@ def check_status(operator: str, status: int) -> None:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    groups, routing, experts, grads = (ctypes.POINTER(t) for t in (Groups, Routing, Experts, ExpertsGrads))
+    address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    groups, routing, experts, grads = (ctypes.POINTER(t) for t in (CGroups, CRouting, CExperts, CExpertsGrads))
     signatures = {
-        "moesaic_cpu_grouped_mm": (i32, groups, Matrix, Matrix, i64, pointer, i64, i64, i32, i32, i32, i32),
-        "moesaic_cpu_weight_grad": (i32, groups, Matrix, Matrix, pointer, i64, i64, i32, i32, i32, i32, i32),
-        "moesaic_cpu_experts": (i32, routing, experts, Matrix, pointer, pointer, pointer, i32, i32),
-        "moesaic_cpu_experts_backward": (i32, routing, experts, Matrix, Matrix, pointer, pointer, grads, i32, i32),
+        "moesaic_cpu_grouped_mm": (i32, groups, CMatrix, CMatrix, i64, address, i64, i64, i32, i32, i32, i32),
+        "moesaic_cpu_weight_grad": (i32, groups, CMatrix, CMatrix, address, i64, i64, i32, i32, i32, i32, i32),
+        "moesaic_cpu_experts": (i32, routing, experts, CMatrix, address, CPreActivations, i32, i32),
+        "moesaic_cpu_experts_backward": (i32, routing, experts, CMatrix, CMatrix, CPreActivations, grads, i32, i32),
         "moesaic_cpu_spin": (ctypes.c_double, i64, i32, i32),
         "moesaic_pool_limit": (None, i64),
         "moesaic_pool_state": (None, ctypes.POINTER(i64), ctypes.POINTER(i64)),
-        "moesaic_pool_tensor": (pointer, ctypes.POINTER(i64), i32, i32),
+        "moesaic_pool_tensor": (address, ctypes.POINTER(i64), i32, i32),
     }
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)

@@ -7,8 +7,6 @@ the number of threads.
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -18,15 +16,17 @@ from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, M
 from moesaic.ops.layout import is_transposed
 from moesaic.ops.native import (
     DTYPES,
-    Experts,
-    ExpertsGrads,
+    CExperts,
+    CExpertsGrads,
+    CPreActivations,
+    CProjectionGrads,
+    CRouting,
     Kernels,
-    Matrix,
-    Routing,
-    Weights,
     check_status,
     loaded_kernels,
     matrix,
+    pointer,
+    projection,
 )
 
 
@@ -42,8 +42,7 @@ def forward(problem: Problem, save: bool) -> Forward:
         _experts(problem),
         matrix(x_TD),
         z_TD.data_ptr(),
-        _pointer(h1_TKF),
-        _pointer(h3_TKF),
+        CPreActivations(pointer(h1_TKF), pointer(h3_TKF)),
         isa,
         torch.get_num_threads(),
     )
@@ -66,28 +65,29 @@ def backward(
     p = problem
     given = (p.x_TD, p.weights_TK, p.w1_EDF, p.w3_EDF, p.w2_EFD, p.b1_EF, p.b3_EF)
     dtypes = (p.x_TD.dtype, torch.float32, *[p.x_TD.dtype] * 5)
-    found = [
-        _empty(t, dtype) if wanted and t is not None else None
-        for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
-    ]
-    adds = any(buffer is not None for buffer in into)
-    matrices = into if adds else found[2:5]
-    transposed = [w is not None and is_transposed(w) for w in matrices]
+    found = Gradients(
+        *(
+            _empty(t, dtype) if wanted and t is not None else None
+            for t, dtype, wanted in zip(given, dtypes, needs, strict=True)
+        )
+    )
+    gate = _gradients_of_projection(found.w1, found.b1, into.w1)
+    up = _gradients_of_projection(found.w3, found.b3, into.w3)
     status = library.moesaic_cpu_experts_backward(
         routing,
         _experts(problem),
         matrix(p.x_TD),
         matrix(grad_TD),
-        h1_TKF.data_ptr(),
-        _pointer(h3_TKF),
-        ExpertsGrads(*map(_pointer, (*found[:2], *matrices, *found[5:])), *transposed, adds),
+        CPreActivations(pointer(h1_TKF), pointer(h3_TKF)),
+        CExpertsGrads(
+            pointer(found.x), pointer(found.weights), (gate, up), _gradients_of_projection(found.w2, None, into.w2)
+        ),
         isa,
         torch.get_num_threads(),
     )
     del keep
     check_status("experts_mlp", status)
-    x, weights, *others = found
-    return Gradients(x, None if weights is None else weights.to(p.weights_TK.dtype), *others)
+    return found._replace(weights=None if found.weights is None else found.weights.to(p.weights_TK.dtype))
 
 
 def _kernels() -> Kernels:
@@ -103,34 +103,28 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     return pool.empty(tuple(like.shape), dtype)
 
 
-def _routing(problem: Problem) -> tuple[Routing, tuple[Tensor, Tensor]]:
+def _gradients_of_projection(w: Tensor | None, b: Tensor | None, into: Tensor | None) -> CProjectionGrads:
+    """Where to put them; that of the weight is added to ``into`` if that is given."""
+    to = w if into is None else into
+    return CProjectionGrads(pointer(to), pointer(b), to is not None and is_transposed(to), into is not None)
+
+
+def _routing(problem: Problem) -> tuple[CRouting, tuple[Tensor, Tensor]]:
     # The second result owns the memory that the first points to.
     ids_TK = problem.ids_TK.to(torch.int64).contiguous()
     weights_TK = problem.weights_TK.to(torch.float32).contiguous()
-    return Routing(ids_TK.data_ptr(), weights_TK.data_ptr(), *ids_TK.shape), (ids_TK, weights_TK)
+    return CRouting(ids_TK.data_ptr(), weights_TK.data_ptr(), *ids_TK.shape), (ids_TK, weights_TK)
 
 
-def _experts(problem: Problem) -> Experts:
-    return Experts(
-        _weights(problem.w1_EDF),
-        _weights(problem.w3_EDF),
-        _weights(problem.w2_EFD),
-        _bias(problem.b1_EF),
-        _bias(problem.b3_EF),
+def _experts(problem: Problem) -> CExperts:
+    projections = [projection(problem.w1_EDF, problem.b1_EF)]
+    if problem.w3_EDF is not None:
+        projections.append(projection(problem.w3_EDF, problem.b3_EF))
+    return CExperts(
+        tuple(projections),
+        projection(problem.w2_EFD, None),
         *problem.w1_EDF.shape,
+        len(projections),
         ACTIVATIONS.index(problem.activation),
         DTYPES[problem.x_TD.dtype],
-        problem.w3_EDF is not None,
     )
-
-
-def _weights(t: Tensor | None) -> Weights:
-    return Weights() if t is None else Weights(matrix(t), t.stride(0))
-
-
-def _bias(t: Tensor | None) -> Matrix:
-    return Matrix() if t is None else matrix(t)
-
-
-def _pointer(t: Tensor | None) -> ctypes.c_void_p | None:
-    return None if t is None else ctypes.c_void_p(t.data_ptr())

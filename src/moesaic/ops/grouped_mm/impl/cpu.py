@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.grouped_mm.groups import are_shared, check_group_sizes
-from moesaic.ops.native import BAD_GROUPS, DTYPES, Groups, check_status, loaded_kernels, matrix
+from moesaic.ops.native import BAD_GROUPS, DTYPES, CGroups, check_status, loaded_kernels, matrix
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -68,12 +68,12 @@ def _weight_grad(gw_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor
     _check(status, R, keep, E)
 
 
-def _groups(sizes_BG: Tensor, num_rows: int, num_matrices: int) -> tuple[Groups, Tensor]:
+def _groups(sizes_BG: Tensor, num_rows: int, num_matrices: int) -> tuple[CGroups, Tensor]:
     # The second result owns the memory that the first points to.
     sizes_BG = sizes_BG.to(torch.int64).contiguous()
     B, G = sizes_BG.shape
     shared = are_shared(num_matrices, sizes_BG)
-    return Groups(sizes_BG.data_ptr(), B, G, num_rows, num_matrices, shared), sizes_BG
+    return CGroups(sizes_BG.data_ptr(), B, G, num_rows, num_matrices, shared), sizes_BG
 
 
 def _check(status: int, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
