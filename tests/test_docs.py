@@ -247,10 +247,10 @@ def test_defaults_in_tables_are_those_of_the_program():
 
 
 def test_the_run_folder_is_described():
-    from moesaic.train import folder
+    from moesaic.checkpoint import run_folder
 
     [line] = re.findall(r"^In the run folder: (.*)$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
-    names = {value for name, value in vars(folder).items() if name.isupper() and isinstance(value, str)}
+    names = {value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)}
     assert {name.strip("`/.") for name in re.findall(r"`.*?`", line)} == {name.strip("`/.") for name in names}
 
 

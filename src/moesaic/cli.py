@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
-    return f"usage: moesaic COMMAND [options]\n\n{rows}\n\nmoesaic COMMAND --help tells a command's options."
+    more = "moesaic COMMAND --help lists a command's options.\nmoesaic --version prints the version."
+    return f"usage: moesaic COMMAND [options]\n\n{rows}\n\n{more}"
 
 
 def _train(arguments: Sequence[str]) -> int:
