@@ -80,7 +80,7 @@ def _(counts: Tensor) -> Tensor:
 
 
 def load_balancing_loss(
-    scores: Float[Tensor, "T E"], total_counts: Int[Tensor, "E"], num_tokens: Int[Tensor, ""]
+    scores: Float[Tensor, "T E"], total_counts: Int[Tensor, " E"], num_tokens: Int[Tensor, ""]
 ) -> Tensor:
     """This process's part of ``E * sum over e of f_e * P_e``; 1 for a uniform router over uniform loads.
 

@@ -29,7 +29,7 @@ def accumulate_weight_grad(
     into: Float[Tensor, "W K N"],
     x: Float[Tensor, "R K"],
     grad: Float[Tensor, "R N"],
-    group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
+    group_sizes: Int[Tensor, " E"] | Int[Tensor, "B G"],
     *,
     impl: Implementation | None = None,
 ) -> None:

@@ -15,7 +15,7 @@ from moesaic.ops.implementations import check_name
 def grouped_mm(
     x: Float[Tensor, "R K"],
     w: Float[Tensor, "W K N"],
-    group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
+    group_sizes: Int[Tensor, " E"] | Int[Tensor, "B G"],
     *,
     impl: Implementation | None = None,
     out_dtype: torch.dtype | None = None,

@@ -14,7 +14,7 @@ from moesaic.ops.implementations import check_name
 def grouped_mm_weight_grad(
     x: Float[Tensor, "R K"],
     grad: Float[Tensor, "R N"],
-    group_sizes: Int[Tensor, "E"] | Int[Tensor, "B G"],
+    group_sizes: Int[Tensor, " E"] | Int[Tensor, "B G"],
     *,
     like: Float[Tensor, "W K N"] | None = None,
     impl: Implementation | None = None,
