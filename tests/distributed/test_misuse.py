@@ -68,7 +68,7 @@ def test_the_balance_bias_stays_in_fp32():
 
 
 def check_meshes_come_after_the_group() -> None:
-    early = moesaic.parallel.Meshes(moesaic.parallel.resolve_layout(1), None, None)
+    early = moesaic.parallel.Meshes(moesaic.parallel.resolve_layout(1))
     with pytest.raises(ValueError, match="built before the process group of 2 ranks"):
         moesaic.parallelize(moesaic.MoE(CONFIG), early)
 

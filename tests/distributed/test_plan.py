@@ -117,7 +117,7 @@ def test_tokens_may_be_a_dtensor(ranks):
 
 def fake_meshes(world_size: int, **sizes: int) -> Meshes:
     """Layout checks come before anything touches a mesh."""
-    return Meshes(resolve_layout(world_size, **sizes), None, None)
+    return Meshes(resolve_layout(world_size, **sizes))
 
 
 def test_refusals_name_the_size_and_the_remedy(unchecked):

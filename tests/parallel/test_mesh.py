@@ -57,8 +57,11 @@ def test_sequence_slices_are_dtensor_chunks(length, shards):
 
 def test_one_process_needs_no_process_group():
     meshes = moesaic.build_meshes()
-    assert meshes.dense is None
-    assert meshes.expert is None
+    assert not meshes.is_distributed
+    assert meshes.device_type is None
+    for view in ("dense", "expert"):
+        with pytest.raises(ValueError, match=rf"meshes\.{view}: one process .* has no meshes; .*torchrun"):
+            getattr(meshes, view)
     assert (meshes.dp_rank, meshes.dp_size, meshes.tp_rank, meshes.tp_size) == (0, 1, 0, 1)
     assert meshes.sequence_slice(7) == slice(0, 7)
     with pytest.raises(ValueError, match="must divide the world size 1"):

@@ -22,11 +22,11 @@ def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: M
     rank's part for that of another.
     """
     experts = [m for m in model.modules() if isinstance(m, GroupedExperts)]
-    if meshes.layout.edp > 1 and meshes.expert is not None:
+    if meshes.layout.edp > 1:
         for module in experts:
             uneven = module.num_experts % meshes.layout.ep != 0
             _shard(module, meshes.expert["edp"], dims=_uncut_dim if uneven else None)
-    if meshes.dp_size > 1 and meshes.dense is not None:
+    if meshes.dp_size > 1:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
         axes = ("dp_replicate", "dp_shard") if meshes.layout.dp_replicate > 1 else ("dp_shard",)

@@ -2,10 +2,16 @@
 
 Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the world size; ``edp``
 follows. Neither ``ep`` nor ``etp`` has to divide anything of the dense view.
+
+:class:`MeshLayout` is the table of axes: the meshes, their shapes and what is legal follow from its fields.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from itertools import product
+from math import prod
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,10 +19,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moesaic.sharding.internals import group_over_all_axes
 
+View = Literal["dense", "expert"]
+
+
+def _axis(view: View, *, takes_the_rest: bool = False, has_own_sequences: bool = False) -> Any:
+    """An axis of the mesh of ``view``.
+
+    Args:
+        view: which mesh.
+        takes_the_rest: its size, where it is not given, is what is left of the world size.
+        has_own_sequences: its ranks hold different sequences.
+    """
+    return field(metadata={"view": view, "takes_the_rest": takes_the_rest, "has_own_sequences": has_own_sequences})
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshLayout:
-    """Sizes of all axes.
+    """Sizes of all axes. The last axis of each view is the innermost: its ranks are neighbours.
 
     Attributes:
         dp_replicate: data parallel, parameters replicated.
@@ -27,20 +46,34 @@ class MeshLayout:
         etp: tensor parallel inside an expert; each rank has ``ceil(F / etp)`` of its hidden dim, likewise.
     """
 
-    dp_replicate: int
-    dp_shard: int
-    tp: int
-    edp: int
-    ep: int
-    etp: int
+    dp_replicate: int = _axis("dense", has_own_sequences=True)
+    dp_shard: int = _axis("dense", has_own_sequences=True, takes_the_rest=True)
+    tp: int = _axis("dense")
+    edp: int = _axis("expert", takes_the_rest=True)
+    ep: int = _axis("expert")
+    etp: int = _axis("expert")
 
     @property
     def world_size(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.tp
+        return prod(self.of_view("dense").values())
+
+    @property
+    def dp_size(self) -> int:
+        """How many ranks hold different sequences."""
+        return prod(getattr(self, name) for name in _names(has_own_sequences=True))
+
+    def of_view(self, view: View) -> dict[str, int]:
+        """Sizes of the axes of one mesh by name, the outermost first."""
+        return {name: getattr(self, name) for name in _names(view=view)}
 
     def __str__(self) -> str:
-        dense = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x tp {self.tp}"
-        return f"{dense}, experts edp {self.edp} x ep {self.ep} x etp {self.etp}"
+        dense, expert = (" x ".join(f"{n} {s}" for n, s in self.of_view(v).items()) for v in ("dense", "expert"))
+        return f"{dense}, experts {expert}"
+
+
+def _names(**marks: Any) -> tuple[str, ...]:
+    """Axes that are so marked, in the order of their mesh."""
+    return tuple(f.name for f in fields(MeshLayout) if all(f.metadata[mark] == value for mark, value in marks.items()))
 
 
 def resolve_layout(
@@ -49,77 +82,110 @@ def resolve_layout(
     """Check a layout, and work out ``edp`` and, where it is None, ``dp_shard``. Touches no process group.
 
     Raises:
-        ValueError: a product that is not the world size, with the nearest legal choices.
+        ValueError: a size below 1, or a product that is not the world size, with the nearest legal choices.
 
     Example:
         >>> print(resolve_layout(4, tp=2, ep=2, etp=2))
         dp_replicate 1 x dp_shard 2 x tp 2, experts edp 1 x ep 2 x etp 2
     """
-    given = {"world_size": world_size, "tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate}
-    for name, value in {**given, "dp_shard": 1 if dp_shard is None else dp_shard}.items():
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
-    if dp_shard is None:
-        if world_size % (dp_replicate * tp):
-            raise ValueError(
-                f"dp_replicate * tp = {dp_replicate} * {tp} = {dp_replicate * tp} must divide the world size "
-                f"{world_size} (dp_replicate * dp_shard * tp = world size). "
-                + _suggest({"dp_replicate": dp_replicate, "tp": tp}, world_size)
-            )
-        dp_shard = world_size // (dp_replicate * tp)
-    elif dp_replicate * dp_shard * tp != world_size:
+    sizes = {"tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in {"world_size": world_size, **given}.items():
+        if size < 1:
+            raise ValueError(f"{name}: must be at least 1, got {size}")
+    return MeshLayout(**_resolve("dense", given, world_size), **_resolve("expert", given, world_size))
+
+
+def _resolve(view: View, given: dict[str, int], world_size: int) -> dict[str, int]:
+    """The sizes of the axes of one view."""
+    names, (rest,) = _names(view=view), _names(view=view, takes_the_rest=True)
+    sizes = {name: given[name] for name in names if name in given}
+    whole, size = f"{' * '.join(names)} = world size", prod(sizes.values())
+    said = f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {size}"
+    nearest = _suggest({name: n for name, n in sizes.items() if name != rest}, world_size)
+    if rest in sizes and size != world_size:
         raise ValueError(
-            f"dp_replicate * dp_shard * tp = {dp_replicate} * {dp_shard} * {tp} = {dp_replicate * dp_shard * tp} must "
-            f"equal the world size {world_size}. Leave dp_shard out to have it worked out. "
-            + _suggest({"dp_replicate": dp_replicate, "tp": tp}, world_size)
+            f"{said} must equal the world size {world_size}. Leave {rest} out to have it worked out. {nearest}"
         )
-    if world_size % (ep * etp):
-        raise ValueError(
-            f"ep * etp = {ep} * {etp} = {ep * etp} must divide the world size {world_size} "
-            f"(edp * ep * etp = world size). " + _suggest({"ep": ep, "etp": etp}, world_size)
-        )
-    return MeshLayout(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp, edp=world_size // (ep * etp), ep=ep, etp=etp)
+    if world_size % size:
+        raise ValueError(f"{said} must divide the world size {world_size} ({whole}). {nearest}")
+    return {rest: world_size // size, **sizes}
 
 
 def _suggest(wanted: dict[str, int], world_size: int) -> str:
-    """The legal pairs nearest to a pair whose product has to divide the world size."""
-    (name_a, a), (name_b, b) = wanted.items()
+    """The legal sizes nearest to some whose product has to divide the world size."""
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    legal = [(x, y) for x in divisors for y in divisors if world_size % (x * y) == 0]
-    legal.sort(key=lambda pair: (abs(pair[0] - a) + abs(pair[1] - b), -pair[0] * pair[1]))
-    return "Nearest legal choices: " + "; ".join(f"{name_a}={x}, {name_b}={y}" for x, y in legal[:3]) + "."
+    legal = [sizes for sizes in product(divisors, repeat=len(wanted)) if world_size % prod(sizes) == 0]
+    legal.sort(key=lambda sizes: (sum(abs(n - w) for n, w in zip(sizes, wanted.values(), strict=True)), -prod(sizes)))
+    said = (", ".join(f"{name}={n}" for name, n in zip(wanted, sizes, strict=True)) for sizes in legal[:3])
+    return f"Nearest legal choices: {'; '.join(said)}."
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """Both views of the ranks. Without a process group (one process) there are no meshes, and the sizes are 1.
+    """Both views of the ranks. Without a process group (one process) there are no meshes, and all sizes are 1.
 
     Attributes:
         layout: sizes of all axes.
-        dense: mesh with axes ``dp_replicate, dp_shard, tp``.
-        expert: mesh with axes ``edp, ep, etp``.
+        views: the meshes ``"dense"`` and ``"expert"``; empty without a process group.
     """
 
     layout: MeshLayout
-    dense: DeviceMesh | None
-    expert: DeviceMesh | None
+    views: Mapping[View, DeviceMesh] = field(default_factory=dict)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is a process group, and so meshes."""
+        return bool(self.views)
+
+    @property
+    def dense(self) -> DeviceMesh:
+        """The mesh with axes ``dp_replicate, dp_shard, tp``.
+
+        Raises:
+            ValueError: there is no process group. Ask ``is_distributed`` first, or take ``device_type``.
+        """
+        return self._view("dense")
+
+    @property
+    def expert(self) -> DeviceMesh:
+        """The mesh with axes ``edp, ep, etp``.
+
+        Raises:
+            ValueError: there is no process group. Ask ``is_distributed`` first, or take ``device_type``.
+        """
+        return self._view("expert")
+
+    def _view(self, view: View) -> DeviceMesh:
+        if view not in self.views:
+            raise ValueError(
+                f"meshes.{view}: one process without a process group has no meshes; ask meshes.is_distributed first, "
+                "or start the program with torchrun and call torch.distributed.init_process_group() before "
+                "build_meshes()"
+            )
+        return self.views[view]
+
+    @property
+    def device_type(self) -> str | None:
+        """Where the ranks compute, ``"cuda"`` or ``"cpu"``; None without a process group."""
+        return self.dense.device_type if self.is_distributed else None
 
     def all_ranks(self) -> dist.ProcessGroup:
         """The group of every rank of the meshes. Collective on its first call."""
-        assert self.dense is not None
         return group_over_all_axes(self.dense, "dp_tp")
 
     @property
     def dp_size(self) -> int:
         """How many ranks hold different sequences."""
-        return self.layout.dp_replicate * self.layout.dp_shard
+        return self.layout.dp_size
 
     @property
     def dp_rank(self) -> int:
         """Which of them this is."""
-        if self.dense is None:
-            return 0
-        return self.dense.get_local_rank("dp_replicate") * self.layout.dp_shard + self.dense.get_local_rank("dp_shard")
+        rank = 0
+        for axis in _names(has_own_sequences=True) if self.is_distributed else ():
+            rank = rank * getattr(self.layout, axis) + self.dense.get_local_rank(axis)
+        return rank
 
     @property
     def tp_size(self) -> int:
@@ -127,7 +193,7 @@ class Meshes:
 
     @property
     def tp_rank(self) -> int:
-        return 0 if self.dense is None else self.dense.get_local_rank("tp")
+        return self.dense.get_local_rank("tp") if self.is_distributed else 0
 
     def sequence_slice(self, length: int) -> slice:
         """This rank's shard of a sequence: ``Shard`` as DTensor cuts it, so the last shards may be short or empty."""
@@ -172,10 +238,11 @@ def build_meshes(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layout = resolve_layout(world_size, tp=tp, ep=ep, etp=etp, dp_shard=dp_shard, dp_replicate=dp_replicate)
     if not dist.is_initialized():
-        return Meshes(layout, None, None)
+        return Meshes(layout)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    dense_shape = (layout.dp_replicate, layout.dp_shard, layout.tp)
-    dense = init_device_mesh(device_type, dense_shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-    expert_shape = (layout.edp, layout.ep, layout.etp)
-    expert = init_device_mesh(device_type, expert_shape, mesh_dim_names=("edp", "ep", "etp"))
-    return Meshes(layout, dense, expert)
+    views: tuple[View, ...] = ("dense", "expert")
+    sizes = {view: layout.of_view(view) for view in views}
+    return Meshes(
+        layout,
+        {v: init_device_mesh(device_type, tuple(s.values()), mesh_dim_names=tuple(s)) for v, s in sizes.items()},
+    )

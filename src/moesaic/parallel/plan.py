@@ -81,7 +81,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     _check(model, moes, decoder is not None, meshes)
     if decoder is not None and meshes.tp_size > 1:
         check_decoder(decoder, meshes.tp_size)
-    if meshes.dense is None or meshes.expert is None:
+    if not meshes.is_distributed:
         return model
 
     all_ranks = meshes.all_ranks()
@@ -114,7 +114,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
         raise ValueError(
             f"model: parameter '{meta}' is on the meta device and others are not; materialise all of them, or none"
         )
-    device = None if meshes.dense is None else meshes.dense.device_type
+    device = meshes.device_type
     places = {name: p.device.type for name, p in model.named_parameters() if device is not None}
     elsewhere = next((name for name, place in places.items() if place not in (device, "meta")), None)
     if elsewhere is not None:
@@ -124,7 +124,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
     placed = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if placed is not None:
         raise ValueError(f"model: parameter '{placed}' is a DTensor already; parallelize takes a model once")
-    if meshes.dense is None and dist.is_initialized() and dist.get_world_size() > 1:
+    if not meshes.is_distributed and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"meshes: built before the process group of {dist.get_world_size()} ranks; call build_meshes() after "
             "torch.distributed.init_process_group()"

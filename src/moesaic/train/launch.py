@@ -36,7 +36,7 @@ def check_launch(config: TrainConfig) -> None:
     if not source.pretrained:
         # Of pretrained models the keys differ, and the plan looks at the model itself before it loads weights.
         check_fits(source.values, layout)
-    dp_size = layout.dp_replicate * layout.dp_shard
+    dp_size = layout.dp_size
     if config.batch_size % dp_size:
         near = max(1, round(config.batch_size / dp_size)) * dp_size
         raise UserError(

@@ -91,10 +91,9 @@ def load_and_count(
     moe_options: Mapping[str, float] | None = None,
 ) -> tuple[Any, int]:
     """As :func:`load_pretrained`, and how many bytes of the files this rank has asked for."""
-    mesh_device = None if meshes.dense is None else meshes.dense.device_type
-    place = torch.device(device or mesh_device or "cpu")
-    if mesh_device not in (None, place.type):
-        raise ValueError(f"device: {place}, but the meshes are on {mesh_device}; leave it out")
+    place = torch.device(device or meshes.device_type or "cpu")
+    if meshes.device_type not in (None, place.type):
+        raise ValueError(f"device: {place}, but the meshes are on {meshes.device_type}; leave it out")
     with ExitStack() as stack:
         model: Any = None
         tensors: dict[str, LazyTensor] = {}
@@ -112,7 +111,7 @@ def load_and_count(
         # What one rank cannot see no rank waits for.
         ranks.together(describe, Exception)
         parallelize(model, meshes, compute=compute)
-        if meshes.dense is None:
+        if not meshes.is_distributed:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors), Exception)
         _log.info("%s: rank %d read %d bytes", path, ranks.rank(), files.bytes_read)
