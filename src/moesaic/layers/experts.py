@@ -3,8 +3,9 @@
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -67,6 +68,9 @@ class GroupedExperts(nn.Module):
         >>> experts(torch.randn(5, 8), torch.tensor([[0], [2], [2], [1], [0]]), torch.ones(5, 1)).shape
         torch.Size([5, 8])
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., Tensor]
 
     b1: nn.Parameter | None
     b3: nn.Parameter | None

@@ -3,7 +3,8 @@
 Legend: T tokens, K copies a token (top-k), D model dim.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -53,6 +54,9 @@ class MoE(nn.Module):
         >>> moe(torch.randn(4, 10, 64)).shape
         torch.Size([4, 10, 64])
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., Tensor]
 
     def __init__(
         self,

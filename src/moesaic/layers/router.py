@@ -4,7 +4,7 @@ Legend: T tokens, D model dim, E experts, K top-k.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,6 +49,9 @@ class TopKRouter(nn.Module):
         >>> router(torch.randn(10, 64)).ids.shape
         torch.Size([10, 2])
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., Routing]
 
     logit_bias: nn.Parameter | None
 

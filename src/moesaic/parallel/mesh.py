@@ -121,6 +121,11 @@ def _suggest(wanted: dict[str, int], world_size: int) -> str:
     return f"Nearest legal choices: {'; '.join(said)}."
 
 
+def sizes_in(settings: Any) -> dict[str, Any]:
+    """The sizes of those axes that settings have a field for, as :func:`build_meshes` takes them."""
+    return {name: getattr(settings, name) for name in _names() if hasattr(settings, name)}
+
+
 @dataclass(frozen=True)
 class Meshes:
     """Both views of the ranks. Without a process group (one process) there are no meshes, and all sizes are 1.

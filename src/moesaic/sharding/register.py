@@ -1,7 +1,7 @@
 """``sharding_rule``: the one line that makes an operator DTensor-aware."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -9,13 +9,15 @@ from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.dtensor import run_by_rule
 from moesaic.sharding.rule import Joint, make_rule
 
+Operator = TypeVar("Operator")
+
 
 def sharding_rule(
     *lines: str,
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
     redistribute: bool | Sequence[str] = False,
-) -> Callable[[Any], Any]:
+) -> Callable[[Operator], Operator]:
     """Make an operator DTensor-aware, in one line of einops-like notation.
 
     The line names the dims of every tensor argument and output by factors (see :mod:`moesaic.sharding.notation`). From
@@ -54,7 +56,7 @@ def sharding_rule(
     The notation follows einops and Shardy (OpenXLA); the question is pytorch/torchtitan issue 434.
     """
 
-    def register(op: Any) -> Any:
+    def register(op: Operator) -> Operator:
         overload = overload_of(op)
         _check_schema(overload)
         tensors = [a.name for a in overload._schema.arguments if is_tensor(a.type)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from moesaic.parallel.mesh import resolve_layout
+from moesaic.parallel.mesh import resolve_layout, sizes_in
 from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
@@ -19,14 +19,7 @@ def check_launch(config: TrainConfig) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"training needs the package {package}: pip install 'moesaic[train]'")
     try:
-        layout = resolve_layout(
-            launched_world_size(),
-            tp=config.tp,
-            ep=config.ep,
-            etp=config.etp,
-            dp_shard=config.dp_shard,
-            dp_replicate=config.dp_replicate,
-        )
+        layout = resolve_layout(launched_world_size(), **sizes_in(config))
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.out is not None and not config.resume:

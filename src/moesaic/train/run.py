@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from moesaic import checkpoint, ranks
 from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
-from moesaic.parallel.mesh import Meshes, build_meshes
+from moesaic.parallel.mesh import Meshes, build_meshes, sizes_in
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_defaults
@@ -67,14 +67,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     own_coef = source.text_values.get("router_aux_loss_coef") or 0.0
     config = with_defaults(config, pretrained=source.pretrained, aux_loss_coef=own_coef)
     text = _prepare_text(config, source, runtime, notify)
-    meshes = build_meshes(
-        tp=config.tp,
-        ep=config.ep,
-        etp=config.etp,
-        dp_shard=config.dp_shard,
-        dp_replicate=config.dp_replicate,
-        device_type=runtime.device.type,
-    )
+    meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
     loader = BatchLoader(
         _rows(text, config, notify),
         batch_size=config.batch_size,
