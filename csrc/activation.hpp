@@ -2,6 +2,9 @@
 // with NaN and infinity where the same formula in torch has them.
 #pragma once
 
+#include "moesaic_cpu.h"
+#include "vector.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 INLINE Reg polynomial(Reg x, const float *coefficients, int count) {

@@ -70,6 +70,8 @@ int moesaic_cpu_abi(void) { return MOESAIC_CPU_ABI; }
 
 int moesaic_cpu_isa(void) { return moesaic::best_isa(); }
 
+const char *moesaic_cpu_isa_name(int isa) { return moesaic::isa_name(isa); }
+
 int moesaic_cpu_grouped_mm(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix w, int64_t w_stride, void *y,
                            int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads) try {
   const moesaic::Kernels *k = moesaic::kernels(dtype, isa);

@@ -1,6 +1,9 @@
 // The experts' kernels: what becomes of the sums of a product before they leave the cache.
 #pragma once
 
+#include "activation.hpp"
+#include "product_tasks.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kKeptSums =

@@ -5,6 +5,8 @@
 // packed next are brought in.
 #pragma once
 
+#include "pack.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 template <class Kind>
@@ -77,8 +79,13 @@ static void gradient_block(const Gradient &g, const RowBlock &b, const RowBlock 
     pack_rows<Kind>(g.grad, g.grad_rows ? g.grad_rows + row : nullptr, row, n, column, width, scratch.grad,
                     kPanelBytes);
     tile.panel = scratch.grad;
-    tile.result = {nullptr, b.first == 0, last, nullptr, g.columns * size, width, is_bf16,
-                   g.stream && width == kPanel, g.adds};
+    tile.result = {.first = b.first == 0,
+                   .last = last,
+                   .row_bytes = g.columns * size,
+                   .columns = width,
+                   .is_bf16 = is_bf16,
+                   .around_caches = g.stream && width == kPanel,
+                   .adds = g.adds};
     for (int64_t s = 0; s < strips.count; ++s) {
       const int64_t r = strips.begin(s);
       const int height = static_cast<int>(strips.begin(s + 1) - r);

@@ -1,3 +1,3 @@
 #define MOESAIC_ISA avx2
-#include "vector_avx2.hpp"
+#define MOESAIC_VECTOR "vector_avx2.hpp"
 #include "kernels.hpp"

@@ -1,3 +1,3 @@
 #define MOESAIC_ISA avx512_bf16
-#include "vector_avx512.hpp"
+#define MOESAIC_VECTOR "vector_avx512.hpp"
 #include "kernels.hpp"

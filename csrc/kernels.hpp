@@ -1,16 +1,9 @@
 // The table of one instruction set. Included once in each of the files that are compiled for one.
 #pragma once
 
-#include "problem.hpp"
-// These need the instruction set's own vector file before them.
-#include "tile.hpp"
-#include "pack.hpp"
-#include "product.hpp"
-#include "transposed.hpp"
-#include "product_tasks.hpp"
-#include "gradient.hpp"
-#include "activation.hpp"
 #include "experts.hpp"
+#include "gradient.hpp"
+#include "problem.hpp"
 
 namespace moesaic::MOESAIC_ISA {
 
@@ -54,6 +47,8 @@ constexpr Kernels table() {
           .spin = spin<Kind>};
 }
 
+// Named in the table of instruction sets.
+extern const Kernels f32, bf16;
 const Kernels f32 = table<F32>();
 const Kernels bf16 = table<BF16>();
 

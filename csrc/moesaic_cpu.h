@@ -11,13 +11,11 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 6
+#define MOESAIC_CPU_ABI 7
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
 enum moesaic_dtype { MOESAIC_F32 = 0, MOESAIC_BF16 = 1 };
-
-enum moesaic_isa { MOESAIC_ISA_NONE = 0, MOESAIC_ISA_AVX2 = 1, MOESAIC_ISA_AVX512 = 2, MOESAIC_ISA_AVX512_BF16 = 3 };
 
 enum moesaic_status {
   MOESAIC_OK = 0,
@@ -43,8 +41,12 @@ typedef struct {
 
 MOESAIC_API int moesaic_cpu_abi(void);
 
-/* The best instruction set that this build and this machine have. */
+/* Instruction sets are numbered from 1 on, from worst to best. This is the best one that this build and this machine
+   have; 0 is none. */
 MOESAIC_API int moesaic_cpu_isa(void);
+
+/* The name of an instruction set; NULL for a number that is none's. */
+MOESAIC_API const char *moesaic_cpu_isa_name(int isa);
 
 /* y[r] = x[r] @ w[e] for the rows of each group, zero for all others.
    x [rows, inner]; w [matrices, inner, columns], `w_stride` from matrix to matrix; y [rows, columns], contiguous. */

@@ -1,6 +1,9 @@
 // Panels: the words of an operand in the order in which a tile reads them.
 #pragma once
 
+#include "problem.hpp"
+#include "tile.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 template <class Kind>

@@ -157,8 +157,4 @@ constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;
 constexpr int64_t kBiasColumns = 512;    // columns of a task of a bias's gradient
 
-namespace avx2 { extern const Kernels f32, bf16; }
-namespace avx512 { extern const Kernels f32, bf16; }
-namespace avx512_bf16 { extern const Kernels f32, bf16; }
-
 }  // namespace moesaic

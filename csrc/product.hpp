@@ -5,6 +5,8 @@
 // of x are read where they lie, so that gathering them costs nothing.
 #pragma once
 
+#include "pack.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 struct Block {
@@ -42,11 +44,20 @@ struct Place {
 };
 
 INLINE Place place(const Product &p, const ProductTask &t, float *keep) {
-  if (keep) return {reinterpret_cast<char *>(keep), kPanelBytes, t.rows * kPanelBytes, false, true};
+  if (keep) {
+    return {.data = reinterpret_cast<char *>(keep),
+            .row_bytes = kPanelBytes,
+            .panel_bytes = t.rows * kPanelBytes,
+            .is_bf16 = false,
+            .kept = true};
+  }
   const bool is_bf16 = p.y_dtype == MOESAIC_BF16;
   const int64_t size = is_bf16 ? 2 : 4;
-  return {static_cast<char *>(p.y) + (t.first_row * p.columns + t.column) * size, p.columns * size, kPanel * size,
-          is_bf16, false};
+  return {.data = static_cast<char *>(p.y) + (t.first_row * p.columns + t.column) * size,
+          .row_bytes = p.columns * size,
+          .panel_bytes = kPanel * size,
+          .is_bf16 = is_bf16,
+          .kept = false};
 }
 
 INLINE int64_t row_of_x(const Product &p, int64_t row) { return p.x_rows ? p.x_rows[row] : row; }
@@ -192,8 +203,10 @@ static void multiply_block(const Product &p, const ProductTask &t, int64_t index
   tile.packed = packed;
   tile.ahead = &ahead;
   ahead.spread(Strips(t.rows).count * ceil_div(t.columns, kPanel) * (tile.words / kUnroll));
-  tile.result = {nullptr, index == 0, !out.kept && index + 1 == num_blocks<Kind>(p, t), nullptr, out.row_bytes, 0,
-                 out.is_bf16, false, false};
+  tile.result = {.first = index == 0,
+                 .last = !out.kept && index + 1 == num_blocks<Kind>(p, t),
+                 .row_bytes = out.row_bytes,
+                 .is_bf16 = out.is_bf16};
   for (int64_t c = 0; c < t.columns; c += kPanel) {
     multiply_panel<Kind>(p, t, c, b, tile, out, packed, sums + c * t.rows);
   }

@@ -1,6 +1,9 @@
 // The tasks of a product, each done in the way that suits its rows and the layout of its weights.
 #pragma once
 
+#include "product.hpp"
+#include "transposed.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;

@@ -13,30 +13,6 @@ constexpr int64_t kRowsAtOnce = 64;
 
 }  // namespace
 
-int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return __builtin_cpu_supports("avx512bf16") ? MOESAIC_ISA_AVX512_BF16 : MOESAIC_ISA_AVX512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MOESAIC_ISA_AVX2;
-#endif
-  return MOESAIC_ISA_NONE;
-}
-
-const Kernels *kernels(int dtype, int isa) {
-  static const int best = best_isa();
-  if (isa > best || (dtype != MOESAIC_F32 && dtype != MOESAIC_BF16)) return nullptr;
-  const bool f32 = dtype == MOESAIC_F32;
-  switch (isa) {
-    case MOESAIC_ISA_AVX2: return f32 ? &avx2::f32 : &avx2::bf16;
-    case MOESAIC_ISA_AVX512: return f32 ? &avx512::f32 : &avx512::bf16;
-    case MOESAIC_ISA_AVX512_BF16: return f32 ? &avx512_bf16::f32 : &avx512_bf16::bf16;
-    default: return nullptr;
-  }
-}
-
 bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vector<Group> &padding) {
   const int64_t capacity = g.blocks ? g.rows / g.blocks : g.rows;
   if (!g.blocks && g.rows) padding.push_back({0, g.rows, -1});
@@ -92,14 +68,23 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
       for (int64_t c = 0; c < columns; c += step) {
-        tasks.push_back({g.first_row + begin, end - begin, g.matrix, c, std::min(step, columns - c),
-                         words(g)});
+        tasks.push_back({.first_row = g.first_row + begin,
+                         .rows = end - begin,
+                         .matrix = g.matrix,
+                         .column = c,
+                         .columns = std::min(step, columns - c),
+                         .block_words = words(g)});
       }
     }
   }
   for (const Group &g : padding) {
     for (int64_t r = 0; r < g.rows; r += kProductRows) {
-      tasks.push_back({g.first_row + r, std::min(kProductRows, g.rows - r), -1, 0, columns, 0});
+      tasks.push_back({.first_row = g.first_row + r,
+                       .rows = std::min(kProductRows, g.rows - r),
+                       .matrix = -1,
+                       .column = 0,
+                       .columns = columns,
+                       .block_words = 0});
     }
   }
   return tasks;
@@ -113,7 +98,11 @@ std::vector<GradientTask> gradient_tasks(int64_t matrices, int64_t inner, int64_
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = i * inner / parts, end = (i + 1) * inner / parts;
       for (int64_t c = 0; c < columns; c += kGradientColumns) {
-        tasks.push_back({m, begin, end - begin, c, std::min(kGradientColumns, columns - c)});
+        tasks.push_back({.matrix = m,
+                         .row = begin,
+                         .rows = end - begin,
+                         .column = c,
+                         .columns = std::min(kGradientColumns, columns - c)});
       }
     }
   }

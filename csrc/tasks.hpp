@@ -14,7 +14,11 @@ namespace moesaic {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The number of the best instruction set that this build and this machine have; 0 for none.
 int best_isa();
+
+// NULL for a number that is none's.
+const char *isa_name(int isa);
 
 // NULL where this build or this machine does not have them.
 const Kernels *kernels(int dtype, int isa);

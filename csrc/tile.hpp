@@ -1,6 +1,8 @@
 // The register tile: up to 6 rows of one operand against a panel of the other, and where its sums go.
 #pragma once
 
+#include "vector.hpp"
+
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int kPanel = kVectors * kLanes;
@@ -64,14 +66,14 @@ __attribute__((always_inline)) static inline void bring(Ahead &a) {
 
 // Where the sums of a tile go: to the result, or to `sums` until the last block of the summed dim has come.
 struct Result {
-  float *sums;  // rows of kPanel
-  bool first, last;
-  char *y;
-  int64_t row_bytes;
-  int64_t columns;
-  bool is_bf16;
-  bool around_caches;  // whole, aligned lines only
-  bool adds;           // to what is there
+  float *sums = nullptr;  // rows of kPanel
+  bool first = false, last = false;
+  char *y = nullptr;
+  int64_t row_bytes = 0;
+  int64_t columns = 0;
+  bool is_bf16 = false;
+  bool around_caches = false;  // whole, aligned lines only
+  bool adds = false;           // to what is there
 };
 
 struct Tile {

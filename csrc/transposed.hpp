@@ -1,14 +1,16 @@
 // y^T = w[e]^T @ x^T, for groups of few rows whose weights lie with the summed dim contiguous.
 //
-// Packing such weights would turn every square of them over for a few rows' sake. Turned around, the rows of x are the
-// panel, packed once, and each column of the weights is read word after word where it lies; what has to be turned over
-// is the result, which is small. The order of every sum is that of the ordinary product.
+// Packing such weights would transpose all of them for the sake of a few rows. Here the rows of x are the panel, packed
+// once, and each column of the weights is read where it lies, word after word. Only the result has to be transposed, and
+// that is small. The order of every sum is that of the ordinary product.
 #pragma once
+
+#include "product.hpp"
 
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kTransposedBytes = 512 << 10;        // of packed rows: they should stay in L2
-constexpr int64_t kTransposedColumns = 16 * kHeight;   // columns between two turns of the result
+constexpr int64_t kTransposedColumns = 16 * kHeight;   // columns whose results are transposed at a time
 constexpr int64_t kMaxTransposedPanels = 3 + kWideRows / kPanel;
 constexpr int64_t kTransposedScratch = kTransposedBytes + kTransposedColumns * kMaxTransposedPanels * kPanelBytes;
 static_assert(kTransposedColumns % kLanes == 0, "a vector of columns lies in one panel");
@@ -86,7 +88,7 @@ static void transposed_product(const Product &p, const ProductTask &t, const Pro
   tile.row_step = kWord;
   tile.ahead = &ahead;
   tile.ahead_rows = &ahead_y;
-  tile.result = {nullptr, false, false, nullptr, 0, kPanel, false, false, false};
+  tile.result = {.columns = kPanel};
   for (int64_t first = 0; first < t.columns; first += kTransposedColumns) {
     const int64_t n = least(kTransposedColumns, t.columns - first);
     if (!out.kept) {

@@ -130,7 +130,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "refusals or pool\n");
     return 1;
   }
-  for (int isa = MOESAIC_ISA_AVX2; isa <= moesaic_cpu_isa(); ++isa) {
+  for (int isa = 1; isa <= moesaic_cpu_isa(); ++isa) {
     for (int i = 0; i < count; ++i) {
       if (!one_problem(isa) || !one_experts_problem(isa)) return 1;
     }

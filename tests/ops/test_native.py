@@ -73,3 +73,12 @@ def test_only_the_c_interface_is_exported():
     ours = {name for name in names if "moesaic" in name}
     assert "moesaic_cpu_grouped_mm" in ours
     assert {name for name in ours if not name.startswith(("moesaic_cpu_", "moesaic_pool_"))} == set()
+
+
+@needs_kernels
+def test_instruction_sets_have_the_kernels_names():
+    name = kernels().library.moesaic_cpu_isa_name
+    numbers = range(1, len(INSTRUCTION_SETS))
+    assert [name(isa).decode() for isa in numbers] == list(INSTRUCTION_SETS[1:])
+    assert name(0) is None
+    assert name(len(INSTRUCTION_SETS)) is None

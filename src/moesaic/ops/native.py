@@ -168,6 +168,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     groups, routing, experts, grads = (ctypes.POINTER(t) for t in (CGroups, CRouting, CExperts, CExpertsGrads))
     signatures = {
+        "moesaic_cpu_isa_name": (ctypes.c_char_p, i32),
         "moesaic_cpu_grouped_mm": (i32, groups, CMatrix, CMatrix, i64, address, i64, i64, i32, i32, i32, i32),
         "moesaic_cpu_weight_grad": (i32, groups, CMatrix, CMatrix, address, i64, i64, i32, i32, i32, i32, i32),
         "moesaic_cpu_experts": (i32, routing, experts, CMatrix, address, CPreActivations, i32, i32),

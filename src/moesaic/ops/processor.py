@@ -13,7 +13,7 @@ import torch
 
 from moesaic.ops import library
 
-# What the CPU kernels have code for, from worst to best. The order is that of `enum moesaic_isa`.
+# What the CPU kernels have code for, from worst to best. The order is that of `csrc/instruction_sets.cpp`.
 INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
 
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
