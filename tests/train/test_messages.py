@@ -100,7 +100,7 @@ def test_empty_answers_are_counted(tmp_path):
     rows.append({"messages": [USER, ANSWER | {"content": "", "tool_calls": [CALL]}]})
     _read(tmp_path, *rows, notify=notes.append)
     where = tmp_path / "rows.jsonl"
-    assert notes == [f"--data {where}: 2 conversations have an empty answer, which is learned; first {where}:1"]
+    assert notes == [f"--data {where}: conversations with an empty answer, which is learned: 2, first {where}:1"]
 
 
 def test_sharegpt_rows(tmp_path):

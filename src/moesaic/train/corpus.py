@@ -203,7 +203,7 @@ def _from_rows(
     if empty:
         first = next(iter(empty.values()))
         notify(
-            f"--data {shown(source)}: {len(empty)} conversations have an empty answer, which is learned; first {first}"
+            f"--data {shown(source)}: conversations with an empty answer, which is learned: {len(empty)}, first {first}"
         )
 
 

@@ -108,7 +108,7 @@ def _build(
         renderer = Renderer(tokenizer, loss_on)
         parts = {"train": _render(renderer, train), "held_out": _render(renderer, held_out)}
         if renderer.without_tools:
-            notify(f"{renderer.without_tools} conversations have tools that the chat template does not print")
+            notify(f"conversations with tools that the chat template does not print: {renderer.without_tools}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".tmp", dir=folder.parent))
