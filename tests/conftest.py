@@ -11,7 +11,7 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.distributed.pool import run_ranks
+from tests.distributed.pool import Ranks, run_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,8 +29,21 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list]:
-    """`ranks(fn, world_size, *args, **kwargs)`: results of a module-level `fn` on gloo ranks."""
+    """`ranks(fn, world_size, *args, **kwargs)`: results of a module-level `fn` on new gloo ranks."""
     return run_ranks
+
+
+@pytest.fixture(scope="module")
+def same_ranks() -> Iterator[Callable[..., list]]:
+    """As `ranks`, but the tests of a module that ask for the same number of ranks get the same processes."""
+    by_size: dict[int, Ranks] = {}
+
+    def run(fn: Callable[..., object], world_size: int, *args: object, **kwargs: object) -> list:
+        return by_size.setdefault(world_size, Ranks(world_size))(fn, *args, **kwargs)
+
+    yield run
+    for ranks in by_size.values():
+        ranks.stop()
 
 
 @pytest.fixture

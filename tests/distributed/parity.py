@@ -1,9 +1,14 @@
 """Compare a parallel run with the one-process run: outputs, losses, every gradient, and the weights that follow."""
 
+import functools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from moesaic import build_meshes
+from moesaic.parallel import Meshes
 
 # Design: every gradient equals the one-process fp32 gradient within this, relative in norm.
 TOLERANCE = 1e-5
@@ -49,3 +54,39 @@ def legal_layouts(world_size: int) -> list[dict[str, int]]:
     expert = [{"ep": ep, "etp": etp} for ep in divisors for etp in divisors if world_size % (ep * etp) == 0]
     # HSDP changes how dense gradients are reduced, which the expert view has no part in: one expert layout is enough.
     return [d | e for d in dense for e in expert if d["dp_replicate"] == 1 or e == expert[-1]]
+
+
+def meshes_of(layout: Mapping[str, int]) -> Meshes:
+    """The meshes of a layout on CPU, made once: new ones would need process groups of their own every time."""
+    return _meshes(tuple(sorted(layout.items())))
+
+
+@functools.cache
+def _meshes(sizes: tuple[tuple[str, int], ...]) -> Meshes:
+    return build_meshes(**dict(sizes), device_type="cpu")
+
+
+class LocalAdamW:
+    """AdamW on the local shards: the same numbers, without DTensor's propagation for every elementwise operation."""
+
+    def __init__(self, model: nn.Module, **options: float):
+        self._parameters = list(model.parameters())
+        self._locals = [nn.Parameter(_local(p.detach())) for p in self._parameters]
+        self._optimizer = torch.optim.AdamW(self._locals, **options)
+
+    def step(self) -> None:
+        for p, local in zip(self._parameters, self._locals, strict=True):
+            assert p.grad is not None
+            if isinstance(p, DTensor):
+                assert isinstance(p.grad, DTensor)
+                assert p.grad.placements == p.placements
+            local.grad = _local(p.grad)
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        for p in self._parameters:
+            p.grad = None
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t

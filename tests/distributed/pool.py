@@ -3,8 +3,12 @@
 Each call forks its ranks from a server process that imported torch once. So a call costs a fraction of a
 second, and yet no rank inherits anything from an earlier test: DTensor caches results by mesh *equality*, and
 in a reused process a new mesh would be handed an old one whose process groups are gone.
+
+`Ranks` runs many functions on the same ranks, which is faster where much of the time goes to what DTensor and FSDP do
+the first time. Its process groups live as long as it does, so that an old mesh that equals a new one still works.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import multiprocessing
@@ -27,6 +31,8 @@ TIMEOUT_S = 300.0
 # After one rank has failed, its peers get this long to fail too (their errors often tell more) or to finish.
 GRACE_S = 10.0
 
+_STOP = b"all ranks are done"
+
 _ROOT = Path(__file__).parents[2]
 
 
@@ -44,48 +50,91 @@ class RankError(AssertionError):
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
-    """`fn(*args, **kwargs)` on `world_size` gloo ranks; results in rank order, or one `RankError`.
+    """`fn(*args, **kwargs)` on `world_size` new gloo ranks; results in rank order, or one `RankError`.
 
     `fn` is a module-level function. Arguments and results travel as pickle bytes, so tensors go by value.
     """
-    if not 1 <= world_size <= MAX_WORLD_SIZE:
-        raise ValueError(f"world_size must be in 1..{MAX_WORLD_SIZE}, got {world_size}")
-    module, name = fn.__module__, fn.__qualname__
-    if "<" in name or module == "__main__":
-        raise ValueError(f"a rank cannot import {module}:{name}; pass a module-level function")
-    payload = pickle.dumps((module, name, args, kwargs))
+    with Ranks(world_size) as ranks:
+        return ranks(fn, *args, **kwargs)
 
-    context = multiprocessing.get_context("forkserver")
-    start_server()
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        processes: list[BaseProcess] = []
-        pipes: list[connection.Connection] = []
+
+class Ranks:
+    """`world_size` gloo ranks, which run one function after another: `ranks(fn, *args, **kwargs)`.
+
+    After a failure they are stopped, and the next call starts new ones.
+    """
+
+    def __init__(self, world_size: int):
+        if not 1 <= world_size <= MAX_WORLD_SIZE:
+            raise ValueError(f"world_size must be in 1..{MAX_WORLD_SIZE}, got {world_size}")
+        self._world_size = world_size
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[connection.Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        module, name = fn.__module__, fn.__qualname__
+        if "<" in name or module == "__main__":
+            raise ValueError(f"a rank cannot import {module}:{name}; pass a module-level function")
+        payload = pickle.dumps((module, name, args, kwargs))
+        folder = self._start()
         try:
-            for rank in range(world_size):
+            for pipe in self._pipes:
+                # A rank that died says so when its answer is read.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.send_bytes(payload)
+            results, failures = _collect(self._processes, self._pipes, folder)
+        except BaseException:
+            self._kill()
+            raise
+        if failures:
+            self._kill()
+            raise RankError(f"{module}:{name}", failures)
+        return [results[rank] for rank in range(self._world_size)]
+
+    def stop(self) -> None:
+        """End the ranks in good order; a later call starts new ones."""
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send_bytes(_STOP)
+        for process in self._processes:
+            process.join(GRACE_S)
+        self._kill()
+
+    def _start(self) -> Path:
+        if self._folder is None:
+            context = multiprocessing.get_context("forkserver")
+            start_server()
+            self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+            for rank in range(self._world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
                     target=_rank_main,
-                    args=(theirs, rank, world_size, folder, payload),
+                    args=(theirs, rank, self._world_size, self._folder.name),
                     name=f"rank{rank}",
                     daemon=True,
                 )
                 process.start()
                 theirs.close()
-                processes.append(process)
-                pipes.append(ours)
-            results, failures = _collect(processes, pipes, Path(folder))
-            if failures:
-                raise RankError(f"{module}:{name}", failures)
-            for pipe in pipes:
-                pipe.send_bytes(b"all ranks are done")
-            for process in processes:
-                process.join(GRACE_S)
-            return [results[rank] for rank in range(world_size)]
-        finally:
-            for process, pipe in zip(processes, pipes, strict=False):
-                process.kill()
-                process.join()
-                pipe.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+        return Path(self._folder.name)
+
+    def _kill(self) -> None:
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            process.kill()
+            process.join()
+            pipe.close()
+        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def start_server() -> None:
@@ -158,7 +207,7 @@ def _stack(process: BaseProcess, file: Path) -> str:
     return "(it did not say)"
 
 
-def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: str, payload: bytes) -> None:
+def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -167,6 +216,7 @@ def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: 
         for key, value in {"RANK": rank, "WORLD_SIZE": world_size}.items():
             os.environ[key] = os.environ[f"LOCAL_{key}"] = str(value)
         torch.set_num_threads(1)
+        seed = torch.initial_seed()
         try:
             dist.init_process_group(
                 "gloo",
@@ -175,22 +225,31 @@ def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: 
                 world_size=world_size,
                 timeout=timedelta(seconds=TIMEOUT_S),
             )
-            module, name, args, kwargs = pickle.loads(payload)
-            fn = importlib.import_module(module)
-            for part in name.split("."):
-                fn = getattr(fn, part)
-            answer = pickle.dumps((True, fn(*args, **kwargs)))
+            # Stopped once all peers are done: to close sockets earlier could cut off bytes on their way to a peer.
+            while (payload := _receive(pipe)) != _STOP:
+                # Each function finds random numbers as in a new process.
+                torch.manual_seed(seed)
+                pipe.send_bytes(_answer(payload))
         except BaseException:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             # Leaving closes this rank's sockets, and peers that sit in a collective with it get an error.
             _leave()
-        pipe.send_bytes(answer)
-        # Closing them earlier than all peers are done could cut off bytes on their way to a peer.
-        try:
-            pipe.recv_bytes()
-        except EOFError:
-            _leave()
         dist.destroy_process_group()
+
+
+def _receive(pipe: connection.Connection) -> bytes:
+    try:
+        return pipe.recv_bytes()
+    except EOFError:
+        _leave()
+
+
+def _answer(payload: bytes) -> bytes:
+    module, name, args, kwargs = pickle.loads(payload)
+    fn = importlib.import_module(module)
+    for part in name.split("."):
+        fn = getattr(fn, part)
+    return pickle.dumps((True, fn(*args, **kwargs)))
 
 
 def _leave() -> NoReturn:

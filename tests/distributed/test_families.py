@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
-from tests.distributed.parity import assert_close, assert_gradients_close, assert_weights_close
+from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 from tests.distributed.test_plan import fake_meshes
 from tests.distributed.test_qwen3_parity import name_of
 from tests.integrations.families import VOCAB, make_model
@@ -55,7 +55,7 @@ def check_family(family: str, changes: dict[str, Any], layouts: list[dict[str, i
     reference, expected = copy.deepcopy(plain), None
     for layout in layouts:
         model = copy.deepcopy(plain)
-        meshes = moesaic.build_meshes(**layout, device_type="cpu")
+        meshes = meshes_of(layout)
         moesaic.parallelize(model, meshes)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -78,21 +78,21 @@ def check_family(family: str, changes: dict[str, Any], layouts: list[dict[str, i
 
 def step(model: nn.Module) -> None:
     # Without an eps near the size of gradients the first step is their sign, that of rounding errors too.
-    torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, foreach=False).step()
+    LocalAdamW(model, lr=1e-2, eps=1e-3).step()
 
 
 @pytest.mark.parametrize("family", PLANNED)
-def test_family(ranks, family):
-    ranks(check_family, 4, family, PLANNED[family], LAYOUTS)
+def test_family(same_ranks, family):
+    same_ranks(check_family, 4, family, PLANNED[family], LAYOUTS)
 
 
-def test_recomputation(ranks):
-    ranks(check_family, 4, "DeepSeek-V3", PLANNED["DeepSeek-V3"], LAYOUTS[:1], recompute=True)
+def test_recomputation(same_ranks):
+    same_ranks(check_family, 4, "DeepSeek-V3", PLANNED["DeepSeek-V3"], LAYOUTS[:1], recompute=True)
 
 
 @pytest.mark.parametrize("family", sorted(set(SWAPPED) - set(PLANNED)))
-def test_without_tp_any_attention_will_do(ranks, family):
-    ranks(check_family, 4, family, {}, [{"ep": 2, "etp": 2}])
+def test_without_tp_any_attention_will_do(same_ranks, family):
+    same_ranks(check_family, 4, family, {}, [{"ep": 2, "etp": 2}])
 
 
 REFUSED = {
@@ -146,8 +146,8 @@ def check_other_dtype() -> None:
         assert (p.grad.full_tensor() - q.grad).norm() < 0.03 * q.grad.norm(), name
 
 
-def test_parameters_of_two_dtypes_over_dp(ranks):
-    ranks(check_other_dtype, 2)
+def test_parameters_of_two_dtypes_over_dp(same_ranks):
+    same_ranks(check_other_dtype, 2)
 
 
 def test_heads_that_may_read_whole_sequences_are_refused():

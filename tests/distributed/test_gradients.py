@@ -65,8 +65,8 @@ def check_norm(norm_type: float, foreach: bool | None) -> None:
 
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
-def test_norm_over_all_meshes(ranks, norm_type, foreach):
-    ranks(check_norm, WORLD, norm_type, foreach)
+def test_norm_over_all_meshes(same_ranks, norm_type, foreach):
+    same_ranks(check_norm, WORLD, norm_type, foreach)
 
 
 def check_strided() -> None:
@@ -89,8 +89,8 @@ def check_strided() -> None:
     torch.testing.assert_close(layer.weight.grad.full_tensor(), value / norm)
 
 
-def test_strided_shards_and_one_collective(ranks):
-    ranks(check_strided, WORLD)
+def test_strided_shards_and_one_collective(same_ranks):
+    same_ranks(check_strided, WORLD)
 
 
 def check_nonfinite() -> None:
@@ -103,8 +103,8 @@ def check_nonfinite() -> None:
         assert torch.equal(parameters[-1].grad, values[-1])
 
 
-def test_every_rank_raises_where_one_is_not_finite(ranks):
-    ranks(check_nonfinite, WORLD)
+def test_every_rank_raises_where_one_is_not_finite(same_ranks):
+    same_ranks(check_nonfinite, WORLD)
 
 
 def test_a_norm_of_order_zero_is_refused():

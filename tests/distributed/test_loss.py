@@ -53,8 +53,8 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
-def test_every_layout_gives_the_global_mean(ranks):
-    ranks(check_loss, 4)
+def test_every_layout_gives_the_global_mean(same_ranks):
+    same_ranks(check_loss, 4)
 
 
 def check_refusals() -> None:
@@ -80,5 +80,5 @@ def check_refusals() -> None:
         classifier(input_ids=ids, labels=ids[:, 0])
 
 
-def test_what_would_be_another_loss_is_refused(ranks):
-    ranks(check_refusals, 2)
+def test_what_would_be_another_loss_is_refused(same_ranks):
+    same_ranks(check_refusals, 2)

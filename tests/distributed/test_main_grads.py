@@ -43,8 +43,8 @@ def check_sums(layout: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2}, {"tp": 2, "etp": 2}, {"ep": 2}], ids=str)
-def test_buffers_of_the_local_shapes_accumulate(ranks, layout):
-    ranks(check_sums, 2, layout)
+def test_buffers_of_the_local_shapes_accumulate(same_ranks, layout):
+    same_ranks(check_sums, 2, layout)
 
 
 def check_refusal() -> None:
@@ -57,8 +57,8 @@ def check_refusal() -> None:
             moe(torch.randn(T, 16))
 
 
-def test_on_dtensors_it_says_what_to_do(ranks):
-    ranks(check_refusal, 2)
+def test_on_dtensors_it_says_what_to_do(same_ranks):
+    same_ranks(check_refusal, 2)
 
 
 def check_shape() -> None:
@@ -68,5 +68,5 @@ def check_shape() -> None:
         moe(torch.randn(T, 16))
 
 
-def test_buffers_of_the_whole_shapes_are_refused(ranks):
-    ranks(check_shape, 2)
+def test_buffers_of_the_whole_shapes_are_refused(same_ranks):
+    same_ranks(check_shape, 2)

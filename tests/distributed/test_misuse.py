@@ -26,8 +26,8 @@ def check_gradient_penalty() -> None:
         gradient.square().sum().backward()
 
 
-def test_gradients_of_gradients_are_refused(ranks):
-    ranks(check_gradient_penalty, 4)
+def test_gradients_of_gradients_are_refused(same_ranks):
+    same_ranks(check_gradient_penalty, 4)
 
 
 def check_nan_norm() -> None:
@@ -43,8 +43,8 @@ def check_nan_norm() -> None:
             moesaic.clip_grad_norm_([parameter], 1.0, norm_type=float("inf"), error_if_nonfinite=True)
 
 
-def test_a_nan_on_any_rank_is_seen_by_every_norm(ranks):
-    ranks(check_nan_norm, 4)
+def test_a_nan_on_any_rank_is_seen_by_every_norm(same_ranks):
+    same_ranks(check_nan_norm, 4)
 
 
 def test_reentrant_checkpointing_would_lose_the_balance_loss():
@@ -93,8 +93,8 @@ def check_frozen() -> None:
     assert_gradients_close(moe.experts, {n: p.grad for n, p in plain.experts.named_parameters()})
 
 
-def test_frozen_parameters_stay_frozen(ranks):
-    ranks(check_frozen, 4)
+def test_frozen_parameters_stay_frozen(same_ranks):
+    same_ranks(check_frozen, 4)
 
 
 def loss_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def check_two_lengths() -> None:
     assert_gradients_close(model, {n: p.grad for n, p in reference.named_parameters()})
 
 
-def test_recomputation_after_a_forward_of_another_length(ranks):
-    ranks(check_two_lengths, 2)
+def test_recomputation_after_a_forward_of_another_length(same_ranks):
+    same_ranks(check_two_lengths, 2)
 
 
 def check_language_model_arguments(folder: str) -> None:
@@ -126,9 +126,9 @@ def check_language_model_arguments(folder: str) -> None:
         export_pretrained(model, folder)
 
 
-def test_a_failed_export_fails_everywhere(ranks, tmp_path):
+def test_a_failed_export_fails_everywhere(same_ranks, tmp_path):
     (tmp_path / "file").write_text("")
-    ranks(check_language_model_arguments, 2, str(tmp_path / "file"))
+    same_ranks(check_language_model_arguments, 2, str(tmp_path / "file"))
 
 
 def test_assert_close_sees_a_difference():

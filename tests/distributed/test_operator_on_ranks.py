@@ -78,8 +78,8 @@ def redistribute_everywhere(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_results_and_gradients_go_wherever_they_are_sent(ranks, name, dtype):
-    ranks(redistribute_everywhere, EP * ETP, name, dtype)
+def test_results_and_gradients_go_wherever_they_are_sent(same_ranks, name, dtype):
+    same_ranks(redistribute_everywhere, EP * ETP, name, dtype)
 
 
 class Experts(nn.Module):
@@ -130,8 +130,8 @@ def train_sharded(recompute: bool) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_fsdp_and_recomputation(ranks, recompute):
-    ranks(train_sharded, 2 * ETP, recompute)
+def test_fsdp_and_recomputation(same_ranks, recompute):
+    same_ranks(train_sharded, 2 * ETP, recompute)
 
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Placement]]] = [
@@ -157,8 +157,8 @@ def save_and_load(folder: Path) -> None:
             assert torch.equal(state["w"].full_tensor(), weight), (layout, other)
 
 
-def test_weights_are_loaded_at_other_layouts(ranks, tmp_path):
-    ranks(save_and_load, 4, tmp_path)
+def test_weights_are_loaded_at_other_layouts(same_ranks, tmp_path):
+    same_ranks(save_and_load, 4, tmp_path)
 
 
 COMPILED = """

@@ -42,8 +42,8 @@ def check_weights() -> None:
         assert torch.equal(weight.full_tensor(), getattr(plain.experts, name))
 
 
-def test_experts_are_dtensors_over_both_axes(ranks):
-    ranks(check_weights, 4)
+def test_experts_are_dtensors_over_both_axes(same_ranks):
+    same_ranks(check_weights, 4)
 
 
 def check_rank_0_wins() -> None:
@@ -56,8 +56,8 @@ def check_rank_0_wins() -> None:
         assert torch.equal(p.full_tensor(), q), name
 
 
-def test_parameters_are_those_of_rank_0(ranks):
-    ranks(check_rank_0_wins, 4)
+def test_parameters_are_those_of_rank_0(same_ranks):
+    same_ranks(check_rank_0_wins, 4)
 
 
 def run(way: str) -> list[torch.Tensor]:
@@ -75,8 +75,8 @@ def check_ways_agree() -> None:
         assert torch.equal(a, b)
 
 
-def test_both_ways_give_the_same_bits(ranks):
-    ranks(check_ways_agree, 4)
+def test_both_ways_give_the_same_bits(same_ranks):
+    same_ranks(check_ways_agree, 4)
 
 
 def check_dtensor_input() -> None:
@@ -111,8 +111,8 @@ def check_dtensor_input() -> None:
             moe(DTensor.from_local(x.detach(), mesh, [wrong]))
 
 
-def test_tokens_may_be_a_dtensor(ranks):
-    ranks(check_dtensor_input, 4)
+def test_tokens_may_be_a_dtensor(same_ranks):
+    same_ranks(check_dtensor_input, 4)
 
 
 def fake_meshes(world_size: int, **sizes: int) -> Meshes:
@@ -155,8 +155,8 @@ def check_only_once() -> None:
         moesaic.parallelize(moe, meshes)
 
 
-def test_a_model_is_parallelized_once(ranks):
-    ranks(check_only_once, 4)
+def test_a_model_is_parallelized_once(same_ranks):
+    same_ranks(check_only_once, 4)
 
 
 class Tower(nn.Module):
@@ -187,5 +187,5 @@ def check_tower() -> None:
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
 
 
-def test_any_model_with_moe_layers_is_taken_without_tp(ranks):
-    ranks(check_tower, 4)
+def test_any_model_with_moe_layers_is_taken_without_tp(same_ranks):
+    same_ranks(check_tower, 4)

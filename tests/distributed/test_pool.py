@@ -34,6 +34,10 @@ def _add_one(tensor):
     return tensor + 1
 
 
+def _pid_and_random():
+    return os.getpid(), torch.rand(()).item()
+
+
 def _raise_on(bad_ranks):
     if dist.get_rank() in bad_ranks:
         raise KeyError(f"planted on {dist.get_rank()}")
@@ -103,6 +107,19 @@ def test_tensors_travel_by_value(ranks):
 def test_calls_share_no_state(ranks):
     for groups_before in (0, 3):
         assert all(torch.equal(y, torch.full((2,), 8.0)) for y in ranks(_meshes, 4, groups_before))
+
+
+def test_one_set_of_ranks_runs_many_functions():
+    with pool.Ranks(4) as ranks:
+        # Equal meshes, both with process groups that are alive.
+        for groups_before in (0, 3):
+            assert all(torch.equal(y, torch.full((2,), 8.0)) for y in ranks(_meshes, groups_before))
+        first, again = ranks(_pid_and_random), ranks(_pid_and_random)
+        assert first == again
+        assert len({random for _, random in first}) == 1
+        with pytest.raises(RankError, match="failed on rank 2"):
+            ranks(_raise_while_others_wait, 2)
+        assert {pid for pid, _ in ranks(_pid_and_random)}.isdisjoint(pid for pid, _ in first)
 
 
 def test_an_exception_surfaces_and_the_next_call_works(ranks):

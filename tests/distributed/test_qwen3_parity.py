@@ -1,6 +1,7 @@
 """A parallelized Qwen3-MoE equals the one-process model, from logits to the weights after three steps."""
 
-import copy
+import functools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
-from tests.distributed.parity import assert_close, assert_gradients_close, assert_weights_close
+from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 
 VOCAB, BATCH, LENGTH, STEPS = 61, 8, 7, 3
+# AdamW's first steps have the size of the learning rate however small a gradient is, and so blow up the rounding
+# errors of small ones: large weights and a small rate keep that below the tolerance.
+LR, MAX_NORM = 1e-3, 0.5
+# Where the optimizer steps on DTensors, as users' do; elsewhere on their local shards, which is faster.
+ON_DTENSORS = {"tp": 2, "ep": 2, "etp": 2}
 LAYOUTS = [
     (1, {}),
     (2, {"tp": 2, "ep": 2}),
@@ -55,40 +61,64 @@ def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, num_tokens: int) -> 
     return logits, loss / num_tokens + sum(losses)
 
 
-def check_model(layout: dict[str, int], tied: bool, recompute: bool, way: str) -> None:
-    reference = make_model(tied=tied)
-    model = copy.deepcopy(reference)
-    torch.manual_seed(1)  # the same batches, however many random numbers a model takes
-    meshes = moesaic.build_meshes(**layout, device_type="cpu")
-    moesaic.parallelize(model, meshes, compute=way)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    models = (reference, model)
-    # AdamW's first steps have the size of the learning rate however small a gradient is, and so blow up the rounding
-    # errors of small ones: large weights and a small rate keep that below the tolerance.
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, foreach=False) for m in models]
-    for m in models:
-        m.train()
-    rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
-    mine = meshes.sequence_slice(LENGTH)
-    for step in range(STEPS):
-        ids = torch.randint(VOCAB, (BATCH, LENGTH + 1))
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        expected_logits, expected_loss = loss_of(reference, inputs, targets, BATCH * LENGTH)
-        logits, loss = loss_of(model, inputs[rows], targets[rows, mine], BATCH * LENGTH)
-        expected_loss.backward()
-        loss.backward()
-        torch.distributed.all_reduce(loss := loss.detach())
-        assert_close(f"logits, step {step}", logits.detach(), expected_logits[rows, mine].detach())
-        assert_close(f"loss, step {step}", loss, expected_loss.detach())
-        assert_gradients_close(model, {n: p.grad for n, p in reference.named_parameters()}, f", step {step}")
-        expected_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
-        norm = moesaic.clip_grad_norm_(model.parameters(), 0.5)
-        assert_close(f"gradient norm, step {step}", norm, expected_norm)
-        for optimizer in optimizers:
+class Step(NamedTuple):
+    inputs: Tensor
+    targets: Tensor
+    logits: Tensor
+    loss: Tensor
+    grads: dict[str, Tensor]
+    norm: Tensor
+
+
+@functools.cache
+def run_reference(tied: bool) -> tuple[list[Step], dict[str, Tensor]]:
+    """Every step of one process, and the weights that follow; the test process runs it once for all ranks."""
+    steps = []
+    with torch.random.fork_rng():
+        model = make_model(tied=tied).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        torch.manual_seed(1)  # the same batches, however many random numbers a model takes
+        for _ in range(STEPS):
+            ids = torch.randint(VOCAB, (BATCH, LENGTH + 1))
+            inputs, targets = ids[:, :-1], ids[:, 1:]
+            logits, loss = loss_of(model, inputs, targets, BATCH * LENGTH)
+            loss.backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            steps.append(Step(inputs, targets, logits.detach(), loss.detach(), grads, norm))
             optimizer.step()
             optimizer.zero_grad()
-    assert_weights_close(model, dict(reference.named_parameters()))
+    return steps, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def check_model(
+    layout: dict[str, int],
+    reference: tuple[list[Step], dict[str, Tensor]],
+    tied: bool,
+    recompute: bool,
+    way: str,
+) -> None:
+    meshes = meshes_of(layout)
+    model = moesaic.parallelize(make_model(tied=tied), meshes, compute=way).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    on_dtensors = functools.partial(torch.optim.AdamW, model.parameters(), foreach=False)
+    optimizer = on_dtensors(lr=LR) if layout == ON_DTENSORS else LocalAdamW(model, lr=LR)
+    rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
+    mine = meshes.sequence_slice(LENGTH)
+    steps, weights = reference
+    for i, expected in enumerate(steps):
+        logits, loss = loss_of(model, expected.inputs[rows], expected.targets[rows, mine], BATCH * LENGTH)
+        loss.backward()
+        torch.distributed.all_reduce(loss := loss.detach())
+        assert_close(f"logits, step {i}", logits.detach(), expected.logits[rows, mine])
+        assert_close(f"loss, step {i}", loss, expected.loss)
+        assert_gradients_close(model, expected.grads, f", step {i}")
+        norm = moesaic.clip_grad_norm_(model.parameters(), MAX_NORM)
+        assert_close(f"gradient norm, step {i}", norm, expected.norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_weights_close(model, weights)
 
 
 def name_of(value: object) -> str | None:
@@ -96,12 +126,12 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_layout(ranks, world_size, layout):
-    ranks(check_model, world_size, layout, tied=False, recompute=False, way="dtensor")
+def test_layout(same_ranks, world_size, layout):
+    same_ranks(check_model, world_size, layout, run_reference(False), tied=False, recompute=False, way="dtensor")
 
 
 @pytest.mark.parametrize(
     ("tied", "recompute", "way"), [(True, False, "dtensor"), (False, True, "dtensor"), (False, True, "local")]
 )
-def test_tied_embeddings_and_recomputation(ranks, tied, recompute, way):
-    ranks(check_model, 4, {"tp": 2, "ep": 2, "etp": 2}, tied=tied, recompute=recompute, way=way)
+def test_tied_embeddings_and_recomputation(same_ranks, tied, recompute, way):
+    same_ranks(check_model, 4, ON_DTENSORS, run_reference(tied), tied=tied, recompute=recompute, way=way)

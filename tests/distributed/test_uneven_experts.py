@@ -12,7 +12,7 @@ from moesaic import checkpoint
 from moesaic.checkpoint.state import restore, training_state
 from moesaic.integrations.transformers import swap_moe, to_transformers_state_dict
 from tests.distributed.parity import whole
-from tests.distributed.test_moe_parity import Sizes, check_layout, name_of
+from tests.distributed.test_moe_parity import Sizes, check_layout, name_of, references
 
 FIVE = Sizes(experts=5, hidden=7)
 
@@ -27,9 +27,10 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_layout(ranks, world_size, layout):
+def test_layout(same_ranks, world_size, layout):
     # FSDP would have to cut the biases unevenly over two axes.
-    ranks(check_layout, world_size, layout, 3, FIVE._replace(biases="dp_replicate" not in layout))
+    sizes = FIVE._replace(biases="dp_replicate" not in layout)
+    same_ranks(check_layout, world_size, layout, references(3, sizes))
 
 
 def make(layout: dict[str, int], seed: int, num_experts: int) -> tuple[moesaic.MoE, moesaic.MoE, AdamW]:
@@ -72,8 +73,8 @@ def check_checkpoint(before: dict[str, int], after: dict[str, int], num_experts:
     ],
     ids=name_of,
 )
-def test_checkpoints_move_to_other_layouts(ranks, tmp_path, world_size, num_experts, before, after):
-    ranks(check_checkpoint, world_size, before, after, num_experts, tmp_path)
+def test_checkpoints_move_to_other_layouts(same_ranks, tmp_path, world_size, num_experts, before, after):
+    same_ranks(check_checkpoint, world_size, before, after, num_experts, tmp_path)
 
 
 def check_export(layout: dict[str, int]) -> None:
@@ -98,5 +99,5 @@ def check_export(layout: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 2}, {"ep": 2, "etp": 2}], ids=name_of)
-def test_export(ranks, layout):
-    ranks(check_export, 4, layout)
+def test_export(same_ranks, layout):
+    same_ranks(check_export, 4, layout)
