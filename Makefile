@@ -19,7 +19,7 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-torch test-references lint format bench bench-gpu clean
+.PHONY: help setup train test test-isa test-long test-torch test-references lint format bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,21 @@ train: $(STAMP) ## train on NPROC=4 processes; options: LAYOUT='--tp 2 --ep 2 --
 
 test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 	$(BIN)/python -m pytest $(ARGS)
+
+# Tests that run the kernels run them on every instruction set; these are the others, which get the default.
+test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose
+	@set -e; for isa in $$($(BIN)/python -m tests.ops.cpu_isa); do \
+	  echo "MOESAIC_CPU_ISA=$$isa"; \
+	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q tests/ops/test_experts_mlp.py tests/layers/test_moe.py; \
+	done
+
+test-long: $(STAMP) ## what takes too long for CI; docs/testing.md has its last results
+	@set -e; step() { echo "== $$*"; start=$$(date +%s); "$$@"; echo "== $$*: ok, $$(($$(date +%s) - start)) s"; }; \
+	step $(BIN)/python -m pytest -m long; \
+	step $(BIN)/python -m tests.faults; \
+	step env HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest --timeout 3600 tests/ops tests/layers; \
+	step $(MAKE) test-torch TORCH=2.11.0; \
+	step $(MAKE) test-torch TORCH=2.15.0
 
 # The pins of constraints.txt go with the pinned torch, and what another torch warns of is its own affair.
 TORCH ?= 2.15.0

@@ -12,6 +12,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.distributed.pool import Ranks, run_ranks
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +26,15 @@ if not os.environ.get("MOESAIC_NO_TYPECHECK"):
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """All durations go to a file, longest first; the screen shows ten."""
+    reports = [r for group in terminalreporter.stats.values() for r in group if isinstance(r, pytest.TestReport)]
+    reports.sort(key=lambda r: -r.duration)
+    file = ROOT / "build" / "durations.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(f"{r.duration:8.2f} {r.when:8} {r.nodeid}\n" for r in reports))
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +79,22 @@ def fresh_python() -> Callable[..., subprocess.CompletedProcess[str]]:
             capture_output=True,
             timeout=300,
         )
-        if done.returncode != 0:
-            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
-        return done
+        return _succeeded(done)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `fresh_python`, from a process that has imported torch and moesaic: for what does not test imports."""
+
+    def run(code_or_path: str | Path, *args: object) -> subprocess.CompletedProcess[str]:
+        return _succeeded(run_forked(code_or_path, *map(str, args)))
+
+    return run
+
+
+def _succeeded(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if done.returncode != 0:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return done

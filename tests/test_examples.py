@@ -74,10 +74,10 @@ def test_readme_proves_an_operator(tmp_path, monkeypatch, capsys):
     assert "nothing wrong, nothing missing" in capsys.readouterr().out
 
 
-def test_the_tutorial_runs(fresh_python, tmp_path):
+def test_the_tutorial_runs(forked_python, tmp_path):
     script = tmp_path / "tutorial.py"
     script.write_text("".join(python_of("docs/sharding_rules.md")))
-    printed = fresh_python(script).stdout
+    printed = forked_python(script).stdout
     assert "proof of mylib::linear" in printed
     assert "nothing wrong, nothing missing" in printed
 

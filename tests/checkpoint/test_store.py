@@ -1,8 +1,11 @@
 """Writing and reading checkpoints: on many ranks, across layouts, through damage and kill -9."""
 
+import itertools
 import os
+import random
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -173,6 +176,25 @@ def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path, ranks, victim, 
     # The next save tidies up.
     checkpoint.save(tmp_path, 3, _state(3), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def _save_and_die_after(root, victim, seconds):
+    if ranks.rank() == victim:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for step in itertools.count(2):
+        checkpoint.save(root, step, _sharded(step), {}, keep=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kill", range(200))
+def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path, ranks, kill):
+    checkpoint.save(tmp_path, 1, _state(1), {}, keep=1)
+    with pytest.raises(RankError, match="exit code -9"):
+        ranks(_save_and_die_after, 2, tmp_path, kill % 2, random.Random(kill).uniform(0, 0.2))
+    state = _state(0)
+    assert _values(state) == {0.0}
+    step = checkpoint.load(tmp_path, state).step
+    assert _values(state) == {float(step)}
 
 
 def test_the_deadly_calls_are_all_there(tmp_path, ranks):

@@ -150,11 +150,11 @@ def references(length: int, sizes: Sizes) -> dict[str, Reference]:
         return {routing: run_reference(routing, length, sizes) for routing in ROUTINGS}
 
 
-def check_layout(layout: dict[str, int], expected: dict[str, Reference]) -> None:
+def check_layout(layout: dict[str, int], expected: dict[str, Reference], on_dtensors: bool = False) -> None:
     for routing, reference in expected.items():
         for way in ("dtensor", "local"):
             try:
-                check_run(reference, meshes_of(layout), routing, way, on_dtensors=layout in ON_DTENSORS)
+                check_run(reference, meshes_of(layout), routing, way, on_dtensors)
             except Exception as error:
                 raise AssertionError(f"{way}, {routing}") from error
 
@@ -170,7 +170,13 @@ def name_of(value: int | dict[str, int]) -> str:
 # A length that no tp divides.
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout(same_ranks, world_size, layout):
-    same_ranks(check_layout, world_size, layout, references(5, EVEN))
+    same_ranks(check_layout, world_size, layout, references(5, EVEN), on_dtensors=layout in ON_DTENSORS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
+def test_every_layout_with_steps_on_dtensors(same_ranks, world_size, layout):
+    same_ranks(check_layout, world_size, layout, references(5, EVEN), on_dtensors=True)
 
 
 # A length shorter than tp.

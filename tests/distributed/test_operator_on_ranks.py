@@ -202,5 +202,5 @@ print("same")
 """
 
 
-def test_compiled_in_one_graph(fresh_python):
-    assert "same" in fresh_python(COMPILED).stdout
+def test_compiled_in_one_graph(forked_python):
+    assert "same" in forked_python(COMPILED).stdout

@@ -209,9 +209,9 @@ print("compiled")
 """
 
 
-def test_compile(fresh_python):
+def test_compile(forked_python):
     options = [VARIANTS[name] for name in ("shared expert", "groups")]
-    said = fresh_python(COMPILE.replace("({options})", repr(options)))
+    said = forked_python(COMPILE.replace("({options})", repr(options)))
     assert said.stdout.endswith("compiled\n")
 
 

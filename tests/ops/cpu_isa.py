@@ -1,4 +1,7 @@
-"""The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have."""
+"""The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have.
+
+`python -m tests.ops.cpu_isa` prints those below the best, which is the default.
+"""
 
 import pytest
 import torch
@@ -36,3 +39,7 @@ def dtypes_of(impl: str | None) -> tuple[torch.dtype, ...]:
 def skip_unless_supported(impl: str | None, dtype: torch.dtype, device: str = "cpu") -> None:
     if dtype not in dtypes_of(impl) or (impl == "cpu" and device != "cpu"):
         pytest.skip(f"{impl} has no {dtype} on {device}")
+
+
+if __name__ == "__main__":
+    print("none", *HERE[:-1])

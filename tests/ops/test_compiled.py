@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of the operators, in a fresh interpreter."""
+"""torch.compile(fullgraph=True) of the operators, where no run-time checks are."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 PROGRAM = Path(__file__).with_name("compiled.py")
 
 
-def test_graphs_are_whole_and_serve_every_size(fresh_python):
-    fresh_python(PROGRAM, "aot_eager")
+def test_graphs_are_whole_and_serve_every_size(forked_python):
+    forked_python(PROGRAM, "aot_eager")
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")

@@ -188,8 +188,8 @@ def test_a_buffer_without_weight(unchecked):
         experts_mlp(P.x, P.ids, P.weights, P.w1, None, P.w2, main_grads=MainGrads(W1, W3, W2))
 
 
-def test_compilation_stops_there(fresh_python):
-    said = fresh_python(COMPILED).stdout
+def test_compilation_stops_there(forked_python):
+    said = forked_python(COMPILED).stdout
     assert "main_grads: not under torch.compile(fullgraph=True)" in said
     assert said.endswith("a graph break: the same\n")
 

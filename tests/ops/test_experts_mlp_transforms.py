@@ -126,5 +126,5 @@ print("same")
 """
 
 
-def test_compiled_in_one_graph(fresh_python):
-    assert fresh_python(COMPILED).stdout.strip() == "same"
+def test_compiled_in_one_graph(forked_python):
+    assert forked_python(COMPILED).stdout.strip() == "same"

@@ -28,9 +28,9 @@ def test_without_triton_says_how_to_get_it(fresh_python):
     assert 'impl: "triton" needs triton, which is not installed; pip install "moesaic[triton]"' in said
 
 
-def test_on_the_cpu_says_so(fresh_python):
+def test_on_the_cpu_says_so(forked_python):
     pytest.importorskip("triton")
-    said = fresh_python(_CALL.format(block="")).stdout
+    said = forked_python(_CALL.format(block="")).stdout
     assert 'impl: "triton" computes on CUDA, x is on cpu; move it there, or use "torch" or None' in said
 
 

@@ -64,8 +64,8 @@ print("right")
 """
 
 
-def test_operators_of_torch(fresh_python):
-    assert "right" in fresh_python(RULE_OF_TORCH).stdout
+def test_operators_of_torch(forked_python):
+    assert "right" in forked_python(RULE_OF_TORCH).stdout
 
 
 def test_a_rule_replaces_the_one_before():

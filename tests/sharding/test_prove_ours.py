@@ -56,10 +56,10 @@ DELIBERATE = {
 
 
 @pytest.fixture(scope="module")
-def found(fresh_python):
+def found(forked_python):
     program, parts = Path(__file__).with_name("proofs_of_ours.py"), 2
     with ThreadPoolExecutor(parts) as pool:
-        done = pool.map(lambda part: fresh_python(program, part, parts), range(parts))
+        done = pool.map(lambda part: forked_python(program, part, parts), range(parts))
     return {name: report for part in done for name, report in json.loads(part.stdout).items()}
 
 

@@ -1,0 +1,190 @@
+"""Planted faults: small changes of the source, each with the tests that have to fail on it.
+
+`python -m tests.faults [WORD ...]` applies each, or those whose name has one of the words, to a copy of the source. It
+runs the fault's tests, and fails where they pass. `make test-long` runs it, for it takes minutes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+# pytest's exit status where tests ran and some failed; others mean that they could not run.
+FAILED = 1
+
+
+class Fault(NamedTuple):
+    """`text`, which is in `file` exactly once, becomes `replacement`; then `tests` fail.
+
+    Attributes:
+        name: what goes wrong.
+        file: below src/moesaic.
+        text: what is replaced.
+        replacement: by what.
+        tests: arguments of pytest.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+
+_PARITY = "tests/distributed/test_moe_parity.py::test_every_layout"
+_NORM = ("tests/distributed/test_gradients.py::test_norm_over_all_meshes[2.0-None]",)
+
+FAULTS = (
+    Fault(
+        "a replicated parameter's gradient is not summed over tp",
+        "parallel/local.py",
+        "grads = [Partial() if p.is_replicate() else p for p in parameter.placements]",
+        "grads = list(parameter.placements)",
+        ("tests/distributed/test_plan.py::test_tokens_may_be_a_dtensor",),
+    ),
+    Fault(
+        "the capacity of a block is rounded down",
+        "parallel/dispatch.py",
+        "return -(-rows // step) * step",
+        "return rows // step * step",
+        (f"{_PARITY}[4-tp1 dp_replicate1 ep4 etp1]",),
+    ),
+    Fault(
+        "uneven experts are divided by the rounded-down number a rank",
+        "parallel/dispatch.py",
+        "experts_per_rank = -(-num_experts // self.ep.size())",
+        "experts_per_rank = num_experts // self.ep.size()",
+        ("tests/distributed/test_uneven_experts.py::test_layout[2-tp2 ep2]",),
+    ),
+    Fault(
+        "the size of an all-to-all is that of what is sent",
+        "parallel/dispatch.py",
+        "receive=counts[:, q, here].tolist()",
+        "receive=counts[here, q].tolist()",
+        (f"{_PARITY}[2-tp2 dp_replicate1 ep2 etp1]",),
+    ),
+    Fault(
+        "balance losses see this rank's counts only",
+        "layers/router.py",
+        "total_E = self.reduce_counts(counts_E)",
+        "total_E = counts_E",
+        (f"{_PARITY}[2-tp2 dp_replicate1 ep2 etp1]",),
+    ),
+    Fault(
+        "FSDP divides gradients",
+        "parallel/fsdp.py",
+        "wrapped.set_gradient_divide_factor(1.0)",
+        "wrapped.set_gradient_divide_factor(2.0)",
+        ("tests/distributed/test_plan.py::test_any_model_with_moe_layers_is_taken_without_tp",),
+    ),
+    Fault(
+        "the loss is a mean over one rank's labels",
+        "parallel/loss.py",
+        "dist.all_reduce(num_items_in_batch, group=group)",
+        "pass",
+        ("tests/distributed/test_loss.py::test_every_layout_gives_the_global_mean",),
+    ),
+    Fault(
+        "gradients are scaled twice",
+        "parallel/gradients.py",
+        "[_holder(g) for g in grads]",
+        "[_holder(g) for g in grads] * 2",
+        _NORM,
+    ),
+    Fault(
+        "copies of a gradient count as often as there are",
+        "parallel/gradients.py",
+        " / (1 if math.isinf(p) else n)",
+        "",
+        _NORM,
+    ),
+    Fault(
+        "the load-balancing loss is doubled",
+        "layers/balance.py",
+        "(share_E * probability_sum_E).sum() / num_tokens",
+        "(share_E * probability_sum_E).sum() * 2 / num_tokens",
+        ("tests/layers/test_balance.py",),
+    ),
+    Fault(
+        "load is counted again in a recomputed forward",
+        "layers/balance.py",
+        "    return torch.zeros_like(counts) if is_recomputing() else counts\n",
+        "    return counts\n",
+        ("tests/layers/test_balance.py",),
+    ),
+    Fault(
+        "the bias of the router's logits is dropped",
+        "layers/router.py",
+        "logits_TE = logits_TE + self.logit_bias.to(gate_dtype)",
+        "pass",
+        ("tests/layers/test_router.py", "tests/layers/test_moe.py"),
+    ),
+    Fault(
+        "normalisation of routing weights has no gradient",
+        "layers/router.py",
+        "weights_TK / weights_TK.sum(1, keepdim=True)",
+        "weights_TK / weights_TK.sum(1, keepdim=True).detach()",
+        ("tests/layers/test_router.py", "tests/layers/test_moe.py"),
+    ),
+    Fault(
+        "a sharding rule admits groups that are cut beside shared weights",
+        "sharding/library.py",
+        '"(b c) k, g! k n, b g! -> (b c) n"',
+        '"(b c) k, g k n, b g -> (b c) n"',
+        ("tests/sharding/test_admission.py", "tests/sharding/test_placing.py", "tests/test_examples.py"),
+    ),
+    Fault(
+        "a sum over a sharded contraction is taken for complete",
+        "sharding/library.py",
+        '"r! k, e! k n, e! -> r! n"',
+        '"r! k!, e! k! n, e! -> r! n"',
+        ("tests/sharding/test_admission.py", "tests/sharding/test_placing.py"),
+    ),
+)
+
+
+def changed(source: str, fault: Fault) -> str:
+    """The source with the fault.
+
+    Raises:
+        ValueError: its text is not there exactly once.
+    """
+    if (times := source.count(fault.text)) != 1:
+        raise ValueError(f"{fault.file} has {fault.text!r} {times} times, not once; bring the table up to date")
+    return source.replace(fault.text, fault.replacement)
+
+
+def is_caught(fault: Fault) -> bool:
+    """Whether the fault's tests fail."""
+    with tempfile.TemporaryDirectory(prefix="fault-") as folder:
+        shutil.copytree(ROOT / "src", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        file = Path(folder, "moesaic", fault.file)
+        file.write_text(changed(file.read_text(), fault))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True
+        )
+    if done.returncode not in (0, FAILED):
+        raise RuntimeError(f"the tests of {fault.name!r} could not run\n{done.stdout}\n{done.stderr}")
+    return done.returncode == FAILED
+
+
+def main(words: list[str]) -> int:
+    chosen = [f for f in FAULTS if not words or any(word in f.name for word in words)]
+    missed = 0
+    for fault in chosen:
+        start = time.monotonic()
+        caught = is_caught(fault)
+        missed += not caught
+        print(f"{'caught' if caught else 'MISSED'}  {time.monotonic() - start:4.0f} s  {fault.name}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
