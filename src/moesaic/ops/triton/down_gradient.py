@@ -12,7 +12,7 @@ No sum is made by atomics, so the bits are the same every time.
 Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts, S tiles.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,17 +24,7 @@ from moesaic.ops.triton.activation import hidden_and_slopes
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
-from moesaic.ops.triton.tiles import (
-    Matrices,
-    as_weight,
-    halves,
-    load_rows,
-    load_tile,
-    load_weight,
-    ordered,
-    precision,
-    tile_rows,
-)
+from moesaic.ops.triton.tiles import as_weight, halves, load_rows, load_tile, load_weight, ordered, precision, tile_rows
 
 _COLUMNS = 128
 
@@ -165,30 +155,20 @@ def _add_tiles(sums_SF: Tensor, tiles: TileMap, num_experts: int) -> Tensor:
     return total_EF
 
 
-class _Place(NamedTuple):
-    """What a tile's columns are made with and where they go, within the kernel.
-
-    ``weight`` is each row's, ``inside`` whether the row is the tile's, and all others point to the first element of
-    each row, or of the tile's sum.
-    """
-
-    weight: Any
-    inside: Any
-    h1_rows: Any
-    h3_rows: Any
-    weighted_rows: Any
-    gh1_rows: Any
-    gh3_rows: Any
-    sums1: Any
-    sums3: Any
-
-
 @triton.jit
 def _finish_columns(
     g,
     f,
     F,
-    place,
+    weight,
+    inside,
+    h1_rows,
+    h3_rows,
+    weighted_rows,
+    gh1_rows,
+    gh3_rows,
+    sums1_tile,
+    sums3_tile,
     IS_GATED: tl.constexpr,
     WANTS_WEIGHTED: tl.constexpr,
     WANTS_BIASES: tl.constexpr,
@@ -196,30 +176,29 @@ def _finish_columns(
     N: tl.constexpr,
 ):
     """All that comes of N columns of ``g``, from column ``f`` on; gives back their part of ``<g, a>``."""
-    dtype = place.gh1_rows.dtype.element_ty
+    dtype = gh1_rows.dtype.element_ty
     columns = f + tl.arange(0, N)
-    mask = place.inside[:, None] & (columns < F)[None, :]
-    pre = tl.load(place.h1_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = inside[:, None] & (columns < F)[None, :]
+    pre = tl.load(h1_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     up = pre
     if IS_GATED:
-        up = tl.load(place.h3_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h3_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     hidden, slope1, slope3 = hidden_and_slopes(pre, up, ACT, IS_GATED)
     # As the forward pass rounded it.
     hidden = hidden.to(dtype).to(tl.float32)
     sums = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
     if WANTS_WEIGHTED:
-        weighted = (hidden * place.weight[:, None]).to(dtype)
-        tl.store(place.weighted_rows[:, None] + columns[None, :], weighted, mask=mask)
-    g = g * place.weight[:, None]
+        tl.store(weighted_rows[:, None] + columns[None, :], (hidden * weight[:, None]).to(dtype), mask=mask)
+    g = g * weight[:, None]
     gate = (g * slope1).to(dtype)
-    tl.store(place.gh1_rows[:, None] + columns[None, :], gate, mask=mask)
+    tl.store(gh1_rows[:, None] + columns[None, :], gate, mask=mask)
     if WANTS_BIASES:
-        tl.store(place.sums1 + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=columns < F)
+        tl.store(sums1_tile + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=columns < F)
     if IS_GATED:
         side = (g * slope3).to(dtype)
-        tl.store(place.gh3_rows[:, None] + columns[None, :], side, mask=mask)
+        tl.store(gh3_rows[:, None] + columns[None, :], side, mask=mask)
         if WANTS_BIASES:
-            tl.store(place.sums3 + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=columns < F)
+            tl.store(sums3_tile + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=columns < F)
     return sums
 
 
@@ -262,7 +241,6 @@ def _down_gradient_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    matrices = Matrices(w, stride_we, stride_wd, stride_wf, D, F, FORM)
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
@@ -273,36 +251,43 @@ def _down_gradient_kernel(
         g = tl.zeros((BM, BN), tl.float32)
         for d in tl.range(0, tl.where(expert >= 0, D, 0), BK):
             block = load_rows(row_pointers, d, D, stride_gd, EVEN, BK)
-            matrix = load_weight(matrices, expert, d, column * BN, BK, BN)
+            matrix = load_weight(w, expert, d, column * BN, D, F, stride_we, stride_wd, stride_wf, FORM, BK, BN)
             g = tl.dot(block, matrix, g, input_precision=PRECISION)
 
         out_rows = first + tl.arange(0, BM)
         inside = out_rows < end
         slot = tl.load(slots + rows).to(tl.int64)
         out = out_rows.to(tl.int64) * F
-        place = _Place(
-            weight=tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32),
-            inside=inside,
-            h1_rows=h1 + slot * F,
-            h3_rows=h3 + slot * F,
-            weighted_rows=weighted + out,
-            gh1_rows=gh1 + out,
-            gh3_rows=gh3 + out,
-            sums1=sums1 + tile.to(tl.int64) * F,
-            sums3=sums3 + tile.to(tl.int64) * F,
-        )
+        h1_rows, h3_rows = h1 + slot * F, h3 + slot * F
+        weighted_rows, gh1_rows, gh3_rows = weighted + out, gh1 + out, gh3 + out
+        sums1_tile, sums3_tile = sums1 + tile.to(tl.int64) * F, sums3 + tile.to(tl.int64) * F
         f = column * BN
+        weight = tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32)
         if SUBTILES == 4:
-            QUARTER: tl.constexpr = BN // 4
             left, right = halves(g, BM, BN)
             g0, g1 = halves(left, BM, BN // 2)
             g2, g3 = halves(right, BM, BN // 2)
-            sums = _finish_columns(g0, f, F, place, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, QUARTER)
-            sums += _finish_columns(g1, f + QUARTER, F, place, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, QUARTER)
-            sums += _finish_columns(g2, f + QUARTER * 2, F, place, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, QUARTER)
-            sums += _finish_columns(g3, f + QUARTER * 3, F, place, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, QUARTER)
+            sums = _finish_columns(
+                g0, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
+                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g1, f + BN // 4, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
+                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g2, f + BN // 2, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
+                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
+            sums += _finish_columns(
+                g3, f + BN // 4 * 3, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows,
+                sums1_tile, sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
+            )  # fmt: skip
         else:
-            sums = _finish_columns(g, f, F, place, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN)
+            sums = _finish_columns(
+                g, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
+                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN,
+            )  # fmt: skip
         if WANTS_ROUTING:
             tl.store(partial + column.to(tl.int64) * num_slots + slot, sums, mask=inside)
 

@@ -3,7 +3,7 @@
 Legend: R rows, K and N the matrix dims, E experts.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,16 +13,7 @@ from torch import Tensor
 from moesaic.ops.triton import device
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import Groups, TileMap, tile_map
-from moesaic.ops.triton.tiles import (
-    Matrices,
-    as_weight,
-    load_rows,
-    load_tile,
-    load_weight,
-    ordered,
-    precision,
-    tile_rows,
-)
+from moesaic.ops.triton.tiles import as_weight, load_rows, load_tile, load_weight, ordered, precision, tile_rows
 
 
 class Product(NamedTuple):
@@ -77,23 +68,32 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
     )
 
 
-class _Rows(NamedTuple):
-    """Rows within a kernel."""
-
-    data: Any
-    stride_r: Any
-    stride_k: Any
-
-
 @triton.jit
 def _add_product(
-    acc, x, rows, w, expert, n, EVEN: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    acc,
+    x,
+    rows,
+    stride_xr,
+    stride_xk,
+    w,
+    expert,
+    n,
+    K,
+    N,
+    stride_we,
+    stride_wk,
+    stride_wn,
+    FORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    row_pointers = x.data + rows.to(tl.int64) * x.stride_r
+    row_pointers = x + rows.to(tl.int64) * stride_xr
     # Without expert there is nothing to add: no branch around the loop, which would hinder its pipelining.
-    for k in tl.range(0, tl.where(expert >= 0, w.K, 0), BK):
-        a = load_rows(row_pointers, k, w.K, x.stride_k, EVEN, BK)
-        b = load_weight(w, expert, k, n, BK, BN)
+    for k in tl.range(0, tl.where(expert >= 0, K, 0), BK):
+        a = load_rows(row_pointers, k, K, stride_xk, EVEN, BK)
+        b = load_weight(w, expert, k, n, K, N, stride_we, stride_wk, stride_wn, FORM, BK, BN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -137,15 +137,15 @@ def _grouped_mm_kernel(
         expert, first, end = load_tile(tiles, tile)
         rows = tile_rows(first, end, BM)
         acc = tl.zeros((BM, BN), tl.float32)
-        first_w = Matrices(w, stride_we, stride_wk, stride_wn, K, N, FORM)
         acc = _add_product(
-            acc, _Rows(x, stride_xr, stride_xk), rows, first_w, expert, column * BN, EVEN, PRECISION, BN, BK
-        )
+            acc, x, rows, stride_xr, stride_xk, w, expert, column * BN, K, N,
+            stride_we, stride_wk, stride_wn, FORM, EVEN, PRECISION, BN, BK,
+        )  # fmt: skip
         if IS_SUM:
-            second_w = Matrices(w2, stride_w2e, stride_w2k, stride_w2n, K, N, FORM2)
             acc = _add_product(
-                acc, _Rows(x2, stride_x2r, stride_x2k), rows, second_w, expert, column * BN, EVEN, PRECISION, BN, BK
-            )
+                acc, x2, rows, stride_x2r, stride_x2k, w2, expert, column * BN, K, N,
+                stride_w2e, stride_w2k, stride_w2n, FORM2, EVEN, PRECISION, BN, BK,
+            )  # fmt: skip
         out_rows = first + tl.arange(0, BM)
         columns = column * BN + tl.arange(0, BN)
         pointers = y + (out_rows.to(tl.int64) * stride_yr)[:, None] + columns[None, :]

@@ -91,28 +91,18 @@ def load_rows(row_pointers, k, K, stride, EVEN: tl.constexpr, BLOCK: tl.constexp
         return tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
 
 
-class Matrices(NamedTuple):
-    """A weight within a kernel: a matrix ``[K, N]`` for each expert. The fields are those of :class:`Weight`."""
-
-    data: Any
-    stride_e: Any
-    stride_k: Any
-    stride_n: Any
-    K: Any
-    N: Any
-    FORM: Any
-
-
 @triton.jit
-def load_weight(w, expert, k, n, BK: tl.constexpr, BN: tl.constexpr):
+def load_weight(
+    w, expert, k, n, K, N, stride_e, stride_k, stride_n, FORM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+):
     """The block of an expert's matrix from row ``k`` and column ``n`` on, zero past K and N."""
-    if w.FORM == 1:
-        return w.data.load([expert, k, n]).reshape(BK, BN)
-    elif w.FORM == 2:
-        return w.data.load([expert, n, k]).reshape(BN, BK).T
+    if FORM == 1:
+        return w.load([expert, k, n]).reshape(BK, BN)
+    elif FORM == 2:
+        return w.load([expert, n, k]).reshape(BN, BK).T
     else:
         rows = k + tl.arange(0, BK)
         columns = n + tl.arange(0, BN)
-        pointers = w.data + expert.to(tl.int64) * w.stride_e
-        pointers += (rows.to(tl.int64) * w.stride_k)[:, None] + (columns.to(tl.int64) * w.stride_n)[None, :]
-        return tl.load(pointers, mask=(rows < w.K)[:, None] & (columns < w.N)[None, :], other=0.0)
+        pointers = w + expert.to(tl.int64) * stride_e
+        pointers += (rows.to(tl.int64) * stride_k)[:, None] + (columns.to(tl.int64) * stride_n)[None, :]
+        return tl.load(pointers, mask=(rows < K)[:, None] & (columns < N)[None, :], other=0.0)

@@ -6,7 +6,7 @@ the gathered rows nor a product that is not saved is ever in memory.
 Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,17 +17,7 @@ from moesaic.ops.triton.activation import hidden
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
-from moesaic.ops.triton.tiles import (
-    Matrices,
-    as_weight,
-    halves,
-    load_rows,
-    load_tile,
-    load_weight,
-    ordered,
-    precision,
-    tile_rows,
-)
+from moesaic.ops.triton.tiles import as_weight, halves, load_rows, load_tile, load_weight, ordered, precision, tile_rows
 
 
 class Hidden(NamedTuple):
@@ -124,32 +114,11 @@ def _launch(
     )
 
 
-class _Bias(NamedTuple):
-    """The biases ``[E, F]`` of a projection, within the kernel; ``IS_GIVEN`` is False if there are none."""
-
-    data: Any
-    stride_e: Any
-    stride_f: Any
-    IS_GIVEN: Any
-
-
-class _Place(NamedTuple):
-    """Where a tile's results go, within the kernel: the first element of each row; ``inside`` if it is the tile's."""
-
-    a_rows: Any
-    h1_rows: Any
-    h3_rows: Any
-    inside: Any
-
-
 @triton.jit
-def _with_bias(acc, bias, expert, columns, F):
+def _with_bias(acc, bias, expert, columns, F, stride_e, stride_f):
     """The sum is rounded once, with the product. Rows without expert have no bias: they stay zero."""
-    if bias.IS_GIVEN:
-        pointers = bias.data + tl.maximum(expert, 0).to(tl.int64) * bias.stride_e
-        pointers += columns.to(tl.int64) * bias.stride_f
-        acc += tl.load(pointers, mask=(columns < F) & (expert >= 0), other=0.0).to(tl.float32)[None, :]
-    return acc
+    pointers = bias + tl.maximum(expert, 0).to(tl.int64) * stride_e + columns.to(tl.int64) * stride_f
+    return acc + tl.load(pointers, mask=(columns < F) & (expert >= 0), other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -159,28 +128,41 @@ def _finish_columns(
     f,
     F,
     expert,
+    inside,
     b1,
     b3,
-    place,
+    h1_rows,
+    h3_rows,
+    out_rows,
+    stride_b1e,
+    stride_b1f,
+    stride_b3e,
+    stride_b3f,
     IS_GATED: tl.constexpr,
+    HAS_B1: tl.constexpr,
+    HAS_B3: tl.constexpr,
     SAVE: tl.constexpr,
     ACT: tl.constexpr,
     N: tl.constexpr,
 ):
     """Store N columns, from column ``f`` on."""
-    dtype = place.a_rows.dtype.element_ty
+    dtype = out_rows.dtype.element_ty
     columns = f + tl.arange(0, N)
-    mask = place.inside[:, None] & (columns < F)[None, :]
+    mask = inside[:, None] & (columns < F)[None, :]
+    if HAS_B1:
+        gate = _with_bias(gate, b1, expert, columns, F, stride_b1e, stride_b1f)
     # The activation is of what is saved, so that the backward pass sees the same.
-    gate = _with_bias(gate, b1, expert, columns, F).to(dtype)
+    gate = gate.to(dtype)
     if SAVE:
-        tl.store(place.h1_rows[:, None] + columns[None, :], gate, mask=mask)
+        tl.store(h1_rows[:, None] + columns[None, :], gate, mask=mask)
     if IS_GATED:
-        up = _with_bias(up, b3, expert, columns, F).to(dtype)
+        if HAS_B3:
+            up = _with_bias(up, b3, expert, columns, F, stride_b3e, stride_b3f)
+        up = up.to(dtype)
         if SAVE:
-            tl.store(place.h3_rows[:, None] + columns[None, :], up, mask=mask)
+            tl.store(h3_rows[:, None] + columns[None, :], up, mask=mask)
     values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED)
-    tl.store(place.a_rows[:, None] + columns[None, :], values.to(dtype), mask=mask)
+    tl.store(out_rows[:, None] + columns[None, :], values.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -226,10 +208,6 @@ def _up_projection_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    gate_w = Matrices(w1, stride_w1e, stride_w1d, stride_w1f, D, F, FORM1)
-    up_w = Matrices(w3, stride_w3e, stride_w3d, stride_w3f, D, F, FORM3)
-    gate_b = _Bias(b1, stride_b1e, stride_b1f, HAS_B1)
-    up_b = _Bias(b3, stride_b3e, stride_b3f, HAS_B3)
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
@@ -242,25 +220,40 @@ def _up_projection_kernel(
         up = tl.zeros((BM, BN), tl.float32)
         for d in tl.range(0, tl.where(expert >= 0, D, 0), BK):
             block = load_rows(row_pointers, d, D, stride_xd, EVEN, BK)
-            w = load_weight(gate_w, expert, d, f, BK, BN)
+            w = load_weight(w1, expert, d, f, D, F, stride_w1e, stride_w1d, stride_w1f, FORM1, BK, BN)
             gate = tl.dot(block, w, gate, input_precision=PRECISION)
             if IS_GATED:
-                w = load_weight(up_w, expert, d, f, BK, BN)
+                w = load_weight(w3, expert, d, f, D, F, stride_w3e, stride_w3d, stride_w3f, FORM3, BK, BN)
                 up = tl.dot(block, w, up, input_precision=PRECISION)
-        out_rows = first + tl.arange(0, BM)
+        inside = first + tl.arange(0, BM) < end
         slot_offsets = tl.load(slots + rows).to(tl.int64) * F
-        place = _Place(a + out_rows.to(tl.int64) * F, h1 + slot_offsets, h3 + slot_offsets, out_rows < end)
+        h1_rows, h3_rows = h1 + slot_offsets, h3 + slot_offsets
+        out_rows = a + (first + tl.arange(0, BM)).to(tl.int64) * F
         if SUBTILES == 4:
-            QUARTER: tl.constexpr = BN // 4
             gate0, gate1 = halves(gate, BM, BN)
             up0, up1 = halves(up, BM, BN)
             gate00, gate01 = halves(gate0, BM, BN // 2)
             up00, up01 = halves(up0, BM, BN // 2)
             gate10, gate11 = halves(gate1, BM, BN // 2)
             up10, up11 = halves(up1, BM, BN // 2)
-            _finish_columns(gate00, up00, f, F, expert, gate_b, up_b, place, IS_GATED, SAVE, ACT, QUARTER)
-            _finish_columns(gate01, up01, f + QUARTER, F, expert, gate_b, up_b, place, IS_GATED, SAVE, ACT, QUARTER)
-            _finish_columns(gate10, up10, f + QUARTER * 2, F, expert, gate_b, up_b, place, IS_GATED, SAVE, ACT, QUARTER)
-            _finish_columns(gate11, up11, f + QUARTER * 3, F, expert, gate_b, up_b, place, IS_GATED, SAVE, ACT, QUARTER)
+            _finish_columns(
+                gate00, up00, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
+            _finish_columns(
+                gate01, up01, f + BN // 4, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
+            _finish_columns(
+                gate10, up10, f + BN // 2, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
+            _finish_columns(
+                gate11, up11, f + BN // 4 * 3, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
+            )  # fmt: skip
         else:
-            _finish_columns(gate, up, f, F, expert, gate_b, up_b, place, IS_GATED, SAVE, ACT, BN)
+            _finish_columns(
+                gate, up, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
+                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN,
+            )  # fmt: skip
