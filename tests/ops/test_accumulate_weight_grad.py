@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moesaic.ops import accumulate_weight_grad
-from tests.ops.cpu_isa import CPU, dtypes_of
+from tests.ops.cpu_isa import CPU, dtypes_of, skip_unless_supported
 from tests.ops.oracle import exact
 from tests.ops.strategies import layout, problem, problems
 
@@ -28,6 +28,16 @@ def test_it_adds_the_weight_gradient(impl, data):
     accumulate_weight_grad(into, p.x, p.grad, p.group_sizes, impl=impl)
     assert into.data_ptr() == before
     assert torch.equal(into, expected)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 257), (torch.float16, 2049)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_half_precision_buffer_is_rounded_once(impl, dtype, rows):
+    skip_unless_supported(impl, dtype)
+    # The sum is the first whole number that the dtype lacks; with one more it has it again.
+    ones, into = torch.ones(rows, 1, dtype=dtype), torch.ones(1, 1, 1, dtype=dtype)
+    accumulate_weight_grad(into, ones, ones, torch.tensor([rows]), impl=impl)
+    assert into.item() == rows + 1
 
 
 @pytest.mark.parametrize("impl", IMPLS)
