@@ -39,9 +39,10 @@ class Measured(NamedTuple):
     Attributes:
         fastest: the implementation.
         kind: an instruction set of the CPU kernels, or a type of device.
-        numbers: the file of ``benchmarks/results/`` that shows it, or the reason why it must be so.
+        numbers: what shows it, mostly a file of ``benchmarks/results/``.
         vendor, has_amx: of the processor.
-        dtypes, operators, shapes: of the call.
+        dtypes, operators, shapes: of the call. A shape is ``"one"`` (row a group, on average, or less), or that of
+            :func:`shape_class`.
     """
 
     fastest: str
@@ -79,13 +80,23 @@ MEASURED = (
     Measured(
         "torch",
         "avx512",
-        "docs/benchmarks.md, processors with AVX-512 and no bf16 instructions",
+        "docs/benchmarks.md",
         vendor="Intel",
         dtypes=(torch.float32,),
         operators=_WITHOUT_GRADIENT,
         shapes=("many",),
     ),
-    Measured("cpu", "avx512", "docs/benchmarks.md, processors with AVX-512 and no bf16 instructions", vendor="Intel"),
+    Measured("cpu", "avx512", "docs/benchmarks.md", vendor="Intel"),
+    Measured(
+        "torch",
+        "avx2",
+        "fastest_cpu_zen3_1thread.json",
+        vendor="AMD",
+        dtypes=(torch.float32,),
+        operators=_WITHOUT_GRADIENT,
+        shapes=("one",),
+    ),
+    Measured("cpu", "avx2", "fastest_cpu_zen3_1thread.json", vendor="AMD"),
 )
 
 
@@ -97,7 +108,8 @@ def shape_class(num_rows: int, num_groups: int) -> str:
 
 def fastest(call: Call, machine: Processor) -> tuple[str, ...]:
     """The names of implementations, the fastest first. The last one takes everything."""
-    x, shape = call.operands[0], shape_class(call.num_rows, call.num_groups)
+    x = call.operands[0]
+    shape = "one" if call.num_rows <= call.num_groups else shape_class(call.num_rows, call.num_groups)
     return _fastest(call.operator, x.device.type, x.dtype, shape, machine)
 
 
