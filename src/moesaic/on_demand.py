@@ -58,9 +58,8 @@ def _load_and_call(cls: type, op: Any, types: Any, args: Sequence[Any] = (), kwa
 class _Watcher(MetaPathFinder):
     """Waits for the import of DTensor."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    # The path of a namespace package calls itself a sequence and is none, which a run-time check of types refuses.
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _DTENSOR:
             return None
         for finder in sys.meta_path:
