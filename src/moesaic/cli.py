@@ -1,8 +1,7 @@
 """The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; and others.
 
-Exit status: 0 done, also after a signal that was answered by saving; 1 training or a proof failed; 2 the call cannot
-work.
-Commands import what they need when they run, so that help is quick.
+Exit status: 0 success, also when a signal made training save and stop; 1 training or a proof failed; 2 the call cannot
+work. Commands import what they need when they run, so that help is quick.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import moesaic
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command: one line of help, and what to do with its arguments. `run` returns the exit status."""
+    """A sub-command: one line of help, and a function that takes its arguments and returns the exit status."""
 
     help: str
     run: Callable[[Sequence[str]], int]
@@ -38,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         if leader:
-            print(f"moesaic: there is no command {name!r}\n\n{_usage()}", file=sys.stderr)
+            print(f"moesaic: {name!r} is not a command\n\n{_usage()}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[name].run(rest)
     except BrokenPipeError:
-        # Whoever read has read enough, as `head` does. What is still buffered goes nowhere.
+        # The reader has closed the pipe, as `head` does. Drop what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
-    more = "moesaic COMMAND --help lists a command's options.\nmoesaic --version prints the version."
+    more = "moesaic COMMAND --help shows the options of a command.\nmoesaic --version prints the version."
     return f"usage: moesaic COMMAND [options]\n\n{rows}\n\n{more}"
 
 
@@ -63,7 +62,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _info(arguments: Sequence[str]) -> int:
     if arguments:
-        print("usage: moesaic info\n\nVersions, and which kernels this machine gets.")
+        print("usage: moesaic info\n\nShow versions, and the kernels that run on this machine.")
         return 0 if list(arguments) in (["-h"], ["--help"]) else 2
     from moesaic.info import lines
 
@@ -99,9 +98,9 @@ def _checkpoint_command(name: str, arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "convert": Command("convert a checkpoint of transformers to this project's format, or back", _convert),
-    "info": Command("say which versions and which kernels are here", _info),
-    "prove": Command("prove the sharding rule of an operator on simulated ranks", _prove),
-    "train": Command("train a mixture-of-experts language model, its experts tiled over a mesh", _train),
-    "upcycle": Command("make a mixture-of-experts checkpoint of a dense one", _upcycle),
+    "convert": Command("convert a transformers checkpoint to the format of moesaic train, or back", _convert),
+    "info": Command("show versions, and the kernels that run on this machine", _info),
+    "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
+    "train": Command("train a mixture-of-experts language model on one process or many", _train),
+    "upcycle": Command("turn a dense checkpoint into a mixture-of-experts checkpoint", _upcycle),
 }

@@ -185,7 +185,7 @@ def test_the_whole_program(tuned, cache, tmp_path, capsys, family):
     assert AutoTokenizer.from_pretrained(tuned.out / "export").chat_template == MARKED
     settings = json.loads((tuned.out / "config.json").read_text())["settings"]
     assert (settings["lr"], settings["weight_decay"]) == (3e-3, 0.0)
-    assert re.search(r"it continues '.*<assistant>' like this:", out)
+    assert re.search(r"the model continues '.*<assistant>' like this:", out)
 
 
 def test_half_precision_files_become_fp32_weights(tuned, cache, tmp_path):
@@ -242,8 +242,8 @@ def test_what_model_names(tmp_path, monkeypatch):
         ("family", r"--model .*model \(gpt2\): .* has no MoE block; known ones are .*Mixtral"),
         ("broken", r"--model .*model \(mixtral\): .*[Hh]eader"),
         ("no tokenizer", r"--tokenizer .*model: transformers cannot load it"),
-        ("vocabulary", r"--model .*: its tokenizer has 304 tokens, but its embedding only 300 rows; .*resize"),
-        ("another tokenizer", r"--tokenizer: it has 304 tokens, but --model .* only knows 300; leave it out"),
+        ("vocabulary", r"--model .*: its tokenizer has 304 tokens, but its embedding has only 300 rows; .*resize"),
+        ("another tokenizer", r"--tokenizer: it has 304 tokens, but --model .* has only 300; leave it out"),
         ("short", r"--seq-len 4: no conversation has anything to learn"),
     ],
 )

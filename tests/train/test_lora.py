@@ -156,7 +156,7 @@ def test_a_resume_is_exact(adapted, cache, tmp_path):
     assert len(_rows(whole.out)) == 6
     assert _rows(adapted.out) == _rows(whole.out)
     for changes in ({"lora_on": "experts"}, {"lora_alpha": 16.0}):
-        with pytest.raises(UserError, match="other contents of --model"):
+        with pytest.raises(UserError, match="--model had other contents"):
             _fit(dataclasses.replace(adapted, resume=True, **changes), cache)
     assert AutoTokenizer.from_pretrained(adapted.out / "tokenizer").chat_template == PLAIN
 

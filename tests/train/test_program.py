@@ -53,7 +53,7 @@ def test_ctrl_c_and_going_on_under_torchrun(tiny, cache):
     # Every rank gets this from the terminal and once more from the launcher, which gets it as well.
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    stopped = re.search(r"stopped after step (\d+) of 100000; all is saved", out)
+    stopped = re.search(r"stopped after step (\d+) of 100000; everything is saved", out)
     assert stopped, out
     step = int(stopped[1])
     assert [path.name for path in checkpoints(tiny.out / "checkpoints")] == [f"step-{step:08}"]
@@ -63,7 +63,7 @@ def test_ctrl_c_and_going_on_under_torchrun(tiny, cache):
     process = _start(tiny, "--resume", "--steps", str(step + 2))
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    assert f"going on after step {step}" in out
+    assert f"continuing after step {step}" in out
     assert [row["step"] for row in read_jsonl(tiny.out / "metrics.jsonl")] == list(range(1, step + 3))
     result = json.loads((tiny.out / "result.json").read_text())
     assert result["step"] == step + 2

@@ -158,7 +158,7 @@ def test_the_whole_program_and_its_second_call(tiny, cache, capsys):
     _train(config, cache)
     out = capsys.readouterr().out
     assert re.search(r"unigram bytes \d\.\d+   bigram bytes \d\.\d+   this model \d", out)
-    assert "it continues 'def main(' like this:\n\ndef main(" in out
+    assert "the model continues 'def main(' like this:\n\ndef main(" in out
     assert sorted(path.name for path in config.out.iterdir()) == [
         "checkpoints",
         "config.json",
@@ -192,11 +192,11 @@ def test_runs_go_into_new_folders_of_their_own(tiny, cache, tmp_path, monkeypatc
 def test_other_text_or_another_model_is_refused(tiny, cache, tmp_path):
     _fit(dataclasses.replace(tiny, steps=1), cache)
     other_text = str(write_corpus(tmp_path / "other", documents=61))
-    with pytest.raises(UserError, match=r"other contents of --data, --tokenizer\."):
+    with pytest.raises(UserError, match=r"--data, --tokenizer had other contents before\."):
         _fit(dataclasses.replace(tiny, resume=True, data=other_text), cache)
     other_model = tmp_path / "config.json"
     other_model.write_text(Path(tiny.model).read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
-    with pytest.raises(UserError, match=r"other contents of --model\."):
+    with pytest.raises(UserError, match=r"--model had other contents before\."):
         _fit(dataclasses.replace(tiny, resume=True, model=str(other_model)), cache)
     with pytest.raises(UserError, match="seed was 0 and now is 1"):
         _fit(dataclasses.replace(tiny, resume=True, seed=1), cache)

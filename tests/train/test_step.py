@@ -73,8 +73,8 @@ LAYOUT = {"tp": 2, "ep": 2, "etp": 2}
         (_poison_weight, "model.layers.1.self_attn.q_proj.weight", 1, "nan; .* is that of model.layers.1, on"),
         (_poison_weight, "model.layers.0.mlp.experts.w2", 3, "nan; .* is that of model.layers.0, on"),
         (_poison_weight, "lm_head.weight", 0, "nan; .* is that of lm_head, on"),
-        (_poison_gradient, "model.layers.1.mlp.experts.w1", 2, "not finite is model.layers.1.mlp.experts.w1"),
-        (_poison_gradient, "model.norm.weight", 1, "not finite is model.norm.weight"),
+        (_poison_gradient, "model.layers.1.mlp.experts.w1", 2, "the gradient of model.layers.1.mlp.experts.w1 is not"),
+        (_poison_gradient, "model.norm.weight", 1, "the gradient of model.norm.weight is not"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
 )
@@ -91,7 +91,7 @@ def test_all_ranks_stop_before_the_update(tiny, cache, ranks, poison, name, vict
     [
         (_poison_weight, "model.embed_tokens.weight", "is that of"),
         (_poison_loss, "", "every layer's output is finite"),
-        (_poison_gradient, "lm_head.weight", "gradient is not finite is lm_head.weight"),
+        (_poison_gradient, "lm_head.weight", "the gradient of lm_head.weight is not"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
 )

@@ -1,4 +1,4 @@
-"""The training program behind `moesaic train`: text in, a mixture-of-experts language model out.
+"""The training program `moesaic train`.
 
-`loop.train(config)` runs all of it. Nothing is imported here, so that `moesaic train --help` answers at once.
+`loop.train(config)` runs it. Nothing is imported here, so that `moesaic train --help` is quick.
 """

@@ -1,6 +1,6 @@
-"""What a run is told: one frozen dataclass, its checks, and its JSON form in the run folder.
+"""The settings of a run: one frozen dataclass, its checks, and its JSON form in the run folder.
 
-The field docstrings are the text of `moesaic train --help`.
+`moesaic train --help` prints the docstrings of the fields.
 """
 
 from __future__ import annotations
@@ -17,117 +17,119 @@ from moesaic.train.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a mixture-of-experts language model, its experts tiled over a device mesh.
+    """Train a mixture-of-experts language model. Its experts are split over a device mesh.
 
-    Runs in one process as it is, and on many under torchrun. A run lives in one folder: settings, metrics,
-    checkpoints and, at the end, the model in Hugging Face format.
+    Runs in one process, or in many under torchrun. Each run has a folder with its settings, metrics and checkpoints,
+    and at the end the model in Hugging Face format.
     """
 
     # --- text ---
     data: str = "stdlib"
-    """What to learn from: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the name or
+    """The training data: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the name or
     path of a dataset of the `datasets` library. Rows, of .jsonl for one, hold text or conversations: a column
     'messages', 'prompt' and 'completion', 'conversations' (ShareGPT), or 'instruction' and 'output' (Alpaca)."""
     text_column: str | None = None
-    """The column that holds the text. By default 'text', if the rows are no conversations."""
+    """The column with the text, for rows that are not conversations. By default 'text'."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """What of a conversation is learned: all that the assistant says, its last message, or every token."""
+    """Which tokens of a conversation count: all messages of the assistant, its last message, or every token."""
     packing: bool = True
-    """Put several conversations in a row of seq_len tokens, where none sees another. Without it each is padded."""
+    """Put several conversations into one row of seq_len tokens. They do not see each other. Otherwise each
+    conversation has a row of its own, with padding."""
     tokenizer: str | None = None
-    """A transformers tokenizer (folder or name). By default that of a pretrained --model; else a byte-level BPE with as
-    many tokens as the model config's vocab_size is trained on the text, and cached."""
+    """A transformers tokenizer: a folder or a name. By default the tokenizer of a pretrained --model. For a new model
+    a byte-level BPE tokenizer is trained on the text and cached; its size is the model's vocab_size."""
 
     # --- model ---
     model: str = "qwen3-moe-small"
-    """A pretrained model of Hugging Face, a folder with weights or a name on the hub, to fine-tune. Or the shape of a
-    new one: a config of this package, a config.json, or a folder with that and no weights."""
+    """To fine-tune a pretrained model: a folder with weights, or a name on the Hugging Face hub. To train a new model:
+    the name of a config in this package, a config.json, or a folder with a config.json and no weights."""
     compute: Literal["dtensor", "local"] = "dtensor"
-    """How experts compute: by operators on DTensors, or on local tensors. Both give the same numbers."""
+    """How experts compute: on DTensors or on local tensors. The results are the same."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes under autocast. Weights and optimizer state are fp32 whatever a pretrained model's files have."""
+    """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32."""
 
-    # --- low-rank adapters, of a pretrained model on one process ---
+    # --- low-rank adapters of a pretrained model, on one process ---
     lora_rank: int = 0
-    """Rank of adapters (LoRA, by the peft library), which are trained in place of the weights. 0: none."""
+    """Train low-rank adapters (LoRA) of this rank, and not the weights. Needs the peft package. 0: no adapters."""
     lora_alpha: float | None = None
-    """Their product is scaled by lora_alpha / lora_rank. By default by 2."""
+    """Adapters are scaled by lora_alpha / lora_rank. By default this factor is 2."""
     lora_on: Literal["all", "attention", "experts"] = "all"
-    """What gets adapters: the projections of attention, the experts, or both."""
+    """Where adapters are: in the attention projections, in the experts, or in both."""
 
     # --- layout: tp * dp_shard * dp_replicate must equal the number of processes, and ep * etp must fit in it ---
     tp: int = 1
     """Tensor parallel size of the dense layers (with sequence parallelism)."""
     ep: int = 1
-    """Expert parallel size: experts are split over so many ranks."""
+    """Expert parallel size: the experts are split over this many ranks."""
     etp: int = 1
-    """Expert tensor parallel size: each expert's matrices are split over so many ranks."""
+    """Expert tensor parallel size: the matrices of each expert are split over this many ranks."""
     dp_shard: int | None = None
-    """Data parallel size with sharded weights (FSDP2). By default all the ranks that are left."""
+    """Data parallel size with sharded weights (FSDP2). By default all remaining ranks."""
     dp_replicate: int = 1
-    """Data parallel size with replicated weights, around dp_shard."""
+    """Data parallel size with replicated weights: the number of dp_shard groups."""
     device: str | None = None
-    """Device type: cpu, cuda, ... By default the accelerator if there is one."""
+    """Device type: cpu, cuda, ... By default the accelerator, if there is one."""
 
     # --- optimisation ---
     steps: int = 160
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     batch_size: int = 16
-    """Sequences in a step, over all ranks. Must divide by the number of data parallel ranks."""
+    """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks."""
     seq_len: int = 128
     """Tokens in a sequence."""
     lr: float | None = None
     """Peak learning rate. By default 3e-3 for a new model, 1e-5 for a pretrained one and 1e-4 for adapters."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Learning rate after warm-up: a cosine, or stable and then (from 80 % on) linear decay."""
+    """The learning rate after the warm-up: a cosine; or (wsd) constant, with a linear decay in the last 20 % of the
+    steps."""
     warmup_steps: int = 20
-    """Steps in which the learning rate rises from zero."""
+    """Steps in which the learning rate rises from zero to its peak."""
     min_lr_ratio: float = 0.1
-    """Last learning rate, as a part of the peak."""
+    """The last learning rate, as a fraction of the peak."""
     weight_decay: float | None = None
-    """AdamW weight decay, of matrices only. By default 0.1 for a new model and 0 for a pretrained one."""
+    """Weight decay of AdamW, for matrices only. By default 0.1 for a new model and 0 for a pretrained one."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's two decay rates."""
+    """The two decay rates of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     aux_loss_coef: float | None = None
-    """Weight of the load-balancing loss. By default 0.05 for a new model; for a pretrained one its config's
-    router_aux_loss_coef, or 0."""
+    """Weight of the load-balancing loss. By default 0.05 for a new model. For a pretrained model it is the
+    router_aux_loss_coef of its config, or 0."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
     seed: int = 0
-    """Seed of the weights, the order of the data and everything else that is random."""
+    """Seed for everything random, such as new weights and the order of the data."""
 
     # --- run folder ---
     out: Path | None = None
-    """Run folder. By default a new one: runs/<date>-<time>."""
+    """The run folder. By default a new folder, runs/<date>-<time>."""
     resume: bool = False
-    """Go on from the last checkpoint of --out (without --out: of the latest run in runs/). Settings are those of
-    that run; flags given now override them."""
+    """Continue from the last checkpoint in --out, or of the latest run in runs/. The settings are those of that run;
+    flags that you give override them."""
     save_every: int = 50
-    """Steps between checkpoints; there is always one at the end. 0: only that one."""
+    """Steps between checkpoints. 0: only one, at the end. There is always a checkpoint at the end."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """How many checkpoints to keep."""
 
     # --- what is measured and shown ---
     log_every: int = 10
     """Steps between lines of metrics."""
     tensorboard: bool = True
-    """Also write TensorBoard events, if the tensorboard package is there."""
+    """Also write TensorBoard events, if the tensorboard package is installed."""
     eval_every: int = 0
-    """Steps between measurements on held-out text; there is always one at the end, and one before a pretrained
-    model's first step."""
+    """Steps between measurements on held-out data. 0: none in between. There is always one at the end, and one
+    before the first step of a pretrained model."""
     eval_bytes: int = 131_072
-    """How much of the held-out text is measured, or of the held-out conversations as JSON."""
+    """How many bytes of held-out data to measure."""
     prompt: str | None = None
-    """Text that the trained model continues at the end, or what the user says in a conversation. By default
-    'def main(', or a held-out conversation up to its last answer."""
+    """What the trained model continues at the end: a text, or a message of the user. By default 'def main(', or a
+    held-out conversation without its last answer."""
     sample_tokens: int = 120
-    """How many tokens of it."""
+    """How many tokens the model adds to the prompt."""
 
 
 def check(config: TrainConfig) -> None:
-    """Raise `UserError` for values that no run could work with. Says nothing of layouts: `resolve_layout` does."""
+    """Raise `UserError` for values that cannot work in any run. Layouts are checked by `resolve_layout`."""
     at_least = {
         1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes"),
         2: ("seq_len",),
@@ -142,17 +144,17 @@ def check(config: TrainConfig) -> None:
     for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{flag(name)} must be a number from 0 on, not {value}")
+            raise UserError(f"{flag(name)} must be a number, 0 or more, not {value}")
     if config.lr == 0:
         raise UserError("--lr must be more than 0")
     if not 0 <= config.min_lr_ratio <= 1:
         raise UserError(f"--min-lr-ratio must be between 0 and 1, not {config.min_lr_ratio}")
     if not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"--betas must be at least 0 and less than 1, not {config.betas}")
+        raise UserError(f"--betas must be at least 0 and below 1, not {config.betas}")
 
 
 def with_defaults(config: TrainConfig, *, pretrained: bool, aux_loss_coef: float) -> TrainConfig:
-    """The config with the values that depend on whether a model is new; `aux_loss_coef` is a pretrained model's own."""
+    """Fill in the defaults that depend on the model. `aux_loss_coef` is the default for a pretrained model."""
     defaults = {
         "lr": 1e-4 if config.lora_rank else 1e-5 if pretrained else 3e-3,
         "weight_decay": 0.0 if pretrained else 0.1,
@@ -163,16 +165,16 @@ def with_defaults(config: TrainConfig, *, pretrained: bool, aux_loss_coef: float
 
 
 def flag(name: str) -> str:
-    """The command line's name of a field: `--dp-shard` of `dp_shard`."""
+    """The flag of a field on the command line: `--dp-shard` for `dp_shard`."""
     return "--" + name.replace("_", "-")
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """Plain JSON values; `from_json` gives the same config back."""
+    """The config as JSON values. `from_json` turns them back into the same config."""
     values = dataclasses.asdict(config)
     values["out"] = None if config.out is None else str(config.out)
     values["betas"] = list(config.betas)
-    # Each call says for itself whether it resumes.
+    # Every call decides for itself whether to resume.
     del values["resume"]
     return values
 
@@ -186,7 +188,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     values = {_RENAMED.get(name, name): value for name, value in values.items()}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown settings {', '.join(unknown)}: written by another version of moesaic?")
+        raise UserError(f"unknown settings {', '.join(unknown)}; another version of moesaic wrote them")
     if values.get("out") is not None:
         values["out"] = Path(values["out"])
     if "betas" in values:

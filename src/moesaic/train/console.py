@@ -1,4 +1,4 @@
-"""What a person sees: a live bar on a terminal, lines elsewhere, nothing from ranks other than the first."""
+"""What the user sees: a progress bar on a terminal, lines elsewhere. Only the first rank prints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Screen(Protocol):
     """The screen of one rank."""
 
     def message(self, text: str) -> None:
-        """Show a text for good."""
+        """Print a text."""
 
     def start(self, step: int, steps: int) -> None:
         """Training begins at `step` of `steps`."""
@@ -31,7 +31,7 @@ class Screen(Protocol):
 
 
 def open_screen(leader: bool) -> Screen:
-    """The screen for this rank. Only the first rank's is more than silence."""
+    """The screen of this rank. Only the first rank prints."""
     if not leader:
         return _Silent()
     # Under torchrun stdout is the terminal itself, or a file or pipe with --redirects and --tee.

@@ -1,8 +1,8 @@
-"""Errors a person can act on. The command line prints their text and no traceback."""
+"""Errors that a user can act on. The command line prints their text without a traceback."""
 
 
 class UserError(Exception):
-    """Something about the call, the files or the machine is not right; the text says what, and what to do."""
+    """The call, the files or the machine are wrong. The text says what is wrong and what to do."""
 
 
 def first_line(error: BaseException) -> str:
@@ -11,4 +11,4 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainingError(Exception):
-    """Training itself failed, the same way on every rank: a number that is not finite, for one."""
+    """Training failed, on every rank: for example, a number is not finite."""

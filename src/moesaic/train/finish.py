@@ -1,4 +1,4 @@
-"""The end of a run: export in Hugging Face format, proof that the export is the model, and a sample from it."""
+"""The end of a run: export in Hugging Face format, compare the export with the model, and sample from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moesaic.train.errors import TrainingError
 from moesaic.train.model import quiet
 from moesaic.train.step import evaluating
 
-# Of the largest logit. Sums in another order differ by parts in a million; a wrong weight by far more.
+# Relative to the largest logit. Sums in another order differ by about 1e-6; a wrong weight differs by far more.
 _TOLERANCE = 1e-3
 
 
@@ -32,8 +32,8 @@ def export(model: Any, folder: Path, tokenizer: Any) -> None:
             export_pretrained(model, folder, tokenizer=tokenizer)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
-            f"cannot export to {folder}: {error}. What was trained is saved: the same command with --resume --out "
-            f"{folder.parent} exports again"
+            f"cannot export to {folder}: {error}. The training is saved. To export again, run the same command with "
+            f"--resume --out {folder.parent}"
         ) from error
 
 
@@ -81,7 +81,7 @@ def load_exported(folder: Path) -> nn.Module | None:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: Sequence[int], *, max_new_tokens: int, seed: int) -> str:
-    """What the model makes of a prompt's tokens: nucleus sampling, the same for the same seed."""
+    """The text that the model adds to a prompt, by nucleus sampling. The same seed gives the same text."""
     inputs = torch.tensor([list(prompt) or [tokenizer.eos_token_id]])
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)

@@ -31,23 +31,21 @@ def new_folder(out: Path | None) -> Path:
 
 
 def check_free(out: Path) -> None:
-    """Raise `UserError` if there is something in the folder, or it is no folder."""
+    """Raise `UserError` if the folder is not empty, or is not a folder."""
     try:
         filled = out.exists() and any(out.iterdir())
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     if filled:
-        raise UserError(
-            f"--out {out} is not empty. Go on with the run in it by adding --resume, or choose another folder"
-        )
+        raise UserError(f"--out {out} is not empty. Add --resume to continue the run in it, or choose another folder")
 
 
 def resumable_folder(out: Path | None) -> Path:
-    """The folder of a run to go on with: `out`, or of the runs in runs/ that have a checkpoint the one last written."""
+    """The folder of the run to continue: `out`, or the run in runs/ with the newest checkpoint."""
     if out is None:
         found = [path for path in RUNS.glob("*") if checkpoints(path / CHECKPOINTS)]
         if not found:
-            raise UserError(f"--resume: no run in {RUNS}/ has a checkpoint; name its folder with --out")
+            raise UserError(f"--resume: no run in {RUNS}/ has a checkpoint; give its folder with --out")
         return max(found, key=lambda path: ((path / CHECKPOINTS).stat().st_mtime, path.name))
     if not (out / CONFIG).is_file():
         raise UserError(f"--resume: there is no run in {out} (no {CONFIG})")
@@ -57,7 +55,7 @@ def resumable_folder(out: Path | None) -> Path:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values`, in one stroke: a reader sees the old file or the new one."""
+    """Write `values` atomically: a reader sees the old file or the new one."""
     fresh = path.with_suffix(".tmp")
     fresh.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(fresh, path)

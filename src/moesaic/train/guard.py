@@ -1,7 +1,7 @@
-"""Find out, before the optimizer step, that a number is not finite, and where that began.
+"""Find numbers that are not finite before the optimizer step, and the layer where they began.
 
-Forward hooks note for each layer whether its output was finite, in a tensor on the device: nothing waits for it. The
-step sends that tensor along with the loss, so all ranks learn of it together.
+Forward hooks record in a tensor on the device whether the output of each layer was finite, so nothing waits. The step
+sends that tensor along with the loss, so all ranks get to know together.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ForwardGuard:
 def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """The parameter at which gradients stopped being finite, the same on all ranks; None if all are finite.
 
-    Backward goes from the last layer to the first, so of several that is the last one.
+    Backward goes from the last layer to the first, so if there are several, it is the last one.
     """
     named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     flags = torch.stack([_bad(parameter.grad) for _, parameter in named]).to(torch.int32)

@@ -1,4 +1,4 @@
-"""What can be found wrong with a call before there is a process group: cheap checks, for errors that come at once."""
+"""Cheap checks of a call, before there is a process group, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_launch(config: TrainConfig) -> None:
     source = find_model(config.model)
     check_adapters(config, source, launched_world_size())
     if not source.pretrained:
-        # Of pretrained models the keys differ, and the plan looks at the model itself before it loads weights.
+        # Configs of pretrained models have other keys. The plan checks those models before weights are loaded.
         check_fits(source.values, layout)
     dp_size = layout.dp_size
     if config.batch_size % dp_size:

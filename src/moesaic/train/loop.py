@@ -31,10 +31,10 @@ from moesaic.train.step import StepResult, train_step
 
 
 def train(config: TrainConfig) -> None:
-    """Do the whole run that `config` asks for, together with the other processes of the launch.
+    """Run `moesaic train` with these settings, together with the other processes of the launch.
 
-    Raises `UserError`, `CheckpointError` or `TrainingError` with a text for people, on all ranks alike. Asked to stop
-    by a signal, it saves and returns.
+    Raises `UserError`, `CheckpointError` or `TrainingError` on all ranks, with a text for the user. A signal makes it
+    save and return.
     """
     with started(config.device) as runtime:
         screen = open_screen(runtime.leader)
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> None:
 
 
 def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:
-    """Train until the last step and save, and say whether it came to that; a signal makes it save and stop before."""
+    """Train to the last step and save. A signal makes it save and stop early; then the result is False."""
     config = run.config
     if run.step >= config.steps:
         return True
@@ -79,7 +79,7 @@ def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = d
                 if values is not None:
                     for writer in writers:
                         writer.log(values, run.step)
-                    # What is not training is not part of the speed.
+                    # The time of measurements is not part of the speed.
                     clock, clock_step = time.perf_counter(), run.step
                 screen.update(run.step, values)
                 last = stopped or run.step == config.steps
@@ -95,8 +95,8 @@ def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = d
             writer.close()
     if stopped:
         screen.message(
-            f"stopped after step {run.step} of {config.steps}; all is saved. To go on: the same command with "
-            f"--resume --out {run.folder}"
+            f"stopped after step {run.step} of {config.steps}; everything is saved. To continue, run the same "
+            f"command with --resume --out {run.folder}"
         )
     return not stopped
 
@@ -105,14 +105,17 @@ def _way_back(run: Run) -> str:
     newest = latest(run.checkpoints)
     if newest is None:
         return "There is no checkpoint yet."
-    return f"The last checkpoint is {newest}; --resume --out {run.folder} goes on from it, say with a lower --lr."
+    return (
+        f"The last checkpoint is {newest}. To continue from it, use --resume --out {run.folder}, perhaps with a lower "
+        "--lr."
+    )
 
 
 def _one_step(run: Run, stop_wanted: bool) -> StepResult:
     config, device = run.config, run.runtime.device
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
-    # Random numbers follow from seed, step and rank: so they need not be saved to be the same after a resume.
+    # Random numbers depend on seed, step and rank only. So a resumed run has the same without saving any state.
     seed = np.random.SeedSequence([config.seed, run.step, run.runtime.rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))
     result = train_step(
@@ -158,10 +161,10 @@ def _save(run: Run, screen: Screen, *, must: bool) -> int | None:
     try:
         runs.save(run)
     except CheckpointError as error:
-        # A full disk is no reason to lose what has been trained: there may be room again at the next try.
+        # A full disk must not end the training: there may be room again at the next checkpoint.
         if must:
             raise
-        screen.message(f"warning: {error}; training goes on")
+        screen.message(f"warning: {error}; training continues")
         return None
     return run.step
 
@@ -201,9 +204,9 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         write_json(run.folder / RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
-            f"{difference:.0e}\n\nit continues {_shortened(prompt)!r} like this:\n\n{text}\n"
+            f"{difference:.0e}\n\nthe model continues {_shortened(prompt)!r} like this:\n\n{text}\n"
         )
-    # A rank that leaves early closes connections that the others may still look at.
+    # A rank that leaves early closes connections that other ranks still use.
     ranks.barrier()
 
 
@@ -237,4 +240,4 @@ def _introduce(run: Run) -> str:
         f"{len(run.loader.rows):,} {rows}\n"
         f"run folder: {run.folder}"
     )
-    return text + (f", going on after step {run.step}" if run.step else "")
+    return text + (f", continuing after step {run.step}" if run.step else "")

@@ -1,4 +1,4 @@
-"""Where metrics go: anything with `log(values, step)`. JSON lines always, TensorBoard if it is there."""
+"""Writers of metrics: JSON lines, and TensorBoard events if the package is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MetricWriter(Protocol):
         """Record the values of a step."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close."""
 
 
 class JsonlWriter:
@@ -32,7 +32,7 @@ class JsonlWriter:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write a line, at once. Numbers that JSON has no form for are written as null."""
+        """Write a line, at once. NaN and infinity are written as null."""
         row = {name: value if abs(value) < float("inf") else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
 
@@ -42,7 +42,7 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard events, one scalar a name. Raises `ImportError` if the tensorboard package is not there."""
+    """TensorBoard events, one scalar a name. Raises `ImportError` without the tensorboard package."""
 
     def __init__(self, folder: Path, last_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter

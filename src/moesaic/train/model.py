@@ -29,7 +29,7 @@ _VOCABULARY_MULTIPLE = 64
 
 
 def model_config(values: dict[str, Any], *, vocab_size: int, eos_id: int) -> Any:
-    """The transformers config of `read_model_config`, fitted to a tokenizer."""
+    """A transformers config for these values and a tokenizer."""
     values = dict(values)
     kind = values.pop("model_type")
     values["vocab_size"] = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
@@ -37,11 +37,11 @@ def model_config(values: dict[str, Any], *, vocab_size: int, eos_id: int) -> Any
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:
-        raise UserError(f"--model: transformers does not take this config: {error}") from error
+        raise UserError(f"--model: transformers rejects this config: {error}") from error
 
 
 def identity(config: Any) -> str:
-    """A hash of what makes two model configs the same model."""
+    """A hash of a model config. Configs of the same model have the same hash."""
     values = config.to_dict()
     for key in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
         values.pop(key, None)
@@ -56,8 +56,8 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     torch.manual_seed(config.seed)
     model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     if not architecture.tie_word_embeddings:
-        # transformers draws every weight with one small deviation. The embedding then drowns in what the first layers
-        # add to it, and a model needs a hundred steps to find out which token it is looking at.
+        # transformers draws all weights with one small standard deviation. The output of the first layers would then be
+        # much larger than the embedding, and the model needs about a hundred steps to recover from that.
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
     try:
@@ -79,12 +79,12 @@ def load_model(
     if vocab_size > rows:
         if config.tokenizer is None:
             raise UserError(
-                f"--model {config.model}: its tokenizer has {vocab_size} tokens, but its embedding only {rows} rows; "
-                "give it more with transformers' resize_token_embeddings, or another tokenizer with --tokenizer"
+                f"--model {config.model}: its tokenizer has {vocab_size} tokens, but its embedding has only {rows} "
+                "rows; add rows with resize_token_embeddings of transformers, or give another --tokenizer"
             )
         raise UserError(
-            f"--tokenizer: it has {vocab_size} tokens, but --model {config.model} only knows {rows}; leave it out to "
-            "use the model's own"
+            f"--tokenizer: it has {vocab_size} tokens, but --model {config.model} has only {rows}; leave it out to "
+            "use the tokenizer of the model"
         )
     try:
         with quiet():

@@ -1,4 +1,4 @@
-"""Set up a run: text, model, optimizer, data order, on this rank; and its checkpoints."""
+"""Set up a run on this rank: text, model, optimizer, data order. Write and read its checkpoints."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
 from moesaic.train.runtime import Runtime
 
-# In the words of the flags that choose them.
+# What a resumed run must have in common with the run before, and the flags that choose it.
 _IDENTITIES = {"data": "--data", "tokenizer": "--tokenizer", "model": "--model"}
 
 
 @dataclass
 class Run:
-    """Everything of a run on this rank. `step` counts the steps that are done."""
+    """All parts of a run on this rank."""
 
     config: TrainConfig
     runtime: Runtime
@@ -50,18 +50,19 @@ class Run:
     loader: BatchLoader
     guard: ForwardGuard
     adapters: Any
-    """What has put low-rank adapters into the model, or None."""
+    """The peft model around the model, if there are low-rank adapters; else None."""
     identities: dict[str, str]
     step: int = 0
+    """How many steps are done."""
 
     @property
     def checkpoints(self) -> Path:
-        """Where its checkpoints are."""
+        """The folder of its checkpoints."""
         return self.folder / CHECKPOINTS
 
 
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
-    """Build a run, in a new folder or, with `config.resume`, as its last checkpoint left it. Collective."""
+    """Build a run in a new folder, or continue from its last checkpoint if `config.resume`. Collective."""
     _check_same_on_all_ranks("settings", to_json(config))
     source = find_model(config.model)
     own_coef = source.text_values.get("router_aux_loss_coef") or 0.0
@@ -90,7 +91,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         identity = models.identity(architecture)
     if isinstance(loader.rows, PackedRows) and loader.rows.shared:
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
-    # Late: a mistake above leaves no folder behind.
+    # After all checks, so that a mistake leaves no folder behind.
     choose = resumable_folder if config.resume else new_folder
     folder = ranks.on_leader(lambda: choose(config.out), UserError)
     run = Run(
@@ -129,7 +130,7 @@ def save(run: Run) -> Path:
 def _restore(run: Run) -> None:
     newest = checkpoint.latest(run.checkpoints)
     assert newest is not None
-    # Before the tensors are read: of another model they would not even fit.
+    # Before the tensors are read: those of another model would not fit.
     _check_identities(checkpoint.read_manifest(newest).info, run)
     state = checkpoint.training_state(run.model, run.optimizer)
     manifest = checkpoint.load(run.checkpoints, state)
@@ -143,8 +144,8 @@ def _check_identities(info: dict[str, Any], run: Run) -> None:
     changed = [flag for name, flag in _IDENTITIES.items() if then[name] != run.identities[name]]
     if changed:
         raise UserError(
-            f"cannot go on with the run in {run.folder}: it was with other contents of {', '.join(changed)}. "
-            "Give what it was started with, or start a new run in another folder"
+            f"cannot continue the run in {run.folder}: {', '.join(changed)} had other contents before. "
+            "Give the same as before, or start a new run in another folder"
         )
 
 
@@ -154,11 +155,13 @@ def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notif
     rows = PackedRows(text.train(), config.seq_len, packed=config.packing, pad_id=text.eos_id)
     total = len(rows.conversations.ends)
     if rows.cut:
-        notify(f"{rows.cut} of {total} conversations are longer than --seq-len {config.seq_len} and are cut there")
+        notify(f"{rows.cut} of {total} conversations are longer than --seq-len {config.seq_len}; they are cut")
     if rows.left_out:
-        notify(f"{rows.left_out} of {total} conversations have nothing to learn within --seq-len, and are left out")
+        notify(f"{rows.left_out} of {total} conversations have nothing to learn within --seq-len; they are left out")
     if not len(rows):
-        raise UserError(f"--seq-len {config.seq_len}: no conversation has anything to learn within it; give more")
+        raise UserError(
+            f"--seq-len {config.seq_len}: no conversation has anything to learn within this length; use a larger one"
+        )
     return rows
 
 
@@ -180,7 +183,7 @@ def _prepare_text(
 
     names = [name for name in ranks.together(on_host_leader, UserError, OSError) if name is not None]
     if len(set(names)) > 1:
-        raise UserError("the hosts see different text (--data, --tokenizer); give all of them the same")
+        raise UserError("the hosts see different text; give all of them the same --data and --tokenizer")
     text = open_prepared(cache_folder() / names[0])
     _check_same_on_all_ranks("tokenizers", text.tokenizer_identity)
     return text

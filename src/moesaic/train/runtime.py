@@ -1,4 +1,4 @@
-"""Where a process runs: its device, its rank, and the process group that torchrun's environment asks for."""
+"""The device and the rank of a process, and the process group that torchrun asks for."""
 
 from __future__ import annotations
 
@@ -56,19 +56,21 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     try:
         wanted = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: torch knows no such device type") from error
+        raise UserError(f"--device {name}: torch has no such device type") from error
     if wanted.index is not None:
-        raise UserError(f"--device takes a type, such as {wanted.type}; which one of them follows from LOCAL_RANK")
+        raise UserError(
+            f"--device takes a type, such as {wanted.type}, without a number; LOCAL_RANK chooses the device"
+        )
     if wanted.type == "cpu":
         return wanted
     if found is None or found.type != wanted.type:
         there = "cpu" if found is None else f"cpu and {found.type}"
-        raise UserError(f"--device {name}: there is no such device here, only {there}")
+        raise UserError(f"--device {name}: this machine has no such device, only {there}")
     count = torch.accelerator.device_count()
     if local_rank >= count:
         raise UserError(
-            f"process {local_rank} of this host has no {wanted.type} device, there are {count}: launch at most {count} "
-            "processes a host, or use --device cpu"
+            f"there is no {wanted.type} device for process {local_rank} of this host, which has {count}: "
+            f"launch at most {count} processes on a host, or use --device cpu"
         )
     return torch.device(wanted.type, local_rank)
 

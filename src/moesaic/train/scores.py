@@ -1,4 +1,4 @@
-"""How good the model is on what was held out, and what it is asked for at the end: for text and for conversations."""
+"""The scores of a model on held-out data, and the prompt at the end: for text and for conversations."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from moesaic.train.run import Run
 
 @runtime_checkable
 class Scores(Protocol):
-    """What is measured of a run."""
+    """What is measured in a run."""
 
     name: str
-    """Of the number, in metrics and result.json."""
+    """The name of the number in metrics and result.json."""
     inputs: Tensor
-    """`[N, S]`, what is measured."""
+    """The held-out tokens `[N, S]`."""
 
     def measure(self) -> float:
-        """The number, for the model as it is. Collective."""
+        """The number for the model as it is now. Collective."""
         ...
 
     def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
-        """Numbers for result.json, with what can be compared, and the same for people."""
+        """The number beside others to compare it with: for result.json, and as text."""
         ...
 
     def prompt(self) -> tuple[str, list[int]]:
-        """What the model is to continue at the end, and its tokens as in training."""
+        """The text that the model continues at the end, and its tokens."""
         ...
 
 
@@ -100,7 +100,8 @@ class _OfConversations:
         rows = PackedRows(chosen, config.seq_len, packed=config.packing, pad_id=text.eos_id)
         if not len(rows):
             raise UserError(
-                f"--seq-len {config.seq_len}: no held-out conversation has anything to learn within it; give more"
+                f"--seq-len {config.seq_len}: no held-out conversation has anything to learn within this length; "
+                "use a larger one"
             )
         self._count = count - rows.left_out
         self._held_out = evaluate.take_rows(rows)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the training loop asks for, instead of an exception in the middle of a step."""
+"""Ctrl-C and SIGTERM set a flag that the training loop reads; they do not interrupt a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 class StopRequest:
-    """Within the context, signals set `wanted` and call `notify`, once; further ones change nothing.
+    """Within the context, the first signal sets `wanted` and calls `notify`. Later signals change nothing.
 
     A launcher and the terminal may both send a signal, and the second must not cut off the checkpoint that the first
     asked for.

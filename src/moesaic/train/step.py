@@ -128,8 +128,8 @@ def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
         if name is None:
             raise
         raise TrainingError(
-            f"step {step}: non-finite gradient: the loss is finite, and in backward order the first parameter whose "
-            f"gradient is not finite is {name}. No weight has been changed."
+            f"step {step}: non-finite gradient: the loss is finite, but the gradient of {name} is not. It is "
+            f"the first such parameter in backward order. No weight has been changed."
         ) from None
     return float(norm)
 

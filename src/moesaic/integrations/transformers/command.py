@@ -25,48 +25,48 @@ _ERRORS = (OSError, ValueError, NotImplementedError)
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Convert a checkpoint of transformers into one of this project's (DCP), or back, and verify it.
+    """Convert a transformers checkpoint to the format of moesaic train (DCP), or back, and verify the result.
 
-    Reads and writes tensor by tensor: needs memory for the experts of one layer, twice, and one file of the result.
+    Tensors are read and written one by one. Peak memory is twice the experts of one layer, plus one file of the
+    result.
 
-    Exit status: 0 done and verified; 1 what was written is not what was read, or a checkpoint is damaged; 2 the call
-    cannot work.
+    Exit status: 0 success; 1 the verification failed, or a checkpoint is damaged; 2 the call cannot work.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A checkpoint of transformers, a folder or a name on the hub; or the folder of a run or of one of its
-    checkpoints."""
+    """A transformers checkpoint (a folder or a name on the hub), a run folder, or one checkpoint in a run folder."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
     to: Literal["dcp", "hf"] | None = None
-    """The format to write. By default the one that the source is not in."""
+    """The format to write. By default the other format than that of SRC."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Cast to it. By default every tensor keeps its own; what transformers keeps in float32 stays in it."""
+    """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
 
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """Make a mixture-of-experts checkpoint of a dense one, which computes the same at first.
+    """Turn a dense checkpoint into a mixture-of-experts checkpoint. Without noise both models compute the same.
 
-    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE.
+    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE, and Qwen3 becomes Qwen3-MoE.
 
-    Exit status: 0 done; 2 the call cannot work.
+    Exit status: 0 success; 2 the call cannot work.
     """
 
     dense: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE")]
-    """A dense checkpoint of transformers, a folder or a name on the hub."""
+    """A dense transformers checkpoint: a folder, or a name on the hub."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
     experts: int
-    """Experts of a layer."""
+    """Number of experts in a layer."""
     top_k: int
-    """Experts that a token goes to."""
+    """Number of experts for each token."""
     granularity: int = 1
-    """Slices that the dense feed-forward layer is cut into, each an expert. Divides experts, top-k and hidden dim."""
+    """Cut the dense feed-forward layer into this many slices; each expert gets one slice. Must divide --experts,
+    --top-k and the hidden dim."""
     noise: float = 0.0
-    """Added to the experts' weights: its standard deviation as a fraction of the weight's own."""
+    """Standard deviation of noise on the experts' weights, as a fraction of the weights' own."""
     seed: int = 0
-    """Of the router and the noise."""
+    """Seed of the router's weights and the noise."""
 
 
 def run_convert(arguments: Sequence[str]) -> int:
@@ -75,7 +75,7 @@ def run_convert(arguments: Sequence[str]) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         if options.to == format_of(options.source):
-            raise ValueError(f"--to {options.to}: {options.source} is in that format already")
+            raise ValueError(f"--to {options.to}: {options.source} already has this format; leave out --to")
         with _bar() as progress:
             convert(options.source, options.target, dtype=dtype, progress=progress)
     except CheckpointError as error:
@@ -114,7 +114,7 @@ def _fail(command: str, error: Exception, status: int) -> int:
 
 @contextmanager
 def _bar() -> Iterator[Progress]:
-    """A bar on a terminal, and nothing elsewhere; transformers' own advice stays out of it."""
+    """A progress bar, on a terminal only. Advice of transformers is switched off meanwhile."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
