@@ -122,14 +122,14 @@ def test_the_verification_sees_one_wrong_bit(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(module, "write_pretrained", spoiled)
     error = run(capsys, "convert", tmp_path / "dcp", tmp_path / "out", status=1)
-    assert "verification: 'model.layers.1.input_layernorm.weight' was not written as it is in the source" in error
+    assert "verification: 'model.layers.1.input_layernorm.weight' differs from the source" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_errors(tmp_path, capsys):
     make_model("Mixtral").save_pretrained(tmp_path / "hf")
     assert "--to hf: " in run(capsys, "convert", tmp_path / "hf", tmp_path / "x", "--to", "hf", status=2)
-    assert "is the source too" in run(capsys, "convert", tmp_path / "hf", tmp_path / "hf", status=2)
+    assert "is also the source" in run(capsys, "convert", tmp_path / "hf", tmp_path / "hf", status=2)
     assert "does not tell" in run_with_spoiled_config(tmp_path, capsys)
     (tmp_path / "dcp/config.json").unlink()
     file = next((tmp_path / "dcp/checkpoints/step-00000000").glob("*.distcp"))
@@ -165,7 +165,7 @@ def test_help(capsys, command):
 def test_targets_are_new_and_not_the_source(tmp_path):
     make_model("Mixtral").save_pretrained(tmp_path / "hf")
     (tmp_path / "link").symlink_to("hf")
-    with pytest.raises(ValueError, match="target: .* is the source too"):
+    with pytest.raises(ValueError, match="target: .* is also the source"):
         module.convert(tmp_path / "hf", tmp_path / "link")
     module.convert(tmp_path / "hf", tmp_path / "dcp")
     with pytest.raises(ValueError, match="target: .* not empty"):

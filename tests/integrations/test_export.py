@@ -104,5 +104,5 @@ def test_export_refuses_what_the_architecture_has_no_place_for(tmp_path):
     model = swap_moe(make_model())
     config = moesaic.MoEConfig(dim=32, hidden_dim=12, num_experts=8, top_k=3, bias_update_speed=0.1)
     model.model.layers[1].mlp = moesaic.MoE(config)
-    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' is no layer that swap_moe put there"):
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' is not a layer that swap_moe put there"):
         export_pretrained(model, tmp_path)

@@ -210,7 +210,7 @@ def test_failures_are_those_of_all_ranks(ranks, mixtral, tmp_path):
     with pytest.raises(RankError) as caught:
         ranks(load_where_one_rank_has_another_config, 2, [str(mixtral), str(other)], {"ep": 2})
     assert all("nope" in text and "still running" not in text for text in caught.value.failures.values())
-    with pytest.raises(RankError, match="meshes: this is one of 2 ranks"):
+    with pytest.raises(RankError, match="meshes: there are 2 ranks"):
         ranks(load_without_meshes, 2, str(mixtral))
 
 

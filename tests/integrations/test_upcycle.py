@@ -88,9 +88,9 @@ def test_noise_is_the_fraction_asked(tmp_path):
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first, other)
     upcycle(tmp_path / "dense", tmp_path / "again", **sizes, noise=0.1)
-    with pytest.raises(ValueError, match="out: .* is the source too"):
+    with pytest.raises(ValueError, match="out: .* is also the source"):
         upcycle(tmp_path / "dense", tmp_path / "dense", **sizes)
-    with pytest.raises(ValueError, match="out: .* is there already, and not empty"):
+    with pytest.raises(ValueError, match="out: .* already exists and is not empty"):
         upcycle(tmp_path / "dense", tmp_path / "again", **sizes)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), models[0].parameters(), strict=True))

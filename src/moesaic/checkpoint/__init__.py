@@ -1,7 +1,7 @@
 """Crash-safe, verified checkpoints of sharded training state, on torch.distributed.checkpoint.
 
-A checkpoint is a folder `step-00000100`. It gets that name in one rename, when all ranks have written, flushed and
-hashed their files: so a folder of that name is complete, and what a crash leaves behind is never mistaken for one.
+A checkpoint is a folder `step-00000100`. It gets that name in one rename, after all ranks have written, flushed and
+hashed their files. So a folder with such a name is complete, and a crash never leaves half of one.
 Reading checks the hashes first. Layouts may differ between writing and reading.
 """
 

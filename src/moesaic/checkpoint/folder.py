@@ -18,20 +18,20 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or must not be read; the text names the file and what is wrong with it."""
+    """A checkpoint could not be written, or must not be read. The text names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself, in manifest.json."""
+    """The contents of manifest.json."""
 
     step: int
     world_size: int
-    """Ranks that wrote it. Any number can read it."""
+    """How many ranks wrote it. Any number of ranks can read it."""
     info: dict[str, Any]
-    """The caller's own JSON values."""
+    """JSON values of the caller."""
     files: dict[str, dict[str, Any]]
-    """Of each file, its size ("bytes") and hash ("sha256")."""
+    """The size ("bytes") and hash ("sha256") of each file."""
     format: int = _FORMAT
 
 
@@ -57,7 +57,7 @@ def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not named like a checkpoint (step-00000100)")
+        raise CheckpointError(f"{path} does not have the name of a checkpoint, such as step-00000100")
     return int(match[1])
 
 
@@ -105,7 +105,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def verify_file(path: Path, entry: dict[str, Any]) -> None:
-    """Raise `CheckpointError` unless the file is what its entry says."""
+    """Raise `CheckpointError` unless the file matches its entry."""
     try:
         # A truncated file is found out without reading it.
         size = path.stat().st_size
@@ -120,7 +120,7 @@ def verify_file(path: Path, entry: dict[str, Any]) -> None:
 
 
 def publish(work: Path, final: Path, old: Path | None = None) -> None:
-    """Give the complete folder `work` its final name, for good even if the machine stops now.
+    """Give the complete folder `work` its final name, and flush that to disk.
 
     A folder cannot be renamed onto another: what has the name already is moved to `old` (by default `<final>.old`),
     removed once `work` has the name, and put back if `work` cannot have it.
@@ -143,7 +143,7 @@ def publish(work: Path, final: Path, old: Path | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint; interrupted half-way, what is left is not taken for a complete one."""
+    """Remove a checkpoint. If this is interrupted, the rest is not mistaken for a complete checkpoint."""
     leftover = path.with_name(path.name + ".old")
     shutil.rmtree(leftover, ignore_errors=True)
     os.rename(path, leftover)

@@ -1,4 +1,4 @@
-"""Checkpoints tensor by tensor: for states that are larger than memory."""
+"""Checkpoints written and read one tensor at a time, for states larger than memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesaic.checkpoint.store import read_into
 
 
 class LazyPlanner(dcp.DefaultSavePlanner):
-    """Writes tensors on the meta device, getting the numbers of each from a function when its turn comes.
+    """Saves tensors on the meta device. The values of each come from a function, when it is written.
 
     Args:
         read: by the name in the flattened state, such as ``model.norm.weight``.
@@ -44,6 +44,6 @@ def stored_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """One tensor of a checkpoint, whole, whatever layout wrote it."""
     tensor = torch.empty(shape, dtype=dtype)
-    # One process's own matter, even where there are others.
+    # This process alone reads, even if there are others.
     read_into(path, {name: tensor}, alone=True)
     return tensor

@@ -1,6 +1,6 @@
-"""Write and read a checkpoint, all ranks together.
+"""Write and read checkpoints, on all ranks together.
 
-Every rank calls with its own shards. Failures are shared: either all ranks return, or all raise `CheckpointError`.
+Every rank passes its own shards. Failures are shared: either all ranks return, or all raise `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def save(
 ) -> Path:
     """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
 
-    `info` is JSON, rank 0's counts. `planner` is for states that are not in memory. `root` is on a file system that all
-    ranks see. If anything fails, on whichever rank, earlier checkpoints are as they were.
+    `info` is JSON; that of rank 0 is written. `planner` is for states that are not in memory. All ranks must see
+    `root`. If any rank fails, earlier checkpoints are unchanged.
     """
     final = root / folder.folder_name(step)
     work = final.with_name(final.name + ".tmp")
@@ -65,8 +65,8 @@ def save(
 def load(root: Path, state: dict[str, Any]) -> Manifest:
     """Read the newest sound checkpoint of `root` into the tensors of `state`, in place, whatever layout wrote it.
 
-    All files are checked against their hashes before any is read. A damaged checkpoint is passed over, with a warning
-    that names the file; `CheckpointError` if none is left, or if it has not all that `state` asks for.
+    All files are checked against their hashes before any is read. A damaged checkpoint is skipped, with a warning that
+    names the file. Raises `CheckpointError` if none is left, or if the checkpoint lacks part of `state`.
     """
     found = ranks.from_leader([path.name for path in folder.checkpoints(root)])
     problems = []
@@ -76,7 +76,7 @@ def load(root: Path, state: dict[str, Any]) -> Manifest:
         except CheckpointError as error:
             problems.append(str(error))
             if ranks.is_leader():
-                _log.warning("%s; going on with the checkpoint before it", error)
+                _log.warning("%s; trying the checkpoint before it", error)
             continue
         read_into(root / name, state)
         return manifest
@@ -84,9 +84,9 @@ def load(root: Path, state: dict[str, Any]) -> Manifest:
 
 
 def verify(path: Path) -> Manifest:
-    """The manifest of the checkpoint in `path`, once all its files have proved to be as they were written.
+    """Check all files of the checkpoint in `path`, and give back its manifest.
 
-    The ranks share the work. `CheckpointError` on all of them if a file is damaged or missing.
+    The ranks share the work. All raise `CheckpointError` if a file is damaged or missing.
     """
 
     def own_part() -> Manifest:
@@ -100,7 +100,7 @@ def verify(path: Path) -> Manifest:
 
 
 def read_into(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
-    """Read a checkpoint that has been verified into the tensors of `state`, in place; `alone`: without other ranks."""
+    """Read a verified checkpoint into the tensors of `state`, in place. With `alone`, other ranks take no part."""
     try:
         with _one_process_is_meant():
             dcp.load(state, storage_reader=SafeReader(path), no_dist=alone or not ranks.active())
@@ -134,14 +134,14 @@ def _finish(work: Path, final: Path, manifest: Manifest, keep: int) -> None:
 
 @contextmanager
 def _one_process_is_meant() -> Iterator[None]:
-    """DCP warns that without a process group it works for one process."""
+    """Without the warning of DCP that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _reason(error: BaseException) -> str:
-    """One line for what may be a failure on every rank."""
+    """The failures of all ranks in one line."""
     if isinstance(error, CheckpointException):
         causes = {str(cause) or type(cause).__name__: None for cause, _ in error.failures.values()}
         return "; ".join(causes)

@@ -44,7 +44,7 @@ _PREFIX = "model."
 
 
 def format_of(path: str | Path) -> Format:
-    """What is under a path: a run or one of its checkpoints (``"dcp"``), or else a checkpoint of transformers."""
+    """The format under a path: ``"dcp"`` for a run or one of its checkpoints, else ``"hf"``."""
     place = Path(path)
     is_checkpoint = (place / MANIFEST).is_file()
     return "dcp" if is_checkpoint or checkpoint.checkpoints(place / CHECKPOINTS) else "hf"
@@ -53,7 +53,7 @@ def format_of(path: str | Path) -> Format:
 def convert(
     source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None
 ) -> Format:
-    """Convert a checkpoint to the other format, and verify it. Gives back which that is.
+    """Convert a checkpoint to the other format, verify the result, and give back that format.
 
     Args:
         source: a checkpoint of transformers, in a folder or on the hub; or a run of ``moesaic train``, of which the
@@ -75,7 +75,7 @@ def convert(
         _to_hf(Path(source), Path(target), dtype, progress)
         return "hf"
     except BaseException:
-        # It was new or empty. What is half there, or wrong, would be in the way of another try.
+        # The target was new or empty. Leave nothing that would be in the way of another try.
         shutil.rmtree(target, ignore_errors=True)
         raise
 
@@ -109,7 +109,7 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
     if any(".lora_" in name for name in stored):
         raise ValueError(
-            f"source: {place} has adapters beside the weights; take the run's export, where they are merged"
+            f"source: {place} has adapters beside the weights; use the export of the run, in which they are merged"
         )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     plain = model_on_meta(config, dtype or own)
@@ -127,7 +127,7 @@ def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
         return source, source.absolute().parents[1]
     newest = checkpoint.latest(source / CHECKPOINTS)
     if newest is None:
-        raise ValueError(f"source: there is no checkpoint in {source / CHECKPOINTS}")
+        raise ValueError(f"source: no checkpoint in {source / CHECKPOINTS}")
     return newest, source
 
 
@@ -137,7 +137,7 @@ def _config_of(run: Path) -> Any:
         values = dict(json.loads(place.read_text())["model"])
         kind = values.pop("model_type")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"source: {place} does not tell the model: {type(error).__name__}: {error}") from error
+        raise ValueError(f"source: {place} does not describe a model: {type(error).__name__}: {error}") from error
     return AutoConfig.for_model(kind, **values)
 
 
@@ -163,7 +163,7 @@ def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor])
     for name, tensor in meant.items():
         mine, theirs = written[name].read(), tensor.read()
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(_bits(mine), _bits(theirs)):
-            raise CheckpointError(f"verification: '{name}' was not written as it is in the source")
+            raise CheckpointError(f"verification: '{name}' differs from the source")
 
 
 def _bits(tensor: Tensor) -> Tensor:

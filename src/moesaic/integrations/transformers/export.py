@@ -57,7 +57,10 @@ def origins_of(model: nn.Module) -> dict[str, Origin]:
             continue
         origin = origin_of(layer)
         if origin is None:
-            raise ValueError(f"model: '{name}' is no layer that swap_moe put there; transformers has no names for it")
+            raise ValueError(
+                f"model: '{name}' is not a layer that swap_moe put there, so transformers has no names for it; "
+                "use swap_moe first"
+            )
         origins[f"{name}." if name else ""] = origin
     return origins
 
@@ -79,5 +82,5 @@ def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
 
 
 def architecture_of(model: nn.Module) -> Any:
-    """The class of transformers that a model is of: FSDP gives it one of its own, derived from that."""
+    """The transformers class of a model. FSDP derives a class of its own from it."""
     return next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))

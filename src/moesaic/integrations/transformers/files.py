@@ -106,7 +106,7 @@ def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
     if (single := cached_file(name, SAFE_WEIGHTS_NAME, **quiet)) is not None:
         return [Path(single)], None
     if (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **quiet)) is None:
-        raise OSError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+        raise OSError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save it as safetensors")
     try:
         listed = set(json.loads(Path(index).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -118,9 +118,9 @@ def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
 def require_new(source: str | Path, target: Path, name: str) -> None:
     """Raise ``ValueError`` unless a target is a new or empty folder, and not its source."""
     if Path(source).resolve() == target.resolve():
-        raise ValueError(f"{name}: {target} is the source too; choose another folder")
+        raise ValueError(f"{name}: {target} is also the source; choose another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{name}: {target} is there already, and not empty; choose another folder")
+        raise ValueError(f"{name}: {target} already exists and is not empty; choose another folder")
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints straight into sharded models: each rank reads the slices that are its own, and no more."""
+"""Load checkpoints into sharded models: each rank reads its own slices only."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def load_pretrained(
     if meshes is None:
         meshes = build_meshes() if not ranks.active() else None
     if meshes is None:
-        raise ValueError(f"meshes: this is one of {ranks.world_size()} ranks; give what moesaic.build_meshes() makes")
+        raise ValueError(f"meshes: there are {ranks.world_size()} ranks; pass the result of moesaic.build_meshes()")
     return load_and_count(
         path, meshes, dtype=dtype, compute=compute, impl=impl, device=device, moe_options=moe_options
     )[0]
@@ -108,7 +108,7 @@ def load_and_count(
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
             tensors = to_our_names(model, state)
 
-        # What one rank cannot see no rank waits for.
+        # Shared, so that no rank waits for one that cannot read the files.
         ranks.together(describe, Exception)
         parallelize(model, meshes, compute=compute)
         if not meshes.is_distributed:

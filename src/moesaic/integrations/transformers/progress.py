@@ -1,4 +1,4 @@
-"""What long work on checkpoints says as it goes on."""
+"""Progress of long work on checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress:
     advance: Callable[[int], None] = lambda num_bytes: None
 
     def watch(self, what: str, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """Begin work on tensors, and give them back so that reading them tells how far it is."""
+        """Begin work on tensors. Reading the tensors that are given back reports progress."""
         self.begin(what, sum(tensor.nbytes for tensor in tensors.values()))
         return {name: self._watched(tensor) for name, tensor in tensors.items()}
 

@@ -180,7 +180,7 @@ def deal(tensors: Mapping[str, LazyTensor], num_ranks: int, max_bytes: int) -> l
 def _write_shards(
     tensors: Mapping[str, LazyTensor], names: list[list[list[str]]], work: Path, exchange: Exchange
 ) -> Exception | None:
-    """Bring every tensor to its rank and write the files; a rank that fails goes on sending, for the others."""
+    """Bring every tensor to its rank and write the files. A rank that fails keeps sending, for the others."""
     numbers = _numbered(names)
     turns = [[(i, name) for i, file in enumerate(files) for name in file] for files in names]
     mine: dict[str, Tensor] = {}
@@ -224,7 +224,7 @@ def _begin(final: Path) -> Path:
     """Check the target; a folder beside it, of this call alone, with the folder ``new`` to write."""
     if final.exists():
         if not final.is_dir():
-            raise OSError(f"{final} should be a directory, and is a file")
+            raise OSError(f"{final} is a file and not a folder; choose another path")
         entries = list(final.iterdir())
         if other := sorted(entry.name for entry in entries if not _is_ours(entry)):
             raise ValueError(f"path: {final} has {other}, which no export wrote; choose another folder")
@@ -256,7 +256,7 @@ def _finish(
     final: Path,
     add: Callable[[Path], None],
 ) -> None:
-    """The small files, and the name."""
+    """Write the small files, and give the folder its name."""
     numbers = _numbered([[list(file) for file in files] for files in names])
     if len(numbers) > 1:
         index = {
