@@ -206,7 +206,8 @@ def test_other_text_or_another_model_is_refused(tiny, cache, tmp_path):
 def test_a_failed_run_says_where_to_go_on(tiny, cache):
     _fit(dataclasses.replace(tiny, steps=2), cache)
     hopeless = dataclasses.replace(tiny, resume=True, lr=1e30, max_grad_norm=0.0)
-    with pytest.raises(TrainingError, match=r"step \d: .*step-00000002; --resume --out .* lower --lr"):
+    told = r"step \d: .*step-00000002\. To continue from it, use --resume --out .* lower --lr"
+    with pytest.raises(TrainingError, match=told):
         _fit(hopeless, cache)
 
 
