@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from moesaic.ops.experts_mlp.impl import triton as experts_mlp
-from moesaic.ops.experts_mlp.problem import MainGrads, Needs, Problem
+from moesaic.ops.experts_mlp.problem import Problem, Projection, Target, Targets, Wanted
 from moesaic.ops.grouped_mm.impl import triton as grouped_mm
 from moesaic.ops.triton import device
 
@@ -145,17 +145,21 @@ def _launch_experts(tokens: int, dtype: torch.dtype, form: Form) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     ids, weights = empty(tokens, K, dtype=torch.int64), empty(tokens, K, dtype=torch.float32)
-    b1 = empty(E, F) if form.is_biased else None
-    w3, b3 = (empty(E, D, F), b1) if form.is_gated else (None, None)
-    problem = Problem(empty(tokens, D), ids, weights, empty(E, D, F), w3, empty(E, F, D), b1, b3, form.activation)
+    up = [Projection(empty(E, D, F), empty(E, F) if form.is_biased else None) for _ in range(1 + form.is_gated)]
+    problem = Problem(empty(tokens, D), ids, weights, tuple(up), Projection(empty(E, F, D)), form.activation)
     experts_mlp.forward(problem, False)
-    _, h1, h3 = experts_mlp.forward(problem, True)
-    assert h1 is not None
-    grad, biases = empty(tokens, D), (b1 is not None, b3 is not None)
-    experts_mlp.backward(grad, problem, h1, h3, Needs(*[True] * 5, *biases))
-    given = (problem.w1_EDF, w3, problem.w2_EFD)
-    into = MainGrads(*(None if w is None else empty(*w.shape, dtype=torch.float32) for w in given))
-    experts_mlp.backward(grad, problem, h1, h3, Needs(True, True, False, False, False, *biases), into)
+    pre = experts_mlp.forward(problem, True).hidden
+    grad = empty(tokens, D)
+
+    def targets(projection: Projection, into: torch.Tensor | None) -> Targets:
+        bias = projection.bias
+        return Targets(Target(projection.weight, into), None if bias is None else Target(bias))
+
+    for adds in (False, True):
+        *ups, down = (
+            targets(p, empty(*p.weight.shape, dtype=torch.float32) if adds else None) for p in (*up, problem.down)
+        )
+        experts_mlp.backward(grad, problem, pre, Wanted(True, True, tuple(ups), down))
 
 
 def _launch_products(num_rows: int, dtype: torch.dtype) -> None:

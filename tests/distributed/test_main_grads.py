@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import moesaic
-from moesaic.parallel.placements import PLACES
+from moesaic.parallel.placements import WEIGHTS
 
 NAMES = ("w1", "w3", "w2")
 STEPS, T = 3, 6
@@ -35,7 +35,7 @@ def check_sums(layout: dict[str, int]) -> None:
     mesh = weights["w1"].device_mesh
     for name, w in weights.items():
         assert w.grad is None, name
-        expected = torch.distributed.tensor.distribute_tensor(getattr(plain.experts, name).grad, mesh, PLACES[name])
+        expected = torch.distributed.tensor.distribute_tensor(getattr(plain.experts, name).grad, mesh, WEIGHTS[name])
         torch.testing.assert_close(buffers[name] - start, expected.to_local(), rtol=1e-4, atol=1e-5)
     # What is no expert's weight has its gradient as ever.
     gate = moe.router.weight.grad

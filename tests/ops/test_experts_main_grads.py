@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from moesaic.layers import GroupedExperts
 from moesaic.ops import experts_mlp
-from moesaic.ops.experts_mlp.main_grads import MainGrads
 from tests.ops.cpu_isa import CPU, dtypes_of
 from tests.ops.experts_oracle import Experts, any_experts, cast, experts, loop, run
 
@@ -134,9 +133,10 @@ def test_of_a_module():
 @pytest.mark.parametrize("impl", [None, "reference", "torch"])
 def test_opcheck(impl):
     p = experts(7, 2, 3, 8, 12, torch.bfloat16, biased=True)
-    operands = (p.x[None], p.ids[None], p.weights[None], p.ids.new_empty(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
-    _, h1, h3 = torch.ops.moesaic.experts_mlp(*operands, 0, impl)
-    args = (p.grad[None], *operands, h1, h3, *buffers_for(p).values(), 0, 0b1100011, impl)
+    operands = (p.x[None], p.ids[None], p.weights[None], p.ids.new_empty(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3, p.b2)
+    _, h1, h3 = torch.ops.moesaic.experts_mlp(*operands, "silu", impl)
+    needs = [True, True, False, False, False, True, True, True]
+    args = (p.grad[None], *operands, h1, h3, *buffers_for(p).values(), "silu", impl, needs)
     torch.library.opcheck(torch.ops.moesaic.experts_mlp_backward_into, args)
 
 
@@ -185,7 +185,7 @@ def test_what_does_not_fit(unchecked, buffers, kind, message):
 
 def test_a_buffer_without_weight(unchecked):
     with pytest.raises(ValueError, match="main_grads: a buffer, and there is no w3 for w3; give None"):
-        experts_mlp(P.x, P.ids, P.weights, P.w1, None, P.w2, main_grads=MainGrads(W1, W3, W2))
+        experts_mlp(P.x, P.ids, P.weights, P.w1, None, P.w2, main_grads=(W1, W3, W2))
 
 
 def test_compilation_stops_there(forked_python):

@@ -49,7 +49,7 @@ def rand(*shape, dtype=torch.float32):
         (
             {"w3": None},
             {"activation": "clamped_swiglu"},
-            "activation: 'clamped_swiglu' is of both projections, and there is no w3; give it, or choose another",
+            "activation: 'clamped_swiglu' needs a gate, and there is no w3; give w3, or choose another",
         ),
         ({"w1": torch.empty(E, D, F, device="meta")}, {}, "w1: is on meta, x on cpu; move it there"),
     ],
@@ -96,6 +96,6 @@ def test_no_second_derivative():
 def test_the_operator_without_memory_refuses_to_be_differentiated():
     p = experts(T, K, E, D, F, torch.float32)
     x = p.x.unsqueeze(0).requires_grad_()
-    args = (x, p.ids[None], p.weights[None], torch.empty(1, E), p.w1, p.w3, p.w2, None, None, 0, None)
+    args = (x, p.ids[None], p.weights[None], torch.empty(1, E), p.w1, p.w3, p.w2, None, None, None, "silu", None)
     with pytest.raises(NotImplementedError, match="keeps nothing to differentiate with; call moesaic.experts_mlp"):
         torch.ops.moesaic.experts_mlp_inference(*args).sum().backward()

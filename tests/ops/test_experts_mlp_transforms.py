@@ -11,13 +11,15 @@ from tests.ops.experts_oracle import cast, experts, run
 from tests.ops.strategies import with_strides
 
 ops = torch.ops.moesaic
-IMPLS = (None, "reference", "torch")
+IMPLS = [None, "reference", "torch"]
+# x, weights, w1, w3, w2, b1, b3, b2.
+NOTHING, ONLY_X, EVERYTHING = [False] * 8, [True, *[False] * 7], [True] * 8
 
 
 def arguments(gated=True, biased=False, dtype=torch.float32, strides="contiguous"):
     p = experts(6, 2, 3, 8, 12, dtype, gated=gated, biased=biased, strides=strides)
     x = with_strides(p.x, strides)
-    return (x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3)
+    return (x[None], p.ids[None], p.weights[None], torch.rand(1, 3), p.w1, p.w3, p.w2, p.b1, p.b3, p.b2)
 
 
 def differentiable(args):
@@ -28,26 +30,26 @@ def differentiable(args):
 @pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)])
 def test_opcheck(impl, gated, biased):
     args = arguments(gated, biased)
-    torch.library.opcheck(ops.experts_mlp_inference, (*args, 0, impl))
-    _, h1, h3 = ops.experts_mlp(*args, 0, impl)
-    for needs in (0, 1, 0b1111111):
-        torch.library.opcheck(ops.experts_mlp_backward, (args[0], *args, h1, h3, 0, needs, impl))
+    torch.library.opcheck(ops.experts_mlp_inference, (*args, "silu", impl))
+    _, h1, h3 = ops.experts_mlp(*args, "silu", impl)
+    for needs in (NOTHING, ONLY_X, EVERYTHING):
+        torch.library.opcheck(ops.experts_mlp_backward, (args[0], *args, h1, h3, "silu", impl, needs))
     # `experts`, of which the shape alone is read, has no gradient.
     floating = differentiable(args)
-    torch.library.opcheck(ops.experts_mlp, (*floating[:3], floating[3].detach(), *floating[4:], 0, impl))
+    torch.library.opcheck(ops.experts_mlp, (*floating[:3], floating[3].detach(), *floating[4:], "silu", impl))
 
 
-@pytest.mark.parametrize("needs", [0, 1, 0b0010110, 0b1111111])
+@pytest.mark.parametrize("needs", [NOTHING, ONLY_X, [False, True, True, False, True, False, False, True], EVERYTHING])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "sliced"])
 def test_fakes_say_what_comes(strides, gated, needs):
     args = arguments(gated, biased=True, strides=strides)
-    z, h1, h3 = ops.experts_mlp(*args, 0, None)
-    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, needs, None)
+    z, h1, h3 = ops.experts_mlp(*args, "silu", None)
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, "silu", None, needs)
     with FakeTensorMode() as mode:
         fake = tuple(mode.from_tensor(t) if t is not None else None for t in args)
-        outputs = ops.experts_mlp(*fake, 0, None)
-        found = (*outputs, *ops.experts_mlp_backward(outputs[0], *fake, *outputs[1:], 0, needs, None))
+        outputs = ops.experts_mlp(*fake, "silu", None)
+        found = (*outputs, *ops.experts_mlp_backward(outputs[0], *fake, *outputs[1:], "silu", None, needs))
     for real, said in zip((z, h1, h3, *gradients), found, strict=True):
         assert (real.shape, real.stride(), real.dtype) == (said.shape, said.stride(), said.dtype)
 
@@ -55,17 +57,17 @@ def test_fakes_say_what_comes(strides, gated, needs):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_lie_as_their_weights_do(impl):
     args = arguments(strides="transposed")
-    z, h1, h3 = ops.experts_mlp(*args, 0, impl)
-    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, 0b1111111, impl)
+    z, h1, h3 = ops.experts_mlp(*args, "silu", impl)
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, "silu", impl, EVERYTHING)
     assert all(g.mT.is_contiguous() for g in gradients[2:5])
 
 
 def test_unwanted_gradients_take_no_memory():
     args = arguments(gated=False)
-    z, h1, h3 = ops.experts_mlp(*args, 0, None)
+    z, h1, h3 = ops.experts_mlp(*args, "silu", None)
     assert h3.untyped_storage().nbytes() == 4
-    gradients = ops.experts_mlp_backward(z, *args, h1, h3, 0, 1, None)
-    assert [g.untyped_storage().nbytes() for g in gradients[1:]] == [4] * 6
+    gradients = ops.experts_mlp_backward(z, *args, h1, h3, "silu", None, ONLY_X)
+    assert [g.untyped_storage().nbytes() for g in gradients[1:]] == [4] * 7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -78,13 +80,6 @@ def test_autocast(dtype):
     for name, t in under.items():
         assert torch.equal(t, by_hand[name].to(t.dtype)), name
     assert under["z"].dtype == rounded
-
-
-def test_opcheck_of_the_down_bias():
-    p = experts(6, 2, 3, 8, 12, torch.float32, biased=True)
-    args = (p.weights.requires_grad_(), p.ids, p.b2.requires_grad_())
-    torch.library.opcheck(ops.experts_down_bias, args)
-    torch.library.opcheck(ops.experts_down_bias_backward, (p.grad, *(t.detach() for t in args)))
 
 
 # Without a rule of its own torch goes through the batch, and says that this is slow.

@@ -73,6 +73,10 @@ def total(x: Tensor) -> Tensor:
     return x.sum(1)
 
 
+def total_with_term(x: Tensor, term: Tensor) -> Tensor:
+    return (x + term.unsqueeze(1)).sum(1)
+
+
 def mean(x: Tensor) -> Tensor:
     return x.mean(1)
 

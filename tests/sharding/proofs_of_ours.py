@@ -19,7 +19,7 @@ FEWER = torch.tensor([[2, 0, 3], [0, 6, 0], [1, 1, 1], [4, 0, 0]])
 FLAT = torch.tensor([3, 0, 4, 2])
 IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, 1]])
 K, N = 13, 14
-SILU = 0
+SILU = "silu"
 
 
 def random(*shape: int) -> Tensor:
@@ -68,7 +68,8 @@ def fused() -> dict:
     def operands(W: int, ids: Tensor, *, gated: bool = True, biased: bool = False) -> tuple:
         w3, b1 = random(W, D, F) + 1 if gated else None, random(W, F) if biased else None
         b3 = random(W, F) + 1 if gated and biased else None
-        return (x, ids, weights, random(B, G), random(W, D, F), w3, random(W, F, D), b1, b3)
+        b2 = random(W, D) if biased else None
+        return (x, ids, weights, random(B, G), random(W, D, F), w3, random(W, F, D), b1, b3, b2)
 
     forms = {
         "biased": operands(12, ids, biased=True),
@@ -86,11 +87,7 @@ def fused() -> dict:
         )
     args = forms["biased"]
     _, h1, h3 = ops.experts_mlp(*args, SILU, None)
-    everything = (grad, *args, h1, h3, SILU, 0b1111111, None)
-    weights_TK, ids_TK, bias = weights.flatten(0, 1), ids.flatten(0, 1), random(G, D)
-    calls["down_bias"] = ops.experts_down_bias, (weights_TK, ids_TK, bias), {"meshes": [(2, 2)]}
-    down_bias_backward = (random(B * N, D), weights_TK, ids_TK, bias)
-    calls["down_bias_backward"] = ops.experts_down_bias_backward, down_bias_backward, {"meshes": [], "backward": False}
+    everything = (grad, *args, h1, h3, SILU, None, [True] * 8)
     # It has no gradient.
     calls["experts_backward, biased"] = (
         ops.experts_mlp_backward,

@@ -94,6 +94,14 @@ def test_marks():
     assert line.inputs[3].dims == line.outputs[3].dims == ()
 
 
+def test_terms_of_some_sums_and_what_does_not_depend_on_a_factor():
+    line = parse("m k l, +k: n, + n, l -> m n, same k: m, same k l : m n")
+    assert [p.additive for p in line.inputs] == [False, True, True, False]
+    assert [p.added_to for p in line.inputs] == [None, {"k"}, None, None]
+    assert [p.same for p in line.outputs] == [set(), {"k"}, {"k", "l"}]
+    assert line.shardable == ("m", "k", "l", "n")
+
+
 def test_blocks_that_end_early():
     line = parse("(b c), (b g)? k, b g -> (b c) k")
     assert [dim.short for dim in line.inputs[1].dims] == [True, False]
@@ -117,8 +125,12 @@ ERRORS = [
     ("m +k -> m", EXPECTED + "'+'", "  ^"),
     ("m? -> m", EXPECTED + "'?'", " ^"),
     ("max: m -> m", "a reduction stands before an output, not an input", "   ^"),
-    ("m k -> amax: m", "expected one of sum, avg, max, min before ':'", "       ^"),
-    ("m k -> m, : k", "expected one of sum, avg, max, min before ':'", "          ^"),
+    ("m k -> amax: m", "expected one of sum, avg, max, min, or same and factors, before ':'", "       ^"),
+    ("m k -> m, : k", "expected one of sum, avg, max, min, or same and factors, before ':'", "          ^"),
+    ("m k -> same: m", "expected one of sum, avg, max, min, or same and factors, before ':'", "       ^"),
+    ("m k -> max k: m", "expected one of sum, avg, max, min, or same and factors, before ':'", "       ^"),
+    ("m k -> same m: m", "factor 'm' is a dim of this tensor, so it depends on it", "            ^"),
+    ("m k, +j: m -> m", "factor 'j' is on no input", "      ^"),
     ("m k -> max: min: m", EXPECTED + "':'", "               ^"),
     ("m -> k -> m", "a rule has one '->'", "       ^"),
     ("m k -> m j", "factor 'j' is on an output but on no input; a dim of its own stays whole: 'j!'", "         ^"),

@@ -62,6 +62,16 @@ def test_right_rules(name):
 
 
 WRONG = {
+    "a sum said not to depend on what it sums": Planted(
+        ruled(ONE, planted.total, "m k -> same k: m"),
+        (x,),
+        {((S1,), (R,)): "ranks differ, which are no R (right is P)"},
+    ),
+    "a term inside of the sum said to be added to it": Planted(
+        ruled(TWO, planted.total_with_term, "m k, +k: m -> m"),
+        (x, x[:, 0]),
+        {((S1, P), (P,)): "as P, got", ((S1, R), (P,)): "as P, got"},
+    ),
     "a sum that is said to be whole": Planted(
         planted.without_partial(ruled(TWO, planted.matmul, "m k, k n -> m n")),
         (x, w),

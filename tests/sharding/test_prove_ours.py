@@ -9,7 +9,7 @@ import pytest
 FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
 BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
 FUSED = [f"{op}, {form}" for op in ("experts_mlp", "inference") for form in ("biased", "plain", "fewer")]
-FUSED += ["experts_backward, biased", "down_bias", "down_bias_backward"]
+FUSED += ["experts_backward, biased"]
 PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "combine_weight_grad", "sort_by_expert"]
 
 
@@ -42,12 +42,6 @@ DELIBERATE = {
         "linear with most activations, but clamped_swiglu clamps what is not": (
             lambda x, ids, weights, experts, w1, w3, w2, *biases: is_reduced((w3, *biases[1:2]))
         ),
-    },
-    "down_bias": {
-        "the gradient of the one is not linear in the other": lambda *all: is_reduced(all[:3]),
-    },
-    "down_bias_backward": {
-        "the gradient of one is not linear in the other": lambda grad, *others: is_reduced(others[:3]),
     },
     "experts_backward": {
         "one gradient or another is not linear in it": lambda grad, *others: is_reduced(others[:11]),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.ops import ACTIVATIONS, Activation
+from moesaic.ops.experts_mlp.activation import check_activation
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -17,8 +18,9 @@ class MoEConfig:
         hidden_dim: F, the hidden dim of one expert.
         num_experts: E.
         top_k: K, how many experts a token goes to.
-        activation: of the gate projection, ``act(x w1) * (x w3)``, or ``"clamped_swiglu"``, which is of both; those of
-            :func:`moesaic.experts_mlp`.
+        activation: one of ``moesaic.ops.ACTIVATIONS``, of the experts and the shared expert.
+        gated: whether experts and shared expert have a gate, ``act(x w1) * (x w3)``; else they are ``act(x w1)``
+            (Nemotron-H).
         score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
         route_scale: factor on the routing weights, after normalisation.
@@ -44,6 +46,7 @@ class MoEConfig:
     num_experts: int
     top_k: int
     activation: Activation = "silu"
+    gated: bool = True
     score: Score = "softmax"
     normalize_top_k: bool = True
     route_scale: float = 1.0
@@ -70,6 +73,7 @@ class MoEConfig:
         for name, choices in (("score", ("softmax", "sigmoid")), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {choices}")
+        check_activation(self.activation, self.gated)
         if self.num_experts % self.num_groups:
             raise ValueError(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
         if self.top_groups > self.num_groups:

@@ -18,19 +18,19 @@ from moesaic.ops import Implementation, gated
 
 
 class SharedExpert(nn.Module):
-    """A dense gated MLP that every token goes through: ``gated(x w1, x w3) w2``, ``* sigmoid(x gate)`` if gated."""
+    """A dense MLP that every token goes through: ``gated(x w1, x w3) w2``, with ``shared_gate`` times a sigmoid."""
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         sizes = (config.dim, config.shared_hidden_dim)
         self.w1 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
-        self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
+        self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype) if config.gated else None
         self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
         self.gate = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype) if config.shared_gate else None
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.w2(gated(self.activation, self.w1(x), self.w3(x)))
+        y = self.w2(gated(self.activation, self.w1(x), None if self.w3 is None else self.w3(x)))
         return y if self.gate is None else self.gate(x).sigmoid() * y
 
 
@@ -74,6 +74,7 @@ class MoE(nn.Module):
             config.dim,
             config.hidden_dim,
             activation=config.activation,
+            gated=config.gated,
             biases=config.expert_biases,
             impl=impl,
             device=device,
@@ -94,20 +95,22 @@ class MoE(nn.Module):
             )
         x_TD = x.flatten(0, -2)
         routing = self.router(x_TD)
-        y_TD = self._weigh_inputs(x_TD, routing) if self.config.weigh_inputs else self._route(x_TD, routing)
+        rows_RD = x_TD
+        if self.config.weigh_inputs:
+            rows_RD, routing = _weighed(x_TD, routing)
+        dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts)
+        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
+        y_TD = self.dispatcher.combine(z, dispatched)
+        if self.config.weigh_inputs:
+            y_TD = y_TD.view(len(x_TD), self.config.top_k, -1).sum(1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 
-    def _route(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        dispatched = self.dispatcher.dispatch(x_TD, routing, self.config.num_experts)
-        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
-        return self.dispatcher.combine(z, dispatched)
 
-    def _weigh_inputs(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Every copy of a token is a token of its own, for each has another weight. Llama 4 has one copy a token."""
-        weighed_TKD = (x_TD.unsqueeze(1) * routing.weights.unsqueeze(2)).to(x_TD.dtype)
-        one_expert = Routing(routing.ids.reshape(-1, 1), torch.ones_like(routing.weights).reshape(-1, 1))
-        y_TKD = self._route(weighed_TKD.flatten(0, 1), one_expert).view(weighed_TKD.shape)
-        return y_TKD.sum(1)
+def _weighed(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+    """Every copy of a token as a token of its own, for each has another weight. Llama 4 has one copy a token."""
+    weighed_TKD = (x_TD.unsqueeze(1) * routing.weights.unsqueeze(2)).to(x_TD.dtype)
+    one_expert = Routing(routing.ids.reshape(-1, 1), torch.ones_like(routing.weights).reshape(-1, 1))
+    return weighed_TKD.flatten(0, 1), one_expert

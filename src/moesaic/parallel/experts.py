@@ -1,28 +1,23 @@
 """Lay a MoE layer's experts over the (ep, etp) mesh, and connect it to the other ranks.
 
 Two ways, the same numbers (pytorch/torchtitan issue 434): ``"dtensor"`` runs the layer's own code on DTensors through
-the operators' sharding rules, ``"local"`` runs it on their local tensors inside ``local_map``.
+the operators' sharding rules, ``"local"`` runs it on their local tensors.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
-from torch.distributed.tensor.experimental import local_map
 
 from moesaic.layers import GroupedExperts, MoE
-from moesaic.layers.experts import MainGrads
 from moesaic.parallel.dispatch import MeshDispatcher
-from moesaic.parallel.down_bias import add_down_bias_apart, on_first_rank
 from moesaic.parallel.fit import expert_misfit
+from moesaic.parallel.local import counted_once, from_dtensor, to_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import PLACES
-
-# As the experts' compute takes them.
-_WEIGHTS = ("w1", "w3", "w2", "b1", "b3", "b2")
+from moesaic.parallel.placements import PLACES, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -47,33 +42,32 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
     """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
     for name, weight in list(moe.experts.named_parameters()):
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
-        shard = distribute_tensor(weight.detach(), mesh, PLACES[name], src_data_rank=None).clone()
+        shard = distribute_tensor(weight.detach(), mesh, WEIGHTS[name], src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
     moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
     if compute == "local":
         _compute_on_local_tensors(moe.experts, mesh)
-    elif moe.config.expert_biases:
-        add_down_bias_apart(moe.experts, mesh)
 
 
 def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
-    compute: Any = experts.compute
+    def to_local(experts: GroupedExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for name, weight in experts.named_parameters():
+            local = from_dtensor(weight, WEIGHTS[name], grad_placements=WEIGHTS[name])
+            is_term = PLACES[name] != WEIGHTS[name]
+            # An entry of the instance's own dict is found before a parameter is.
+            experts.__dict__[name] = counted_once(local, mesh["etp"]) if is_term else local
+        return tuple(
+            from_dtensor(t, PLACES[name], grad_placements=PLACES.get(f"grad_{name}", PLACES[name]))
+            for name, t in zip(("x", "ids", "weights"), args, strict=True)
+        )
 
-    def on_local(*operands: Any, main_grads: MainGrads | None = None) -> Tensor:
-        *others, b2 = operands
-        return compute(*others, None if b2 is None else on_first_rank(b2, mesh), main_grads=main_grads)
+    def to_mesh(experts: GroupedExperts, args: tuple[Tensor, ...], z: Tensor) -> Tensor:
+        return to_dtensor(z, mesh, PLACES["z"], grad_placements=PLACES["grad"], blocks=mesh["ep"].size())
 
-    given = ["x", "ids", "weights", *(n if getattr(experts, n) is not None else None for n in _WEIGHTS)]
-    places = [None if name is None else PLACES[name] for name in given]
-    function: Any = local_map(
-        on_local,
-        out_placements=(PLACES["z"],),
-        in_placements=tuple(places),
-        in_grad_placements=tuple(PLACES.get(f"grad_{n}", p) for n, p in zip(given, places, strict=True)),
-        device_mesh=mesh,
-    )
-    experts.compute = function
+    experts.register_forward_pre_hook(to_local)
+    experts.register_forward_hook(unshadow_parameters, always_call=True)
+    experts.register_forward_hook(to_mesh)
 
 
 def _sum_over(counts: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -58,6 +58,26 @@ def from_dtensor(t: Tensor, placements: Placements, *, grad_placements: Placemen
     return t.to_local(grad_placements=grad_placements)
 
 
+def counted_once(local: Tensor, axis: DeviceMesh) -> Tensor:
+    """A term of a sum over the ranks of a mesh axis that every rank has: itself on the first, zeros on the others.
+
+    Its gradient is that of the sum, which every rank has.
+    """
+    return _CountedOnce.apply(local, axis.get_local_rank() == 0)
+
+
+class _CountedOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, is_first: bool) -> Tensor:
+        return term.view_as(term) if is_first else torch.zeros_like(term)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 def compute_on_local(module: nn.Module) -> None:
     """Let a module compute with the local parts of its own DTensor parameters.
 
@@ -65,7 +85,7 @@ def compute_on_local(module: nn.Module) -> None:
     on every rank, so its gradient is ``Partial``; a sharded one has the gradient of its shard.
     """
     module.register_forward_pre_hook(_shadow_parameters)
-    module.register_forward_hook(_unshadow_parameters, always_call=True)
+    module.register_forward_hook(unshadow_parameters, always_call=True)
 
 
 def _shadow_parameters(module: nn.Module, args: Any) -> None:
@@ -76,6 +96,7 @@ def _shadow_parameters(module: nn.Module, args: Any) -> None:
             module.__dict__[name] = parameter.to_local(grad_placements=grads)
 
 
-def _unshadow_parameters(module: nn.Module, args: Any, output: Any) -> None:
+def unshadow_parameters(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: the module's parameters are found again under their names."""
     for name in module._parameters:
         module.__dict__.pop(name, None)

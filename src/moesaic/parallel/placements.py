@@ -6,7 +6,6 @@ the reduce-scatters of the dispatcher.
 """
 
 import torch
-from torch.distributed.tensor import Replicate, Shard
 
 from moesaic.sharding import on
 
@@ -14,5 +13,5 @@ _ops = torch.ops.moesaic
 
 # By the names in the operators' schemas: x, ids, weights, w1, ..., the result z, its gradient grad, and grad_x, ...
 PLACES = on(_ops.experts_mlp, ep="b", etp="f") | on(_ops.experts_mlp_backward, ep="b", etp="f")
-# The down bias is added by one rank of etp. Its gradient is that of the result, which every rank of etp has.
-PLACES["b2"] = (Shard(0), Replicate())
+# A weight lies as its gradient does. The operators count the bias b2, which every rank of etp has, once.
+WEIGHTS = {name: PLACES[f"grad_{name}"] for name in ("w1", "w3", "w2", "b1", "b3", "b2")}

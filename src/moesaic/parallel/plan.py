@@ -61,7 +61,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
             buffers that are not on the meta device stay as they are.
         meshes: from :func:`moesaic.build_meshes`.
         compute: how experts compute: ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
-            local tensors inside ``local_map``, with less overhead. The numbers are the same.
+            local tensors, with less overhead. The numbers are the same.
 
     Returns:
         ``model``.

@@ -46,25 +46,21 @@ sharding_rule("r! d, r!, t! k!, t! k! -> t! d", linear=["y", "weights"])(_ops.co
 sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=["y", "x"])(_ops.combine_weight_grad)
 
 # `n` tokens a block, `k` copies a token, `e` experts a block. Blocks are expert parallelism, tokens and copies may be
-# cut at will, and the hidden dim `f` is tensor parallelism: column-parallel w1 and w3, row-parallel w2. The
-# pre-activations lie by token and copy, not sorted by expert, and so are dims like any other. Of w3 and b3 together the
-# result is linear with some activations, and with others not: it is none of the rule's.
-_tokens, _weights = "b n d!, b n k, b n k, ~b e", "(b e)? d! f, (b e)? d! f, (b e)? f d!"
-_biases, _hidden = "(b e)? f, (b e)? f", "b n k f, b n k f"
-_shapes_of_biases = "~(b e)? f, ~(b e)? f"
-sharding_rule(f"{_tokens}, {_weights}, {_biases} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
+# cut at will, and the hidden dim `f` is tensor parallelism: column-parallel w1 and w3, row-parallel w2. The bias b2 is
+# added to the sum over `f`, and its gradient does not depend on it. The pre-activations lie by token and copy, not
+# sorted by expert, and so are dims like any other. Of w3 and b3 together the result is linear with some activations,
+# and with others not: it is none of the rule's.
+_tokens = "b n d!, b n k, b n k, ~b e"
+_projections = "(b e)? d! f, (b e)? d! f, (b e)? f d!, (b e)? f, (b e)? f"
+_operands, _hidden = f"{_tokens}, {_projections}, +f: (b e)? d!", "b n k f, b n k f"
+sharding_rule(f"{_operands} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
+sharding_rule(f"{_operands} -> b n d!", linear=["weights", ("w2", "b2")], redistribute=["experts"])(
+    _ops.experts_mlp_inference
+)
+_of_biases = "~(b e)? f, ~(b e)? f, +f: (b e)? d!"
 sharding_rule(
-    f"{_tokens}, {_weights}, {_biases} -> b n d!",
-    linear=["weights", "w2"],
-    redistribute=["experts"],
-)(_ops.experts_mlp_inference)
-sharding_rule(
-    f"b n d!, {_tokens}, {_weights}, {_shapes_of_biases}, {_hidden} -> b n d!, b n k, {_weights}, {_biases}",
+    f"b n d!, {_tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_hidden} "
+    f"-> b n d!, b n k, {_projections}, same f: (b e)? d!",
     linear=["grad"],
     redistribute=["grad", "experts"],
 )(_ops.experts_mlp_backward)
-
-sharding_rule("t k, t k, e! d -> t d")(_ops.experts_down_bias)
-sharding_rule("t d, t k, t k, e! d -> t k, e! d", linear=["grad"], redistribute=["grad"])(
-    _ops.experts_down_bias_backward
-)

@@ -11,7 +11,9 @@ of Shardy's sharding rules:
   sharded only where it divides evenly. ``(b g)?`` may end early, its last blocks incomplete or missing;
 * ``1`` is a dim of size one, never sharded; a tensor without dims is written as nothing;
 * ``+n`` before the dims of an input is a term that is added to the result, such as a bias. Where the result is
-  ``Partial`` so has the term to be, or it would be counted on every rank; one that is replicated counts on the first;
+  ``Partial`` so has the term to be, or it would be counted on every rank; one that is replicated counts on the first.
+  ``+k: n`` is added to the sum over ``k`` only: where another factor is sharded, every rank needs the whole term;
+* ``same k: m n`` is an output that does not depend on ``k``: where ``k`` is sharded, each rank has all of it;
 * ``~m k`` is an input of which only the shape is read, not the values.
 """
 
@@ -59,6 +61,8 @@ class Pattern:
 
     Attributes:
         additive: an input that is added to the result.
+        added_to: the factors over whose sum it is added; None for all.
+        same: factors that an output does not depend on.
         shape_only: an input whose values are not read.
         reduction: how the parts of an output are reduced where a factor that it has not is sharded.
     """
@@ -67,6 +71,8 @@ class Pattern:
     additive: bool = False
     shape_only: bool = False
     reduction: str = "sum"
+    added_to: frozenset[str] | None = None
+    same: frozenset[str] = frozenset()
 
     @property
     def factors(self) -> frozenset[str]:
@@ -131,6 +137,8 @@ def parse(text: str) -> Notation:
     for factor in sorted(unbound, key=reader.last_seen.__getitem__):
         problem = f"factor '{factor}' is on an output but on no input; a dim of its own stays whole: '{factor}!'"
         raise NotationError(text, reader.last_seen[factor], problem)
+    for factor in reader.in_marks.keys() - on_inputs:
+        raise NotationError(text, reader.in_marks[factor], f"factor '{factor}' is on no input")
     blocks = {dim.leading for p in inputs + outputs for dim in p.dims if len(dim.factors) > 1 and dim.leading}
     return Notation(text, inputs, outputs, frozenset(reader.marked | inner), frozenset(blocks))
 
@@ -159,6 +167,7 @@ class _Reader:
         self.text = text
         self.marked: set[str] = set()
         self.last_seen: dict[str, int] = {}
+        self.in_marks: dict[str, int] = {}
 
     def patterns(self, start: int, end: int, *, is_output: bool) -> tuple[Pattern, ...]:
         patterns = []
@@ -171,10 +180,13 @@ class _Reader:
             start = comma + 1
 
     def _input(self, start: int, end: int) -> Pattern:
-        if (colon := self.text.find(":", start, end)) >= 0:
-            raise NotationError(self.text, colon, "a reduction stands before an output, not an input")
         first = self._skip_space(start, end)
         mark = self.text[first : first + 1] if first < end else ""
+        if (colon := self.text.find(":", start, end)) >= 0:
+            if mark != "+":
+                raise NotationError(self.text, colon, "a reduction stands before an output, not an input")
+            pattern = Pattern(self._dims(colon + 1, end), additive=True)
+            return replace(pattern, added_to=self._factors_of_mark(first + 1, colon, pattern))
         if mark not in ("+", "~"):
             return Pattern(self._dims(start, end))
         return Pattern(self._dims(first + 1, end), additive=mark == "+", shape_only=mark == "~")
@@ -186,10 +198,27 @@ class _Reader:
         colon = self.text.find(":", start, end)
         if colon < 0:
             return Pattern(self._dims(start, end))
-        reduction = self.text[start:colon].strip()
-        if reduction not in REDUCTIONS:
-            raise NotationError(self.text, first, f"expected one of {', '.join(REDUCTIONS)} before ':'")
+        reduction, *factors = self.text[start:colon].split() or [""]
+        if reduction == "same" and factors:
+            pattern = Pattern(self._dims(colon + 1, end))
+            return replace(pattern, same=self._factors_of_mark(first + len("same"), colon, pattern))
+        if reduction not in REDUCTIONS or factors:
+            known = f"one of {', '.join(REDUCTIONS)}, or same and factors,"
+            raise NotationError(self.text, first, f"expected {known} before ':'")
         return Pattern(self._dims(colon + 1, end), reduction=reduction)
+
+    def _factors_of_mark(self, start: int, end: int, pattern: Pattern) -> frozenset[str]:
+        """The factors between a mark and its colon. The rule has them elsewhere, and the tensor itself has not."""
+        factors = {}
+        i = self._skip_space(start, end)
+        while i < end:
+            name, after = self._factor(i, end)
+            if name in pattern.factors:
+                raise NotationError(self.text, i, f"factor '{name}' is a dim of this tensor, so it depends on it")
+            factors[name] = i
+            i = self._skip_space(after, end)
+        self.in_marks |= factors
+        return frozenset(factors)
 
     def _skip_space(self, start: int, end: int) -> int:
         while start < end and self.text[start].isspace():

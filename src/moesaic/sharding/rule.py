@@ -88,14 +88,16 @@ class Rule:
 
     def sharded(self, line: Notation, factor: str) -> AxisRule:
         """The choice that cuts ``factor`` wherever ``line`` has it."""
-        outputs = tuple(_place(pattern, factor, Partial(pattern.reduction)) for pattern in line.outputs)
+        outputs = tuple(_place(pattern, factor, _part_of(pattern, factor)) for pattern in line.outputs)
         term = Partial() if Partial() in outputs else Replicate()
-        inputs = tuple(_place(pattern, factor, term if pattern.additive else Replicate()) for pattern in line.inputs)
+        inputs = tuple(_place(p, factor, term if _is_added_to(p, factor) else Replicate()) for p in line.inputs)
         return AxisRule(factor, inputs, outputs, factor)
 
     def _pass_through(self, line: Notation) -> list[tuple[tuple[str, ...], str, str]]:
         """Which arguments pass which reduction through to the outputs."""
-        terms = tuple(name for name, p in zip(self.tensors, line.inputs, strict=True) if p.additive)
+        # A term that is added to some sums alone is named in `linear` where it belongs.
+        patterns = zip(self.tensors, line.inputs, strict=True)
+        terms = tuple(name for name, p in patterns if p.additive and p.added_to is None)
         entries = [tuple(dict.fromkeys((*names, *terms))) for names in self.linear]
         passes = [(names, "sum", "linear") for names in entries]
         # A mean of results is the result of the mean, whatever else stays the same: any part of what is jointly linear.
@@ -185,6 +187,15 @@ def _joint(names: Sequence[Joint]) -> tuple[tuple[str, ...], ...]:
 
 def _replicated(line: Notation) -> AxisRule:
     return AxisRule("replicate", (Replicate(),) * len(line.inputs), (Replicate(),) * len(line.outputs))
+
+
+def _part_of(output: Pattern, factor: str) -> Placement:
+    """What a rank has of an output without the factor that is sharded."""
+    return Replicate() if factor in output.same else Partial(output.reduction)
+
+
+def _is_added_to(term: Pattern, factor: str) -> bool:
+    return term.additive and (term.added_to is None or factor in term.added_to)
 
 
 def _place(pattern: Pattern, factor: str, otherwise: Placement) -> Placement:

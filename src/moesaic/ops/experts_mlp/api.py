@@ -1,17 +1,15 @@
 """The public function ``experts_mlp``: its contract and its checks."""
 
-from typing import NoReturn
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
-from moesaic.ops.experts_mlp.activation import ACTIVATIONS, GATED_ONLY, Activation, no_gate
-from moesaic.ops.experts_mlp.down_bias import down_bias
+from moesaic.ops.experts_mlp.activation import Activation, check_activation
 from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
-from moesaic.ops.experts_mlp.main_grads import check_main_grads, experts_mlp_into
+from moesaic.ops.experts_mlp.main_grads import MainGrads, check_main_grads, experts_mlp_into
+from moesaic.ops.experts_mlp.operands import NAMES, OPERANDS, UP
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import Implementation
 from moesaic.ops.implementations import check_name
@@ -29,16 +27,14 @@ def experts_mlp(
     b1: Float[Tensor, "W F"] | None = None,
     b3: Float[Tensor, "W F"] | None = None,
     b2: Float[Tensor, "W D"] | None = None,
-    main_grads: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+    main_grads: MainGrads | None = None,
     impl: Implementation | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """The routed experts, whole: gather, gated MLP of each token copy's expert, weighted sum over copies.
 
     ``z[t] = sum over k of topk_weights[t, k] * mlp(x[t], topk_ids[t, k])`` with
     ``mlp(x, e) = (act(x w1[e] + b1[e]) * (x w3[e] + b3[e])) w2[e] + b2[e]``, and without ``w3``
-    ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``. With ``activation="clamped_swiglu"`` what meets ``w2`` is
-    ``(clamp(h3, -7, 7) + 1) * g * sigmoid(1.702 g)``, where ``g = min(h1, 7)``, ``h1 = x w1[e] + b1[e]`` and
-    ``h3 = x w3[e] + b3[e]``.
+    ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``.
 
     For the backward pass it keeps its arguments (under autocast, as they were cast) and the pre-activations
     ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]`` each, and nothing else. Where no gradient is asked for, nothing.
@@ -58,9 +54,9 @@ def experts_mlp(
             ``w.mT``, and every second column of a matrix that has both interleaved as ``w[..., ::2]``. ``w3=None``
             for an MLP without gate.
         w2: down projections.
-        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared), or
-            ``"clamped_swiglu"`` (gpt-oss), which has no form without ``w3``.
-        b1, b3, b2: biases. ``b2`` is for plain tensors only.
+        activation: one of ``moesaic.ops.ACTIVATIONS``; ``"silu"`` with ``w3`` is SwiGLU. ``moesaic.ops.gated`` computes
+            it alone.
+        b1, b3, b2: biases. ``b2`` is replicated where ``w2`` is split by rows: it is then counted once.
         main_grads: buffers for the gradients of ``w1``, ``w3`` and ``w2``, of their shapes, fp32 (fp64 for fp64),
             contiguous or the ``.mT`` of what is. The backward pass adds the gradients to them, with no rounding to the
             weights' dtype, and autograd gets none: a weight's ``.grad`` stays as it is, and its hooks are not called.
@@ -72,8 +68,9 @@ def experts_mlp(
             With Megatron's ``main_grad`` give ``tuple(w.main_grad for w in (w1, w3, w2))``, and before each backward
             pass set ``w.grad_added_to_main_grad = True`` and ``w.grad = w.new_empty(1).expand_as(w)`` of each: its hook
             then adds nothing, and drops that stand-in. See "Main gradients" in ``docs/design.md``.
-        impl: one of :data:`moesaic.ops.Implementation`, which never falls back to another. ``None`` picks the fastest
-            that was measured.
+        impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
+            (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
+            never falls back.
 
     Returns:
         The shape and dtype of ``x``. For half types products and the sum over copies are accumulated in fp32; the
@@ -85,7 +82,7 @@ def experts_mlp(
 
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``, or one that needs ``w3`` without it.
-        TypeError: dtypes that do not fit, or that the named ``impl`` does not have; ``main_grads`` beside DTensors.
+        TypeError: dtypes that do not fit, or that the named ``impl`` does not have; ``main_grads`` with DTensors.
         RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
             ``impl="triton"`` without triton, or off CUDA; ``main_grads`` under
             ``torch.compile(fullgraph=True)``.
@@ -101,43 +98,30 @@ def experts_mlp(
     pytorch/torchtitan issue 434.
     """
     refuse_forward_ad("experts_mlp", x, topk_weights, w1, w3, w2, b1, b3, b2)
-    names = ("x", "w1", "w2", "w3", "b1", "b3", "b2")
-    given = {name: t for name, t in zip(names, (x, w1, w2, w3, b1, b3, b2), strict=True) if t is not None}
+    check_activation(activation, w3 is not None)
+    check_name(impl, IMPLEMENTATIONS)
+    floating = {"x": x, "w1": w1, "w3": w3, "w2": w2, "b1": b1, "b3": b3, "b2": b2}
+    given = {name: t for name, t in floating.items() if t is not None}
     given = dict(zip(given, autocast(*given.values()), strict=True))
     _check_dtypes(given, topk_ids, topk_weights)
     _check_shapes(given, topk_ids, topk_weights)
-    activation_code = _activation_code(activation, w3 is not None)
-    check_name(impl, IMPLEMENTATIONS)
+    if main_grads is not None:
+        check_main_grads(main_grads, given)
 
-    x, w1, w2 = given["x"], given["w1"], given["w2"]
+    tokens = given["x"], topk_ids, topk_weights
     in_blocks = x.ndim == 3
-    tokens = (x, topk_ids, topk_weights)
     x_BTD, ids_BTK, weights_BTK = tokens if in_blocks else (t.unsqueeze(0) for t in tokens)
     B, W = x_BTD.shape[0], w1.shape[0]
-    weights = {name: given.get(name) for name in ("w1", "w3", "w2")}
-    buffers = None if main_grads is None else check_main_grads(main_grads, weights)
-    # Of this only the shape is read.
-    experts_BG = ids_BTK.new_empty(B, -(-W // max(B, 1)))
-    operands = (x_BTD, ids_BTK, weights_BTK, experts_BG, w1, given.get("w3"), w2, given.get("b1"), given.get("b3"))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given.values(), topk_weights)):
-        if buffers is None:
-            z_BTD, _, _ = torch.ops.moesaic.experts_mlp(*operands, activation_code, impl)
-        else:
-            z_BTD = experts_mlp_into(buffers, operands, activation_code, impl)
+    given |= {"x": x_BTD, "ids": ids_BTK, "weights": weights_BTK, "experts": ids_BTK.new_empty(B, -(-W // max(B, 1)))}
+    operands = tuple(map(given.get, NAMES))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given.values())):
+        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation, impl)
+    elif main_grads is None:
+        z_BTD, *_ = torch.ops.moesaic.experts_mlp(*operands, activation, impl)
     else:
-        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation_code, impl)
-    if "b2" in given:
-        z_BTD = z_BTD + down_bias(weights_BTK, ids_BTK, given["b2"], experts_BG.shape[1])
+        z_BTD = experts_mlp_into(main_grads, operands, activation, impl)
     # Not a view: an in-place operation on a view of what an operator made is an error.
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
-
-
-def _activation_code(activation: Activation, is_gated: bool) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: unknown activation {activation!r}; choose one of {list(ACTIVATIONS)}")
-    if activation in GATED_ONLY and not is_gated:
-        raise ValueError(no_gate(activation))
-    return ACTIVATIONS.index(activation)
 
 
 def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
@@ -173,12 +157,13 @@ def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> Non
     if w1.shape[1] != D:
         hint = "; w1 looks transposed, pass w1.mT" if F == D else ""
         raise ValueError(f"w1: expected [E, {D}, F] to match x, got {list(w1.shape)}{hint}")
-    expected = {"w3": [W, D, F], "w2": [W, F, D], "b1": [W, F], "b3": [W, F], "b2": [W, D]}
-    for name, shape in expected.items():
-        if name in given and list(given[name].shape) != shape:
-            _refuse_shape(name, given[name], shape)
-    if "b3" in given and "w3" not in given:
-        raise ValueError("b3: given without w3; leave it out, or give the projection that it belongs to")
+    sizes = {"W": W, "D": D, "F": F}
+    for operand in OPERANDS:
+        if operand.name in given and operand.name != "x":
+            _check_shape(operand.name, given[operand.name], [sizes[dim] for dim in operand.dims.split()])
+    for weight, bias in UP:
+        if bias in given and weight not in given:
+            raise ValueError(f"{bias}: given without {weight}; leave it out, or give the projection that it belongs to")
     if x.ndim == 3 and x.shape[0] == 0 and W:
         raise ValueError(f"x: no block for {W} experts; give it at least one, of no tokens if there are none")
     for name, t in {**given, "topk_ids": ids, "topk_weights": weights}.items():
@@ -186,6 +171,7 @@ def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> Non
             raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
 
 
-def _refuse_shape(name: str, t: Tensor, shape: list[int]) -> NoReturn:
-    hint = f"; {name} looks transposed, pass {name}.mT" if t.ndim == 3 and list(t.mT.shape) == shape else ""
-    raise ValueError(f"{name}: expected {shape} to match x and w1, got {list(t.shape)}{hint}")
+def _check_shape(name: str, t: Tensor, shape: list[int]) -> None:
+    if list(t.shape) != shape:
+        hint = f"; {name} looks transposed, pass {name}.mT" if t.ndim == 3 and list(t.mT.shape) == shape else ""
+        raise ValueError(f"{name}: expected {shape} to match x and w1, got {list(t.shape)}{hint}")

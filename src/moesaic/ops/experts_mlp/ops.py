@@ -1,105 +1,142 @@
 """torch.library definitions of experts_mlp: operators, fakes and gradients.
 
 ``experts_mlp`` gives back, beside the result, the pre-activations that its gradient needs; where no gradient is asked
-for, ``experts_mlp_inference`` does not keep them. ``experts_mlp_backward`` gives all gradients at once; those that
-``needs`` does not name are zeros without memory. It has no gradient of its own.
+for, ``experts_mlp_inference`` does not keep them. ``experts_mlp_backward`` gives the gradients of all operands that
+have one, in their order; those that ``needs`` does not ask for are zeros without memory. It has no gradient of its own.
+``experts_mlp_backward_into`` does the same, and adds those of the weights to buffers where it is given some.
 
 Tokens come in ``B`` blocks of ``N``, each with experts of its own: expert ``g`` of block ``b`` is matrix ``b * G + g``
 of the weights, and the last blocks may have fewer. An implementation sees one block: its ids are numbers of matrices.
-Of ``experts [B, G]`` only the shape is read. It tells ``G``, which a rank's shard of the weights alone would not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.ops.autocast import untouched_by_autocast
-from moesaic.ops.experts_mlp.activation import ACTIVATIONS
+from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_mlp.implementations import module_for
-from moesaic.ops.experts_mlp.problem import Gradients, Needs, Problem, number_by_matrix
-from moesaic.ops.layout import empty_gradient, lying_as
-
-OPERANDS = "Tensor x, Tensor ids, Tensor weights, Tensor experts, Tensor w1, Tensor? w3, Tensor w2"
-torch.library.define(
-    "moesaic::experts_mlp",
-    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> (Tensor z, Tensor h1, Tensor h3)",
+from moesaic.ops.experts_mlp.operands import (
+    DOWN,
+    NAMES,
+    OPERANDS,
+    SCHEMA,
+    UP,
+    WITH_GRADIENT,
+    Given,
+    by_name,
+    named,
+    shapes,
 )
+from moesaic.ops.experts_mlp.problem import Target, Targets, Wanted, one_block
+from moesaic.ops.layout import empty_gradient
+
+_FLAGS = "str activation, str? impl"
+_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
+# The weights' names, and the letters by which a schema says that their buffers are changed.
+_BUFFERS = ", ".join(f"Tensor({c}!)? g{weight}" for c, (weight, _) in zip("abc", (*UP, DOWN), strict=True))
+_BACKWARD = f"Tensor grad, {SCHEMA}, Tensor h1, Tensor h3"
+torch.library.define("moesaic::experts_mlp", f"({SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::experts_mlp_inference", f"({SCHEMA}, {_FLAGS}) -> Tensor")
+torch.library.define("moesaic::experts_mlp_backward", f"({_BACKWARD}, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})")
+# No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
 torch.library.define(
-    "moesaic::experts_mlp_inference",
-    f"({OPERANDS}, Tensor? b1, Tensor? b3, int activation, str? impl) -> Tensor",
+    "moesaic::experts_mlp_backward_into", f"({_BACKWARD}, {_BUFFERS}, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})"
 )
-torch.library.define(
-    "moesaic::experts_mlp_backward",
-    f"(Tensor grad, {OPERANDS}, Tensor? b1, Tensor? b3, Tensor h1, Tensor h3, int activation, int needs, str? impl) "
-    "-> (Tensor grad_x, Tensor grad_weights, Tensor grad_w1, Tensor grad_w3, Tensor grad_w2, Tensor grad_b1, "
-    "Tensor grad_b3)",
-)
+WEIGHTS = tuple(weight for weight, _ in (*UP, DOWN))
 
 
-def zeros(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
+@torch.library.impl("moesaic::experts_mlp", "default")
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, activation, impl = args
+    problem = one_block(named((x, *tensors)), activation)
+    with no_autocast(x.device.type):
+        z_TD, kept = module_for("experts_mlp", impl, problem).forward(problem, save=True)
+    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
+    return _like_x(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(len(UP) - len(pre)))
+
+
+@torch.library.impl("moesaic::experts_mlp_inference", "default")
+def _inference(x: Tensor, *args: Any) -> Tensor:
+    *tensors, activation, impl = args
+    problem = one_block(named((x, *tensors)), activation)
+    with no_autocast(x.device.type):
+        z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, save=False).z_TD
+    return _like_x(z_TD, x)
+
+
+@torch.library.impl("moesaic::experts_mlp_backward", "default")
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _all_gradients("experts_mlp_backward", grad, args[: len(NAMES) + 2], {}, *args[len(NAMES) + 2 :])
+
+
+@torch.library.impl("moesaic::experts_mlp_backward_into", "default")
+def _backward_into(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, gw1, gw3, gw2, activation, impl, needs = args
+    buffers = dict(zip(WEIGHTS, (gw1, gw3, gw2), strict=True))
+    return _all_gradients("experts_mlp_backward_into", grad, tuple(tensors), buffers, activation, impl, needs)
+
+
+def _all_gradients(
+    operator: str,
+    grad: Tensor,
+    tensors: tuple[Any, ...],
+    buffers: Mapping[str, Tensor | None],
+    activation: Any,
+    impl: str | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    *operands, h1, h3 = tensors
+    given = named(tuple(operands))
+    problem = one_block(given, activation)
+    wants = dict(zip(WITH_GRADIENT, needs, strict=True))
+    targets = {
+        name: Target(given[name], buffers.get(name))
+        for name in WITH_GRADIENT[2:]
+        if given[name] is not None and (wants[name] or buffers.get(name) is not None)
+    }
+
+    def of(weight: str, bias: str) -> Targets:
+        return Targets(targets.get(weight), targets.get(bias))
+
+    up = tuple(of(weight, bias) for weight, bias in UP if given[weight] is not None)
+    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(up)])
+    with no_autocast(grad.device.type):
+        module = module_for(operator, impl, problem)
+        gx, gweights = module.backward(
+            grad.flatten(0, 1), problem, pre, Wanted(wants["x"], wants["weights"], up, of(*DOWN))
+        )
+    found = {"x": gx, "weights": gweights} | {name: t.buffer for name, t in targets.items() if not t.adds}
+    return _in_order(given, found)
+
+
+def _in_order(given: Given, found: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients of all operands that have one, in their shapes; of those that were not found, zeros."""
+    of = shapes(given)
+    results = []
+    for name in WITH_GRADIENT:
+        t, like = found.get(name), given[name] if given[name] is not None else given["x"]
+        results.append(_zeros(like, of[name]) if t is None else t.view(of[name]))
+    return tuple(results)
+
+
+def _zeros(like: Any, shape: tuple[Any, ...]) -> Tensor:
     """Zeros without memory, in the place of what is not given or not wanted."""
     return like.new_zeros(1).expand(shape)
 
 
-def one_block(x_BND: Tensor, ids_BNK: Tensor, weights_BNK: Tensor, experts_BG: Tensor, *others: Any) -> Problem:
-    """The one-block form: ids count the matrices of all blocks, those of copies that are not here are -1."""
-    ids_BNK = number_by_matrix(ids_BNK, experts_BG.shape[1])
-    x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
-    w1, w3, w2, b1, b3, activation = others
-    return Problem(x_TD, ids_TK, weights_TK, w1, w3, w2, b1, b3, ACTIVATIONS[activation])
-
-
-@torch.library.impl("moesaic::experts_mlp", "default")
-@untouched_by_autocast
-def _forward(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, activation, impl = args
-    problem = one_block(x, ids, *tensors, activation)
-    z_TD, h1_TKF, h3_TKF = module_for("experts_mlp", impl, problem).forward(problem, True)
-    h1 = h1_TKF.unflatten(0, x.shape[:2])
-    h3 = zeros(h1, h1.shape) if h3_TKF is None else h3_TKF.unflatten(0, x.shape[:2])
-    return torch.ops.aten._unsafe_view(z_TD, x.shape), h1, h3
-
-
-@torch.library.impl("moesaic::experts_mlp_inference", "default")
-@untouched_by_autocast
-def _inference(x: Tensor, ids: Tensor, *args: Any) -> Tensor:
-    *tensors, activation, impl = args
-    problem = one_block(x, ids, *tensors, activation)
-    z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, False).z_TD
+def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
+    # Not a view: an in-place operation on a view of what an operator made is an error.
     return torch.ops.aten._unsafe_view(z_TD, x.shape)
 
 
-@torch.library.impl("moesaic::experts_mlp_backward", "default")
-@untouched_by_autocast
-def _backward(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, h1, h3, activation, needs, impl = args
-    problem = one_block(x, ids, *tensors, activation)
-    h3_TKF = None if problem.w3_EDF is None else h3.flatten(0, 1)
-    module = module_for("experts_mlp_backward", impl, problem)
-    found: Gradients = module.backward(grad.flatten(0, 1), problem, h1.flatten(0, 1), h3_TKF, Needs.unpack(needs))
-    found = found._replace(
-        w1=None if found.w1 is None else lying_as(problem.w1_EDF, found.w1),
-        w3=None if found.w3 is None or problem.w3_EDF is None else lying_as(problem.w3_EDF, found.w3),
-        w2=None if found.w2 is None else lying_as(problem.w2_EFD, found.w2),
-    )
-    given = zip(found, likes(x, *tensors), strict=True)
-    return tuple(zeros(*like) if g is None else g.view(like[1]) for g, like in given)
-
-
-def likes(x: Tensor, weights: Tensor, experts: Tensor, *args: Any) -> list[tuple[Tensor, tuple[Any, ...]]]:
-    """For every gradient a tensor of its dtype and its shape; of an argument that is not given too."""
-    w1, _, w2, b1, b3 = args
-    W, _, F = w1.shape
-    biases = [(w1 if b is None else b, (W, F)) for b in (b1, b3)]
-    return [(t, tuple(t.shape)) for t in (x, weights, w1, w1, w2)] + biases
-
-
 @torch.library.register_fake("moesaic::experts_mlp")
-def _forward_fake(x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, w1, w3, *_ = args
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    given = named(args[: len(NAMES)])
+    x, ids, w1 = given["x"], given["ids"], given["w1"]
     h1 = x.new_empty(*ids.shape, w1.shape[2])
-    return x.new_empty(x.shape), h1, zeros(h1, h1.shape) if w3 is None else torch.empty_like(h1)
+    return x.new_empty(x.shape), h1, _zeros(h1, h1.shape) if given["w3"] is None else torch.empty_like(h1)
 
 
 @torch.library.register_fake("moesaic::experts_mlp_inference")
@@ -108,40 +145,44 @@ def _inference_fake(x: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.register_fake("moesaic::experts_mlp_backward")
-def _backward_fake(grad: Tensor, x: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, _, _, _, needs, _ = args
-    weights, _, w1, w3, w2, b1, b3 = tensors
-    projections = [None if w is None else empty_gradient(w, w.dtype) for w in (w1, w3, w2)]
-    biases = [None if b is None else b.new_empty(b.shape) for b in (b1, None if w3 is None else b3)]
-    gradients = (x.new_empty(x.shape), weights.new_empty(weights.shape), *projections, *biases)
-    return tuple(
-        gradient if wanted and gradient is not None else zeros(*like)
-        for gradient, wanted, like in zip(gradients, Needs.unpack(needs), likes(x, *tensors), strict=True)
-    )
+@torch.library.register_fake("moesaic::experts_mlp_backward_into")
+def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    given, buffers, needs = named(args[: len(NAMES)]), args[len(NAMES) + 2 : -3], args[-1]
+    found = {
+        name: empty_gradient(t, t.dtype) if name in WEIGHTS else t.new_empty(t.shape)
+        for name, wanted in zip(WITH_GRADIENT, needs, strict=True)
+        if wanted and (t := given[name]) is not None
+    }
+    added = {weight for weight, buffer in zip(WEIGHTS, buffers, strict=False) if buffer is not None}
+    return _in_order(given, {name: t for name, t in found.items() if name not in added})
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.activation, ctx.impl = inputs
-    _, h1, h3 = output
+    _, *pre = output
     # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h1, h3)
-    ctx.save_for_backward(*tensors, h1, h3)
-
-
-# Where they stand among the operators' arguments: x, weights, w1, w3, w2, b1, b3.
-DIFFERENTIABLE = (0, 2, 4, 5, 6, 7, 8)
+    ctx.mark_non_differentiable(*pre)
+    ctx.save_for_backward(*tensors, *pre)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * 11
+    flags = (None, None)
     if grad is None:
-        return tuple(result)
-    needs = Needs(*(ctx.needs_input_grad[i] for i in DIFFERENTIABLE))
-    found = torch.ops.moesaic.experts_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, needs.pack(), ctx.impl)
-    for i, wanted, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
-        result[i] = gradient if wanted else None
-    return tuple(result)
+        return (*[None] * len(NAMES), *flags)
+    needs = wanted_by(ctx.needs_input_grad)
+    found = torch.ops.moesaic.experts_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.impl, needs)
+    return (*by_name(only(found, needs)), *flags)
+
+
+def wanted_by(needs_input_grad: tuple[bool, ...]) -> list[bool]:
+    """Which of the operands that can have a gradient want one."""
+    return [needs for operand, needs in zip(OPERANDS, needs_input_grad, strict=False) if operand.differentiable]
+
+
+def only(found: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted."""
+    return tuple(t if wanted else None for t, wanted in zip(found, needs, strict=True))
 
 
 def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What an implementation of experts_mlp is given, and gives back.
+"""What an implementation of experts_mlp is given, and what it gives back.
 
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
 """
@@ -8,25 +8,118 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops.experts_mlp.operands import DOWN, UP, Given
+from moesaic.ops.layout import is_transposed
+
+
+class Projection(NamedTuple):
+    """``x w[e] + b[e]``: a weight ``[E, in, out]``, and a bias ``[E, out]`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
 
 
 class Problem(NamedTuple):
-    """The arguments. Ids outside ``0 .. E - 1`` are copies that are not here."""
+    """The operands. An id outside ``0 .. E - 1`` marks a copy that is not here.
+
+    Attributes:
+        projections: from D to F; gate and up, or one without gate.
+        down: from F to D.
+    """
 
     x_TD: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
-    w1_EDF: Tensor
-    w3_EDF: Tensor | None
-    w2_EFD: Tensor
-    b1_EF: Tensor | None
-    b3_EF: Tensor | None
+    projections: tuple[Projection, ...]
+    down: Projection
     activation: Activation
+
+    @property
+    def num_experts(self) -> int:
+        return self.down.weight.shape[0]
+
+
+class Forward(NamedTuple):
+    """The result, and what the projections gave for every copy, zero where it is not here; nothing if not saved."""
+
+    z_TD: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class Target:
+    """Where the gradient of a weight or bias goes: to a new tensor, or to one that it is added to.
+
+    A weight's gradient lies in memory as the weight does, or is added to contiguous matrices or the ``.mT`` of such.
+    Then it has the accumulation dtype, and an expert without rows keeps its values.
+
+    Args:
+        like: the weight or bias.
+        add_to: what the gradient is added to.
+
+    Attributes:
+        buffer: the gradient, once it is there; what it is added to.
+    """
+
+    def __init__(self, like: Tensor, add_to: Tensor | None = None) -> None:
+        self.like, self.buffer, self.adds = like, add_to, add_to is not None
+        result = like if add_to is None else add_to
+        self.dtype, self.is_transposed = result.dtype, like.ndim == 3 and is_transposed(result)
+
+    def take(self, gradient: Tensor) -> None:
+        """Keep a gradient that was computed elsewhere, or add it."""
+        if self.adds:
+            self.memory().add_(gradient)
+        else:
+            self.buffer = self._laid_out(gradient.to(self.dtype))
+
+    def memory(self) -> Tensor:
+        """For those who write or add the gradient themselves."""
+        if self.buffer is None:
+            shape = self.like.mT.shape if self.is_transposed else self.like.shape
+            empty = pool.empty(tuple(shape), self.dtype) if self.like.is_cpu else self.like.new_empty(shape)
+            self.buffer = empty.mT if self.is_transposed else empty
+        return self.buffer
+
+    def _laid_out(self, gradient: Tensor) -> Tensor:
+        return gradient.mT.contiguous().mT if self.is_transposed else gradient.contiguous()
+
+
+class Targets(NamedTuple):
+    """Where the gradients of a :class:`Projection` go; None for one that is not wanted."""
+
+    weight: Target | None
+    bias: Target | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward pass gives back, and where it writes those of the projections."""
+
+    x: bool
+    weights: bool
+    projections: tuple[Targets, ...]
+    down: Targets
+
+
+class Gradients(NamedTuple):
+    """The gradients of the tokens and of the routing weights, of their dtypes; None where one is not wanted."""
+
+    x_TD: Tensor | None
+    weights_TK: Tensor | None
+
+
+def one_block(given: Given, activation: Activation) -> Problem:
+    """The operands of an operator, of all blocks together: ids count the matrices of all blocks."""
+    x_BND, ids_BNK, weights_BNK, experts_BG = (_there(given[name]) for name in ("x", "ids", "weights", "experts"))
+    ids_BNK = number_by_matrix(ids_BNK, experts_BG.shape[1])
+    x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
+    up = tuple(Projection(w, given[bias]) for weight, bias in UP if (w := given[weight]) is not None)
+    return Problem(x_TD, ids_TK, weights_TK, up, Projection(_there(given[DOWN[0]]), given[DOWN[1]]), activation)
 
 
 def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:
-    """Ids that count each block's own ``G`` experts as numbers of matrices; those of copies that are not here as -1.
+    """Ids that count each block's own ``G`` experts as numbers of matrices; -1 for copies that are not here.
 
     Of one block they are that already.
     """
@@ -37,55 +130,6 @@ def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:
     return torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK + first_B11, -1)
 
 
-class Forward(NamedTuple):
-    """The result, and the pre-activations ``x w1 + b1`` and ``x w3 + b3`` of every copy; zero where it is not here."""
-
-    z_TD: Tensor
-    h1_TKF: Tensor | None
-    h3_TKF: Tensor | None
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    x: bool
-    weights: bool
-    w1: bool
-    w3: bool
-    w2: bool
-    b1: bool
-    b3: bool
-
-    def pack(self) -> int:
-        """As the bits of an int, which is what an operator can take."""
-        return sum(int(wanted) << i for i, wanted in enumerate(self))
-
-    @staticmethod
-    def unpack(bits: int) -> "Needs":
-        return Needs(*(bool(bits >> i & 1) for i in range(7)))
-
-
-class MainGrads(NamedTuple):
-    """Buffers of the accumulation dtype that gradients of the weights are added to; None where there is none to add.
-
-    Their matrices are contiguous, or transposed ones that are. An expert without rows keeps its values.
-    """
-
-    w1: Tensor | None = None
-    w3: Tensor | None = None
-    w2: Tensor | None = None
-
-
-NO_MAIN_GRADS = MainGrads()
-
-
-class Gradients(NamedTuple):
-    """The gradients, each of its argument's dtype; None where it is not wanted."""
-
-    x: Tensor | None
-    weights: Tensor | None
-    w1: Tensor | None
-    w3: Tensor | None
-    w2: Tensor | None
-    b1: Tensor | None
-    b3: Tensor | None
+def _there(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t

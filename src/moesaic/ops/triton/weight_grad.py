@@ -33,17 +33,8 @@ def weight_grad(
     grad_rows: Tensor | None = None,
 ) -> Tensor:
     """``[E, K, N]``; zero for an expert without rows. With ``x_rows`` row r is ``x[x_rows[r]]``; likewise grad."""
-    K, N = x.shape[1], grad.shape[1]
-    gw_EKN = x.new_empty(groups.num_experts, K, N, dtype=dtype)
-    if gw_EKN.numel() == 0:
-        return gw_EKN
-    if groups.num_rows == 0:
-        return gw_EKN.zero_()
-
-    def run(config: Config) -> None:
-        _launch(x, grad, groups, config, gw_EKN, x_rows, grad_rows)
-
-    run(choose("weight_grad", x, K=K, N=N, groups=groups, run=run))
+    gw_EKN = x.new_empty(groups.num_experts, x.shape[1], grad.shape[1], dtype=dtype)
+    weight_grad_into(gw_EKN, x, grad, groups, x_rows=x_rows, grad_rows=grad_rows, adds=False)
     return gw_EKN
 
 
@@ -55,20 +46,27 @@ def weight_grad_into(
     *,
     x_rows: Tensor | None = None,
     grad_rows: Tensor | None = None,
+    adds: bool = True,
 ) -> None:
-    """Add it to a contiguous tensor of the operands' dtype or fp32. An expert without rows keeps its values."""
+    """Add it to a contiguous tensor of the operands' dtype or fp32, or write it there.
+
+    Where it is added, an expert without rows keeps its values.
+    """
     _, K, N = into_EKN.shape
     if into_EKN.numel() == 0 or groups.num_rows == 0:
+        if not adds:
+            into_EKN.zero_()
         return
 
     def run_elsewhere(config: Config) -> None:
         # The tuner runs it many times.
-        _launch(x, grad, groups, config, torch.empty_like(into_EKN), x_rows, grad_rows)
+        _launch(x, grad, groups, config, torch.empty_like(into_EKN) if adds else into_EKN, x_rows, grad_rows)
 
     config = choose("weight_grad", x, K=K, N=N, groups=groups, run=run_elsewhere)
-    # What is added to needs registers beside the sum.
-    config = replace(config, BN=min(config.BN, 128))
-    _launch(x, grad, groups, config, into_EKN, x_rows, grad_rows, accumulate=True)
+    if adds:
+        # What is added to needs registers beside the sum.
+        config = replace(config, BN=min(config.BN, 128))
+    _launch(x, grad, groups, config, into_EKN, x_rows, grad_rows, accumulate=adds)
 
 
 def rows_per_chunk(num_rows: int, num_blocks: int, config: Config, gpu: Device) -> int:

@@ -3,17 +3,16 @@
 Any dtype, any device; on CUDA no size is read to the host.
 
 Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, those of copies that are not here at the
-end, D model dim, F hidden dim, E experts.
+end, D model dim, F hidden dim, E experts; I and O the dims that a projection comes from and goes to.
 """
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.activation import hidden, slopes
-from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
+from moesaic.ops.experts_mlp.problem import Forward, Gradients, Problem, Targets, Wanted
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
-from moesaic.ops.layout import is_transposed
 from moesaic.ops.permute import kernels as permuting
 
 
@@ -21,9 +20,9 @@ class _Rows:
     """The copies of all tokens as rows sorted by expert."""
 
     def __init__(self, problem: Problem) -> None:
-        ids_TK, E = problem.ids_TK, problem.w1_EDF.shape[0]
-        self.slots_R, self.positions_TK, sizes_E = permuting.sort_by_expert(ids_TK, E, ids_TK.numel())
-        self.sizes_1E = sizes_E.unsqueeze(0)
+        ids_TK, E = problem.ids_TK, problem.num_experts
+        self.slots_R, self.positions_TK, self.sizes_E = permuting.sort_by_expert(ids_TK, E, ids_TK.numel())
+        self.sizes_1E = self.sizes_E.unsqueeze(0)
 
     def of_tokens(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
         return permuting.permute(x_TD, self.slots_R, self.positions_TK, weights_TK)
@@ -44,91 +43,74 @@ class _Rows:
         h_TKF = h_RF.index_select(0, self.positions_TK.flatten().clamp(min=0)).unflatten(0, (T, K))
         return h_TKF.masked_fill_((self.positions_TK < 0).unsqueeze(2), 0)
 
-    def times(self, x_RK: Tensor, w_EKN: Tensor, b_EN: Tensor | None = None) -> Tensor:
-        """``x w[e] + b[e]``; the product is rounded first, for in a wider dtype all weights would be copied."""
-        y_RN = grouped.forward(x_RK, w_EKN, self.sizes_1E, x_RK.dtype)
-        if b_EN is None:
-            return y_RN
-        E, num_rows = b_EN.shape[0], x_RK.shape[0]
-        # One more bias, of zeros, for the rows that belong to no expert.
-        counts = torch.cat([self.sizes_1E[0], num_rows - self.sizes_1E.sum(1)])
-        biases_R = torch.arange(E + 1, device=b_EN.device).repeat_interleave(counts, output_size=num_rows)
-        padded = torch.nn.functional.pad(b_EN, (0, 0, 0, 1))
-        return y_RN + padded.index_select(0, biases_R)
+    def of_experts(self, b_EO: Tensor) -> Tensor:
+        """For every row the bias of its expert; zeros for the rows that belong to no expert."""
+        (E, _), num_rows = b_EO.shape, self.slots_R.shape[0]
+        counts = torch.cat([self.sizes_E, num_rows - self.sizes_1E.sum(1)])
+        experts_R = torch.arange(E + 1, device=b_EO.device).repeat_interleave(counts, output_size=num_rows)
+        return torch.nn.functional.pad(b_EO, (0, 0, 0, 1)).index_select(0, experts_R)
 
-    def weight_grad(self, x_RK: Tensor, grad_RN: Tensor, w_EKN: Tensor) -> Tensor:
-        if is_transposed(w_EKN):
-            return grouped.weight_grad(grad_RN, x_RK, self.sizes_1E, w_EKN.shape[0]).mT
-        return grouped.weight_grad(x_RK, grad_RN, self.sizes_1E, w_EKN.shape[0])
+    def add_bias(self, y_RO: Tensor, b_EO: Tensor | None) -> Tensor:
+        """The product is rounded first: in a wider dtype all weights would be copied."""
+        return y_RO if b_EO is None else y_RO + self.of_experts(b_EO)
 
-    def weight_grad_into(self, into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor) -> None:
-        if is_transposed(into_EKN):
-            grouped.weight_grad_into(into_EKN.mT, grad_RN, x_RK, self.sizes_1E)
-        else:
-            grouped.weight_grad_into(into_EKN, x_RK, grad_RN, self.sizes_1E)
-
-    def bias_grad(self, grad_RN: Tensor, b_EN: Tensor) -> Tensor:
-        ones_R1 = grad_RN.new_ones(grad_RN.shape[0], 1)
-        return grouped.weight_grad(ones_R1, grad_RN, self.sizes_1E, b_EN.shape[0]).squeeze(1).to(b_EN.dtype)
+    def write_gradients(self, targets: Targets, x_RI: Tensor, grad_RO: Tensor) -> None:
+        """Those of a projection, from the rows that it was applied to and the gradients of what it gave."""
+        if (target := targets.weight) is not None:
+            E = self.sizes_E.shape[0]
+            # In the dtype of the sum, else what is added would be rounded twice.
+            x_RI, grad_of_sum_RO = x_RI.to(target.dtype), grad_RO.to(target.dtype)
+            if target.is_transposed:
+                target.take(grouped.weight_grad(grad_of_sum_RO, x_RI, self.sizes_1E, E).mT)
+            else:
+                target.take(grouped.weight_grad(x_RI, grad_of_sum_RO, self.sizes_1E, E))
+        if (target := targets.bias) is not None:
+            # Long fp32 sums lose digits, where they are made in one chain.
+            wide_RO = grad_RO.double() if grad_RO.is_cpu else grad_RO
+            ones_R1 = wide_RO.new_ones(wide_RO.shape[0], 1)
+            target.take(grouped.weight_grad(ones_R1, wide_RO, self.sizes_1E, self.sizes_E.shape[0]).squeeze(1))
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    rows = _Rows(problem)
+    rows, product = _Rows(problem), grouped.product_for(problem.x_TD)
     x_RD = rows.of_tokens(problem.x_TD)
-    h1_RF = rows.times(x_RD, problem.w1_EDF, problem.b1_EF)
-    h3_RF = None if problem.w3_EDF is None else rows.times(x_RD, problem.w3_EDF, problem.b3_EF)
-    z_TD = rows.to_tokens(rows.times(hidden(problem.activation, h1_RF, h3_RF), problem.w2_EFD), problem.weights_TK)
-    if not save:
-        return Forward(z_TD, None, None)
-    return Forward(z_TD, rows.to_slots(h1_RF), None if h3_RF is None else rows.to_slots(h3_RF))
+    pre = []
+    for up in problem.projections:
+        h_RF = product(x_RD, up.weight, rows.sizes_1E, x_RD.dtype)
+        pre.append(rows.add_bias(h_RF, up.bias))
+    a_RF = hidden(problem.activation, pre)
+    y_RD = rows.add_bias(product(a_RF, problem.down.weight, rows.sizes_1E, a_RF.dtype), problem.down.bias)
+    z_TD = rows.to_tokens(y_RD, problem.weights_TK)
+    return Forward(z_TD, tuple(map(rows.to_slots, pre)) if save else ())
 
 
-def backward(
-    grad_TD: Tensor,
-    problem: Problem,
-    h1_TKF: Tensor,
-    h3_TKF: Tensor | None,
-    needs: Needs,
-    into: MainGrads = NO_MAIN_GRADS,
-) -> Gradients:
-    rows = _Rows(problem)
+def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
+    rows, down = _Rows(problem), problem.down
     dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
-    h1_RF = rows.of_slots(h1_TKF)
-    h3_RF = None if h3_TKF is None else rows.of_slots(h3_TKF)
-    a_RF = hidden(problem.activation, h1_RF, h3_RF)
-    weight_R1 = rows.of_slots(problem.weights_TK.unsqueeze(2)).to(acc)
+    pre_RF = [rows.of_slots(h_TKF) for h_TKF in pre]
+    a_RF = hidden(problem.activation, pre_RF)
+    grad_RD = rows.of_tokens(grad_TD)
 
     # Of the unweighted result: its product with the hidden row is the gradient of the weight.
-    ga_RF = rows.times(rows.of_tokens(grad_TD), problem.w2_EFD.mT).to(acc)
-    gweights = gw2 = gx = gw1 = gw3 = gb1 = gb3 = None
-    if needs.weights:
-        gweights = rows.to_slots((ga_RF * a_RF.to(acc)).sum(1, keepdim=True)).squeeze(2).to(problem.weights_TK.dtype)
-    if needs.w2:
-        gw2 = rows.weight_grad(a_RF, rows.of_tokens(grad_TD, problem.weights_TK), problem.w2_EFD)
-    if into.w2 is not None:
-        rows.weight_grad_into(into.w2, a_RF, rows.of_tokens(grad_TD, problem.weights_TK))
-    ga_RF = ga_RF * weight_R1
-    slope1_RF, slope3_RF = slopes(problem.activation, h1_RF.to(acc), None if h3_RF is None else h3_RF.to(acc))
-    gh1_RF = (ga_RF * slope1_RF).to(dtype)
-    gh3_RF = None if slope3_RF is None else (ga_RF * slope3_RF).to(dtype)
+    ga_RF = grouped.forward(grad_RD, down.weight.mT, rows.sizes_1E, dtype).to(acc)
+    gweights_TK = gx_TD = None
+    if wanted.weights:
+        gweights_R = (ga_RF * a_RF.to(acc)).sum(1)
+        if down.bias is not None:
+            gweights_R += (grad_RD.to(acc) * rows.of_experts(down.bias).to(acc)).sum(1)
+        gweights_TK = rows.to_slots(gweights_R.unsqueeze(1)).squeeze(2).to(problem.weights_TK.dtype)
+    if any(wanted.down):
+        rows.write_gradients(wanted.down, a_RF, rows.of_tokens(grad_TD, problem.weights_TK))
+    ga_RF = ga_RF * rows.of_slots(problem.weights_TK.unsqueeze(2)).to(acc)
 
-    if needs.x:
-        gx_RD = rows.times(gh1_RF, problem.w1_EDF.mT)
-        if problem.w3_EDF is not None and gh3_RF is not None:
-            gx_RD += rows.times(gh3_RF, problem.w3_EDF.mT)
-        gx = rows.to_tokens(gx_RD)
-    wants_rows = needs.w1 or needs.w3 or into.w1 is not None or into.w3 is not None
-    x_RD = rows.of_tokens(problem.x_TD) if wants_rows else None
-    if x_RD is not None and into.w1 is not None:
-        rows.weight_grad_into(into.w1, x_RD, gh1_RF)
-    if x_RD is not None and into.w3 is not None and gh3_RF is not None:
-        rows.weight_grad_into(into.w3, x_RD, gh3_RF)
-    if x_RD is not None and needs.w1:
-        gw1 = rows.weight_grad(x_RD, gh1_RF, problem.w1_EDF)
-    if x_RD is not None and needs.w3 and problem.w3_EDF is not None and gh3_RF is not None:
-        gw3 = rows.weight_grad(x_RD, gh3_RF, problem.w3_EDF)
-    if needs.b1 and problem.b1_EF is not None:
-        gb1 = rows.bias_grad(gh1_RF, problem.b1_EF)
-    if needs.b3 and problem.b3_EF is not None and gh3_RF is not None:
-        gb3 = rows.bias_grad(gh3_RF, problem.b3_EF)
-    return Gradients(gx, gweights, gw1, gw3, gw2, gb1, gb3)
+    x_RD = rows.of_tokens(problem.x_TD) if any(up.weight for up in wanted.projections) else problem.x_TD
+    gx_RD = torch.zeros_like(grad_RD)
+    slopes_RF = slopes(problem.activation, [h_RF.to(acc) for h_RF in pre_RF])
+    for slope_RF, up, targets in zip(slopes_RF, problem.projections, wanted.projections, strict=True):
+        gh_RF = (ga_RF * slope_RF).to(dtype)
+        rows.write_gradients(targets, x_RD, gh_RF)
+        if wanted.x:
+            gx_RD += grouped.forward(gh_RF, up.weight.mT, rows.sizes_1E, dtype)
+    if wanted.x:
+        gx_TD = rows.to_tokens(gx_RD)
+    return Gradients(gx_TD, gweights_TK)

@@ -8,85 +8,90 @@ so a call can be captured in a CUDA graph and replayed with another routing.
 Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, D model dim, F hidden dim, E experts.
 """
 
+from typing import Any, NamedTuple, cast
+
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.problem import NO_MAIN_GRADS, Forward, Gradients, MainGrads, Needs, Problem
-from moesaic.ops.layout import is_transposed
+from moesaic.ops.experts_mlp.down_bias import add_down_bias, add_down_bias_gradients
+from moesaic.ops.experts_mlp.problem import Forward, Gradients, Problem, Projection, Target, Wanted
 from moesaic.ops.triton import available
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    x, w1, w3, w2 = problem.x_TD, problem.w1_EDF, problem.w3_EDF, problem.w2_EFD
+    x, (gate, up) = problem.x_TD, _gate_and_up(problem)
     up_projection, matmul, combine, routing = (
         available.load(name) for name in ("up_projection", "matmul", "combine", "routing")
     )
     with torch.cuda.device_of(x):
-        routed = routing.route(problem.ids_TK, w1.shape[0])
-        hidden = up_projection.up_projection(x, w1, w3, problem.b1_EF, problem.b3_EF, problem.activation, routed, save)
-        y_RD = matmul.grouped_mm(matmul.Product(hidden.a, w2), routed.groups, x.dtype)
-        z_TD = combine.combine(y_RD, routed.positions, problem.weights_TK)
-    if not save:
-        return Forward(z_TD, None, None)
-    return Forward(z_TD, hidden.h1, None if w3 is None else hidden.h3)
+        routed = routing.route(problem.ids_TK, problem.num_experts)
+        hidden = up_projection.up_projection(
+            x, gate.weight, up.weight, gate.bias, up.bias, problem.activation, routed, save
+        )
+        y_RD = matmul.grouped_mm(matmul.Product(hidden.a, problem.down.weight), routed.groups, x.dtype)
+        z_TD = add_down_bias(combine.combine(y_RD, routed.positions, problem.weights_TK), problem)
+    return Forward(z_TD, (hidden.h1, hidden.h3)[: len(problem.projections)] if save else ())
 
 
-def backward(
-    grad_TD: Tensor,
-    problem: Problem,
-    h1_TKF: Tensor,
-    h3_TKF: Tensor | None,
-    needs: Needs,
-    into: MainGrads = NO_MAIN_GRADS,
-) -> Gradients:
-    x, w1, w3, w2 = problem.x_TD, problem.w1_EDF, problem.w3_EDF, problem.w2_EFD
+def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
+    x, w2 = problem.x_TD, problem.down.weight
     down_gradient, matmul, weight_grad, combine, routing = (
         available.load(name) for name in ("down_gradient", "matmul", "weight_grad", "combine", "routing")
     )
-    Product = matmul.Product
-    has_b1 = needs.b1 and problem.b1_EF is not None
-    has_b3 = needs.b3 and problem.b3_EF is not None
-    gx = gweights = gw1 = gw3 = gw2 = gb1 = gb3 = None
+    gx_TD = gweights_TK = None
     with torch.cuda.device_of(x):
-        routed = routing.route(problem.ids_TK, w1.shape[0])
+        routed = routing.route(problem.ids_TK, problem.num_experts)
 
-        def sums(w: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> Tensor:
-            """The gradient of a weight, lying in memory as that does."""
-            if is_transposed(w):
-                return sums(w.mT, grad, grad_of, rows, rows_of).mT
-            return weight_grad.weight_grad(rows, grad, routed.groups, w.dtype, x_rows=rows_of, grad_rows=grad_of)
+        def write(target: Target | None, rows: Rows, grad: Rows) -> None:
+            """The gradient of a weight: ``rows.T @ grad`` of every expert."""
+            if target is None:
+                return
+            into = target.memory()
+            if target.is_transposed:
+                into, rows, grad = into.mT, grad, rows
+            weight_grad.weight_grad_into(
+                into, rows.data, grad.data, routed.groups, x_rows=rows.of, grad_rows=grad.of, adds=target.adds
+            )
 
-        def add(into: Tensor, rows: Tensor, rows_of: Tensor | None, grad: Tensor, grad_of: Tensor | None) -> None:
-            if is_transposed(into):
-                add(into.mT, grad, grad_of, rows, rows_of)
-            else:
-                weight_grad.weight_grad_into(into, rows, grad, routed.groups, x_rows=rows_of, grad_rows=grad_of)
-
-        weighted = needs.w2 or into.w2 is not None
-        wanted = down_gradient.Wanted(routing_weights=needs.weights, weighted=weighted, biases=has_b1 or has_b3)
         hidden = down_gradient.down_gradient(
-            grad_TD, w2, h1_TKF, h3_TKF, problem.weights_TK, problem.activation, routed, wanted
+            grad_TD,
+            w2,
+            *(*pre, None)[:2],
+            problem.weights_TK,
+            problem.activation,
+            routed,
+            down_gradient.Wanted(
+                routing_weights=wanted.weights,
+                weighted=wanted.down.weight is not None,
+                biases=any(targets.bias for targets in wanted.projections),
+            ),
         )
-        if needs.weights:
-            gweights = hidden.weights.to(problem.weights_TK.dtype)
-        if needs.w2:
-            gw2 = sums(w2, hidden.weighted, None, grad_TD, routed.tokens)
-        if needs.w1:
-            gw1 = sums(w1, x, routed.tokens, hidden.gh1, None)
-        if needs.w3 and w3 is not None:
-            gw3 = sums(w3, x, routed.tokens, hidden.gh3, None)
-        if into.w2 is not None:
-            add(into.w2, hidden.weighted, None, grad_TD, routed.tokens)
-        if into.w1 is not None:
-            add(into.w1, x, routed.tokens, hidden.gh1, None)
-        if into.w3 is not None:
-            add(into.w3, x, routed.tokens, hidden.gh3, None)
-        if needs.x:
-            plus = None if w3 is None else Product(hidden.gh3, w3.mT)
-            gx_RD = matmul.grouped_mm(Product(hidden.gh1, w1.mT), routed.groups, x.dtype, plus=plus)
-            gx = combine.combine(gx_RD, routed.positions, None)
-        if has_b1:
-            gb1 = hidden.b1.to(x.dtype)
-        if has_b3:
-            gb3 = hidden.b3.to(x.dtype)
-    return Gradients(gx, gweights, gw1, gw3, gw2, gb1, gb3)
+        gradients = [(hidden.gh1, hidden.b1), (hidden.gh3, hidden.b3)][: len(pre)]
+        if wanted.weights:
+            gweights_TK = hidden.weights.to(problem.weights_TK.dtype)
+        write(wanted.down.weight, Rows(hidden.weighted), Rows(grad_TD, routed.tokens))
+        for targets, (gh_RF, gb_EF) in zip(wanted.projections, gradients, strict=True):
+            write(targets.weight, Rows(x, routed.tokens), Rows(gh_RF))
+            if targets.bias is not None:
+                targets.bias.take(gb_EF)
+        if wanted.x:
+            products = [
+                matmul.Product(gh_RF, up.weight.mT)
+                for up, (gh_RF, _) in zip(problem.projections, gradients, strict=True)
+            ]
+            gx_RD = matmul.grouped_mm(products[0], routed.groups, x.dtype, plus=(*products, None)[1])
+            gx_TD = combine.combine(gx_RD, routed.positions, None)
+        return add_down_bias_gradients(Gradients(gx_TD, gweights_TK), grad_TD, problem, wanted)
+
+
+class Rows(NamedTuple):
+    """Rows of ``data``, in order, or those that ``of`` numbers."""
+
+    data: Tensor
+    of: Tensor | None = None
+
+
+def _gate_and_up(problem: Problem) -> tuple[Projection, ...]:
+    # The kernels take None for the weight of a projection that is not there.
+    nothing: Any = Projection(cast("Any", None))
+    return (*problem.projections, nothing)[:2]

@@ -5,6 +5,8 @@ stride and alignment. Elsewhere the sizes must not be read to the host: bf16 on 
 ``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row tiles.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,13 @@ _MAX_GROUPS = 1023
 _ALIGNMENT_BYTES = 16
 
 
+def product_for(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+    """The function that :func:`forward` calls on the device of ``x``."""
+    return _loop_forward if x.device.type == "cpu" else _forward_without_sizes
+
+
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    if x_RK.device.type == "cpu":
-        return _loop_forward(x_RK, w_EKN, sizes_BG, out_dtype)
-    if out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, sizes_BG):
-        return _library_forward(x_RK, w_EKN, sizes_BG)
-    return tiled.forward(x_RK, w_EKN, sizes_BG, out_dtype)
+    return product_for(x_RK)(x_RK, w_EKN, sizes_BG, out_dtype)
 
 
 def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
@@ -54,6 +57,12 @@ def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torc
     for rows in padding_rows(x_RK.shape[0], sizes_BG):
         y_RN[rows] = 0
     return y_RN
+
+
+def _forward_without_sizes(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, sizes_BG):
+        return _library_forward(x_RK, w_EKN, sizes_BG)
+    return tiled.forward(x_RK, w_EKN, sizes_BG, out_dtype)
 
 
 def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
