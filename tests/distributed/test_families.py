@@ -96,7 +96,7 @@ def test_without_tp_any_attention_will_do(same_ranks, family):
 
 
 REFUSED = {
-    "Qwen3-Next": r"layer 0's linear_attn \(Qwen3NextGatedDeltaNet\) is not known to the plan: .*; use tp=1",
+    "Qwen3-Next": r"layer 0's linear_attn \(Qwen3NextGatedDeltaNet\) is not known to the plan. .*; use tp=1",
     "MiniMax": r"layer 1's attention: 'norm' \(MiniMaxRMSNorm\) of MiniMaxLightningAttention is not known .* use tp=1",
 }
 
@@ -122,7 +122,7 @@ def test_projections_that_are_no_linear_layers_are_refused():
     model = swap_moe(make_model("Mixtral"))
     model.model.layers[1].self_attn.k_proj = nn.Sequential(nn.Linear(32, 16))
     with pytest.raises(
-        ValueError, match=r"layer 1's attention: 'k_proj' \(Sequential\) .* is no linear layer; or use tp=1"
+        ValueError, match=r"layer 1's attention: 'k_proj' \(Sequential\) .* is not a linear layer; or use tp=1"
     ):
         moesaic.parallelize(model, fake_meshes(2, tp=2))
     model = swap_moe(make_model("Mixtral"))
@@ -153,5 +153,5 @@ def test_parameters_of_two_dtypes_over_dp(same_ranks):
 def test_heads_that_may_read_whole_sequences_are_refused():
     config = make_model("Qwen3-MoE").config
     model = swap_moe(AutoModelForSequenceClassification.from_config(config))
-    with pytest.raises(ValueError, match="Qwen3MoeForSequenceClassification may take the hidden states for those of"):
+    with pytest.raises(ValueError, match="Qwen3MoeForSequenceClassification may expect hidden states of whole"):
         moesaic.parallelize(model, fake_meshes(2, tp=2))

@@ -76,7 +76,7 @@ def check_refusals() -> None:
         pad_token_id=0,
     )
     classifier = moesaic.parallelize(swap_moe(Qwen3MoeForSequenceClassification(config)), moesaic.build_meshes())
-    with pytest.raises(ValueError, match="labels: the loss of .*ForSequenceClassification over all ranks is not known"):
+    with pytest.raises(ValueError, match="labels: only the loss of a causal .*not that of .*SequenceClassification"):
         classifier(input_ids=ids, labels=ids[:, 0])
 
 

@@ -118,7 +118,7 @@ def test_recomputation_after_a_forward_of_another_length(same_ranks):
 def check_language_model_arguments(folder: str) -> None:
     model = moesaic.parallelize(make_model(tied=False), moesaic.build_meshes(tp=2, device_type="cpu"))
     ids = torch.randint(VOCAB, (2, 6))
-    with pytest.raises(ValueError, match="logits_to_keep: with tp > 1 the logits are those of this rank's shard"):
+    with pytest.raises(ValueError, match="logits_to_keep: with tp > 1 a rank has the logits of its own part"):
         model(input_ids=ids, logits_to_keep=2)
     # A path that cannot be a folder: rank 0 fails, and the others must not wait for it.
     expected = "File exists|could not export|Not a directory|is a file and not a folder"

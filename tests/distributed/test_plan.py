@@ -139,7 +139,7 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
         moesaic.parallelize(biased, fake_meshes(8, ep=2))
     with pytest.raises(ValueError, match="no moesaic.MoE layer.*swap_moe"):
         moesaic.parallelize(nn.Linear(3, 3), fake_meshes(1))
-    with pytest.raises(ValueError, match="tp > 1 knows .* not Sequential; use tp=1"):
+    with pytest.raises(ValueError, match="tp > 1 works for .* not for Sequential; use tp=1"):
         moesaic.parallelize(nn.Sequential(moe), fake_meshes(2, tp=2))
     half = moesaic.MoE(CONFIG)
     half.router.to("meta")
@@ -151,7 +151,7 @@ def test_refusals_name_the_size_and_the_remedy(unchecked):
 
 def check_only_once() -> None:
     moe, meshes = make()
-    with pytest.raises(ValueError, match="is a DTensor already"):
+    with pytest.raises(ValueError, match="is already a DTensor"):
         moesaic.parallelize(moe, meshes)
 
 

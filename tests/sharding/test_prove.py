@@ -75,7 +75,7 @@ WRONG = {
     "a sum that is said to be whole": Planted(
         planted.without_partial(ruled(TWO, planted.matmul, "m k, k n -> m n")),
         (x, w),
-        {((S1, S0), (R,)): "ranks differ, which are no R (right is P)"},
+        {((S1, S0), (R,)): "ranks differ, which is not R (right is P)"},
     ),
     "dims swapped": Planted(
         ruled(TWO, planted.matmul, "m k, k n -> n m", linear=["x", "w"]),
@@ -128,7 +128,7 @@ WRONG = {
     "values read of what is said to be a shape": Planted(
         ruled(TWO, torch.mul, "m n, ~m n -> m n"),
         (x, random(12, 13, seed=1)),
-        {((R, p), (R,)): "ranks differ, which are no R" for p in (P, AVG, MAX, MIN)},
+        {((R, p), (R,)): "ranks differ, which is not R" for p in (P, AVG, MAX, MIN)},
     ),
 }
 

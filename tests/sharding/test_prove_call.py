@@ -22,9 +22,9 @@ MATMUL = ruled(TWO, planted.matmul, "m k, k n -> m n", linear=["x", "w"])
         ((random(1, 4).expand(3, 4), random(4, 5)), "x has equal slices along dim 0"),
         ((random(3, 1).expand(3, 4), random(4, 5)), "x has equal slices along dim 1"),
         ((random(4, 4) + random(4, 4).mT, random(4, 5)), "x is symmetric in dims 0 and 1"),
-        ((random(3, 4), 2.0), "w is a tensor argument, float was given"),
+        ((random(3, 4), 2.0), "w is a tensor argument, but float was given"),
         ((random(3, 4), [random(4, 5)]), "w is a list of tensors"),
-        ((random(3, 4), random(4, 5), 1), "takes 2 arguments, 3 were given"),
+        ((random(3, 4), random(4, 5), 1), "takes 2 arguments, but 3 were given"),
     ],
 )
 def test_inputs_that_tell_nothing(inputs, message):
@@ -53,7 +53,7 @@ def test_operators_that_cannot_be_proved():
         (without_fake, "give it a fake kernel with register_fake .There was no fake impl registered"),
         (mutating, "mutates an argument"),
         (listing, "returns .*; only tensors have placements"),
-        (noisy, "gives other results on the same inputs"),
+        (noisy, "gives different results for the same inputs"),
     ):
         with pytest.raises(ValueError, match=message):
             moesaic.prove(op, x)
@@ -111,7 +111,7 @@ def test_tensors_that_no_example_gives_are_noted():
 def test_lines_that_no_example_reaches_are_noted():
     op = ruled(TWO, planted.matmul, "m k, k n -> m n", "b m k, b k n -> b m n", linear=["x", "w"])
     options = {"axes": (2,), "meshes": [], "backward": False}
-    note = "no example reaches the line 'b m k, b k n -> b m n': nothing was tried of it"
+    note = "no example uses the line 'b m k, b k n -> b m n': it was not tried"
     assert moesaic.prove(op, x, w, **options).notes == [note]
     assert moesaic.prove(op, x, w, also=[(random(2, 3, 4), random(2, 4, 3))], **options).notes == []
 

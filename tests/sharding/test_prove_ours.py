@@ -85,7 +85,7 @@ def test_every_reason_is_needed(found, op):
 @pytest.mark.parametrize("name", FORWARD)
 def test_grouped_mm_moves_nothing(found, name):
     assert found[name]["hidden"] == []
-    assert all(note.startswith("no example reaches the line") for note in found[name]["notes"])
+    assert all(note.startswith("no example uses the line") for note in found[name]["notes"])
     assert {len(inputs[0].split()) for inputs, _, _ in found[name]["admitted"]} == {1, 2}
 
 

@@ -61,14 +61,14 @@ def test_gradients_of_a_half_type():
     op.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     report = moesaic.prove(op, x.bfloat16(), w.bfloat16(), axes=(2,), meshes=[])
     assert report.ok, f"{report}"
-    note = "the operator takes no float32: compared on small whole numbers, drawn in place of the given values"
+    note = "the operator does not take float32: compared on small whole numbers, drawn in place of the given values"
     assert report.notes == [note]
 
 
 def test_the_widest_dtype_that_is_taken():
     for function, dtype, note in (
         (planted.relu, torch.float64, ""),
-        (only(torch.float32, planted.relu), torch.float32, "the operator takes no float64: compared in float32"),
+        (only(torch.float32, planted.relu), torch.float32, "the operator does not take float64: compared in float32"),
     ):
         example, said = precise(Example(define(ONE, function)._opoverload, (x.bfloat16().to(dtype),)))
         assert (example.tensors[0].dtype, said, example.whole) == (dtype, note, False)
@@ -88,5 +88,5 @@ def test_whole_numbers_are_small_and_never_zero_nor_all_the_same():
 def test_values_that_the_operator_needs_are_kept():
     op = ruled(ONE, only(torch.bfloat16, torch.log), "m n -> m n", preserves={"max": ["x"], "min": ["x"]})
     report = moesaic.prove(op, x.abs().bfloat16(), axes=(2,), meshes=[], backward=False)
-    assert [n for n in report.notes if "gives nothing finite for whole numbers: compared with the tolerance" in n]
+    assert [n for n in report.notes if "its results for whole numbers are not finite: compared with the tolerance" in n]
     assert not [r for r in report.wrong if not isinstance(r.inputs[0][0], Partial)], f"{report}"

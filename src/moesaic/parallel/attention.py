@@ -1,7 +1,7 @@
 """How the attention of a transformers decoder is split by heads over the tp ranks.
 
-transformers' own tensor-parallel plan says it for most families; the table here for those where it leaves parameters
-out, or would have every rank compute all heads. What neither knows is refused by name.
+For most families transformers' own tensor-parallel plan is used. The table here is for families whose plan leaves
+parameters out, or would have every rank compute all heads. A parameter that neither knows is refused by name.
 
 ==============  ==============  =====================  ===================================================
 role            on the tp axis  its gradient           what it is
@@ -92,7 +92,7 @@ def parts_of(attention: nn.Module, plan: dict[str, str]) -> list[Part]:
         if role is None:
             raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not known to the plan")
         if not isinstance(what, _FORMS[role]):
-            raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is no linear layer")
+            raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not a linear layer")
         parts.append(Part(name, what, role))
     if not any(part.role == "row" for part in parts):
         raise ValueError(f"{type(attention).__name__} has no output projection that the plan knows")

@@ -2,7 +2,8 @@
 
 Between layers every rank holds its shard of the sequence. Attention gathers the sequence, computes this rank's heads
 (:mod:`moesaic.parallel.attention`), and reduce-scatters the result; everything else works on the shard with replicated
-weights, whose gradients are Partial: every rank's tokens. Sequences of any length: shards may be uneven or empty.
+weights, whose gradients are Partial, for every rank has other tokens. Sequences may have any length, and shards may be
+uneven or empty.
 """
 
 from typing import Any
@@ -61,13 +62,13 @@ def check_decoder(decoder: nn.Module, tp: int) -> None:
 def _check_works_on_tokens(where: str, module: nn.Module) -> None:
     if not _works_on_tokens(module):
         raise ValueError(
-            f"tp: {where} ({type(module).__name__}) is not known to the plan: it may need the whole sequence, of which "
-            "a rank has a shard; use tp=1"
+            f"tp: {where} ({type(module).__name__}) is not known to the plan. It may need the whole sequence, and "
+            "with tp > 1 a rank has only a part of it; use tp=1"
         )
 
 
 def _works_on_tokens(module: nn.Module) -> bool:
-    """One by one, so that it may be given any of them: norms, embeddings, experts, what is made of linear layers."""
+    """Whether it treats every token alone, as norms, embeddings, experts and linear layers do."""
     if isinstance(module, MoE | nn.Linear | nn.Embedding):
         return True
     vectors_only = all(p.ndim == 1 for p in module.parameters(recurse=False))

@@ -76,7 +76,7 @@ def _check_arguments(
     routers = given.get("output_router_logits")
     if model.config.get_text_config().to_dict().get("output_router_logits") if routers is None else routers:
         raise ValueError(
-            "output_router_logits: the blocks that give them are replaced; leave it False, and use swap_moe's "
+            "output_router_logits: the blocks that return them were replaced; leave it False, and use swap_moe's "
             "aux_loss_coef with moesaic.balance_losses()"
         )
     if tp > 1:
@@ -84,16 +84,16 @@ def _check_arguments(
             value = given.get(name)
             if value is not None and not (isinstance(value, int) and value == 0):
                 raise ValueError(
-                    f"{name}: with tp > 1 the logits are those of this rank's shard of the sequence; leave it out, and "
-                    "take what you need of the logits at meshes.sequence_slice(S)"
+                    f"{name}: with tp > 1 a rank has the logits of its own part of the sequence only, "
+                    "meshes.sequence_slice(S); leave it out, and take what you need from those"
                 )
     labels = given.get("labels")
     if labels is None:
         return
     if model.loss_type != "ForCausalLM":
         raise ValueError(
-            f"labels: the loss of {type(model).__name__} over all ranks is not known, only that of a causal language "
-            "model; leave them out, and divide your loss by what all ranks count"
+            f"labels: only the loss of a causal language model is known over all ranks, not that of "
+            f"{type(model).__name__}; leave labels out, and divide your own loss by the number of tokens of all ranks"
         )
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if tokens is not None and labels.shape != tokens.shape[:2]:

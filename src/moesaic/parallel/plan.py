@@ -123,7 +123,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
         )
     placed = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if placed is not None:
-        raise ValueError(f"model: parameter '{placed}' is a DTensor already; parallelize takes a model once")
+        raise ValueError(f"model: parameter '{placed}' is already a DTensor; call parallelize once for each model")
     if not meshes.is_distributed and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"meshes: built before the process group of {dist.get_world_size()} ranks; call build_meshes() after "
@@ -136,12 +136,12 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
         )
     if meshes.tp_size > 1 and not is_decoder and not isinstance(model, MoE):
         raise ValueError(
-            f"model: tp > 1 knows a moesaic.MoE or a transformers decoder, not {type(model).__name__}; use tp=1"
+            f"model: tp > 1 works for a moesaic.MoE or a transformers decoder, not for {type(model).__name__}; use tp=1"
         )
     if meshes.tp_size > 1 and is_decoder and not leaves_shards_alone(model):
         raise ValueError(
-            f"model: tp > 1 knows causal language models, and {type(model).__name__} may take the hidden states for "
-            "those of whole sequences; use tp=1"
+            f"model: tp > 1 works for causal language models. {type(model).__name__} may expect hidden states of whole "
+            "sequences, and a rank has only a part of each; use tp=1"
         )
     for name, moe in moes.items():
         check_experts(name or type(moe).__name__, moe, meshes.layout)

@@ -1,4 +1,7 @@
-"""Which admitted choice a call's placements are, axis by axis; and if none, an error that says what would be."""
+"""Find which admitted choice the placements of a call are, one mesh axis at a time.
+
+If there is none, the error says which placements would be admitted.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +62,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor that was given, and what its marks let it be."""
+    """A tensor of a call, and what the rule allows for it."""
 
     name: str
     numel: int
@@ -102,7 +105,7 @@ def admit(rule: Rule, line: Notation, call: Call) -> Decision | None:
 
 @cache
 def choices_for(rule: Rule, line: Notation, present: tuple[bool, ...]) -> list[AxisRule]:
-    """The rule's choices without the optional arguments that were not given, nor those choices that rest on them."""
+    """The rule's choices for a call that leaves out some arguments, without the choices that depend on those."""
     choices = []
     for choice in rule.placements(line):
         inputs = tuple(p for p, here in zip(choice.inputs, present, strict=True) if here)
@@ -113,7 +116,7 @@ def choices_for(rule: Rule, line: Notation, present: tuple[bool, ...]) -> list[A
 
 
 def nearest(rule: Rule, line: Notation, call: Call, *, only_movable: bool = False) -> tuple[AxisRule, ...] | None:
-    """The admitted choice that moves least; of several, the one that leaves most tensors as they are.
+    """The admitted choice that moves the fewest elements; among equals, the one that changes the fewest tensors.
 
     None if there is no way there, or ``only_movable`` and only by moving tensors that the rule does not let move.
     """

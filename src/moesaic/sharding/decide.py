@@ -1,4 +1,4 @@
-"""The registry of rules, and what a rule decides about a call: on global metadata alone, without DTensor itself."""
+"""The registry of rules, and what a rule decides about a call. It looks at global metadata alone, without DTensor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ def rule_of(op: Any) -> Rule:
     """
     overload = overload_of(op)
     if overload not in RULES:
-        raise KeyError(f"{overload} has no sharding rule of moesaic's; give it one: sharding_rule(...)({overload})")
+        raise KeyError(f"{overload} has no sharding rule; give it one: sharding_rule(...)({overload})")
     return RULES[overload]
 
 
@@ -89,7 +89,7 @@ def decide(
 def admits(
     op: torch._ops.OpOverload, args: Sequence[Any], placements: Sequence[Placements], axes: Mapping[str, int]
 ) -> Decision | None:
-    """What :func:`decide` decides, or None where it raises: without the words, which take longest."""
+    """As :func:`decide`, but None where that raises: making the text of the error takes longest."""
     try:
         _, line, call = _call(op, args, placements, axes, {})
     except ShardingError:

@@ -45,11 +45,11 @@ _DIFFERENTIABLE: set[Any] = set()
 
 @dataclass
 class _Plan:
-    """What a call comes to.
+    """What to do in calls with the same placements, shapes and flags.
 
     Attributes:
-        changes: tensor arguments that are brought to another place first, by their number among those given.
-        outputs: what the results are.
+        changes: tensors that are redistributed first, each by its number among those given, and where to.
+        outputs: specs of the results.
         here: whether this rank is on the mesh. One that is not has empty tensors and computes nothing, as in torch.
         differentiable: whether the gradient was looked at.
     """
@@ -130,7 +130,7 @@ def _call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None,
 ) -> Any:
-    """The operator on local tensors."""
+    """Run the operator on this rank's local tensors."""
     locals_ = list(map(local_of, tensors))
     for i, target in plan.changes:
         locals_[i] = _bring(locals_[i], spec_of(tensors[i]), target)
@@ -147,7 +147,7 @@ def _call(
 
 
 def _bring(local: Tensor, spec: DTensorSpec, target: DTensorSpec) -> Tensor:
-    """A rank's part of a tensor that is brought to other placements."""
+    """Redistribute a tensor, given as this rank's part of it."""
     pairs = list(zip(spec.placements, target.placements, strict=True))
     counted_once = [axis for axis, (a, w) in enumerate(pairs) if a.is_replicate() and isinstance(w, Partial)]
     if counted_once:
@@ -169,7 +169,7 @@ def _nothing(plan: _Plan, device: torch.device) -> Any:
 
 
 def _replicate_scalars(op: torch._ops.OpOverload, slots: Sequence[int | str], tensors: Sequence[Any]) -> list[Any]:
-    """DTensors of all tensors: a plain one counts as replicated if it is a scalar or the user allowed it."""
+    """Make DTensors of all tensors. A plain one counts as replicated if it is a scalar, or if the user allowed it."""
     mesh = next(t for t in tensors if isinstance(t, DTensor)).device_mesh
     replicated = []
     for slot, t in zip(slots, tensors, strict=True):

@@ -1,4 +1,4 @@
-"""Which operators the gradient of an operator calls: on DTensors each of them needs a rule of its own."""
+"""Which operators the gradient of an operator calls. On DTensors each of them needs a rule of its own."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

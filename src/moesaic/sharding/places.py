@@ -47,6 +47,6 @@ def on(operator: Any, **axes: str) -> dict[str, Placements]:
 def _line_with(rule: Rule, factors: tuple[str, ...]) -> Notation:
     line = next((line for line in rule.lines if {*factors} <= {*line.shardable}), None)
     if line is None:
-        lines = "\n".join(f"  {line}  cuts {', '.join(line.shardable) or 'nothing'}" for line in rule.lines)
-        raise ValueError(f"no line of the rule cuts {' and '.join(factors)}:\n{lines}")
+        lines = "\n".join(f"  {line}  (cuts {', '.join(line.shardable) or 'nothing'})" for line in rule.lines)
+        raise ValueError(f"no line of the rule lets {' and '.join(factors)} be cut:\n{lines}")
     return line

@@ -1,4 +1,4 @@
-"""``prove``: is a sharding rule right, and is it all there is? Tried on simulated ranks, in one process."""
+"""``prove``: is a sharding rule right, and is it complete? Tried on simulated ranks, in one process."""
 
 import contextlib
 import random
@@ -91,12 +91,12 @@ def prove(
     check_op(op)
     if backward and dist.is_initialized():
         raise ValueError(
-            "prove() compares gradients on simulated ranks, and a process group is initialised already: prove before "
-            "init_process_group, in a process of its own, or with backward=False"
+            "prove() compares gradients on simulated ranks, and there is a process group already. Call it before "
+            "init_process_group, in another process, or with backward=False"
         )
     meshes = [*((n,) for n in axes), *map(tuple, meshes)]
     if not axes or any(n < 2 for mesh in meshes for n in mesh):
-        raise ValueError(f"axes, meshes: each needs an axis, and each axis two ranks at least; got {meshes}")
+        raise ValueError(f"axes, meshes: give at least one axis, and each at least two ranks; got {meshes}")
     if most := [mesh for mesh in meshes if len(mesh) > len(_AXES)]:
         raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
@@ -111,7 +111,7 @@ def prove(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than small tensors take."""
+    """Use one thread: on small tensors several would spend more time waiting than computing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,7 +122,7 @@ def _one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Memory that an operator does not write is NaN: what was right there before would pass for its result."""
+    """Fill new memory with NaN: values from before could pass for results that the operator did not write."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -142,7 +142,7 @@ def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
         raise ValueError(f"{op._name} refuses the inputs: {error}") from error
     check_fake(given)
     if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
-        raise ValueError(f"{op._name} gives other results on the same inputs: nothing can be proved of it")
+        raise ValueError(f"{op._name} gives different results for the same inputs, so nothing can be proved about it")
     example, note = precise(given)
     if note:
         report.note(note)
@@ -150,7 +150,7 @@ def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
 
 
 def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
-    """Tensor arguments that are not given, and lines of the rule that speak for none of the examples."""
+    """Note tensor arguments that no example gives, and lines of the rule that no example uses."""
     op = examples[0].op
     given = {position for example in examples for position in example.positions}
     for i, argument in enumerate(op._schema.arguments):
@@ -159,7 +159,7 @@ def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> No
     reached = {example.line.text for example in examples if example.line}
     for line in RULES[op].lines if op in RULES else ():
         if line.text not in reached:
-            report.note(f"no example reaches the line '{line}': nothing was tried of it")
+            report.note(f"no example uses the line '{line}': it was not tried")
 
 
 def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
@@ -211,7 +211,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
 
 
 def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> None:
-    """Those of what is admitted and right, each in the first case in which it is; of many pairs, a sample."""
+    """Check the gradients of all that is admitted and right, each in its first case; of many, a sample."""
     admitted, most = search.first_admitted(mesh), _MOST_COMBINATIONS // 2
     if len(mesh) > 1 and len(admitted) > most:
         admitted = random.Random(0).sample(admitted, most)
@@ -234,7 +234,7 @@ def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> N
 
 
 def _may_move(trial: Trial) -> bool:
-    """Whether gradients may be redistributed: by torch as it likes, by a rule if it says so."""
+    """Whether gradients may be redistributed. torch always may; a rule has to say so."""
     op = trial.example.op
     of_gradient = operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
     return op not in RULES or any(o in RULES and RULES[o].redistribute for o in of_gradient)

@@ -28,8 +28,8 @@ def sharding_rule(
     At its first call on DTensors that need a gradient, and for every new combination of flags, the operator's gradient
     is traced without values; a custom operator in it that has no rule is an error there and then.
 
-    A call whose placements the rule does not admit raises, naming the nearest admitted ones and the line of code that
-    gets there; nothing is gathered silently.
+    A call whose placements the rule does not admit raises. The error names the nearest admitted placements and the line
+    of code that gets there. Nothing is gathered silently.
 
     Args:
         lines: the rule; of several, the first whose patterns fit the shapes of a call speaks for it.
@@ -73,7 +73,7 @@ def sharding_rule(
 def _check_schema(op: torch._ops.OpOverload) -> None:
     """Refuse what would go wrong at run time."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
-        raise ValueError(f"{op} is made of other operators, and only those come to DTensor: give them the rules")
+        raise ValueError(f"{op} is made of other operators. DTensor sees only those, so give them the rules")
     if op._schema.is_mutable:
         raise ValueError(
             f"{op} mutates an argument; DTensor may mutate a redistributed copy instead: return a new tensor"

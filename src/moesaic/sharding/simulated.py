@@ -42,7 +42,7 @@ def simulated_ranks(*shape: int, names: Sequence[str] = "abc") -> Iterator[Ranks
         ValueError: there is a process group already, which the simulation would have to replace.
     """
     if dist.is_initialized():
-        raise ValueError("ranks cannot be simulated where a process group is initialised: do it in a process without")
+        raise ValueError("ranks cannot be simulated once there is a process group; do it in a process without one")
     dist.init_process_group("fake", rank=0, world_size=prod(shape))
     try:
         with LocalTensorMode(prod(shape)) as mode:
@@ -57,7 +57,7 @@ def whole(t: DTensor, atol: float = 0.0) -> Tensor:
     ``full_tensor()`` gives the same, as a test shows, but takes ten times as long to simulate.
     """
     value = join(parts_of(t), t.placements, tuple(t.device_mesh.shape), atol)
-    assert value is not None, f"replicas differ, or parts are no {t.placements}"
+    assert value is not None, f"replicas differ, or the parts are not {t.placements}"
     assert value.shape == t.shape, f"parts make up {list(value.shape)}, the DTensor says {list(t.shape)}"
     return value
 

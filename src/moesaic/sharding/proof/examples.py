@@ -65,7 +65,7 @@ class Example:
 def check_op(op: Op) -> None:
     """Refuse an operator that no DTensor rule can be about."""
     if op._schema.is_mutable:
-        raise ValueError(f"{op._name} mutates an argument, which the ranks would do to copies: nothing to prove")
+        raise ValueError(f"{op._name} mutates an argument. On ranks it would change copies, so prove() refuses it")
     for result in op._schema.returns:
         if not isinstance(result.type, torch.TensorType):
             raise ValueError(f"{op._name} returns {result.type}; only tensors have placements")
@@ -85,17 +85,19 @@ def check_inputs(op: Op, args: Sequence[Any]) -> None:
     """
     arguments = op._schema.arguments
     if len(args) > len(arguments):
-        raise ValueError(f"{op._name} takes {len(arguments)} arguments, {len(args)} were given")
+        raise ValueError(f"{op._name} takes {len(arguments)} arguments, but {len(args)} were given")
     for argument, value in zip(arguments, args, strict=False):
         name = f"{op._name}: {argument.name}"
         if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
-            raise ValueError(f"{name} is a list of tensors, which have no placements of their own")
+            raise ValueError(f"{name} is a list of tensors; DTensor has no placements for the tensors of a list")
         if is_tensor(argument.type) and not isinstance(value, Tensor | None):
-            raise ValueError(f"{name} is a tensor argument, {type(value).__name__} was given")
+            raise ValueError(f"{name} is a tensor argument, but {type(value).__name__} was given")
         if isinstance(value, DTensor):
             raise ValueError(f"{name} is a DTensor; give plain tensors: prove() shards them itself")
         if isinstance(value, Tensor) and value.is_floating_point() and (problem := _degenerate(value)):
-            raise ValueError(f"{name} {problem}: a wrong rule might pass. Give random values, as of torch.randn")
+            raise ValueError(
+                f"{name} {problem}: a wrong rule might pass. Give random values, such as torch.randn makes"
+            )
 
 
 def check_numbers(example: Example) -> None:
@@ -140,8 +142,8 @@ def check_fake(example: Example) -> None:
         example.run([t.to("meta") for t in example.tensors])
     except Exception as error:
         raise ValueError(
-            f"{example.op._name} gives no results on meta tensors, of which DTensor learns their shapes: give it a "
-            f"fake kernel with register_fake ({first_line(error)})"
+            f"{example.op._name} does not work on meta tensors, from which DTensor learns the shapes of results. "
+            f"Give it a fake kernel with register_fake ({first_line(error)})"
         ) from error
 
 

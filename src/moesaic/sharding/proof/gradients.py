@@ -48,7 +48,7 @@ def one_process(trial: Trial) -> OneProcess | str:
             results = trial.example.run(leaves)
             which = [i for i, r in enumerate(results) if r.requires_grad]
             if not which:
-                return "its results need no gradient"
+                return "its results do not require a gradient"
             grads_in = [_random(results[i], generator, whole=trial.example.whole) for i in which]
             grads = torch.autograd.grad([results[i] for i in which], _floating(leaves), grads_in, allow_unused=True)
     except (RuntimeError, NotImplementedError, UserWarning) as error:
@@ -116,7 +116,7 @@ def _step(name: str, moved: dict[str, None]) -> Iterator[None]:
 
 def _compare(name: str, trial: Trial, ours: object, expected: Tensor, placements: Placements | None = None) -> None:
     if not isinstance(ours, DTensor):
-        raise _Wrong(f"{name} is {type(ours).__name__}, no DTensor")
+        raise _Wrong(f"{name} is {type(ours).__name__}, not a DTensor")
     if placements is not None and ours.placements != placements:
         raise _Wrong(f"{name} is {show(ours.placements)}, the rule says {show(placements)}")
     parts = parts_of(ours)

@@ -16,21 +16,24 @@ def precise(given: Example) -> tuple[Example, str]:
 
     Of half types only whole numbers are exact: what is off by a small term would pass for rounding.
     """
-    example, note = given, "the operator takes no float32"
+    example, note = given, "the operator does not take float32"
     for dtype in (torch.float64, torch.float32):
         wide = [_at_least(t, dtype) for t in given.tensors]
         if _takes(given, wide):
             example = replace(given, args=given.arguments(wide))
-            note = "" if dtype == torch.float64 else "the operator takes no float64: compared in float32"
+            note = "" if dtype == torch.float64 else "the operator does not take float64: compared in float32"
             break
     if not any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*example.tensors, *example.run())):
         return example, note
-    note = note or "the operator rounds its results to few digits"
+    note = note or "the operator rounds its results coarsely"
     numbers = [_whole_numbers(t, seed) if t.is_floating_point() else t for seed, t in enumerate(example.tensors)]
     drawn = replace(example, args=example.arguments(numbers), whole=True)
     if _is_finite(drawn):
         return drawn, f"{note}: compared on small whole numbers, drawn in place of the given values"
-    return example, f"{note}, and gives nothing finite for whole numbers: compared with the tolerance of its own dtype"
+    return (
+        example,
+        f"{note}, and its results for whole numbers are not finite: compared with the tolerance of its dtype",
+    )
 
 
 def _at_least(t: Tensor, dtype: torch.dtype) -> Tensor:

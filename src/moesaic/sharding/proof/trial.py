@@ -131,7 +131,7 @@ class Trial:
         for pattern, shape in zip(line.inputs, shapes, strict=True) if line and line.text else ():
             for dim, size in zip(pattern.dims, shape, strict=True):
                 if len(dim.factors) == 1 and sizes.setdefault(str(dim), size) != size:
-                    return ValueError(f"shards do not go together: {dim} is {sizes[str(dim)]} and {size}")
+                    return ValueError(f"shards do not fit together: {dim} is both {sizes[str(dim)]} and {size}")
         return None
 
     def _is(self, i: int, parts: Sequence[Tensor], placements: Placements) -> bool:
@@ -143,9 +143,9 @@ class Trial:
         said, expected = show(placements), self.expected[i]
         value = join(parts, placements, self.mesh, self.atol(expected, parts))
         if value is None:
-            problem = f"ranks have {', '.join(str(list(p.shape)) for p in parts)}, which are no {said}"
+            problem = f"ranks have {', '.join(str(list(p.shape)) for p in parts)}, which is not {said}"
             if all(p.shape == parts[0].shape for p in parts):
-                problem = f"ranks differ, which are no {said}"
+                problem = f"ranks differ, which is not {said}"
         elif value.shape != expected.shape:
             problem = f"{said} of shape {list(value.shape)}, expected {list(expected.shape)}"
         else:
