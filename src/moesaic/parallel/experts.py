@@ -17,7 +17,7 @@ from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, to_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import PLACES, WEIGHTS
+from moesaic.parallel.placements import PLACES, TERMS, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -54,9 +54,8 @@ def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None
     def to_local(experts: GroupedExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for name, weight in experts.named_parameters():
             local = from_dtensor(weight, WEIGHTS[name], grad_placements=WEIGHTS[name])
-            is_term = PLACES[name] != WEIGHTS[name]
             # An entry of the instance's own dict is found before a parameter is.
-            experts.__dict__[name] = counted_once(local, mesh["etp"]) if is_term else local
+            experts.__dict__[name] = counted_once(local, mesh["etp"]) if name in TERMS else local
         return tuple(
             from_dtensor(t, PLACES[name], grad_placements=PLACES.get(f"grad_{name}", PLACES[name]))
             for name, t in zip(("x", "ids", "weights"), args, strict=True)

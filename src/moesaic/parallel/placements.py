@@ -8,10 +8,13 @@ the reduce-scatters of the dispatcher.
 import torch
 
 from moesaic.sharding import on
+from moesaic.sharding.decide import rule_of
 
 _ops = torch.ops.moesaic
 
 # By the names in the operators' schemas: x, ids, weights, w1, ..., the result z, its gradient grad, and grad_x, ...
 PLACES = on(_ops.experts_mlp, ep="b", etp="f") | on(_ops.experts_mlp_backward, ep="b", etp="f")
-# A weight lies as its gradient does. The operators count the bias b2, which every rank of etp has, once.
+# A weight lies as its gradient does.
 WEIGHTS = {name: PLACES[f"grad_{name}"] for name in ("w1", "w3", "w2", "b1", "b3", "b2")}
+# Every rank of etp has the bias b2, and it counts once.
+TERMS = rule_of(_ops.experts_mlp).terms()

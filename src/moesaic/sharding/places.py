@@ -38,9 +38,8 @@ def on(operator: Any, **axes: str) -> dict[str, Placements]:
     line = _line_with(rule, tuple(axes.values()))
     choices = [rule.sharded(line, factor) for factor in axes.values()]
     places = {name: tuple(c.inputs[i] for c in choices) for i, name in enumerate(rule.tensors)}
-    for name, pattern in zip(rule.tensors, line.inputs, strict=True):
-        if pattern.additive:
-            places[name] = tuple(Replicate() if p.is_partial() else p for p in places[name])
+    for name in rule.terms(line):
+        places[name] = tuple(Replicate() if p.is_partial() else p for p in places[name])
     return places | {name: tuple(c.outputs[i] for c in choices) for i, name in enumerate(rule.results)}
 
 

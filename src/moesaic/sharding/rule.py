@@ -93,6 +93,11 @@ class Rule:
         inputs = tuple(_place(p, factor, term if _is_added_to(p, factor) else Replicate()) for p in line.inputs)
         return AxisRule(factor, inputs, outputs, factor)
 
+    def terms(self, line: Notation | None = None) -> tuple[str, ...]:
+        """Arguments that are added to results and count once, under ``line`` (default: the first)."""
+        inputs = (line or self.lines[0]).inputs
+        return tuple(name for name, pattern in zip(self.tensors, inputs, strict=True) if pattern.additive)
+
     def _pass_through(self, line: Notation) -> list[tuple[tuple[str, ...], str, str]]:
         """Which arguments pass which reduction through to the outputs."""
         # A term that is added to some sums alone is named in `linear` where it belongs.
