@@ -50,7 +50,7 @@ def test_operators_that_cannot_be_proved():
     moesaic.sharding_rule("m n -> m n")(without_fake)
     for op, message in (
         (by_keyword, "the tensor w is keyword-only, and prove.. takes positional arguments only"),
-        (without_fake, "give it a fake kernel with register_fake .There was no fake impl registered"),
+        (without_fake, "Give it a fake kernel with register_fake .There was no fake impl registered"),
         (mutating, "mutates an argument"),
         (listing, "returns .*; only tensors have placements"),
         (noisy, "gives different results for the same inputs"),
