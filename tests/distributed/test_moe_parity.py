@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     experts: int
     hidden: int
     biases: bool = True
+    gated: bool = True
 
 
 EVEN = Sizes(experts=8, hidden=12)
@@ -65,6 +66,8 @@ def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
         top_k=1 if only_one else 3,
         # The weight of a token's only expert would be 1, and the router's gradient nothing but rounding errors.
         normalize_top_k=not only_one,
+        activation="silu" if sizes.gated else "relu2",
+        gated=sizes.gated,
         score="sigmoid",
         aux_loss_coef=0.1,
         z_loss_coef=0.01,

@@ -33,6 +33,10 @@ def test_layout(same_ranks, world_size, layout):
     same_ranks(check_layout, world_size, layout, references(3, sizes))
 
 
+def test_layout_without_gate(same_ranks):
+    same_ranks(check_layout, 4, {"tp": 2, "ep": 2, "etp": 2}, references(3, FIVE._replace(gated=False)))
+
+
 def make(layout: dict[str, int], seed: int, num_experts: int) -> tuple[moesaic.MoE, moesaic.MoE, AdamW]:
     """A layer, the same one in parallel, and its optimizer."""
     torch.manual_seed(seed)
