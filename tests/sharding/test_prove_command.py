@@ -116,7 +116,7 @@ def test_exit_status_and_report(module, capsys, arguments, status, said):
         ("{0}:right --inputs {0}:no_tuple", "it has to return a tuple of inputs, or a list of such tuples"),
         ("{0}:right --inputs {0}:constant_inputs", "x is constant: a wrong rule might pass"),
         ("{0}:without --inputs {0}:row_inputs", "without refuses the inputs: size mismatch"),
-        ("{0}:right --axes 1", "each axis two ranks at least"),
+        ("{0}:right --axes 1", "at least two ranks on each"),
         ("{0}:right --meshes 2,3", "--meshes 2,3: expected sizes of the axes, such as 2x3"),
         ("{0}:right --inputs nothing", "'nothing': expected module:function, such as mylib.ops:name"),
     ],

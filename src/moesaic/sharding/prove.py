@@ -96,7 +96,7 @@ def prove(
         )
     meshes = [*((n,) for n in axes), *map(tuple, meshes)]
     if not axes or any(n < 2 for mesh in meshes for n in mesh):
-        raise ValueError(f"axes, meshes: give at least one axis, and each at least two ranks; got {meshes}")
+        raise ValueError(f"axes, meshes: give at least one axis, and at least two ranks on each; got {meshes}")
     if most := [mesh for mesh in meshes if len(mesh) > len(_AXES)]:
         raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
