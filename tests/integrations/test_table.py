@@ -17,11 +17,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
 WHY_NOT = {
     ("Llama-4", 1): "its experts do not go through transformers' interface",
     ("Phi-MoE", 2): "its router, SparseMixer, is random in training",
-    ("Nemotron-H", 2): "un-gated experts",
     ("Qwen3-Next", 3): "its linear attention needs tp 1",
     ("MiniMax", 3): "its lightning attention needs tp 1",
     ("Phi-MoE", 3): "no depth 2",
-    ("Nemotron-H", 3): "no depth 2",
+    ("Nemotron-H", 3): "its Mamba layers need tp 1",
 }
 
 

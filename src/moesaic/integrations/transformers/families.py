@@ -15,10 +15,12 @@ from moesaic.integrations.transformers.links import (
     EXPERTS,
     INTERLEAVED_EXPERTS,
     TRANSPOSED_EXPERTS,
+    UNGATED_EXPERTS,
     Link,
     row,
     same,
     shared,
+    ungated_shared,
 )
 
 
@@ -88,7 +90,7 @@ def _deepseek_v2(block: Any) -> dict[str, Any]:
     raise ValueError(f"topk_method: {gate.topk_method!r} is neither 'greedy' nor 'group_limited_greedy'")
 
 
-def _deepseek_v3(block: Any) -> dict[str, Any]:
+def _deepseek_v3_router(block: Any) -> dict[str, Any]:
     gate = block.gate
     return {
         "top_k": gate.top_k,
@@ -98,8 +100,17 @@ def _deepseek_v3(block: Any) -> dict[str, Any]:
         "route_scale": gate.routed_scaling_factor,
         "num_groups": gate.num_group,
         "top_groups": gate.topk_group,
-        "shared_hidden_dim": block.shared_experts.gate_proj.out_features,
     }
+
+
+def _deepseek_v3(block: Any) -> dict[str, Any]:
+    return _deepseek_v3_router(block) | {"shared_hidden_dim": block.shared_experts.gate_proj.out_features}
+
+
+def _nemotron_h(block: Any) -> dict[str, Any]:
+    # Blocks with a latent projection around the experts have tensors that no link takes.
+    dense = block.shared_experts
+    return _deepseek_v3_router(block) | {"gated": False, "shared_hidden_dim": dense.up_proj.out_features}
 
 
 def _minimax_m2(block: Any) -> dict[str, Any]:
@@ -147,7 +158,8 @@ _ROUTER = same("router.weight", "router.weight")
 _PLAIN = (*EXPERTS, _GATE)
 _GATED_SHARED = (*_PLAIN, *shared("shared_expert"), same("shared_expert_gate.weight", "shared.gate.weight"))
 _DEEPSEEK_V2 = (*_PLAIN, *shared("shared_experts"))
-_DEEPSEEK_V3 = (*_DEEPSEEK_V2, same("gate.e_score_correction_bias", "router.bias"))
+_SCORE_BIAS = same("gate.e_score_correction_bias", "router.bias")
+_DEEPSEEK_V3 = (*_DEEPSEEK_V2, _SCORE_BIAS)
 
 FAMILIES: dict[str, Family] = {
     "aria.modeling_aria:AriaTextMoELayer": Family(
@@ -171,6 +183,9 @@ FAMILIES: dict[str, Family] = {
         (*_PLAIN, same("e_score_correction_bias", "router.bias")), _without_jitter(_minimax_m2)
     ),
     "mixtral.modeling_mixtral:MixtralSparseMoeBlock": Family(_PLAIN, _without_jitter(_softmax)),
+    "nemotron_h.modeling_nemotron_h:NemotronHMoE": Family(
+        (*UNGATED_EXPERTS, _GATE, _SCORE_BIAS, *ungated_shared("shared_experts")), _nemotron_h
+    ),
     "olmoe.modeling_olmoe:OlmoeSparseMoeBlock": Family(_PLAIN, _softmax),
     "qwen2_moe.modeling_qwen2_moe:Qwen2MoeSparseMoeBlock": Family(_GATED_SHARED, _softmax_and_gated_shared),
     "qwen3_moe.modeling_qwen3_moe:Qwen3MoeSparseMoeBlock": Family(_PLAIN, _softmax),

@@ -45,6 +45,9 @@ GATE_UP = Link(
 DOWN = Link("experts.down_proj", ("experts.w2",), lambda t: (t.mT,), lambda w2: w2.mT)
 EXPERTS = (GATE_UP, DOWN)
 
+# Without gate: [E, F, D] and [E, D, F].
+UNGATED_EXPERTS = (Link("experts.up_proj", ("experts.w1",), lambda t: (t.mT,), lambda w1: w1.mT), DOWN)
+
 # [E, D, 2F] and [E, F, D], as they are multiplied.
 TRANSPOSED_GATE_UP = Link(
     "experts.gate_up_proj",
@@ -79,6 +82,14 @@ def shared(name: str) -> tuple[Link, ...]:
     """The dense expert that every token goes through."""
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     return tuple(same(f"{name}.{theirs}.weight", f"shared.{ours}.weight") for theirs, ours in names.items())
+
+
+def ungated_shared(name: str) -> tuple[Link, ...]:
+    """The same without gate."""
+    return (
+        same(f"{name}.up_proj.weight", "shared.w1.weight"),
+        same(f"{name}.down_proj.weight", "shared.w2.weight"),
+    )
 
 
 def row(theirs: str, ours: str) -> Link:

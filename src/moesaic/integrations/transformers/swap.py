@@ -147,8 +147,8 @@ def _config(
     activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
         raise ValueError(f"hidden_act: {type(block.experts.act_fn).__name__} is no activation of moesaic.MoE")
-    gate_up = next(link for link in family.links if link.theirs == "experts.gate_up_proj")
-    E, D, F = gate_up.split(block.experts.gate_up_proj)[0].shape
+    first = next(link for link in family.links if "experts.w1" in link.ours)
+    E, D, F = first.split(block.get_parameter(first.theirs))[0].shape
     if bias_update_speed and not fields.get("score_bias"):
         raise ValueError(f"bias_update_speed: {bias_update_speed}, but its router has no bias; leave it at 0")
     return MoEConfig(
