@@ -130,7 +130,7 @@ def test_errors(tmp_path, capsys):
     make_model("Mixtral").save_pretrained(tmp_path / "hf")
     assert "--to hf: " in run(capsys, "convert", tmp_path / "hf", tmp_path / "x", "--to", "hf", status=2)
     assert "is also the source" in run(capsys, "convert", tmp_path / "hf", tmp_path / "hf", status=2)
-    assert "does not tell" in run_with_spoiled_config(tmp_path, capsys)
+    assert "does not describe a model" in run_with_spoiled_config(tmp_path, capsys)
     (tmp_path / "dcp/config.json").unlink()
     file = next((tmp_path / "dcp/checkpoints/step-00000000").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])

@@ -15,7 +15,7 @@ from moesaic.ops.experts_mlp.activation import GATED_ONLY
 from moesaic.ops.experts_mlp.impl import cpu
 from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.implementations import module_for
-from moesaic.ops.experts_mlp.problem import Problem
+from moesaic.ops.experts_mlp.problem import Problem, Projection
 from moesaic.ops.processor import Processor
 from tests.ops.cpu_isa import each_isa, needs_kernels, same_for_all_examples, use
 from tests.ops.experts_oracle import any_experts, cast, check, experts, run
@@ -166,7 +166,7 @@ def test_the_default_depends_on_the_rows_of_an_expert(monkeypatch):
 
     def fastest(dtype, tokens=2):
         p = experts(tokens, 1, 1, 3, 4, dtype)
-        problem = Problem(p.x, p.ids, p.weights, p.w1, p.w3, p.w2, None, None, "silu")
+        problem = Problem(p.x, p.ids, p.weights, (Projection(p.w1), Projection(p.w3)), Projection(p.w2), "silu")
         return module_for("experts_mlp", None, problem)
 
     assert fastest(torch.float32, 17) is fastest(torch.bfloat16, 16) is cpu

@@ -9,7 +9,7 @@ import torch
 from moesaic.layers import GroupedExperts
 
 GUIDE = Path(__file__).parents[2] / "docs" / "design.md"
-CONNECT = re.search(r"```python\n(experts\.main_grads = .*?)```", GUIDE.read_text(), re.DOTALL)
+CONNECT = re.search(r"```python fragment\n(experts\.main_grads = .*?)```", GUIDE.read_text(), re.DOTALL)
 
 
 def hold_gradients(weight: torch.nn.Parameter, ready: list[torch.nn.Parameter], overlaps: bool) -> None:

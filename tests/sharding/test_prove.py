@@ -65,7 +65,7 @@ WRONG = {
     "a sum said not to depend on what it sums": Planted(
         ruled(ONE, planted.total, "m k -> same k: m"),
         (x,),
-        {((S1,), (R,)): "ranks differ, which are no R (right is P)"},
+        {((S1,), (R,)): "ranks differ, which is not R (right is P)"},
     ),
     "a term inside of the sum said to be added to it": Planted(
         ruled(TWO, planted.total_with_term, "m k, +k: m -> m"),

@@ -102,7 +102,7 @@ class MoE(nn.Module):
         z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
         y_TD = self.dispatcher.combine(z, dispatched)
         if self.config.weigh_inputs:
-            y_TD = y_TD.view(len(x_TD), self.config.top_k, -1).sum(1)
+            y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
