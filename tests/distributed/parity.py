@@ -4,11 +4,13 @@ import functools
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from moesaic import build_meshes
 from moesaic.parallel import Meshes
+from moesaic.parallel.mesh import View, resolve_layout
 
 # Design: every gradient equals the one-process fp32 gradient within this, relative in norm.
 TOLERANCE = 1e-5
@@ -57,13 +59,16 @@ def legal_layouts(world_size: int) -> list[dict[str, int]]:
 
 
 def meshes_of(layout: Mapping[str, int]) -> Meshes:
-    """The meshes of a layout on CPU, made once: new ones would need process groups of their own every time."""
-    return _meshes(tuple(sorted(layout.items())))
+    """The meshes of a layout on CPU. Layouts share each mesh that they have in common: its groups are made once."""
+    sizes = resolve_layout(dist.get_world_size(), **layout)
+    views: tuple[View, ...] = ("dense", "expert")
+    return Meshes(sizes, {view: _mesh(tuple(sizes.of_view(view).items())) for view in views})
 
 
 @functools.cache
-def _meshes(sizes: tuple[tuple[str, int], ...]) -> Meshes:
-    return build_meshes(**dict(sizes), device_type="cpu")
+def _mesh(sizes: tuple[tuple[str, int], ...]) -> DeviceMesh:
+    names, shape = zip(*sizes, strict=True)
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 class LocalAdamW:
