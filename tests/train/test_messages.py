@@ -172,7 +172,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("rows.JSONL", LINES.encode("utf-8-sig")),
         ("rows.ndjson", LINES.replace("\n", "\r\n\r\n").encode()),
         ("rows.jsonl", LINES.encode("utf-16")),
-        ("rows.jsonl.gz", gzip.compress(LINES.encode())),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("rows.json", LINES.encode()),
         ("rows.json", json.dumps(ROWS, indent=2).encode()),
         ("rows.json.bz2", bz2.compress(json.dumps(ROWS).encode())),
