@@ -39,8 +39,11 @@ train: export OMP_NUM_THREADS ?= $(THREADS)
 train: $(STAMP) ## train on NPROC=4 processes; options: LAYOUT='--tp 2 --ep 2 --etp 2' ARGS='--help'
 	@$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m moesaic train $(LAYOUT) $(ARGS)
 
+# Each worker runs whole files, with one thread: many tests start processes of their own.
+WORKERS := $(shell [ $(CORES) -gt 4 ] && echo 4 || echo $(CORES))
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.
 test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose
