@@ -75,9 +75,8 @@ class CountSent(TorchDispatchMode):
                 sent, splits = args[1], args[4]
             case "all_to_all_single":
                 sent, splits = args[0], args[2]
-            case "allgather_":
-                ((sent,),) = args[1:2]
-                self.records += others * sent.nbytes
+            case "all_gather_into_tensor":
+                self.records += others * args[0].nbytes
                 return
             case _:
                 raise NotImplementedError(f"bytes of the collective '{name}'")

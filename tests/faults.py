@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "the loss is a mean over one rank's labels",
         "parallel/loss.py",
-        "dist.all_reduce(num_items_in_batch, group=group)",
-        "pass",
+        "sum_over_ranks((mine != ignore_index).sum(), group)",
+        "(mine != ignore_index).sum()",
         ("tests/distributed/test_loss.py::test_every_layout_gives_the_global_mean",),
     ),
     Fault(
@@ -112,10 +112,10 @@ FAULTS = (
     ),
     Fault(
         "load is counted again in a recomputed forward",
-        "layers/balance.py",
-        "    return torch.zeros_like(counts) if is_recomputing() else counts\n",
-        "    return counts\n",
-        ("tests/layers/test_balance.py",),
+        "layers/recompute.py",
+        "    if not is_recomputing():\n        total += counts\n",
+        "    total += counts\n",
+        ("tests/layers/test_recompute.py",),
     ),
     Fault(
         "the bias of the router's logits is dropped",

@@ -39,6 +39,6 @@ def named(mode: CommDebugMode) -> dict[str, int]:
 )
 def test_only_the_dispatcher_communicates(same_ranks, layout, axes, way):
     for forward, backward in same_ranks(count, 4, way, layout):
-        assert forward == {"allgather_": 1, "alltoall_base_": FORWARD_PER_AXIS * axes}
+        assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": FORWARD_PER_AXIS * axes}
         # The gate's weight is replicated over tp and its gradient summed there.
-        assert backward == {"alltoall_base_": BACKWARD_PER_AXIS * axes, "all_reduce": 1}
+        assert backward == {"all_to_all_single": BACKWARD_PER_AXIS * axes, "all_reduce": 1}

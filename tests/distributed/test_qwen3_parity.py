@@ -11,6 +11,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
+from tests import policies
 from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 
 VOCAB, BATCH, LENGTH, STEPS = 61, 8, 7, 3
@@ -95,13 +96,13 @@ def check_model(
     layout: dict[str, int],
     reference: tuple[list[Step], dict[str, Tensor]],
     tied: bool,
-    recompute: bool,
+    recompute: str | None,
     way: str,
 ) -> None:
     meshes = meshes_of(layout)
     model = moesaic.parallelize(make_model(tied=tied), meshes, compute=way).train()
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(policies.options(recompute))
     on_dtensors = functools.partial(torch.optim.AdamW, model.parameters(), foreach=False)
     optimizer = on_dtensors(lr=LR) if layout == ON_DTENSORS else LocalAdamW(model, lr=LR)
     rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
@@ -127,11 +128,18 @@ def name_of(value: object) -> str | None:
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_layout(same_ranks, world_size, layout):
-    same_ranks(check_model, world_size, layout, run_reference(False), tied=False, recompute=False, way="dtensor")
+    same_ranks(check_model, world_size, layout, run_reference(False), tied=False, recompute=None, way="dtensor")
 
 
 @pytest.mark.parametrize(
-    ("tied", "recompute", "way"), [(True, False, "dtensor"), (False, True, "dtensor"), (False, True, "local")]
+    ("tied", "recompute", "way"),
+    [
+        (True, None, "dtensor"),
+        (False, "plain", "dtensor"),
+        (False, "reentrant", "local"),
+        (False, "torchtitan", "dtensor"),
+        (False, "some", "local"),
+    ],
 )
 def test_tied_embeddings_and_recomputation(same_ranks, tied, recompute, way):
     same_ranks(check_model, 4, ON_DTENSORS, run_reference(tied), tied=tied, recompute=recompute, way=way)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import moesaic
 from moesaic.layers import expert_load
@@ -144,35 +143,6 @@ def test_half_precision_weights():
     exact = naive.moe(naive.in_fp64(layer), x.double())
     assert y.dtype == torch.bfloat16
     assert (y.double() - exact).norm() / exact.norm() < 2e-2
-
-
-# Recomputing.
-
-
-@pytest.mark.parametrize("whole_model", [True, False], ids=["around more than the layer", "around the layer"])
-def test_checkpointing(whole_model):
-    options = {"aux_loss_coef": 0.1, "z_loss_coef": 0.01, "shared_hidden_dim": 4, "bias_update_speed": 0.01}
-    plain = naive.make(**options)
-    layer = copy.deepcopy(plain)
-    x = naive.tokens(9, 6)
-
-    def run(layer: moesaic.MoE, recompute: bool) -> tuple[Tensor, list[Tensor]]:
-        def function(x: Tensor) -> Tensor:
-            return layer(x.sin()).cos() if whole_model else layer(x)
-
-        with moesaic.balance_losses() as losses:
-            y = checkpoint(function, x, use_reentrant=False) if recompute else function(x)
-            (y.square().sum() + sum(losses)).backward()
-        return y, losses
-
-    y, losses = run(plain, recompute=False)
-    again, losses_again = run(layer, recompute=True)
-    assert torch.equal(again, y)
-    assert len(losses) == 2
-    assert torch.equal(torch.stack(losses_again), torch.stack(losses))
-    assert layer.router.load.sum() == 9 * 3
-    for (name, a), b in zip(layer.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
 
 
 # Compilation, in an interpreter without run-time checks.

@@ -6,12 +6,27 @@ Legend: T tokens, E experts, K top-k.
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_LOSSES: ContextVar[list[Tensor] | None] = ContextVar("moesaic_balance_losses", default=None)
+from moesaic.layers.recompute import backward_pass, defer, give_deferred_gradient, is_recomputing
+
+
+class _Collected(NamedTuple):
+    """The losses of a :func:`balance_losses`, and where it was entered: in which backward pass, with gradients or not.
+
+    A context around a checkpointed function must not get the losses of its second forward. One inside has to.
+    """
+
+    losses: list[Tensor]
+    backward_pass: int
+    with_gradients: bool
+
+
+_COLLECTED: ContextVar[_Collected | None] = ContextVar("moesaic_balance_losses", default=None)
 
 
 @contextlib.contextmanager
@@ -23,60 +38,56 @@ def balance_losses() -> Iterator[list[Tensor]]:
     processes of gradients (and of losses) is that of the whole. Outside this context the losses are dropped.
     With gradient accumulation divide them by the number of forward passes: each is a mean over the tokens of its own.
 
+    Activation checkpointing adds each loss once. With ``use_reentrant=True`` call backward on the sum of main loss and
+    balance losses, not on each, for the gradient of a balance loss is needed when the forward is run again.
+
+    Raises:
+        RuntimeError: from a router in training mode that runs under ``torch.no_grad()``, where the context was not
+            entered under it, and no checkpoint will run it again: its loss would have no gradient. From a backward
+            pass, if the gradient of a balance loss cannot reach its router any more.
+
     Example:
         >>> with moesaic.balance_losses() as losses:
         ...     out = model(x)
         >>> loss = main_loss(out) + sum(losses)
     """
     losses: list[Tensor] = []
-    token = _LOSSES.set(losses)
+    token = _COLLECTED.set(_Collected(losses, backward_pass(), torch.is_grad_enabled()))
     try:
         yield losses
     finally:
-        _LOSSES.reset(token)
+        _COLLECTED.reset(token)
 
 
-def record_loss(loss: Tensor) -> None:
+def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
     """Hand a loss to the enclosing :func:`balance_losses`, if there is one.
 
+    Returns:
+        ``carrier``, a tensor that the layer goes on with: where a forward is run again, the backward pass of it may be
+        that of the loss, too.
+
     Raises:
-        RuntimeError: gradients are off, as in the first forward of reentrant activation checkpointing.
+        RuntimeError: gradients are off, and no checkpoint runs this forward again.
     """
-    losses = _LOSSES.get()
-    if losses is None or is_recomputing():
-        return
-    if not torch.is_grad_enabled():
-        raise RuntimeError(
-            "balance_losses: a router in training mode ran without gradients, so its balance loss would have none. Use "
-            "activation checkpointing with use_reentrant=False; evaluate in eval mode, or outside balance_losses()"
-        )
-    losses.append(loss)
-
-
-def is_recomputing() -> bool:
-    """Whether this forward is run again by activation checkpointing, inside a backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def first_time(counts: Tensor) -> Tensor:
-    """``counts``, or zeros where this forward is run again by activation checkpointing.
-
-    In compiled code it is an operator: what is asked at the time of tracing would be the answer for ever.
-    """
-    if torch.compiler.is_compiling():
-        return _first_time(counts)
-    return torch.zeros_like(counts) if is_recomputing() else counts
-
-
-# No sharding rule: counts are a rank's own.
-@torch.library.custom_op("moesaic::first_time", mutates_args=())
-def _first_time(counts: Tensor) -> Tensor:
-    return torch.zeros_like(counts) if is_recomputing() else counts.clone()
-
-
-@_first_time.register_fake
-def _(counts: Tensor) -> Tensor:
-    return torch.empty_like(counts)
+    collected = _COLLECTED.get()
+    if collected is not None and (
+        collected.backward_pass == backward_pass() and (torch.is_grad_enabled() or not collected.with_gradients)
+    ):
+        collected.losses.append(loss)
+        return carrier
+    if torch.is_grad_enabled():
+        return give_deferred_gradient(loss, carrier) if is_recomputing() else carrier
+    if is_recomputing():
+        defer(loss)
+    elif collected is not None:
+        deferred = defer(loss)
+        if deferred is None:
+            raise RuntimeError(
+                "balance_losses: a router in training mode ran without gradients, so its balance loss would have none. "
+                "Evaluate in eval mode, or outside balance_losses()"
+            )
+        collected.losses.append(deferred)
+    return carrier
 
 
 def load_balancing_loss(

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moesaic.layers.balance import first_time, load_balancing_loss, record_loss, router_z_loss
+from moesaic.layers.balance import load_balancing_loss, record_loss, router_z_loss
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
+from moesaic.layers.recompute import count_once
 from moesaic.ops.autocast import no_autocast
 
 
@@ -98,7 +99,7 @@ class TopKRouter(nn.Module):
             if self.config.normalize_top_k:
                 weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
             if self.training:
-                self._balance(logits_TE, scores_TE, ids_TK)
+                weights_TK = self._balance(logits_TE, scores_TE, ids_TK, weights_TK)
             return Routing(ids_TK, weights_TK * self.config.route_scale)
 
     @torch.no_grad()
@@ -110,24 +111,27 @@ class TopKRouter(nn.Module):
             groups_TGe = scores_TE.unflatten(1, (config.num_groups, -1))
             best_TG = groups_TGe.topk(min(config.group_best, groups_TGe.shape[2]), dim=2).values.sum(2)
             kept_TG = torch.zeros_like(best_TG, dtype=torch.bool)
-            kept_TG.scatter_(1, best_TG.topk(config.top_groups, dim=1).indices, True)
+            kept_TG = kept_TG.scatter(1, best_TG.topk(config.top_groups, dim=1).indices, True)
             scores_TE = groups_TGe.masked_fill(~kept_TG.unsqueeze(2), float("-inf")).flatten(1)
         return scores_TE.topk(config.top_k, dim=1).indices
 
-    def _balance(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> None:
-        counts_E = torch.zeros_like(self.load)
-        counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK.flatten()))
-        self.load += first_time(counts_E)
+    def _balance(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Count, and hand over the losses. Gives back the weights, which may carry gradients of the losses."""
+        ids = ids_TK.flatten()
+        counts_E = torch.zeros_like(self.load).scatter_add(0, ids, torch.ones_like(ids))
+        count_once(self.load, counts_E)
         config = self.config
         if not (config.aux_loss_coef or config.z_loss_coef):
-            return
+            return weights_TK
         # A recomputed forward goes through here too: it has to save the tensors that the first one saved.
         total_E = self.reduce_counts(counts_E)
         num_tokens = (total_E.sum() // config.top_k).clamp(min=1)
         if config.aux_loss_coef:
-            record_loss(config.aux_loss_coef * load_balancing_loss(scores_TE, total_E, num_tokens))
+            loss = config.aux_loss_coef * load_balancing_loss(scores_TE, total_E, num_tokens)
+            weights_TK = record_loss(loss, weights_TK)
         if config.z_loss_coef:
-            record_loss(config.z_loss_coef * router_z_loss(logits_TE, num_tokens))
+            weights_TK = record_loss(config.z_loss_coef * router_z_loss(logits_TE, num_tokens), weights_TK)
+        return weights_TK
 
     def extra_repr(self) -> str:
         c = self.config

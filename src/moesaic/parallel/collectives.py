@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moesaic.sharding import internals
+
 
 def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Send ``send[i]`` consecutive rows of ``x`` to rank ``i``; return the ``receive[i]`` rows of each rank, in order.
@@ -43,13 +45,13 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(x, send, receive, group)
+        return internals.all_to_all(x, receive, send, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+        return internals.all_to_all(grads[0], ctx.send, ctx.receive, ctx.group), None, None, None
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -82,33 +84,21 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _sum(x, group)
+        return internals.all_reduce(x, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
-
-
-def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
+        return internals.all_reduce(grads[0], ctx.group), None
 
 
 def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     n = group.size()
-    return _exchange(x.repeat(n, *[1] * (x.ndim - 1)), [x.shape[0]] * n, sizes, group)
+    return internals.all_to_all(x.repeat(n, *[1] * (x.ndim - 1)), sizes, [x.shape[0]] * n, group)
 
 
 def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     n, mine = group.size(), sizes[group.rank()]
-    parts = _exchange(x, sizes, [mine] * n, group)
+    parts = internals.all_to_all(x, [mine] * n, sizes, group)
     return parts.view(n, mine, *x.shape[1:]).sum(0)
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total

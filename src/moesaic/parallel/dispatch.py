@@ -12,7 +12,6 @@ rank's R, rounded up).
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -24,7 +23,7 @@ from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import PLACES
-from moesaic.sharding.internals import group_over_all_axes
+from moesaic.sharding.internals import all_gather, group_over_all_axes
 
 
 class Traffic(NamedTuple):
@@ -101,10 +100,8 @@ class MeshDispatcher:
     @torch.no_grad()
     def _exchange_counts(self, rows_P: Tensor) -> Traffic:
         """One small all-gather and one copy to the host, for all sizes of this layer's exchange."""
-        everyone = rows_P.new_empty(self.all.size(), *rows_P.shape)
-        dist.all_gather(list(everyone.unbind(0)), rows_P, group=self.all)
         # [ep source, etp source, ep destination]
-        counts = everyone.unflatten(0, (self.ep.size(), self.etp.size())).cpu()
+        counts = all_gather(rows_P, self.all).view(self.ep.size(), self.etp.size(), -1).cpu()
         here, q = self.ep.rank(), self.etp.rank()
         return Traffic(
             send=counts[here, q].tolist(),
@@ -132,7 +129,7 @@ def round_up_capacity(rows: int) -> int:
 def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> Permutation:
     """Sort tokens by the ranks they go to, once a rank however many of its experts they go to."""
     goes_TP = torch.zeros(owner_TK.shape[0], num_ranks, dtype=torch.bool, device=owner_TK.device)
-    goes_TP.scatter_(1, owner_TK, True)
+    goes_TP = goes_TP.scatter(1, owner_TK, True)
     ranks_TP = torch.where(goes_TP, torch.arange(num_ranks, device=owner_TK.device), -1)
     return sort_by_expert(ranks_TP, num_ranks)
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, to_dtensor, unshadow_parameters
@@ -45,7 +46,7 @@ def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup,
         shard = distribute_tensor(weight.detach(), mesh, WEIGHTS[name], src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
-    moe.router.reduce_counts = partial(_sum_over, group=all_ranks)
+    moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if compute == "local":
         _compute_on_local_tensors(moe.experts, mesh)
 
@@ -67,9 +68,3 @@ def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None
     experts.register_forward_pre_hook(to_local)
     experts.register_forward_hook(unshadow_parameters, always_call=True)
     experts.register_forward_hook(to_mesh)
-
-
-def _sum_over(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = counts.clone()
-    dist.all_reduce(total, group=group)
-    return total

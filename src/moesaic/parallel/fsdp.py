@@ -2,15 +2,22 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from moesaic.layers import GroupedExperts
 from moesaic.parallel.mesh import Meshes
+
+_SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 
 
 def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes) -> None:
@@ -65,3 +72,24 @@ def _shard(
     # The loss is divided once, by the number of tokens of all ranks: gradients are sums.
     wrapped.set_gradient_divide_factor(1.0)
     wrapped.set_force_sum_reduction_for_comms(True)
+    _hide_from_selective_checkpointing(module)
+
+
+def _hide_from_selective_checkpointing(module: nn.Module) -> None:
+    """Let selective activation checkpointing see the module's operators and not those of FSDP's hooks around it.
+
+    It takes an operator's n-th call in the second forward for the n-th of the first, and in the second FSDP gathers
+    only what is not there.
+    """
+    state = getattr(fully_shard, "state")(module)  # noqa: B009 -- its type does not say that it has one
+    both: list[dict[int, Callable[..., Any]]] = [module._forward_pre_hooks, module._forward_hooks]
+    for hooks in both:
+        for number, hook in hooks.items():
+            if getattr(hook, "__self__", None) is state:
+                hooks[number] = partial(_run_unseen, hook)
+
+
+def _run_unseen(hook: Callable[..., Any], *args: Any) -> Any:
+    seen = any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+    with _disable_current_modes() if seen else nullcontext():
+        return hook(*args)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.mesh import Meshes
 
 _WHOLE_SEQUENCE = ("logits_to_keep", "past_key_values")
@@ -61,8 +62,7 @@ def causal_lm_loss(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, vocab_size)
     loss = F.cross_entropy(wide, mine, ignore_index=ignore_index, reduction="sum")
     if num_items_in_batch is None:
-        num_items_in_batch = (mine != ignore_index).sum()
-        dist.all_reduce(num_items_in_batch, group=group)
+        num_items_in_batch = sum_over_ranks((mine != ignore_index).sum(), group)
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch

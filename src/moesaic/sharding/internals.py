@@ -109,6 +109,28 @@ def group_over_all_axes(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     return mesh._flatten(name).get_group()
 
 
+def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """``send[i]`` rows to rank ``i``, and ``receive[i]`` from it, as a new tensor.
+
+    This and the next two are functional, unlike those of ``torch.distributed``: they write into nothing that selective
+    checkpointing may have kept, and its policies know them by name.
+    """
+    exchanged = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(exchanged)
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, in rank order, one below the other."""
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(gathered)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over all ranks."""
+    total = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)
+
+
 def silence_advice_on_redistribution() -> None:
     """Let torch no longer warn on every rank of redistributions that take more steps than others would."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
