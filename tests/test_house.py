@@ -15,6 +15,7 @@ from moesaic.sharding import internals
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 MAX_LINES = 400
+MAX_ARGUMENTS = 10
 # Joined at run time, so that this file doesn't hold what it forbids.
 MACHINE_PATHS = ["/".join(["", part, ""]) for part in ("work", "root")]
 
@@ -35,6 +36,18 @@ def test_files_stay_small():
     files = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
     lines = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
     assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_functions_within_kernels_take_few_arguments():
+    # A kernel itself is launched with all that it needs. What it hands on by position goes into records.
+    many = {}
+    for file in (ROOT / "src" / "moesaic" / "ops" / "triton").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.endswith("_kernel"):
+                continue
+            if any(ast.unparse(d) == "triton.jit" for d in node.decorator_list) and len(node.args.args) > MAX_ARGUMENTS:
+                many[f"{file.name}: {node.name}"] = len(node.args.args)
+    assert many == {}
 
 
 @pytest.mark.parametrize("room", ["ops", "layers"])

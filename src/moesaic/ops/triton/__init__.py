@@ -8,7 +8,7 @@ Nothing here is imported before an implementation named ``"triton"`` is asked fo
 ``configs``          block sizes by kernel, dtype, shape class and GPU
 ``maps``             tile maps: which rows of which group a program computes, built on the device
 ``routing``          top-k ids -> rows sorted by expert, on the device
-``tiles``            what kernels share: the order of tiles, loads, activations
+``tiles``            what kernels share: the order of tiles, loads, a product; records of their operands
 ``matmul``           rows of a group times its weight
 ``weight_grad``      the sum over a group's rows of outer products
 ``up_projection``    gather, two products, activation

@@ -12,7 +12,7 @@ No sum is made by atomics, so the bits are the same every time.
 Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts, S tiles.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,17 @@ from moesaic.ops.triton.activation import hidden_and_slopes
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
-from moesaic.ops.triton.tiles import as_weight, halves, load_rows, load_tile, load_weight, ordered, precision, tile_rows
+from moesaic.ops.triton.tiles import (
+    Matrices,
+    Rows,
+    add_product,
+    as_weight,
+    load_tile,
+    ordered,
+    precision,
+    subtiles,
+    tile_rows,
+)
 
 _COLUMNS = 128
 
@@ -155,20 +165,30 @@ def _add_tiles(sums_SF: Tensor, tiles: TileMap, num_experts: int) -> Tensor:
     return total_EF
 
 
+class _Tile(NamedTuple):
+    """Within the kernel: what a tile's columns are made with, and where the results go.
+
+    ``inside`` says which rows are the tile's own, and ``weight`` is each row's. ``sums1`` and ``sums3`` point to the
+    first element of the tile's sum, the others to that of each row.
+    """
+
+    inside: Any
+    weight: Any
+    F: Any
+    h1: Any
+    h3: Any
+    weighted: Any
+    gh1: Any
+    gh3: Any
+    sums1: Any
+    sums3: Any
+
+
 @triton.jit
 def _finish_columns(
     g,
     f,
-    F,
-    weight,
-    inside,
-    h1_rows,
-    h3_rows,
-    weighted_rows,
-    gh1_rows,
-    gh3_rows,
-    sums1_tile,
-    sums3_tile,
+    tile,
     IS_GATED: tl.constexpr,
     WANTS_WEIGHTED: tl.constexpr,
     WANTS_BIASES: tl.constexpr,
@@ -176,29 +196,31 @@ def _finish_columns(
     N: tl.constexpr,
 ):
     """All that comes of N columns of ``g``, from column ``f`` on; gives back their part of ``<g, a>``."""
-    dtype = gh1_rows.dtype.element_ty
+    dtype = tile.gh1.dtype.element_ty
     columns = f + tl.arange(0, N)
-    mask = inside[:, None] & (columns < F)[None, :]
-    pre = tl.load(h1_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    is_column = columns < tile.F
+    mask = tile.inside[:, None] & is_column[None, :]
+    pre = tl.load(tile.h1[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     up = pre
     if IS_GATED:
-        up = tl.load(h3_rows[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(tile.h3[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     hidden, slope1, slope3 = hidden_and_slopes(pre, up, ACT, IS_GATED)
     # As the forward pass rounded it.
     hidden = hidden.to(dtype).to(tl.float32)
     sums = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
     if WANTS_WEIGHTED:
-        tl.store(weighted_rows[:, None] + columns[None, :], (hidden * weight[:, None]).to(dtype), mask=mask)
-    g = g * weight[:, None]
+        weighted = (hidden * tile.weight[:, None]).to(dtype)
+        tl.store(tile.weighted[:, None] + columns[None, :], weighted, mask=mask)
+    g = g * tile.weight[:, None]
     gate = (g * slope1).to(dtype)
-    tl.store(gh1_rows[:, None] + columns[None, :], gate, mask=mask)
+    tl.store(tile.gh1[:, None] + columns[None, :], gate, mask=mask)
     if WANTS_BIASES:
-        tl.store(sums1_tile + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=columns < F)
+        tl.store(tile.sums1 + columns, tl.sum(tl.where(mask, gate.to(tl.float32), 0.0), 0), mask=is_column)
     if IS_GATED:
         side = (g * slope3).to(dtype)
-        tl.store(gh3_rows[:, None] + columns[None, :], side, mask=mask)
+        tl.store(tile.gh3[:, None] + columns[None, :], side, mask=mask)
         if WANTS_BIASES:
-            tl.store(sums3_tile + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=columns < F)
+            tl.store(tile.sums3 + columns, tl.sum(tl.where(mask, side.to(tl.float32), 0.0), 0), mask=is_column)
     return sums
 
 
@@ -241,53 +263,39 @@ def _down_gradient_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    N: tl.constexpr = BN // SUBTILES
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
-        tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
-        expert, first, end = load_tile(tiles, tile)
-        rows = tile_rows(first, end, BM)
-        row_pointers = grad + tl.load(tokens + rows).to(tl.int64) * stride_gt
+        number, column = ordered(work, num_tiles, num_columns, GROUP_M)
+        expert, first, end = load_tile(tiles, number)
+        row = tile_rows(first, end, BM)
+        rows = Rows(grad + tl.load(tokens + row).to(tl.int64) * stride_gt, stride_gd, D)
+        weight = Matrices(w, stride_we, stride_wd, stride_wf, D, F)
+        f = column * BN
         g = tl.zeros((BM, BN), tl.float32)
-        for d in tl.range(0, tl.where(expert >= 0, D, 0), BK):
-            block = load_rows(row_pointers, d, D, stride_gd, EVEN, BK)
-            matrix = load_weight(w, expert, d, column * BN, D, F, stride_we, stride_wd, stride_wf, FORM, BK, BN)
-            g = tl.dot(block, matrix, g, input_precision=PRECISION)
+        g = add_product(g, rows, weight, expert, f, FORM, EVEN, PRECISION, BN, BK)
 
         out_rows = first + tl.arange(0, BM)
         inside = out_rows < end
-        slot = tl.load(slots + rows).to(tl.int64)
+        slot = tl.load(slots + row).to(tl.int64)
         out = out_rows.to(tl.int64) * F
-        h1_rows, h3_rows = h1 + slot * F, h3 + slot * F
-        weighted_rows, gh1_rows, gh3_rows = weighted + out, gh1 + out, gh3 + out
-        sums1_tile, sums3_tile = sums1 + tile.to(tl.int64) * F, sums3 + tile.to(tl.int64) * F
-        f = column * BN
-        weight = tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32)
-        if SUBTILES == 4:
-            left, right = halves(g, BM, BN)
-            g0, g1 = halves(left, BM, BN // 2)
-            g2, g3 = halves(right, BM, BN // 2)
-            sums = _finish_columns(
-                g0, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
-                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
-            )  # fmt: skip
-            sums += _finish_columns(
-                g1, f + BN // 4, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
-                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
-            )  # fmt: skip
-            sums += _finish_columns(
-                g2, f + BN // 2, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile,
-                sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
-            )  # fmt: skip
-            sums += _finish_columns(
-                g3, f + BN // 4 * 3, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows,
-                sums1_tile, sums3_tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN // 4,
-            )  # fmt: skip
-        else:
-            sums = _finish_columns(
-                g, f, F, weight, inside, h1_rows, h3_rows, weighted_rows, gh1_rows, gh3_rows, sums1_tile, sums3_tile,
-                IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, BN,
-            )  # fmt: skip
+        tile = _Tile(
+            inside,
+            weight=tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32),
+            F=F,
+            h1=h1 + slot * F,
+            h3=h3 + slot * F,
+            weighted=weighted + out,
+            gh1=gh1 + out,
+            gh3=gh3 + out,
+            sums1=sums1 + number.to(tl.int64) * F,
+            sums3=sums3 + number.to(tl.int64) * F,
+        )
+        parts = subtiles(g, BM, BN, SUBTILES)
+        sums = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(SUBTILES):
+            sums += _finish_columns(parts[i], f + i * N, tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, N)
         if WANTS_ROUTING:
             tl.store(partial + column.to(tl.int64) * num_slots + slot, sums, mask=inside)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moesaic.ops.triton import device
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import Groups, TileMap, tile_map
-from moesaic.ops.triton.tiles import as_weight, load_rows, load_tile, load_weight, ordered, precision, tile_rows
+from moesaic.ops.triton.tiles import Matrices, Rows, add_product, as_weight, load_tile, ordered, precision, tile_rows
 
 
 class Product(NamedTuple):
@@ -69,36 +69,6 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
 
 
 @triton.jit
-def _add_product(
-    acc,
-    x,
-    rows,
-    stride_xr,
-    stride_xk,
-    w,
-    expert,
-    n,
-    K,
-    N,
-    stride_we,
-    stride_wk,
-    stride_wn,
-    FORM: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    row_pointers = x + rows.to(tl.int64) * stride_xr
-    # Without expert there is nothing to add: no branch around the loop, which would hinder its pipelining.
-    for k in tl.range(0, tl.where(expert >= 0, K, 0), BK):
-        a = load_rows(row_pointers, k, K, stride_xk, EVEN, BK)
-        b = load_weight(w, expert, k, n, K, N, stride_we, stride_wk, stride_wn, FORM, BK, BN)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def _grouped_mm_kernel(
     x,
     w,
@@ -135,17 +105,15 @@ def _grouped_mm_kernel(
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
         tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
         expert, first, end = load_tile(tiles, tile)
-        rows = tile_rows(first, end, BM)
+        row = tile_rows(first, end, BM).to(tl.int64)
         acc = tl.zeros((BM, BN), tl.float32)
-        acc = _add_product(
-            acc, x, rows, stride_xr, stride_xk, w, expert, column * BN, K, N,
-            stride_we, stride_wk, stride_wn, FORM, EVEN, PRECISION, BN, BK,
-        )  # fmt: skip
+        rows = Rows(x + row * stride_xr, stride_xk, K)
+        matrices = Matrices(w, stride_we, stride_wk, stride_wn, K, N)
+        acc = add_product(acc, rows, matrices, expert, column * BN, FORM, EVEN, PRECISION, BN, BK)
         if IS_SUM:
-            acc = _add_product(
-                acc, x2, rows, stride_x2r, stride_x2k, w2, expert, column * BN, K, N,
-                stride_w2e, stride_w2k, stride_w2n, FORM2, EVEN, PRECISION, BN, BK,
-            )  # fmt: skip
+            rows = Rows(x2 + row * stride_x2r, stride_x2k, K)
+            matrices = Matrices(w2, stride_w2e, stride_w2k, stride_w2n, K, N)
+            acc = add_product(acc, rows, matrices, expert, column * BN, FORM2, EVEN, PRECISION, BN, BK)
         out_rows = first + tl.arange(0, BM)
         columns = column * BN + tl.arange(0, BN)
         pointers = y + (out_rows.to(tl.int64) * stride_yr)[:, None] + columns[None, :]

@@ -1,4 +1,8 @@
-"""What kernels share: the order of tiles, loads of rows and weights."""
+"""What kernels share: the order of tiles, loads of rows and weights, and their product.
+
+Functions within a kernel take records of what is known when it runs. What it is compiled for stays an argument of its
+own: Triton makes a value of each constant in a record that is given a name, and a value chooses no branch.
+"""
 
 from typing import Any, NamedTuple
 
@@ -53,6 +57,25 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+class Rows(NamedTuple):
+    """Within a kernel: rows of K elements, as pointers to the first of each."""
+
+    pointers: Any
+    stride_k: Any
+    K: Any
+
+
+class Matrices(NamedTuple):
+    """Within a kernel: a weight, which has a matrix ``[K, N]`` for each expert, as pointer or descriptor."""
+
+    data: Any
+    stride_e: Any
+    stride_k: Any
+    stride_n: Any
+    K: Any
+    N: Any
+
+
 @triton.jit
 def ordered(work, num_tiles, num_columns, GROUP_M: tl.constexpr):
     """Row tile and column of piece ``work``: down bands of GROUP_M row tiles, so that L2 keeps rows and weights."""
@@ -75,34 +98,66 @@ def tile_rows(first, end, M: tl.constexpr):
 
 
 @triton.jit
-def halves(block, M: tl.constexpr, N: tl.constexpr):
-    """The left and the right columns: what follows a product holds many values an element, and half at a time fits."""
+def subtiles(block, M: tl.constexpr, N: tl.constexpr, NUMBER: tl.constexpr):
+    """The columns in 1 or 4 parts: what follows a product holds many values an element, and a part at a time fits."""
+    if NUMBER == 1:
+        return (block,)
+    else:
+        tl.static_assert(NUMBER == 4)
+        left, right = _halves(block, M, N)
+        first, second = _halves(left, M, N // 2)
+        third, fourth = _halves(right, M, N // 2)
+        return first, second, third, fourth
+
+
+@triton.jit
+def _halves(block, M: tl.constexpr, N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(block, (M, 2, N // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def load_rows(row_pointers, k, K, stride, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns ``k`` to ``k + BLOCK`` of rows, zero past K."""
-    columns = k + tl.arange(0, BLOCK)
-    pointers = row_pointers[:, None] + (columns.to(tl.int64) * stride)[None, :]
+def load_rows(rows, k, EVEN: tl.constexpr, BK: tl.constexpr):
+    """Columns ``k`` to ``k + BK`` of rows, zero past K."""
+    columns = k + tl.arange(0, BK)
+    pointers = rows.pointers[:, None] + (columns.to(tl.int64) * rows.stride_k)[None, :]
     if EVEN:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, mask=(columns < K)[None, :], other=0.0)
+        return tl.load(pointers, mask=(columns < rows.K)[None, :], other=0.0)
 
 
 @triton.jit
-def load_weight(
-    w, expert, k, n, K, N, stride_e, stride_k, stride_n, FORM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
-):
+def load_weight(w, expert, k, n, FORM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
     """The block of an expert's matrix from row ``k`` and column ``n`` on, zero past K and N."""
     if FORM == 1:
-        return w.load([expert, k, n]).reshape(BK, BN)
+        return w.data.load([expert, k, n]).reshape(BK, BN)
     elif FORM == 2:
-        return w.load([expert, n, k]).reshape(BN, BK).T
+        return w.data.load([expert, n, k]).reshape(BN, BK).T
     else:
         rows = k + tl.arange(0, BK)
         columns = n + tl.arange(0, BN)
-        pointers = w + expert.to(tl.int64) * stride_e
-        pointers += (rows.to(tl.int64) * stride_k)[:, None] + (columns.to(tl.int64) * stride_n)[None, :]
-        return tl.load(pointers, mask=(rows < K)[:, None] & (columns < N)[None, :], other=0.0)
+        pointers = w.data + expert.to(tl.int64) * w.stride_e
+        pointers += (rows.to(tl.int64) * w.stride_k)[:, None] + (columns.to(tl.int64) * w.stride_n)[None, :]
+        return tl.load(pointers, mask=(rows < w.K)[:, None] & (columns < w.N)[None, :], other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc,
+    rows,
+    w,
+    expert,
+    n,
+    FORM: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``acc`` and the product of rows with the BN columns from ``n`` on of an expert's matrix."""
+    # Without expert there is nothing to add: no branch around the loop, which would hinder its pipelining.
+    for k in tl.range(0, tl.where(expert >= 0, rows.K, 0), BK):
+        a = load_rows(rows, k, EVEN, BK)
+        b = load_weight(w, expert, k, n, FORM, BK, BN)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc

@@ -6,7 +6,7 @@ the gathered rows nor a product that is not saved is ever in memory.
 Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,7 +17,18 @@ from moesaic.ops.triton.activation import hidden
 from moesaic.ops.triton.configs import Config, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
-from moesaic.ops.triton.tiles import as_weight, halves, load_rows, load_tile, load_weight, ordered, precision, tile_rows
+from moesaic.ops.triton.tiles import (
+    Matrices,
+    Rows,
+    as_weight,
+    load_rows,
+    load_tile,
+    load_weight,
+    ordered,
+    precision,
+    subtiles,
+    tile_rows,
+)
 
 
 class Hidden(NamedTuple):
@@ -114,11 +125,37 @@ def _launch(
     )
 
 
+class _Biases(NamedTuple):
+    """Within the kernel: a bias ``[F]`` for each expert."""
+
+    data: Any
+    stride_e: Any
+    stride_f: Any
+
+
+class _Tile(NamedTuple):
+    """Within the kernel: whose rows a tile has, and where its results go.
+
+    ``inside`` says which rows are the tile's own. ``a``, ``h1`` and ``h3`` point to the first element of each row.
+    """
+
+    expert: Any
+    inside: Any
+    F: Any
+    b1: Any
+    b3: Any
+    a: Any
+    h1: Any
+    h3: Any
+
+
 @triton.jit
-def _with_bias(acc, bias, expert, columns, F, stride_e, stride_f):
+def _with_bias(acc, biases, columns, tile):
     """The sum is rounded once, with the product. Rows without expert have no bias: they stay zero."""
-    pointers = bias + tl.maximum(expert, 0).to(tl.int64) * stride_e + columns.to(tl.int64) * stride_f
-    return acc + tl.load(pointers, mask=(columns < F) & (expert >= 0), other=0.0).to(tl.float32)[None, :]
+    pointers = biases.data + tl.maximum(tile.expert, 0).to(tl.int64) * biases.stride_e
+    pointers += columns.to(tl.int64) * biases.stride_f
+    values = tl.load(pointers, mask=(columns < tile.F) & (tile.expert >= 0), other=0.0)
+    return acc + values.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -126,18 +163,7 @@ def _finish_columns(
     gate,
     up,
     f,
-    F,
-    expert,
-    inside,
-    b1,
-    b3,
-    h1_rows,
-    h3_rows,
-    out_rows,
-    stride_b1e,
-    stride_b1f,
-    stride_b3e,
-    stride_b3f,
+    tile,
     IS_GATED: tl.constexpr,
     HAS_B1: tl.constexpr,
     HAS_B3: tl.constexpr,
@@ -146,23 +172,23 @@ def _finish_columns(
     N: tl.constexpr,
 ):
     """Store N columns, from column ``f`` on."""
-    dtype = out_rows.dtype.element_ty
+    dtype = tile.a.dtype.element_ty
     columns = f + tl.arange(0, N)
-    mask = inside[:, None] & (columns < F)[None, :]
+    mask = tile.inside[:, None] & (columns < tile.F)[None, :]
     if HAS_B1:
-        gate = _with_bias(gate, b1, expert, columns, F, stride_b1e, stride_b1f)
+        gate = _with_bias(gate, tile.b1, columns, tile)
     # The activation is of what is saved, so that the backward pass sees the same.
     gate = gate.to(dtype)
     if SAVE:
-        tl.store(h1_rows[:, None] + columns[None, :], gate, mask=mask)
+        tl.store(tile.h1[:, None] + columns[None, :], gate, mask=mask)
     if IS_GATED:
         if HAS_B3:
-            up = _with_bias(up, b3, expert, columns, F, stride_b3e, stride_b3f)
+            up = _with_bias(up, tile.b3, columns, tile)
         up = up.to(dtype)
         if SAVE:
-            tl.store(h3_rows[:, None] + columns[None, :], up, mask=mask)
+            tl.store(tile.h3[:, None] + columns[None, :], up, mask=mask)
     values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED)
-    tl.store(out_rows[:, None] + columns[None, :], values.to(dtype), mask=mask)
+    tl.store(tile.a[:, None] + columns[None, :], values.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -208,52 +234,38 @@ def _up_projection_kernel(
     BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    N: tl.constexpr = BN // SUBTILES
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
-        tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
-        expert, first, end = load_tile(tiles, tile)
-        rows = tile_rows(first, end, BM)
-        row_pointers = x + tl.load(tokens + rows).to(tl.int64) * stride_xt
+        number, column = ordered(work, num_tiles, num_columns, GROUP_M)
+        expert, first, end = load_tile(tiles, number)
+        row = tile_rows(first, end, BM)
+        rows = Rows(x + tl.load(tokens + row).to(tl.int64) * stride_xt, stride_xd, D)
+        gate_weight = Matrices(w1, stride_w1e, stride_w1d, stride_w1f, D, F)
+        up_weight = Matrices(w3, stride_w3e, stride_w3d, stride_w3f, D, F)
         f = column * BN
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
         for d in tl.range(0, tl.where(expert >= 0, D, 0), BK):
-            block = load_rows(row_pointers, d, D, stride_xd, EVEN, BK)
-            w = load_weight(w1, expert, d, f, D, F, stride_w1e, stride_w1d, stride_w1f, FORM1, BK, BN)
+            block = load_rows(rows, d, EVEN, BK)
+            w = load_weight(gate_weight, expert, d, f, FORM1, BK, BN)
             gate = tl.dot(block, w, gate, input_precision=PRECISION)
             if IS_GATED:
-                w = load_weight(w3, expert, d, f, D, F, stride_w3e, stride_w3d, stride_w3f, FORM3, BK, BN)
+                w = load_weight(up_weight, expert, d, f, FORM3, BK, BN)
                 up = tl.dot(block, w, up, input_precision=PRECISION)
-        inside = first + tl.arange(0, BM) < end
-        slot_offsets = tl.load(slots + rows).to(tl.int64) * F
-        h1_rows, h3_rows = h1 + slot_offsets, h3 + slot_offsets
-        out_rows = a + (first + tl.arange(0, BM)).to(tl.int64) * F
-        if SUBTILES == 4:
-            gate0, gate1 = halves(gate, BM, BN)
-            up0, up1 = halves(up, BM, BN)
-            gate00, gate01 = halves(gate0, BM, BN // 2)
-            up00, up01 = halves(up0, BM, BN // 2)
-            gate10, gate11 = halves(gate1, BM, BN // 2)
-            up10, up11 = halves(up1, BM, BN // 2)
-            _finish_columns(
-                gate00, up00, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
-            )  # fmt: skip
-            _finish_columns(
-                gate01, up01, f + BN // 4, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
-            )  # fmt: skip
-            _finish_columns(
-                gate10, up10, f + BN // 2, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
-            )  # fmt: skip
-            _finish_columns(
-                gate11, up11, f + BN // 4 * 3, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN // 4,
-            )  # fmt: skip
-        else:
-            _finish_columns(
-                gate, up, f, F, expert, inside, b1, b3, h1_rows, h3_rows, out_rows,
-                stride_b1e, stride_b1f, stride_b3e, stride_b3f, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, BN,
-            )  # fmt: skip
+        out_rows = first + tl.arange(0, BM)
+        slot_offsets = tl.load(slots + row).to(tl.int64) * F
+        tile = _Tile(
+            expert,
+            inside=out_rows < end,
+            F=F,
+            b1=_Biases(b1, stride_b1e, stride_b1f),
+            b3=_Biases(b3, stride_b3e, stride_b3f),
+            a=a + out_rows.to(tl.int64) * F,
+            h1=h1 + slot_offsets,
+            h3=h3 + slot_offsets,
+        )
+        gates, ups = subtiles(gate, BM, BN, SUBTILES), subtiles(up, BM, BN, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            _finish_columns(gates[i], ups[i], f + i * N, tile, IS_GATED, HAS_B1, HAS_B3, SAVE, ACT, N)

@@ -7,6 +7,7 @@ Legend: R rows, K and N the matrix dims, E experts.
 """
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -128,15 +129,28 @@ def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor, accumul
     _add_partials_kernel[grid](partial_SKN, chunks.partials, gw_EKN, size, ACCUMULATE=accumulate, BLOCK=_REDUCED)
 
 
+class _Operand(NamedTuple):
+    """Within the kernel: rows of a tensor, or those that ``index`` numbers, and the columns of them that are read."""
+
+    data: Any
+    index: Any
+    stride_r: Any
+    stride_c: Any
+    columns: Any
+    width: Any
+
+
 @triton.jit
-def _load_operand(data, index, row, end, columns, width, stride_r, stride_c, GATHER: tl.constexpr, BK: tl.constexpr):
+def _load_rows(operand, row, end, GATHER: tl.constexpr, BK: tl.constexpr):
     """Rows ``row`` to ``row + BK``, zero past the end: the values there belong to others, and may be NaN."""
     rows = row + tl.arange(0, BK)
     inside = rows < end
     if GATHER:
-        rows = tl.load(index + rows, mask=inside, other=0)
-    pointers = data + (rows.to(tl.int64) * stride_r)[:, None] + (columns.to(tl.int64) * stride_c)[None, :]
-    return tl.load(pointers, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+        rows = tl.load(operand.index + rows, mask=inside, other=0)
+    columns = operand.columns
+    pointers = operand.data + (rows.to(tl.int64) * operand.stride_r)[:, None]
+    pointers += (columns.to(tl.int64) * operand.stride_c)[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (columns < operand.width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -179,6 +193,8 @@ def _weight_grad_kernel(
         begin, finish, slot = tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
         ks = block_k * BM + tl.arange(0, BM)
         ns = block_n * BN + tl.arange(0, BN)
+        left = _Operand(x, x_rows, stride_xr, stride_xk, ks, K)
+        right = _Operand(grad, grad_rows, stride_gr, stride_gn, ns, N)
         acc = tl.zeros((BM, BN), tl.float32)
         passed = begin * 0
         for segment in tl.range(0, segments):
@@ -189,8 +205,8 @@ def _weight_grad_kernel(
             stop = tl.minimum(end, first + finish - passed)
             passed += end - first
             for row in tl.range(start, stop, BK):
-                a = _load_operand(x, x_rows, row, stop, ks, K, stride_xr, stride_xk, GATHER_X, BK)
-                b = _load_operand(grad, grad_rows, row, stop, ns, N, stride_gr, stride_gn, GATHER_GRAD, BK)
+                a = _load_rows(left, row, stop, GATHER_X, BK)
+                b = _load_rows(right, row, stop, GATHER_GRAD, BK)
                 acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         at = (ks.to(tl.int64) * N)[:, None] + ns[None, :]
         mask = (ks < K)[:, None] & (ns < N)[None, :]
