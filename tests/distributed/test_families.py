@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
+from moesaic.layers import expert_load
 from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 from tests.distributed.test_plan import fake_meshes
 from tests.distributed.test_qwen3_parity import name_of
@@ -48,10 +49,28 @@ def labels_of(ids: Tensor) -> Tensor:
     return ids.masked_fill(leave_out, -100)
 
 
+def padding_of(ids: Tensor) -> Tensor:
+    """Left and right, so that of a sequence's shards some are nothing but padding."""
+    first, last = torch.tensor([[0, LENGTH], [7, LENGTH], [0, 2], [3, LENGTH]]).mT
+    position = torch.arange(LENGTH)
+    return ((position >= first.unsqueeze(1)) & (position < last.unsqueeze(1))).long()
+
+
+def run(model: nn.Module, **batch: Tensor) -> tuple[Any, Tensor]:
+    """What the model gives, and its losses. Calls backward."""
+    with moesaic.balance_losses() as losses:
+        out = model(**batch)
+    total = torch.stack([out.loss, *losses])
+    total.sum().backward()
+    return out, total.detach()
+
+
 def check_family(family: str, changes: dict[str, Any], layouts: list[dict[str, int]], recompute: bool = False) -> None:
-    plain = swap_moe(make_model(family, **changes, use_cache=False)).train()
+    model = make_model(family, **changes, use_cache=False)
+    plain = swap_moe(model, aux_loss_coef=0.5, z_loss_coef=0.1).train()
     ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    labels = labels_of(ids)
+    mask = padding_of(ids)
+    labels = labels_of(ids).masked_fill(mask == 0, -100)
     reference, expected = copy.deepcopy(plain), None
     for layout in layouts:
         model = copy.deepcopy(plain)
@@ -60,17 +79,17 @@ def check_family(family: str, changes: dict[str, Any], layouts: list[dict[str, i
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if expected is None:
-            expected = reference(input_ids=ids, labels=labels)
-            expected.loss.backward()
+            expected, expected_losses = run(reference, input_ids=ids, attention_mask=mask, labels=labels)
+            load = expert_load(reference)
             step(reference)
         rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
-        actual = model(input_ids=ids[rows], labels=labels[rows])
-        actual.loss.backward()
-        torch.distributed.all_reduce(loss := actual.loss.detach())
+        actual, loss = run(model, input_ids=ids[rows], attention_mask=mask[rows], labels=labels[rows])
+        torch.distributed.all_reduce(loss)
         when = f", {name_of(layout)}"
         mine = expected.logits[rows, meshes.sequence_slice(LENGTH)]
         assert_close(f"logits{when}", actual.logits.detach(), mine.detach())
-        assert_close(f"loss{when}", loss, expected.loss.detach())
+        assert_close(f"losses{when}", loss, expected_losses)
+        assert all(torch.equal(theirs, load[name]) for name, theirs in expert_load(model).items()), when
         assert_gradients_close(model, {n: p.grad for n, p in reference.named_parameters()}, when)
         step(model)
         assert_weights_close(model, dict(reference.named_parameters()))

@@ -214,6 +214,7 @@ def config(**options) -> moesaic.MoEConfig:
         ({"bias_update_speed": -1.0}, "bias_update_speed: must be at least 0, got -1.0"),
         ({"shared_hidden_dim": -1}, "shared_hidden_dim: must be at least 0, got -1"),
         ({"score": "tanh"}, r"score: got 'tanh'; choose one of ('softmax', 'sigmoid')"),
+        ({"aux_loss": "token"}, r"aux_loss: got 'token'; choose one of ('batch', 'sequence')"),
         ({"activation": "elu"}, f"activation: got 'elu'; choose one of {ACTIVATIONS}"),
         ({"num_groups": 4}, r"num_groups: 4 does not divide num_experts (6)"),
         ({"num_groups": 2, "top_groups": 3}, r"top_groups: 3 is more than num_groups (2)"),

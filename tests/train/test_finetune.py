@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.cli import main
+from moesaic.layers import expert_load
 from moesaic.train import loop
 from moesaic.train import run as runs
 from moesaic.train.architecture import find_model
@@ -23,7 +24,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.runtime import started
-from tests.train.chats import FAMILIES, MARKED, write_chats, write_model
+from tests.train.chats import COMMON, FAMILIES, MARKED, write_chats, write_model
 from tests.train.test_resume import _fit, _rows
 
 MESH = {"tp": 2, "ep": 2, "etp": 2}
@@ -55,7 +56,7 @@ def _whole(tensor):
 
 
 def _first_step(config, cache):
-    """The loss of the first step and every gradient."""
+    """The loss of the first step, every gradient, and the tokens that the experts of each layer got."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime:
         run = runs.set_up(config, runtime, lambda text: None)
@@ -65,11 +66,13 @@ def _first_step(config, cache):
             grads.update({name: _whole(p.grad) for name, p in run.model.named_parameters() if p.grad is not None})
 
         run.optimizer.register_step_pre_hook(keep)
+        run.model.train()
         result = loop._one_step(run, False)
+        loads = [load.sum().item() for load in expert_load(run.model).values()]
         run.guard.close()
         if dist.is_initialized():
             dist.barrier()
-        return result.loss, grads
+        return result.loss, grads, loads
 
 
 def _by_hand(config):
@@ -138,11 +141,15 @@ def test_gradients_are_those_of_each_conversation_alone(tuned, cache, ranks, tmp
     with started("cpu") as runtime:
         alone = dataclasses.replace(config, tp=1, ep=1, etp=1, out=tmp_path / "alone")
         loader = runs.set_up(alone, runtime, lambda text: None).loader
-    expected_loss, expected = _reference(config, loader.next_batch())
+    batch = loader.next_batch()
+    expected_loss, expected = _reference(config, batch)
     results = [_first_step(config, cache)] if world_size == 1 else ranks(_first_step, world_size, config, cache)
     expected = _in_our_names(expected)
-    for loss, grads in results:
+    for loss, grads, loads in results:
         assert loss == pytest.approx(expected_loss, rel=1e-5)
+        # Padding goes to no expert.
+        assert set(loads) == {int(batch.mask.sum()) * COMMON["num_experts_per_tok"]}
+        assert not batch.mask.all()
         assert grads.keys() == expected.keys()
         for name, grad in grads.items():
             worst = (grad - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-6)

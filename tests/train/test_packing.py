@@ -41,6 +41,7 @@ def test_every_target_is_there_once_after_its_input(lengths, seq_len, packed):
         # Where it is in its conversation, padding being one of its own.
         real = row.inputs != 7777
         assert (row.positions[real] == row.inputs[real] % 100).all()
+        assert (row.mask == real).all()
         found += row.targets[learned].tolist()
     kept = [100 * i + j for i, length in enumerate(lengths) for j in range(1, min(length, seq_len + 1), 2)]
     assert sorted(found) == kept

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moesaic.layers.recompute import backward_pass, defer, give_deferred_gradient, is_recomputing
@@ -91,7 +91,10 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
 
 
 def load_balancing_loss(
-    scores: Float[Tensor, "T E"], total_counts: Int[Tensor, " E"], num_tokens: Int[Tensor, ""]
+    scores: Float[Tensor, "T E"],
+    total_counts: Int[Tensor, " E"],
+    num_tokens: Int[Tensor, ""],
+    token_mask: Bool[Tensor, " T"] | None = None,
 ) -> Tensor:
     """This process's part of ``E * sum over e of f_e * P_e``; 1 for a uniform router over uniform loads.
 
@@ -102,13 +105,29 @@ def load_balancing_loss(
     Args:
         scores: of this process's tokens.
         total_counts: routed token copies an expert, over all processes.
-        num_tokens: tokens over all processes.
+        num_tokens: tokens over all processes, without padding.
+        token_mask: False for padding, which does not count; None where there is none.
     """
     share_E = total_counts.to(scores.dtype) / total_counts.sum().clamp(min=1)
-    probability_sum_E = (scores / scores.sum(1, keepdim=True).clamp(min=1e-20)).sum(0)
+    probability_sum_E = without_padding(normalized(scores), token_mask).sum(0)
     return scores.shape[1] * (share_E * probability_sum_E).sum() / num_tokens
 
 
-def router_z_loss(logits: Float[Tensor, "T E"], num_tokens: Int[Tensor, ""]) -> Tensor:
-    """This process's part of ``mean over tokens of logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906)."""
-    return logits.logsumexp(1).square().sum() / num_tokens
+def router_z_loss(
+    logits: Float[Tensor, "T E"], num_tokens: Int[Tensor, ""], token_mask: Bool[Tensor, " T"] | None = None
+) -> Tensor:
+    """This process's part of ``mean over tokens of logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906).
+
+    ``num_tokens`` and ``token_mask`` are those of :func:`load_balancing_loss`.
+    """
+    return without_padding(logits.logsumexp(1, keepdim=True).square(), token_mask).sum() / num_tokens
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """Scores ``[T, E]`` that sum to 1 for each token."""
+    return scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
+
+
+def without_padding(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Rows ``[T, n]``, zeros in place of those of padding."""
+    return values if token_mask is None else values.masked_fill(~token_mask.unsqueeze(1), 0)

@@ -1,12 +1,13 @@
 """What a mixture-of-experts layer is made of."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moesaic.ops import ACTIVATIONS, Activation
 from moesaic.ops.experts_mlp.activation import check_activation
 
 Score = Literal["softmax", "sigmoid"]
+AuxLoss = Literal["batch", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,10 @@ class MoEConfig:
             a token chooses from the ``top_groups`` of them whose ``group_best`` best scores sum highest.
         group_best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
+        aux_loss: what that loss balances: ``"batch"``, all tokens of a forward pass on all processes
+            (:func:`moesaic.layers.balance.load_balancing_loss`), or ``"sequence"``, each sequence by itself, and the
+            mean over sequences (:func:`moesaic.layers.sequence_balance.sequence_balance_loss`). Sequences are the
+            next to last dim of the tokens.
         z_loss_coef: coefficient of the router z-loss; 0 turns it off.
         bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out, or as it is.
         score_bias: have that bias even where nothing moves it.
@@ -55,6 +60,7 @@ class MoEConfig:
     top_groups: int = 1
     group_best: int = 2
     aux_loss_coef: float = 0.0
+    aux_loss: AuxLoss = "batch"
     z_loss_coef: float = 0.0
     bias_update_speed: float = 0.0
     score_bias: bool = False
@@ -70,7 +76,8 @@ class MoEConfig:
         for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
-        for name, choices in (("score", ("softmax", "sigmoid")), ("activation", ACTIVATIONS)):
+        choices_of = {"score": get_args(Score), "aux_loss": get_args(AuxLoss), "activation": ACTIVATIONS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {choices}")
         check_activation(self.activation, self.gated)

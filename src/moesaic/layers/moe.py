@@ -3,13 +3,15 @@
 Legend: T tokens, K copies a token (top-k), D model dim.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moesaic.layers.balance import without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
@@ -38,7 +40,8 @@ class MoE(nn.Module):
     """A mixture-of-experts layer: ``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)  (+ shared(x_t))``.
 
     ``weight`` and ``id`` come from the :class:`TopKRouter`, the experts are :class:`GroupedExperts`. No token is
-    dropped and nothing is padded.
+    dropped and nothing is padded. Where ``token_mask_t`` is False the token is padding: ``y_t = 0``. It goes to no
+    expert, counts in no loss and no load, and gets no gradient.
 
     Args:
         config: sizes and choices.
@@ -83,18 +86,32 @@ class MoE(nn.Module):
         self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_hidden_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
+    def forward(
+        self,
+        x: Float[Tensor, "*tokens D"],
+        token_mask: Bool[Tensor, "*tokens"] | Int[Tensor, "*tokens"] | None = None,
+    ) -> Float[Tensor, "*tokens D"]:
         """Apply the layer to tokens of any leading shape.
 
+        Args:
+            x: the tokens; what stands in padding does not matter, NaN neither.
+            token_mask: False or 0 for padding; None where there is none.
+
         Raises:
-            ValueError: the last dim of ``x`` is not the model dim.
+            ValueError: the last dim of ``x`` is not the model dim, or ``token_mask`` is not one number a token, of
+                bools or integers.
         """
         if x.ndim < 2 or x.shape[-1] != self.config.dim:
             raise ValueError(
                 f"x: expected [tokens, {self.config.dim}] or [..., {self.config.dim}], got {list(x.shape)}"
             )
         x_TD = x.flatten(0, -2)
-        routing = self.router(x_TD)
+        mask_T = None
+        if token_mask is not None:
+            mask_T = _checked(token_mask, x).flatten()
+            # Nothing of padding may reach a sum over tokens: zero times NaN is NaN. The dense expert gives 0 for 0.
+            x_TD = without_padding(x_TD, mask_T)
+        routing = self.router(x_TD, mask_T, num_sequences=max(math.prod(x.shape[:-2]), 1))
         rows_RD = x_TD
         if self.config.weigh_inputs:
             rows_RD, routing = _weighed(x_TD, routing)
@@ -107,6 +124,22 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
+
+
+def _checked(token_mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as bools, on the device of ``x``."""
+    if not isinstance(token_mask, Tensor) or token_mask.is_floating_point() or token_mask.is_complex():
+        kind = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
+        raise ValueError(
+            f"token_mask: expected a tensor of bools or integers, got {kind}; "
+            "torch.as_tensor(token_mask) != 0 makes one"
+        )
+    if token_mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"token_mask: expected {list(x.shape[:-1])}, one number a token of x {list(x.shape)}, "
+            f"got {list(token_mask.shape)}"
+        )
+    return token_mask.to(x.device) != 0
 
 
 def _weighed(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moesaic.layers.balance import load_balancing_loss, record_loss, router_z_loss
+from moesaic.layers.balance import load_balancing_loss, record_loss, router_z_loss, without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.recompute import count_once
+from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
 from moesaic.ops.autocast import no_autocast
 
 
 class Routing(NamedTuple):
-    """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input)."""
+    """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input).
+
+    Padding goes nowhere: its ids are -1 and its weights 0.
+    """
 
     ids: Tensor
     weights: Tensor
@@ -33,6 +37,8 @@ class TopKRouter(nn.Module):
     arXiv 2408.15664): it changes which experts are chosen, never the weights, and
     :func:`moesaic.layers.update_expert_bias` moves it.
 
+    Tokens that ``token_mask`` calls padding get no expert. They count in no loss and no load.
+
     In training mode every forward counts tokens an expert into the buffer ``load [E]`` (recomputed forwards of
     activation checkpointing do not count) and, where their coefficients are set, hands the load-balancing and z-losses
     to :func:`moesaic.layers.balance_losses`.
@@ -44,6 +50,7 @@ class TopKRouter(nn.Module):
         load: ``[E]`` int64 buffer, tokens an expert since the last reset, of this process's own tokens.
         reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. The identity here;
             a parallel plan replaces it.
+        reduce_sequences: the same over those that hold parts of the same sequences, ``sequence_parts`` in number.
 
     Example:
         >>> router = TopKRouter(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -68,6 +75,8 @@ class TopKRouter(nn.Module):
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load", load, persistent=False)
         self.reduce_counts: Callable[[Tensor], Tensor] = _identity
+        self.reduce_sequences: Callable[[Tensor], Tensor] = _identity
+        self.sequence_parts = 1
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
@@ -86,8 +95,10 @@ class TopKRouter(nn.Module):
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
 
-    def forward(self, x: Float[Tensor, "T D"]) -> Routing:
-        """Route the tokens of ``x``."""
+    def forward(
+        self, x: Float[Tensor, "T D"], token_mask: Bool[Tensor, " T"] | None = None, num_sequences: int = 1
+    ) -> Routing:
+        """Route the tokens of ``x``, of equally long sequences; those whose ``token_mask`` is False are padding."""
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
@@ -98,9 +109,12 @@ class TopKRouter(nn.Module):
             weights_TK = scores_TE.gather(1, ids_TK)
             if self.config.normalize_top_k:
                 weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
+            weights_TK = without_padding(weights_TK * self.config.route_scale, token_mask)
+            if token_mask is not None:
+                ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)
             if self.training:
-                weights_TK = self._balance(logits_TE, scores_TE, ids_TK, weights_TK)
-            return Routing(ids_TK, weights_TK * self.config.route_scale)
+                weights_TK = self._balance(logits_TE, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
+            return Routing(ids_TK, weights_TK)
 
     @torch.no_grad()
     def _choose(self, scores_TE: Tensor) -> Tensor:
@@ -115,22 +129,35 @@ class TopKRouter(nn.Module):
             scores_TE = groups_TGe.masked_fill(~kept_TG.unsqueeze(2), float("-inf")).flatten(1)
         return scores_TE.topk(config.top_k, dim=1).indices
 
-    def _balance(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def _balance(
+        self, logits_TE: Tensor, scores_TE: Tensor, routing: Routing, token_mask: Tensor | None, num_sequences: int
+    ) -> Tensor:
         """Count, and hand over the losses. Gives back the weights, which may carry gradients of the losses."""
-        ids = ids_TK.flatten()
-        counts_E = torch.zeros_like(self.load).scatter_add(0, ids, torch.ones_like(ids))
+        ids, weights_TK = routing.ids.flatten(), routing.weights
+        counts_E = torch.zeros_like(self.load).scatter_add(0, ids.clamp(min=0), (ids >= 0).to(self.load.dtype))
         count_once(self.load, counts_E)
         config = self.config
         if not (config.aux_loss_coef or config.z_loss_coef):
             return weights_TK
         # A recomputed forward goes through here too: it has to save the tensors that the first one saved.
-        total_E = self.reduce_counts(counts_E)
+        numbers, counts_BE = counts_E, None
+        if config.aux_loss_coef and config.aux_loss == "sequence":
+            best_BE = sequence_counts(scores_TE.detach(), config.top_k, num_sequences, token_mask)
+            counts_BE = self.reduce_sequences(best_BE)
+            numbers = torch.cat([counts_E, (counts_BE.sum(1) > 0).sum(0, keepdim=True)])
+        total = self.reduce_counts(numbers)
+        total_E = total[: config.num_experts]
         num_tokens = (total_E.sum() // config.top_k).clamp(min=1)
-        if config.aux_loss_coef:
-            loss = config.aux_loss_coef * load_balancing_loss(scores_TE, total_E, num_tokens)
-            weights_TK = record_loss(loss, weights_TK)
+        if counts_BE is not None:
+            sequences = (total[-1] // self.sequence_parts).clamp(min=1)
+            loss = sequence_balance_loss(scores_TE, counts_BE, config.top_k, sequences, token_mask)
+            weights_TK = record_loss(config.aux_loss_coef * loss, weights_TK)
+        elif config.aux_loss_coef:
+            loss = load_balancing_loss(scores_TE, total_E, num_tokens, token_mask)
+            weights_TK = record_loss(config.aux_loss_coef * loss, weights_TK)
         if config.z_loss_coef:
-            weights_TK = record_loss(config.z_loss_coef * router_z_loss(logits_TE, num_tokens), weights_TK)
+            loss = router_z_loss(logits_TE, num_tokens, token_mask)
+            weights_TK = record_loss(config.z_loss_coef * loss, weights_TK)
         return weights_TK
 
     def extra_repr(self) -> str:

@@ -93,6 +93,7 @@ def attention_shard_dims(decoder: nn.Module) -> dict[nn.Parameter, int]:
 def add_sequence_parallelism(decoder: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Cut the sequence at the first layer, gather it before every attention, scatter it after."""
     tp = _SequenceAxis(tp_mesh)
+    decoder.register_forward_pre_hook(tp.cut_mask, with_kwargs=True)
     decoder_layers(decoder)[0].register_forward_pre_hook(tp.cut, with_kwargs=True)
     for layer in decoder_layers(decoder):
         layer.self_attn.register_forward_pre_hook(tp.gather, with_kwargs=True)
@@ -110,9 +111,16 @@ class _SequenceAxis:
 
     def cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def shard(hidden: Tensor) -> Tensor:
-            return hidden[:, sequence_slices(hidden.shape[1], self.group.size())[self.group.rank()]]
+            return hidden[:, self._slice(hidden.shape[1])]
 
         return _replace_hidden_states(shard, args, kwargs)
+
+    def cut_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of the whole sequences' padding, which layers get beside hidden states, what is in this rank's shard."""
+        mask = kwargs.get("token_mask")
+        if mask is None:
+            return args, kwargs
+        return args, {**kwargs, "token_mask": mask[:, self._slice(mask.shape[1])]}
 
     def gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sizes = self._sizes(_sequence_length(kwargs))
@@ -125,6 +133,9 @@ class _SequenceAxis:
     def scatter(self, hidden: Tensor) -> Tensor:
         sizes = self._sizes(hidden.shape[1])
         return reduce_scatter_rows(hidden.transpose(0, 1), sizes, self.group).transpose(0, 1)
+
+    def _slice(self, length: int) -> slice:
+        return sequence_slices(length, self.group.size())[self.group.rank()]
 
     def _sizes(self, length: int) -> list[int]:
         return [s.stop - s.start for s in sequence_slices(length, self.group.size())]

@@ -62,7 +62,8 @@ class MeshDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         experts_per_rank = -(-num_experts // self.ep.size())
-        owner_TK = routing.ids // experts_per_rank
+        # Copies of padding, whose ids are -1, belong to a rank past the last.
+        owner_TK = torch.where(routing.ids < 0, self.ep.size(), routing.ids // experts_per_rank)
         sent = _one_copy_a_rank(owner_TK, self.ep.size())
         traffic = self._exchange_counts(sent.group_sizes)
 
@@ -128,8 +129,8 @@ def round_up_capacity(rows: int) -> int:
 
 def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> Permutation:
     """Sort tokens by the ranks they go to, once a rank however many of its experts they go to."""
-    goes_TP = torch.zeros(owner_TK.shape[0], num_ranks, dtype=torch.bool, device=owner_TK.device)
-    goes_TP = goes_TP.scatter(1, owner_TK, True)
+    goes_TQ = torch.zeros(owner_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=owner_TK.device)
+    goes_TP = goes_TQ.scatter(1, owner_TK, True)[:, :num_ranks]
     ranks_TP = torch.where(goes_TP, torch.arange(num_ranks, device=owner_TK.device), -1)
     return sort_by_expert(ranks_TP, num_ranks)
 

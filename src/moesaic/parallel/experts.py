@@ -39,14 +39,21 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
         )
 
 
-def distribute_experts(moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, compute: ComputeOn) -> None:
-    """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks."""
+def distribute_experts(
+    moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, tp: dist.ProcessGroup | None, compute: ComputeOn
+) -> None:
+    """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks.
+
+    The ranks of ``tp`` have parts of the same sequences; None where a rank has them whole.
+    """
     for name, weight in list(moe.experts.named_parameters()):
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
         shard = distribute_tensor(weight.detach(), mesh, WEIGHTS[name], src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh)
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
+    if tp is not None:
+        moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()
     if compute == "local":
         _compute_on_local_tensors(moe.experts, mesh)
 

@@ -46,12 +46,12 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     How to call the result:
 
     * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
-      tokens; the result is placed alike;
+      tokens; the result is placed alike. ``token_mask`` is of the same tokens, and placed as they are;
     * a transformers causal language model: with its dp rank's whole ``input_ids [B, S]``, the same on every tp rank.
       The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``. With ``labels=``, its dp
       rank's whole ``[B, S]`` too, the loss is this rank's part of the mean over the labels of all ranks that are not
       -100: call backward on it; the sum of it over the ranks is the mean. ``num_items_in_batch=`` takes the place of
-      their number, as for several forward passes before a step.
+      their number, as for several forward passes before a step. ``attention_mask [B, S]`` is of whole sequences, too.
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
@@ -88,8 +88,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     is_empty = is_on_meta(model)
     if not is_empty:
         _take_from_first_rank(model, all_ranks)
+    tp = meshes.dense.get_group("tp") if meshes.tp_size > 1 else None
     for moe in moes.values():
-        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, compute)
+        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
@@ -181,16 +182,19 @@ def _accept_dtensors(moe: MoE) -> None:
     """Let a bare layer take its tokens as a DTensor, and give the result back placed alike."""
     inner = moe.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         if not isinstance(x, DTensor):
-            return inner(x)
+            return inner(x, token_mask)
         for placement in x.placements:
             if type(placement) is not Shard or placement.dim == x.ndim - 1:
                 raise ValueError(
                     f"x: tokens must be sharded on a dim of tokens, got {list(x.placements)}; "
                     f"x.redistribute(placements=[Shard({x.ndim - 2})]) gets there"
                 )
-        y = inner(x.to_local(grad_placements=x.placements))
+        if token_mask is not None and (not isinstance(token_mask, DTensor) or token_mask.placements != x.placements):
+            placed = list(token_mask.placements) if isinstance(token_mask, DTensor) else "a plain tensor"
+            raise ValueError(f"token_mask: expected a DTensor placed {list(x.placements)} like x, got {placed}")
+        y = inner(x.to_local(grad_placements=x.placements), None if token_mask is None else token_mask.to_local())
         contiguous = torch.empty(x.shape, device="meta").stride()
         return DTensor.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=contiguous)
 

@@ -31,11 +31,13 @@ class Batch:
     """Of each token in its conversation, where several share a row."""
     num_targets: int
     """Of all ranks together."""
+    mask: Tensor | None = None
+    """False where there is padding; None where there is none."""
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device), positions=positions)
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 class Row(NamedTuple):
@@ -44,6 +46,8 @@ class Row(NamedTuple):
     inputs: np.ndarray
     targets: np.ndarray
     positions: np.ndarray | None
+    mask: np.ndarray | None = None
+    """False where there is padding; None where there is none."""
 
 
 @runtime_checkable
@@ -143,10 +147,9 @@ class BatchLoader:
 
 def collate(rows: list[Row], num_targets: int) -> Batch:
     """Rows as tensors."""
-    inputs, targets, positions = zip(*rows, strict=True)
-    return Batch(
-        torch.from_numpy(np.stack(inputs)),
-        torch.from_numpy(np.stack(targets)),
-        None if positions[0] is None else torch.from_numpy(np.stack(positions)),
-        num_targets,
+    inputs, targets, positions, mask = (
+        None if part[0] is None else torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)
     )
+    assert inputs is not None
+    assert targets is not None
+    return Batch(inputs, targets, positions, num_targets, mask)

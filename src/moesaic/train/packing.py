@@ -106,7 +106,7 @@ class PackedRows:
             positions[here] = np.arange(length)
             at += length
         positions[at:] = np.arange(self.seq_len - at)
-        return Row(inputs, targets, positions)
+        return Row(inputs, targets, positions, np.arange(self.seq_len) < at)
 
     def num_targets(self, index: int) -> int:
         """How many targets row `index` has: at least one."""

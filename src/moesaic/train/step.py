@@ -68,8 +68,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """The logits `[B, s, V]` of this rank's sequence shard."""
     # Without positions of its own a model has them, and its causal mask, from a cheaper place.
-    positions = {} if batch.positions is None else {"position_ids": batch.positions}
-    return model(input_ids=batch.inputs, use_cache=False, **positions).logits
+    given = {} if batch.positions is None else {"position_ids": batch.positions}
+    # Not as an attention mask, with which the model would not look at positions: the padding of a row is seen by none.
+    given |= {} if batch.mask is None else {"token_mask": batch.mask}
+    return model(input_ids=batch.inputs, use_cache=False, **given).logits
 
 
 def sum_of_losses(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:

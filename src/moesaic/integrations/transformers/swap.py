@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from moesaic.integrations.transformers import methods
+from moesaic.integrations.transformers import masks, methods
 from moesaic.integrations.transformers.activations import activation_name
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
 from moesaic.integrations.transformers.links import Link
@@ -79,6 +79,7 @@ def swap_moe(
         parent, _, child = swap.name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
     methods.install(model)
+    masks.install(model)
     return model
 
 
@@ -105,14 +106,15 @@ def unswap_moe(model: Model) -> Model:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _block_for(layer, origin))
     methods.remove(model)
+    masks.remove(model)
     return model
 
 
 class _PairMoE(MoE):
     """For decoder layers that expect router results beside the output, and drop them."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return super().forward(x), None
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x, token_mask), None
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -1,0 +1,115 @@
+"""Padding on its way to the layers of a model: from ``attention_mask`` to ``MoE.forward(x, token_mask=...)``.
+
+What counts as padding, the first of these that is there:
+
+1. ``model(..., token_mask=)``, ``[B, S]``: what is False or 0.
+2. ``attention_mask``, ``[B, S]``: what is 0. Masks of other shapes say who sees whom, and not what is padding.
+3. ``labels`` of a causal language model: the end of a row, as far as every token is ``pad_token_id`` and its label
+   -100. A label of -100 alone is no sign of padding: prompts have it.
+
+Decoder layers call their MoE with hidden states alone. So the mask goes to them as an argument, ``token_mask``, and
+each adds it to the call of its own MoE. As an argument it is there again when activation checkpointing runs a layer or
+a MoE once more, whoever does the checkpointing.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from moesaic.layers import MoE
+
+# The label that does not count, as transformers has it.
+_IGNORED = -100
+
+
+def install(model: nn.Module) -> None:
+    """Let the decoders of a model, and their layers, take masks to their MoEs."""
+    model.register_forward_pre_hook(_take_labels, with_kwargs=True)
+    for decoder, layers in _stacks(model):
+        decoder.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
+        for layer in layers:
+            layer.__class__ = _taking_masks(type(layer))
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook in _HOOKS]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        if (plain := vars(type(module)).get("_without_masks")) is not None:
+            module.__class__ = plain
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """Every decoder in a model, and its list of layers."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(
+                isinstance(m, MoE) for layer in child for m in layer.children()
+            ):
+                yield module, child
+
+
+@functools.cache
+def _signature(model: type) -> inspect.Signature:
+    return inspect.signature(model.forward)
+
+
+def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """By name; those that have none in the signature are left out."""
+    return _signature(type(model)).bind(model, *args, **kwargs).arguments
+
+
+def _take_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = _arguments(model, args, kwargs)
+    ids, labels = given.get("input_ids"), given.get("labels")
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if kwargs.get("token_mask") is not None or given.get("attention_mask") is not None:
+        return args, kwargs
+    if ids is None or labels is None or pad is None or model.loss_type != "ForCausalLM" or labels.shape != ids.shape:
+        return args, kwargs
+    may_be = (ids == pad) & (labels.to(ids.device) == _IGNORED)
+    return args, {**kwargs, "token_mask": may_be.long().flip(1).cumprod(1).flip(1) == 0}
+
+
+def _take_attention_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("token_mask") is not None:
+        return args, kwargs
+    given = _arguments(decoder, args, kwargs)
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    mask = given.get("attention_mask")
+    if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return args, kwargs
+    # With a cache the mask is also of the tokens before these.
+    return args, {**kwargs, "token_mask": mask[:, -tokens.shape[1] :] != 0}
+
+
+@functools.cache
+def _taking_masks(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class of a decoder layer, with an argument ``token_mask`` for the MoEs in it.
+
+    A class and not a hook of the layer: transformers runs hooks outside of activation checkpointing.
+    """
+
+    def forward(self: nn.Module, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "token_mask": token_mask}
+
+        with contextlib.ExitStack() as hooks:
+            # Not on the MoE: what a user has put around it, as a checkpoint, has to see the argument, too.
+            for child in self.children() if token_mask is not None else ():
+                if any(isinstance(module, MoE) for module in child.modules()):
+                    hooks.enter_context(child.register_forward_pre_hook(give, with_kwargs=True))
+            return plain.forward(self, *args, **kwargs)
+
+    functools.update_wrapper(forward, plain.forward)
+    # Trainers, plans and policies know layers by the names of their classes.
+    own = {"forward": forward, "_without_masks": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**own, "__qualname__": plain.__qualname__})
+
+
+_HOOKS = (_take_labels, _take_attention_mask)
