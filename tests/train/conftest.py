@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moesaic.train.config import TrainConfig
+from moesaic.train.step import train_step
 
 MODEL = {
     "model_type": "qwen3_moe",
@@ -39,6 +40,11 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
         lines = [" ".join(chance.choices(words, k=8)) for _ in range(12)]
         (folder / f"doc{index:03}.txt").write_text(f"{index}\n" + ".\n".join(lines) + ".\n")
     return folder
+
+
+def one_step(run):
+    """The next step of a run."""
+    return train_step(run.training, run.config, meshes=run.meshes, guard=run.guard, device=run.runtime.device)
 
 
 @pytest.fixture(autouse=True)

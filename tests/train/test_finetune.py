@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moesaic.cli import main
 from moesaic.layers import expert_load
 from moesaic.train import loop
-from moesaic.train import run as runs
 from moesaic.train.architecture import find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.metrics import read_jsonl
+from moesaic.train.run import set_up
 from moesaic.train.runtime import started
 from tests.train.chats import COMMON, FAMILIES, MARKED, write_chats, write_model
+from tests.train.conftest import one_step
 from tests.train.test_resume import _fit, _rows
 
 MESH = {"tp": 2, "ep": 2, "etp": 2}
@@ -59,16 +60,17 @@ def _first_step(config, cache):
     """The loss of the first step, every gradient, and the tokens that the experts of each layer got."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime:
-        run = runs.set_up(config, runtime, lambda text: None)
+        run = set_up(config, runtime, lambda text: None)
+        model, optimizer = run.training.model, run.training.optimizer
         grads = {}
 
         def keep(*_):
-            grads.update({name: _whole(p.grad) for name, p in run.model.named_parameters() if p.grad is not None})
+            grads.update({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
 
-        run.optimizer.register_step_pre_hook(keep)
-        run.model.train()
-        result = loop._one_step(run, False)
-        loads = [load.sum().item() for load in expert_load(run.model).values()]
+        optimizer.register_step_pre_hook(keep)
+        model.train()
+        result = one_step(run)
+        loads = [load.sum().item() for load in expert_load(model).values()]
         run.guard.close()
         if dist.is_initialized():
             dist.barrier()
@@ -140,7 +142,7 @@ def test_gradients_are_those_of_each_conversation_alone(tuned, cache, ranks, tmp
     config = dataclasses.replace(tuned, aux_loss_coef=0.0, **changes)
     with started("cpu") as runtime:
         alone = dataclasses.replace(config, tp=1, ep=1, etp=1, out=tmp_path / "alone")
-        loader = runs.set_up(alone, runtime, lambda text: None).loader
+        loader = set_up(alone, runtime, lambda text: None).training.loader
     batch = loader.next_batch()
     expected_loss, expected = _reference(config, batch)
     results = [_first_step(config, cache)] if world_size == 1 else ranks(_first_step, world_size, config, cache)
@@ -206,7 +208,7 @@ def test_half_precision_files_become_fp32_weights(tuned, cache, tmp_path):
 def _refusal(config, cache):
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime, pytest.raises(UserError) as error:
-        runs.set_up(config, runtime, lambda text: None)
+        set_up(config, runtime, lambda text: None)
     return str(error.value)
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from moesaic.checkpoint import checkpoints, read_manifest
 from moesaic.train import loop
-from moesaic.train import run as runs
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.metrics import read_jsonl
+from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from moesaic.train.training import save
 from tests.train.conftest import write_corpus
 
 MESH = {"tp": 2, "ep": 2, "etp": 2}
@@ -48,7 +49,7 @@ def _fit(config, cache, signals=(), victim=0):
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime:
         screen = _Screen(signals if runtime.rank == victim else ())
-        run = runs.set_up(config, runtime, screen.message)
+        run = set_up(config, runtime, screen.message)
         finished = loop.fit(run, screen)
         run.guard.close()
         if dist.is_initialized():
@@ -75,13 +76,13 @@ def _tensors(config, cache):
     layout = dict.fromkeys(("tp", "ep", "etp", "dp_replicate"), 1) | {"dp_shard": None}
     config = dataclasses.replace(config, resume=True, **layout)
     with started("cpu") as runtime:
-        run = runs.set_up(config, runtime, lambda text: None)
+        run = set_up(config, runtime, lambda text: None)
         run.guard.close()
-        names = {parameter: name for name, parameter in run.model.named_parameters()}
+        names = {parameter: name for name, parameter in run.training.model.named_parameters()}
         tensors = {name: parameter.detach() for parameter, name in names.items()}
-        for parameter, state in run.optimizer.state.items():
+        for parameter, state in run.training.optimizer.state.items():
             tensors |= {f"{names[parameter]}.{key}": value for key, value in state.items()}
-        return run.step, tensors
+        return run.training.step, tensors
 
 
 def _assert_equal(one, other):
@@ -147,10 +148,10 @@ def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
 def _resume_and_save(config, cache):
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime:
-        run = runs.set_up(config, runtime, lambda text: None)
-        runs.save(run)
+        run = set_up(config, runtime, lambda text: None)
+        save(run.training, run.config, run.folder)
         run.guard.close()
-        return run.step
+        return run.training.step
 
 
 def test_the_whole_program_and_its_second_call(tiny, cache, capsys):

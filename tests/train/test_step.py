@@ -9,59 +9,60 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from moesaic.train import loop
-from moesaic.train import run as runs
 from moesaic.train.errors import TrainingError
+from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from tests.train.conftest import one_step
 
 
 def _local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _poison_weight(run, name):
+def _poison_weight(model, name):
     with torch.no_grad():
-        _local(run.model.get_parameter(name)).view(-1)[0] = float("nan")
+        _local(model.get_parameter(name)).view(-1)[0] = float("nan")
 
 
-def _poison_gradient(run, name):
+def _poison_gradient(model, name):
     def spoil(parameter):
         _local(parameter.grad).view(-1)[0] = float("inf")
 
-    run.model.get_parameter(name).register_post_accumulate_grad_hook(spoil)
+    model.get_parameter(name).register_post_accumulate_grad_hook(spoil)
 
 
-def _poison_loss(run, name):
+def _poison_loss(model, name):
     # Beyond all layers: the loss itself is infinite.
     def far(module, args, output):
         output.logits = output.logits * 1e38 * 10
 
-    run.model.register_forward_hook(far)
+    model.register_forward_hook(far)
 
 
 def _step_with_poison(config, cache, poison, name, victim):
     """Two good steps, then one with the poison on rank `victim`: the error, and which tensors changed."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     with started("cpu") as runtime:
-        run = runs.set_up(config, runtime, lambda text: None)
-        loop._one_step(run, False)
-        loop._one_step(run, False)
+        run = set_up(config, runtime, lambda text: None)
+        training, model = run.training, run.training.model
+        one_step(run)
+        one_step(run)
         if runtime.rank == victim:
-            poison(run, name)
-        before = {key: _local(value.detach()).clone() for key, value in run.model.named_parameters()}
-        moments = {key: _local(run.optimizer.state[p]["exp_avg"]).clone() for key, p in run.model.named_parameters()}
+            poison(model, name)
+        before = {key: _local(value.detach()).clone() for key, value in model.named_parameters()}
+        moments = {key: _local(training.optimizer.state[p]["exp_avg"]).clone() for key, p in model.named_parameters()}
         with pytest.raises(TrainingError) as error:
-            loop._one_step(run, False)
+            one_step(run)
         changed = [
             key
-            for key, value in run.model.named_parameters()
+            for key, value in model.named_parameters()
             if not torch.equal(_local(value.detach()).nan_to_num(7.0), before[key].nan_to_num(7.0))
-            or not torch.equal(_local(run.optimizer.state[value]["exp_avg"]), moments[key])
+            or not torch.equal(_local(training.optimizer.state[value]["exp_avg"]), moments[key])
         ]
         # The ranks are still in step with one another.
         if dist.is_initialized():
             dist.barrier()
-        return str(error.value), changed, run.step
+        return str(error.value), changed, training.step
 
 
 LAYOUT = {"tp": 2, "ep": 2, "etp": 2}
@@ -98,9 +99,9 @@ def test_all_ranks_stop_before_the_update(tiny, cache, ranks, poison, name, vict
 def test_one_process_stops_as_well(tiny, cache, poison, name, message):
     if name == "model.embed_tokens.weight":
 
-        def poison(run, name):
+        def poison(model, name):
             with torch.no_grad():
-                run.model.get_parameter(name).fill_(float("nan"))
+                model.get_parameter(name).fill_(float("nan"))
 
     text, changed, step = _step_with_poison(tiny, cache, poison, name, 0)
     assert (changed, step) == ([], 2)

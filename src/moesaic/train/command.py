@@ -20,7 +20,18 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic train`` and return its exit status. All ranks fail alike, and only the first one says so."""
     leader = os.environ.get("RANK", "0") == "0"
     try:
-        return _run(arguments, leader)
+        config = parse(arguments, leader)
+        from moesaic.train.launch import check_launch
+
+        check_launch(config)
+        from moesaic.checkpoint import CheckpointError
+        from moesaic.train.loop import train
+
+        try:
+            train(config)
+        except CheckpointError as error:
+            raise TrainingError(str(error)) from error
+        return 0
     except UserError as error:
         message, status = error, 2
     except TrainingError as error:
@@ -28,21 +39,6 @@ def run(arguments: Sequence[str]) -> int:
     if leader:
         print(f"moesaic train: {message}", file=sys.stderr, flush=True)
     return status
-
-
-def _run(arguments: Sequence[str], leader: bool) -> int:
-    config = parse(arguments, leader)
-    from moesaic.train.launch import check_launch
-
-    check_launch(config)
-    from moesaic.checkpoint import CheckpointError
-    from moesaic.train.loop import train
-
-    try:
-        train(config)
-    except CheckpointError as error:
-        raise TrainingError(str(error)) from error
-    return 0
 
 
 def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from moesaic import ranks
 from moesaic.checkpoint import CheckpointError, latest
-from moesaic.checkpoint.run_folder import EXPORT, METRICS, RESULT, TENSORBOARD
+from moesaic.checkpoint.run_folder import CHECKPOINTS, EXPORT, METRICS, RESULT, TENSORBOARD
 from moesaic.layers import expert_load, reset_expert_load
 from moesaic.train import finish
-from moesaic.train import run as runs
 from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError
@@ -22,12 +21,13 @@ from moesaic.train.folder import write_json
 from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
-from moesaic.train.run import Run
+from moesaic.train.run import Run, set_up
 from moesaic.train.runtime import peak_memory, started
 from moesaic.train.schedule import learning_rate
 from moesaic.train.scores import Scores, scores_of
 from moesaic.train.signals import StopRequest
 from moesaic.train.step import StepResult, train_step
+from moesaic.train.training import Training, save
 
 
 def train(config: TrainConfig) -> None:
@@ -38,8 +38,8 @@ def train(config: TrainConfig) -> None:
     """
     with started(config.device) as runtime:
         screen = open_screen(runtime.leader)
-        run = runs.set_up(config, runtime, screen.message)
-        scores = scores_of(run)
+        run = set_up(config, runtime, screen.message)
+        scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
         screen.message(_introduce(run))
         try:
             finished = fit(run, screen, lambda: {scores.name: scores.measure()})
@@ -51,105 +51,95 @@ def train(config: TrainConfig) -> None:
 
 def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:
     """Train to the last step and save. A signal makes it save and stop early; then the result is False."""
-    config = run.config
-    if run.step >= config.steps:
+    training, config, device = run.training, run.config, run.runtime.device
+    if training.step >= config.steps:
         return True
-    writers = _open_writers(run, screen)
-    if run.step == 0 and run.source.pretrained and (values := measure()):
+    writers = _open_writers(run.folder, training.step, config.tensorboard, screen) if run.runtime.leader else []
+    if training.step == 0 and run.pretrained and (values := measure()):
         screen.message(f"before fine-tuning: {describe(values)}")
         for writer in writers:
             writer.log(values, 0)
-    screen.start(run.step, config.steps)
-    run.model.train()
+    screen.start(training.step, config.steps)
+    training.model.train()
     stopped = False
-    clock, clock_step = time.perf_counter(), run.step
-    saved_in = run.step
+    clock, clock_step = time.perf_counter(), training.step
     try:
         with StopRequest(lambda name: screen.message(f"{name}: saving after this step, then stopping")) as request:
-            while run.step < config.steps and not stopped:
-                result = _one_step(run, request.wanted)
+            while training.step < config.steps and not stopped:
+                result = train_step(
+                    training,
+                    config,
+                    meshes=run.meshes,
+                    guard=run.guard,
+                    device=device,
+                    stop_wanted=request.wanted,
+                )
                 stopped = result.stop
                 values = None
-                if run.step % config.log_every == 0 or run.step in (1, config.steps):
-                    seconds = (time.perf_counter() - clock) / (run.step - clock_step)
-                    values = _metrics(run, result, seconds)
-                reset_expert_load(run.model)
-                if config.eval_every and run.step % config.eval_every == 0:
+                if training.step % config.log_every == 0 or training.step in (1, config.steps):
+                    seconds = (time.perf_counter() - clock) / (training.step - clock_step)
+                    values = _metrics(training, config, device, result, seconds)
+                reset_expert_load(training.model)
+                if config.eval_every and training.step % config.eval_every == 0:
                     values = (values or {}) | dict(measure())
                 if values is not None:
                     for writer in writers:
-                        writer.log(values, run.step)
+                        writer.log(values, training.step)
                     # The time of measurements is not part of the speed.
-                    clock, clock_step = time.perf_counter(), run.step
-                screen.update(run.step, values)
-                last = stopped or run.step == config.steps
-                if last or (config.save_every and run.step % config.save_every == 0):
+                    clock, clock_step = time.perf_counter(), training.step
+                screen.update(training.step, values)
+                last = stopped or training.step == config.steps
+                if last or (config.save_every and training.step % config.save_every == 0):
                     before = time.perf_counter()
-                    saved_in = _save(run, screen, must=last) or saved_in
+                    try:
+                        save(training, config, run.folder)
+                    except CheckpointError as error:
+                        # A full disk must not end the training: there may be room again at the next checkpoint.
+                        if last:
+                            raise
+                        screen.message(f"warning: {error}; training continues")
                     clock += time.perf_counter() - before
     except TrainingError as error:
-        raise TrainingError(f"{error} {_way_back(run)}") from error
+        raise TrainingError(f"{error} {_way_back(run.folder)}") from error
     finally:
         screen.stop()
         for writer in writers:
             writer.close()
     if stopped:
         screen.message(
-            f"stopped after step {run.step} of {config.steps}; everything is saved. To continue, run the same "
+            f"stopped after step {training.step} of {config.steps}; everything is saved. To continue, run the same "
             f"command with --resume --out {run.folder}"
         )
     return not stopped
 
 
-def _way_back(run: Run) -> str:
-    newest = latest(run.checkpoints)
+def _way_back(folder: Path) -> str:
+    newest = latest(folder / CHECKPOINTS)
     if newest is None:
         return "There is no checkpoint yet."
     return (
-        f"The last checkpoint is {newest}. To continue from it, use --resume --out {run.folder}, perhaps with a lower "
-        "--lr."
+        f"The last checkpoint is {newest}. To continue from it, use --resume --out {folder}, perhaps with a lower --lr."
     )
 
 
-def _one_step(run: Run, stop_wanted: bool) -> StepResult:
-    config, device = run.config, run.runtime.device
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, config)
-    # Random numbers depend on seed, step and rank only. So a resumed run has the same without saving any state.
-    seed = np.random.SeedSequence([config.seed, run.step, run.runtime.rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(seed[0]))
-    result = train_step(
-        run.model,
-        run.optimizer,
-        run.loader.next_batch().to(device),
-        step=run.step + 1,
-        meshes=run.meshes,
-        guard=run.guard,
-        dtype=config.dtype,
-        max_grad_norm=config.max_grad_norm,
-        stop_wanted=stop_wanted,
-    )
-    run.step += 1
-    return result
-
-
-def _metrics(run: Run, result: StepResult, seconds: float) -> dict[str, float]:
-    config = run.config
+def _metrics(
+    training: Training, config: TrainConfig, device: torch.device, result: StepResult, seconds: float
+) -> dict[str, float]:
     balance = []
     dead = 0
-    for load in expert_load(run.model).values():
+    for load in expert_load(training.model).values():
         counts = load.double()
         balance.append(float(counts.max() / counts.mean()))
         dead += int((counts == 0).sum())
-    memory = torch.tensor(float(peak_memory(run.runtime.device)), device=run.runtime.device)
+    memory = torch.tensor(float(peak_memory(device)), device=device)
     if ranks.active():
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
     return {
         "loss": result.loss,
         "balance_loss": result.balance_loss,
         "grad_norm": result.grad_norm,
-        "lr": learning_rate(run.step - 1, config),
-        "tokens": float(run.step * config.batch_size * config.seq_len),
+        "lr": learning_rate(training.step - 1, config),
+        "tokens": float(training.step * config.batch_size * config.seq_len),
         "tokens_per_second": config.batch_size * config.seq_len / seconds,
         "balance": max(balance, default=0.0),
         "dead_experts": float(dead),
@@ -157,50 +147,36 @@ def _metrics(run: Run, result: StepResult, seconds: float) -> dict[str, float]:
     }
 
 
-def _save(run: Run, screen: Screen, *, must: bool) -> int | None:
-    try:
-        runs.save(run)
-    except CheckpointError as error:
-        # A full disk must not end the training: there may be room again at the next checkpoint.
-        if must:
-            raise
-        screen.message(f"warning: {error}; training continues")
-        return None
-    return run.step
-
-
-def _open_writers(run: Run, screen: Screen) -> list[MetricWriter]:
-    if not run.runtime.leader:
-        return []
-    writers: list[MetricWriter] = [JsonlWriter(run.folder / METRICS, run.step)]
-    if run.config.tensorboard:
+def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) -> list[MetricWriter]:
+    writers: list[MetricWriter] = [JsonlWriter(folder / METRICS, step)]
+    if tensorboard:
         try:
-            writers.append(TensorBoardWriter(run.folder / TENSORBOARD, run.step))
+            writers.append(TensorBoardWriter(folder / TENSORBOARD, step))
         except ImportError:
             screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
     return writers
 
 
 def _finish(run: Run, scores: Scores, screen: Screen) -> None:
-    config, leader = run.config, run.runtime.leader
+    model, config, leader = run.training.model, run.config, run.runtime.leader
     now = scores.measure()
     numbers: dict[str, float] = {}
     if leader:
-        numbers, text = scores.compare(_first_value(run, scores.name), now)
+        numbers, text = scores.compare(_first_value(run.folder / METRICS, scores.name), now)
         screen.message(f"\n{text}")
     if run.adapters is not None:
         run.adapters.merge_and_unload()
     folder = run.folder / EXPORT
-    finish.export(run.model, folder, run.text.tokenizer())
+    finish.export(model, folder, run.text.tokenizer())
     exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
-    difference = finish.compare_with_export(run.model, exported, tokens, run.meshes)
+    difference = finish.compare_with_export(model, exported, tokens, run.meshes)
     if leader:
         prompt, ids = scores.prompt()
         text = prompt + finish.sample(
             exported, run.text.tokenizer(), ids, max_new_tokens=config.sample_tokens, seed=config.seed
         )
-        result = {"step": run.step, scores.name: numbers, "export_difference": difference, "sample": text}
+        result = {"step": run.training.step, scores.name: numbers, "export_difference": difference, "sample": text}
         write_json(run.folder / RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
@@ -210,9 +186,8 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     ranks.barrier()
 
 
-def _first_value(run: Run, name: str) -> float | None:
+def _first_value(path: Path, name: str) -> float | None:
     """What was measured before the first step, if it was."""
-    path = run.folder / METRICS
     rows = read_jsonl(path) if path.exists() else []
     return next((row[name] for row in rows if row["step"] == 0 and name in row), None)
 
@@ -222,22 +197,22 @@ def _shortened(prompt: str) -> str:
 
 
 def _introduce(run: Run) -> str:
-    layout = run.meshes.layout
-    device = run.runtime.device.type
-    many = "process" if run.runtime.world_size == 1 else "processes"
+    training, world_size, device = run.training, run.runtime.world_size, run.runtime.device.type
+    processes = "process" if world_size == 1 else "processes"
     if isinstance(run.text, PreparedText):
         what, rows = "documents", f"windows of {run.config.seq_len} tokens"
     else:
         learned = {"assistant": "answers", "last": "last answers", "all": "all tokens"}[run.config.loss_on]
         what, rows = "conversations", f"rows of {run.config.seq_len} tokens; learning {learned}"
-    how = "fine-tuning" if run.source.pretrained else "from scratch"
+    how = "fine-tuning" if run.pretrained else "from scratch"
     if run.adapters is not None:
-        tuned = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        tuned = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
         how += f" {tuned:,} parameters of adapters"
     text = (
-        f"{num_parameters(run.model) / 1e6:.1f} M parameters on {run.runtime.world_size} {device} {many}: {layout}\n"
+        f"{num_parameters(training.model) / 1e6:.1f} M parameters on {world_size} {device} {processes}: "
+        f"{run.meshes.layout}\n"
         f"{how}; text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} {what}, "
-        f"{len(run.loader.rows):,} {rows}\n"
+        f"{len(training.loader.rows):,} {rows}\n"
         f"run folder: {run.folder}"
     )
-    return text + (f", continuing after step {run.step}" if run.step else "")
+    return text + (f", continuing after step {training.step}" if training.step else "")

@@ -1,4 +1,4 @@
-"""Set up a run on this rank: text, model, optimizer, data order. Write and read its checkpoints."""
+"""Set up a run on this rank: text, model, optimizer, order of the data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from moesaic import checkpoint, ranks
-from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, TOKENIZER
+from moesaic import ranks
+from moesaic.checkpoint.run_folder import CONFIG, TOKENIZER
 from moesaic.parallel.mesh import Meshes, build_meshes, sizes_in
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
@@ -30,35 +28,23 @@ from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
 from moesaic.train.runtime import Runtime
-
-# What a resumed run must have in common with the run before, and the flags that choose it.
-_IDENTITIES = {"data": "--data", "tokenizer": "--tokenizer", "model": "--model"}
+from moesaic.train.training import Training, restore
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """All parts of a run on this rank."""
+    """The parts of a run on this rank. Only `training` changes."""
 
+    training: Training
+    folder: Path
     config: TrainConfig
     runtime: Runtime
-    folder: Path
-    source: ModelSource
     text: PreparedText | PreparedConversations
     meshes: Meshes
-    model: nn.Module
-    optimizer: Optimizer
-    loader: BatchLoader
     guard: ForwardGuard
     adapters: Any
     """The peft model around the model, if there are low-rank adapters; else None."""
-    identities: dict[str, str]
-    step: int = 0
-    """How many steps are done."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of its checkpoints."""
-        return self.folder / CHECKPOINTS
+    pretrained: bool
 
 
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
@@ -91,62 +77,19 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         identity = models.identity(architecture)
     if isinstance(loader.rows, PackedRows) and loader.rows.shared:
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
+    identities = {"data": text.data_identity, "tokenizer": text.tokenizer_identity, "model": identity}
+    training = Training(model, models.build_optimizer(model, config), loader, identities)
     # After all checks, so that a mistake leaves no folder behind.
     choose = resumable_folder if config.resume else new_folder
     folder = ranks.on_leader(lambda: choose(config.out), UserError)
-    run = Run(
-        config=dataclasses.replace(config, out=folder),
-        runtime=runtime,
-        folder=folder,
-        source=source,
-        text=text,
-        meshes=meshes,
-        model=model,
-        optimizer=models.build_optimizer(model, config),
-        loader=loader,
-        guard=ForwardGuard(model, runtime.device),
-        adapters=adapters,
-        identities={
-            "data": text.data_identity,
-            "tokenizer": text.tokenizer_identity,
-            "model": identity,
-        },
-    )
+    config = dataclasses.replace(config, out=folder)
     if config.resume:
-        _restore(run)
+        restore(training, folder)
     if runtime.leader:
-        write_json(folder / CONFIG, _describe(run))
+        write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
         shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
-    return run
-
-
-def save(run: Run) -> Path:
-    """Write a checkpoint of the run as it is now. Collective."""
-    info = {"loader": run.loader.state_dict(), "identities": run.identities, "settings": to_json(run.config)}
-    state = checkpoint.training_state(run.model, run.optimizer)
-    return checkpoint.save(run.checkpoints, run.step, state, info, keep=run.config.keep)
-
-
-def _restore(run: Run) -> None:
-    newest = checkpoint.latest(run.checkpoints)
-    assert newest is not None
-    # Before the tensors are read: those of another model would not fit.
-    _check_identities(checkpoint.read_manifest(newest).info, run)
-    state = checkpoint.training_state(run.model, run.optimizer)
-    manifest = checkpoint.load(run.checkpoints, state)
-    run.loader.load_state_dict(manifest.info["loader"])
-    checkpoint.restore(run.model, run.optimizer, state)
-    run.step = manifest.step
-
-
-def _check_identities(info: dict[str, Any], run: Run) -> None:
-    then = info["identities"]
-    changed = [flag for name, flag in _IDENTITIES.items() if then[name] != run.identities[name]]
-    if changed:
-        raise UserError(
-            f"cannot continue the run in {run.folder}: {', '.join(changed)} had other contents before. "
-            "Give the same as before, or start a new run in another folder"
-        )
+    guard = ForwardGuard(model, runtime.device)
+    return Run(training, folder, config, runtime, text, meshes, guard, adapters, source.pretrained)
 
 
 def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notify: Callable[[str], None]) -> Rows:
@@ -196,17 +139,17 @@ def _check_same_on_all_ranks(what: str, value: Any) -> None:
         raise UserError(str(error)) from error
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _describe(training: Training, config: TrainConfig, train_bytes: int, world_size: int) -> dict[str, Any]:
     return {
-        "settings": to_json(run.config),
-        "world_size": run.runtime.world_size,
-        "parameters": models.num_parameters(run.model),
-        "train_bytes": run.text.train_bytes,
+        "settings": to_json(config),
+        "world_size": world_size,
+        "parameters": models.num_parameters(training.model),
+        "train_bytes": train_bytes,
         "versions": {
             "moesaic": metadata.version("moesaic"),
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
             "python": platform.python_version(),
         },
-        "model": run.model.config.to_dict(),  # type: ignore[attr-defined]
+        "model": training.model.config.to_dict(),  # type: ignore[attr-defined]
     }

@@ -34,11 +34,6 @@ class Runtime:
         return self.local_rank == 0
 
 
-def launched_rank() -> int:
-    """The rank the launcher gave to this process; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def launched_world_size() -> int:
     """The number of processes that were launched."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from moesaic.parallel.mesh import Meshes
 from moesaic.train import baselines, evaluate
 from moesaic.train.chat import Renderer, encode_prompt
+from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import Conversation
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED
 from moesaic.train.packing import Conversations, PackedRows
 from moesaic.train.prepared import PreparedConversations, PreparedText
-from moesaic.train.run import Run
 
 
 @runtime_checkable
@@ -41,25 +43,38 @@ class Scores(Protocol):
         ...
 
 
-def scores_of(run: Run) -> Scores:
-    """The scores of a run's data."""
-    if isinstance(run.text, PreparedConversations):
-        return _OfConversations(run, run.text)
-    return _OfText(run, run.text)
+def scores_of(
+    text: PreparedText | PreparedConversations,
+    config: TrainConfig,
+    model: nn.Module,
+    meshes: Meshes,
+    device: torch.device,
+) -> Scores:
+    """The scores of a model on the held-out part of its data."""
+    options: dict[str, Any] = {
+        "meshes": meshes,
+        "batch_size": config.batch_size,
+        "device": device,
+        "dtype": config.dtype,
+    }
+    if isinstance(text, PreparedConversations):
+        return _OfConversations(text, config, lambda held_out: evaluate.mean_loss(model, held_out, **options))
+    return _OfText(text, config, lambda held_out: evaluate.bits_per_byte(model, held_out, **options))
 
 
 class _OfText:
     name = "bits_per_byte"
 
-    def __init__(self, run: Run, text: PreparedText):
-        self._run = run
+    def __init__(self, text: PreparedText, config: TrainConfig, measure: Callable[[evaluate.HeldOutText], float]):
         self._text = text
-        chosen = evaluate.choose_texts(text.held_out(), run.config.eval_bytes)
-        self._held_out = evaluate.cut_windows(chosen, text.tokenizer(), run.config.seq_len)
+        self._prompt = config.prompt
+        self._measure = measure
+        chosen = evaluate.choose_texts(text.held_out(), config.eval_bytes)
+        self._held_out = evaluate.cut_windows(chosen, text.tokenizer(), config.seq_len)
         self.inputs = self._held_out.inputs
 
     def measure(self) -> float:
-        return evaluate.bits_per_byte(self._run.model, self._held_out, **_options(self._run))
+        return self._measure(self._held_out)
 
     def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
         counts, texts = self._text.byte_counts(), self._held_out.texts
@@ -80,17 +95,16 @@ class _OfText:
         return numbers, f"held-out text, {size}, in bits per byte:\n  {shown}"
 
     def prompt(self) -> tuple[str, list[int]]:
-        given = self._run.config.prompt
-        text = "def main(" if given is None else given
+        text = "def main(" if self._prompt is None else self._prompt
         return text, self._text.tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 class _OfConversations:
     name = "held_out_loss"
 
-    def __init__(self, run: Run, text: PreparedConversations):
-        config = run.config
-        self._run = run
+    def __init__(self, text: PreparedConversations, config: TrainConfig, measure: Callable[[evaluate.HeldOut], float]):
+        self._prompt = config.prompt
+        self._measure = measure
         self._documents = text.held_out_documents()
         self._renderer = Renderer(text.tokenizer(), config.loss_on)
         sizes = np.cumsum([len(document.text.encode()) for document in self._documents])
@@ -108,7 +122,7 @@ class _OfConversations:
         self.inputs = self._held_out.inputs
 
     def measure(self) -> float:
-        return evaluate.mean_loss(self._run.model, self._held_out, **_options(self._run))
+        return self._measure(self._held_out)
 
     def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
         numbers = {**({} if before is None else {"before": before}), "model": now}
@@ -118,7 +132,7 @@ class _OfConversations:
         return numbers, f"held-out: loss of {targets:,} tokens in {self._count} conversations, in nats:\n  {shown}"
 
     def prompt(self) -> tuple[str, list[int]]:
-        given = self._run.config.prompt
+        given = self._prompt
         document, tokenizer = self._documents[0], self._renderer.tokenizer
         if "prompt" in json.loads(document.text):
             text = self._renderer.prompt(document) if given is None else given
@@ -129,12 +143,3 @@ class _OfConversations:
         text = self._renderer.prompt(document)
         # Special tokens are in the template.
         return text, tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _options(run: Run) -> Mapping[str, Any]:
-    return {
-        "meshes": run.meshes,
-        "batch_size": run.config.batch_size,
-        "device": run.runtime.device,
-        "dtype": run.config.dtype,
-    }

@@ -13,20 +13,23 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.optim import Optimizer
 
 from moesaic import ranks
 from moesaic.layers import balance_losses
 from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
+from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
 from moesaic.train.loader import IGNORED, Batch
+from moesaic.train.schedule import learning_rate
+from moesaic.train.training import Training
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,27 @@ def sum_of_losses(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batch: Batch,
+    training: Training,
+    config: TrainConfig,
     *,
-    step: int,
     meshes: Meshes,
     guard: ForwardGuard,
-    dtype: str,
-    max_grad_norm: float,
-    stop_wanted: bool,
+    device: torch.device,
+    stop_wanted: bool = False,
 ) -> StepResult:
-    """Train on this rank's part of a batch, on the device.
+    """Train on the next batch. Collective.
 
     Raises `TrainingError` on every rank, before any weight has changed, if loss or gradients are not finite on one.
     """
+    model, optimizer, step = training.model, training.optimizer, training.step + 1
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(training.step, config)
+    # Random numbers depend on seed, step and rank only. So a resumed run has the same without saving any state.
+    seed = np.random.SeedSequence([config.seed, training.step, ranks.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(seed[0]))
+    batch = training.loader.next_batch().to(device)
     guard.reset()
-    with autocast(batch.inputs.device, dtype), balance_losses() as balance:
+    with autocast(device, config.dtype), balance_losses() as balance:
         logits_BsV = forward(model, batch)
     targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
     loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
@@ -114,9 +121,10 @@ def train_step(
     if not (_finite(loss_value) and _finite(balance_value)) or any(flags):
         raise TrainingError(_describe_forward(step, loss_value, balance_value, guard.names, flags))
 
-    grad_norm = _clip(model, max_grad_norm, step)
+    grad_norm = _clip(model, config.max_grad_norm, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    training.step = step
     return StepResult(loss_value, balance_value, grad_norm, bool(stop))
 
 

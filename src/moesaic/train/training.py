@@ -1,0 +1,64 @@
+"""What a step changes: model, optimizer and place in the data. Its checkpoints are written and read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from moesaic import checkpoint
+from moesaic.checkpoint.run_folder import CHECKPOINTS
+from moesaic.train.config import TrainConfig, to_json
+from moesaic.train.errors import UserError
+from moesaic.train.loader import BatchLoader
+
+# What a resumed run must have in common with the run before, and the flags that choose it.
+_IDENTITIES = {"data": "--data", "tokenizer": "--tokenizer", "model": "--model"}
+
+
+@dataclass
+class Training:
+    """What a step changes, on this rank."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    loader: BatchLoader
+    identities: dict[str, str]
+    """A hash each of the data, the tokenizer and the model. A checkpoint with other hashes is refused."""
+    step: int = 0
+    """How many steps are done."""
+
+
+def save(training: Training, config: TrainConfig, folder: Path) -> Path:
+    """Write a checkpoint into a run folder. Collective."""
+    info = {
+        "loader": training.loader.state_dict(),
+        "identities": training.identities,
+        "settings": to_json(config),
+    }
+    state = checkpoint.training_state(training.model, training.optimizer)
+    return checkpoint.save(folder / CHECKPOINTS, training.step, state, info, keep=config.keep)
+
+
+def restore(training: Training, folder: Path) -> None:
+    """Go on where the last checkpoint in a run folder was written. Collective.
+
+    Raises `UserError` if that was with other data, another tokenizer or another model.
+    """
+    newest = checkpoint.latest(folder / CHECKPOINTS)
+    assert newest is not None
+    # Before the tensors are read: those of another model would not fit.
+    then = checkpoint.read_manifest(newest).info["identities"]
+    changed = [flag for name, flag in _IDENTITIES.items() if then[name] != training.identities[name]]
+    if changed:
+        raise UserError(
+            f"cannot continue the run in {folder}: {', '.join(changed)} had other contents before. "
+            "Give the same as before, or start a new run in another folder"
+        )
+    state = checkpoint.training_state(training.model, training.optimizer)
+    manifest = checkpoint.load(folder / CHECKPOINTS, state)
+    training.loader.load_state_dict(manifest.info["loader"])
+    checkpoint.restore(training.model, training.optimizer, state)
+    training.step = manifest.step
