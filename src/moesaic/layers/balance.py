@@ -31,12 +31,13 @@ _COLLECTED: ContextVar[_Collected | None] = ContextVar("moesaic_balance_losses",
 
 @contextlib.contextmanager
 def balance_losses() -> Iterator[list[Tensor]]:
-    """Collect the load-balancing and z-losses of every router called inside.
+    """Collect the load-balancing losses and z-losses of every router that is called inside.
 
-    Yields a list that fills up with scalars during the forward pass. Each is this process's *part* of its loss,
-    normalised by the tokens of all processes: add them to this process's part of the main loss, and the sum over
-    processes of gradients (and of losses) is that of the whole. Outside this context the losses are dropped.
-    With gradient accumulation divide them by the number of forward passes: each is a mean over the tokens of its own.
+    Yields a list. The forward pass appends scalars to it. Each is this process's *part* of a loss, divided by the
+    number of tokens of all processes. Add them to this process's part of the main loss. Then losses and gradients,
+    summed over the processes, are those of the whole batch. Outside this context the losses are dropped.
+    With gradient accumulation, divide them by the number of forward passes, since each is a mean over the tokens of
+    one forward pass.
 
     Activation checkpointing adds each loss once. With ``use_reentrant=True`` call backward on the sum of main loss and
     balance losses, not on each, for the gradient of a balance loss is needed when the forward is run again.
@@ -96,17 +97,17 @@ def load_balancing_loss(
     num_tokens: Int[Tensor, ""],
     token_mask: Bool[Tensor, " T"] | None = None,
 ) -> Tensor:
-    """This process's part of ``E * sum over e of f_e * P_e``; 1 for a uniform router over uniform loads.
+    """This process's part of ``E * sum over e of f_e * P_e``. The loss is 1 if all scores and all loads are equal.
 
-    ``f_e`` is the share of all routed token copies that expert e got, without gradient; ``P_e`` the mean over all
-    tokens of its score, scores normalised to sum 1 a token. From the Switch Transformer (arXiv 2101.03961), for top-k
-    as in Megatron-Core.
+    ``f_e`` is the share of all routed token copies that expert e got. It has no gradient. ``P_e`` is the mean score of
+    expert e over all tokens, after the scores of each token are normalised to sum to 1. From the Switch Transformer
+    (arXiv 2101.03961), for top-k as in Megatron-Core.
 
     Args:
-        scores: of this process's tokens.
-        total_counts: routed token copies an expert, over all processes.
-        num_tokens: tokens over all processes, without padding.
-        token_mask: False for padding, which does not count; None where there is none.
+        scores: the scores of this process's tokens.
+        total_counts: the number of token copies that each expert got, over all processes.
+        num_tokens: the number of tokens of all processes, without padding.
+        token_mask: False for padding, which does not count; None if there is no padding.
     """
     share_E = total_counts.to(scores.dtype) / total_counts.sum().clamp(min=1)
     probability_sum_E = without_padding(normalized(scores), token_mask).sum(0)

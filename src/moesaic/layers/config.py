@@ -1,4 +1,4 @@
-"""What a mixture-of-experts layer is made of."""
+"""The sizes and choices that define a mixture-of-experts layer."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,16 +18,18 @@ class MoEConfig:
         dim: D, the model dim.
         hidden_dim: F, the hidden dim of one expert.
         num_experts: E.
-        top_k: K, how many experts a token goes to.
-        activation: one of ``moesaic.ops.ACTIVATIONS``, of the experts and the shared expert.
-        gated: whether experts and shared expert have a gate, ``act(x w1) * (x w3)``; else they are ``act(x w1)``
-            (Nemotron-H).
-        score: how logits become scores; ``"sigmoid"`` scores are independent of one another (DeepSeek-V3).
+        top_k: K, the number of experts for each token.
+        activation: one of ``moesaic.ops.ACTIVATIONS``, for the experts and the shared expert.
+        gated: whether the experts and the shared expert have a gate, ``act(x w1) * (x w3)``. Without a gate they
+            compute ``act(x w1)`` (Nemotron-H).
+        score: how logits become scores. With ``"sigmoid"`` the score of an expert depends on its own logit only
+            (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
         route_scale: factor on the routing weights, after normalisation.
-        weigh_inputs: multiply what goes into the experts by the routing weights, and not what comes out (Llama 4).
-        num_groups, top_groups: group-limited routing (DeepSeek-V3): the experts form ``num_groups`` equal groups, and
-            a token chooses from the ``top_groups`` of them whose ``group_best`` best scores sum highest.
+        weigh_inputs: multiply the inputs of the experts by the routing weights, and not their outputs (Llama 4).
+        num_groups, top_groups: group-limited routing (DeepSeek-V3). The experts form ``num_groups`` equal groups. The
+            score of a group is the sum of its ``group_best`` best scores. A token chooses its experts from the
+            ``top_groups`` groups with the highest scores.
         group_best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
         aux_loss: what that loss balances: ``"batch"``, all tokens of a forward pass on all processes
@@ -35,15 +37,17 @@ class MoEConfig:
             mean over sequences (:func:`moesaic.layers.sequence_balance.sequence_balance_loss`). Sequences are the
             next to last dim of the tokens.
         z_loss_coef: coefficient of the router z-loss; 0 turns it off.
-        bias_update_speed: step of the aux-loss-free balance bias; 0 leaves the bias out, or as it is.
-        score_bias: have that bias even where nothing moves it.
-        logit_bias: a bias of the router's logits, a parameter (gpt-oss).
-        expert_biases: biases of the experts' three projections, parameters (gpt-oss).
-        shared_hidden_dim: hidden dim of a dense expert that every token goes through; 0 for none.
-        shared_gate: multiply the dense expert's result by ``sigmoid(x g)``, one number a token (Qwen2-MoE).
+        bias_update_speed: step size of the bias that balances the load without an auxiliary loss. With 0 nothing
+            moves the bias, and there is none unless ``score_bias`` is set.
+        score_bias: have that bias even if ``bias_update_speed`` is 0.
+        logit_bias: the router's logits have a bias, which is a parameter (gpt-oss).
+        expert_biases: the experts' projections have biases, which are parameters (gpt-oss).
+        shared_hidden_dim: hidden dim of the shared expert, an MLP that every token goes through; 0 for none.
+        shared_gate: multiply the result of the shared expert by ``sigmoid(x g)``, one number for each token
+            (Qwen2-MoE).
 
     Raises:
-        ValueError: a value out of range, with the values that are allowed.
+        ValueError: a value is out of range; the message says what is allowed.
     """
 
     dim: int
@@ -86,7 +90,7 @@ class MoEConfig:
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups: {self.top_groups} is more than num_groups ({self.num_groups})")
         if self.shared_gate and not self.shared_hidden_dim:
-            raise ValueError("shared_gate: there is no dense expert to gate; set shared_hidden_dim")
+            raise ValueError("shared_gate: there is no shared expert for the gate; set shared_hidden_dim")
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(f"top_k: {self.top_k} is more than the {reachable} experts a token can choose from")

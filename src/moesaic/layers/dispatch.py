@@ -1,9 +1,9 @@
 """Bring tokens to experts and back, on one process.
 
-Dispatch and combine are two phases with a frozen record between them, so that a parallel dispatcher can put
-communication around the experts.
+Dispatch and combine are two phases. A frozen record goes from the first to the second. So a parallel dispatcher can
+communicate before and after the experts.
 
-Legend: T tokens, K copies a token (top-k), D model dim.
+Legend: T tokens, K copies of each token (top-k), D model dim.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +17,9 @@ class Dispatched(NamedTuple):
     """Tokens where the experts are, and what ``combine`` needs to bring the results back.
 
     Attributes:
-        x: tokens, as :func:`moesaic.experts_mlp` takes them, in blocks or not.
-        topk_ids, topk_weights: their routing.
-        record: belongs to the dispatcher that made it.
+        x: the tokens, in a form that :func:`moesaic.experts_mlp` takes, with or without blocks.
+        topk_ids, topk_weights: the routing of these tokens.
+        record: for the dispatcher that made it, and for no one else.
     """
 
     x: Tensor
@@ -36,12 +36,12 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring the experts' results ``z``, shaped as the dispatched tokens, back: ``[T, D]``."""
+        """Bring the experts' results ``z`` back: ``[T, D]``. ``z`` has the shape of the dispatched tokens."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are here, and so are the tokens."""
+    """The dispatcher of one process. All experts and all tokens are here, so nothing moves."""
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         return Dispatched(x, routing.ids, routing.weights, None)

@@ -1,4 +1,4 @@
-"""The experts: MLPs, gated or not, one weight tensor for all of them.
+"""The experts of a layer: MLPs with or without a gate. One tensor holds the same weight of all experts.
 
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
 """
@@ -16,32 +16,36 @@ MainGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class GroupedExperts(nn.Module):
-    """E gated MLPs: ``z[t] = sum over k of topk_weights[t, k] * (act(x[t] w1[e]) * (x[t] w3[e])) w2[e]``.
+    """E experts: ``z[t] = sum over k of topk_weights[t, k] * expert_e(x[t])``, where ``e`` is ``topk_ids[t, k]``.
 
-    Without gate it is ``act(x[t] w1[e]) w2[e]``. ``e`` is ``topk_ids[t, k]``, and with biases it is ``x[t] w1[e] +
-    b1[e]``, and so for the others; see :func:`moesaic.experts_mlp`, which computes it. The weights may be DTensors,
-    with tokens in the blocked form to match: w1, w3 ``[Shard(0), Shard(2)]`` and w2 ``[Shard(0), Shard(1)]`` on an
-    (ep, etp) mesh with ``x``, ``topk_ids`` and ``topk_weights`` ``[Shard(0), Replicate]`` in ``ep`` blocks give a
-    ``[Shard(0), Partial]`` result without a collective, forward or backward. Neither E nor F has to divide.
+    An expert is an MLP. With a gate it computes ``(act(x w1[e]) * (x w3[e])) w2[e]``, without a gate
+    ``act(x w1[e]) w2[e]``. Biases, if there are any, are added to the products: ``x w1[e] + b1[e]``, and so on.
+    :func:`moesaic.experts_mlp` computes all of it.
 
-    Wrapped on its own by FSDP with a ``MixedPrecisionPolicy`` of a half type, give that ``cast_forward_inputs=False``:
-    it would round ``topk_weights``, too.
+    The weights may be DTensors. Then the tokens have the blocked form. On an (ep, etp) mesh w1 and w3 are
+    ``[Shard(0), Shard(2)]`` and w2 is ``[Shard(0), Shard(1)]``. ``x``, ``topk_ids`` and ``topk_weights`` have ``ep``
+    blocks and are ``[Shard(0), Replicate()]``. The result is ``[Shard(0), Partial()]``. Neither pass needs a
+    collective. E need not be a multiple of ep, and F need not be a multiple of etp.
+
+    If FSDP wraps this module on its own with a ``MixedPrecisionPolicy`` of a half dtype, set
+    ``cast_forward_inputs=False`` in that policy. Otherwise FSDP rounds ``topk_weights`` too.
 
     Args:
         num_experts, dim, hidden_dim: E, D, F.
-        activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GEGLU), or another of :func:`moesaic.experts_mlp`.
-        gated: whether there is ``w3``.
-        biases: whether there are any.
-        impl: implementation of :func:`moesaic.experts_mlp`; None picks by device and dtype.
+        activation: ``"silu"`` (SwiGLU), ``"gelu"`` (GEGLU), or another one of :func:`moesaic.experts_mlp`.
+        gated: whether the experts have a gate.
+        biases: whether the experts have biases.
+        impl: implementation of :func:`moesaic.experts_mlp`; None picks one by device and dtype.
 
     Attributes:
-        w1, w3: ``[E, D, F]``, gate and up projections; ``w3`` is None without gate.
+        w1, w3: ``[E, D, F]``, gate and up projections. Without a gate ``w1`` is the up projection and ``w3`` is None.
         w2: ``[E, F, D]``, down projection.
-        b1, b3, b2: their biases, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None without.
-        main_grads: None, or buffers that the backward pass adds the gradients of ``w1``, ``w3`` and ``w2`` to, which
-            then get no ``.grad``: see :func:`moesaic.experts_mlp`. Of a layer in parallel
-            (``parallelize(..., compute="local")``) they have the shapes of this rank's weights, ``w1.to_local()``; over
-            ``edp`` ranks, of the weights that these share, and each rank's buffers are its part of the sum.
+        b1, b3, b2: biases of the three, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None where there are none.
+        main_grads: None, or a buffer for each of ``w1``, ``w3`` and ``w2``. The backward pass adds the gradients to
+            the buffers, and the weights get no ``.grad``: see :func:`moesaic.experts_mlp`. In a parallel layer
+            (``parallelize(..., compute="local")``) the buffers have the shapes of this rank's weights,
+            ``w1.to_local()``. If ``edp`` ranks share weights, the buffers have the shapes of the shared weights, and
+            each rank's buffers hold its part of the sum.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
@@ -98,7 +102,7 @@ class GroupedExperts(nn.Module):
         topk_ids: Int[Tensor, "*B T K"],
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
-        """Apply to each token its experts, and sum what they give by the weights."""
+        """Send each token through its experts, and sum their results with the weights ``topk_weights``."""
         return experts_mlp(
             x,
             topk_ids,

@@ -1,4 +1,4 @@
-"""The gate: logits in a wide dtype, of which the backward pass keeps no copy of the tokens in that dtype.
+"""The gate of the router. It computes logits in a wide dtype, but keeps no copy of the tokens in that dtype.
 
 Legend: T tokens, D model dim, E experts.
 """
@@ -13,7 +13,7 @@ from moesaic.ops.autocast import no_autocast
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x W^T [T, E]``, computed in ``dtype``; what is saved for the gradient are ``x`` and ``W`` as they are."""
+    """``x W^T [T, E]``, computed in ``dtype``. For the gradient it saves ``x`` and ``W`` in their own dtypes."""
     if x_TD.dtype == dtype:
         return F.linear(x_TD, weight_ED.to(dtype))
     return _Gate.apply(x_TD, weight_ED, dtype)

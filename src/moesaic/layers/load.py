@@ -1,4 +1,4 @@
-"""How many tokens the experts of a whole model got, and the aux-loss-free bias that evens it out.
+"""The number of tokens that each expert of a model got, and the bias that balances it without an auxiliary loss.
 
 Legend: E experts.
 """
@@ -16,26 +16,27 @@ def routers(model: nn.Module) -> dict[str, TopKRouter]:
 
 @torch.no_grad()
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
-    """Tokens each expert got since the last :func:`reset_expert_load`, over all processes: ``{router name: [E]}``.
+    """The number of tokens that each expert got since the last :func:`reset_expert_load`: ``{router name: [E]}``.
 
-    Collective: every process calls it. Costs one small reduction a router and no host synchronisation.
+    The tokens of all processes count. Collective: every process calls it. It costs one small reduction for each router,
+    and the host does not wait for the device.
     """
     return {name: router.reduce_counts(router.load) for name, router in routers(model).items()}
 
 
 @torch.no_grad()
 def reset_expert_load(model: nn.Module) -> None:
-    """Start counting from zero."""
+    """Set the counts of all routers to zero."""
     for router in routers(model).values():
         router.load.zero_()
 
 
 @torch.no_grad()
 def update_expert_bias(model: nn.Module) -> None:
-    """One step of aux-loss-free balance: ``bias += speed * sign(mean load - load)``, centred.
+    """Balance the load by one step, without an auxiliary loss: ``bias += speed * sign(mean load - load)``, centred.
 
-    Uses the load since the last reset; call it once an optimizer step, then :func:`reset_expert_load`. Collective.
-    Routers without a bias are left alone. From DeepSeek-V3 (arXiv 2408.15664).
+    The load is that since the last reset. Call this once in each optimizer step, and then :func:`reset_expert_load`.
+    Collective. Routers without a bias do not change. From DeepSeek-V3 (arXiv 2408.15664).
     """
     for router in routers(model).values():
         if router.bias is None:

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer. It knows nothing of meshes; a parallel plan replaces its dispatcher.
 
-Legend: T tokens, K copies a token (top-k), D model dim.
+Legend: T tokens, K copies of each token (top-k), D model dim.
 """
 
 import math
@@ -20,7 +20,10 @@ from moesaic.ops import Implementation, gated
 
 
 class SharedExpert(nn.Module):
-    """A dense MLP that every token goes through: ``gated(x w1, x w3) w2``, with ``shared_gate`` times a sigmoid."""
+    """An MLP that every token goes through: ``(act(x w1) * (x w3)) w2``, or ``act(x w1) w2`` without a gate.
+
+    With ``shared_gate`` the result is multiplied by ``sigmoid(x g)``, one number for each token.
+    """
 
     def __init__(self, config: MoEConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -39,18 +42,18 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     """A mixture-of-experts layer: ``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)  (+ shared(x_t))``.
 
-    ``weight`` and ``id`` come from the :class:`TopKRouter`, the experts are :class:`GroupedExperts`. No token is
-    dropped and nothing is padded. Where ``token_mask_t`` is False the token is padding: ``y_t = 0``. It goes to no
+    ``weight`` and ``id`` come from the :class:`TopKRouter`. The experts are :class:`GroupedExperts`. No token is
+    dropped, and nothing is padded. If ``token_mask_t`` is False, the token is padding and ``y_t = 0``. It goes to no
     expert, counts in no loss and no load, and gets no gradient.
 
     Args:
         config: sizes and choices.
-        impl: implementation of :func:`moesaic.experts_mlp`; None picks by device and dtype.
+        impl: implementation of :func:`moesaic.experts_mlp`; None picks one by device and dtype.
         device, dtype: of the parameters.
 
     Attributes:
-        router, experts, shared: the parts; ``shared`` is None without ``shared_hidden_dim``.
-        dispatcher: brings tokens to experts and back; :func:`moesaic.parallelize` replaces it.
+        router, experts, shared: the parts. ``shared`` is None if ``shared_hidden_dim`` is 0.
+        dispatcher: brings tokens to the experts and results back. :func:`moesaic.parallelize` replaces it.
 
     Example:
         >>> moe = MoE(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -122,7 +125,7 @@ class MoE(nn.Module):
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        # Not a view: FSDP warns of results that are, since an in-place op on one would drop its backward hook.
+        # Not a view: FSDP warns about views, since an in-place op on one would drop FSDP's backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 
 
@@ -143,7 +146,7 @@ def _checked(token_mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _weighed(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
-    """Every copy of a token as a token of its own, for each has another weight. Llama 4 has one copy a token."""
+    """Make each copy of a token a token of its own, for each has another weight. Llama 4 has one copy of a token."""
     weighed_TKD = (x_TD.unsqueeze(1) * routing.weights.unsqueeze(2)).to(x_TD.dtype)
     one_expert = Routing(routing.ids.reshape(-1, 1), torch.ones_like(routing.weights).reshape(-1, 1))
     return weighed_TKD.flatten(0, 1), one_expert

@@ -29,27 +29,27 @@ class Routing(NamedTuple):
 
 
 class TopKRouter(nn.Module):
-    """Scores every token against every expert and chooses the K best.
+    """Scores every token against every expert, and chooses the K best experts for each token.
 
-    ``scores = softmax(x W^T + c)`` or ``sigmoid(x W^T + c)``, in fp32 whatever the dtype of ``x`` and under autocast
-    too (fp64 stays fp64); ``ids = top-k of (scores + bias)``; ``weights = scores[ids]``, divided by their sum if
-    ``normalize_top_k``, times ``route_scale``. The bias balances load without an auxiliary loss (DeepSeek-V3,
-    arXiv 2408.15664): it changes which experts are chosen, never the weights, and
+    ``scores = softmax(x W^T + c)`` or ``sigmoid(x W^T + c)``, in fp32 for every dtype of ``x`` and under autocast too
+    (fp64 stays fp64). ``ids = top-k of (scores + bias)``. ``weights = scores[ids]``, divided by their sum if
+    ``normalize_top_k``, times ``route_scale``. The bias balances the load without an auxiliary loss (DeepSeek-V3,
+    arXiv 2408.15664). It changes which experts are chosen, but never the weights.
     :func:`moesaic.layers.update_expert_bias` moves it.
 
     Tokens that ``token_mask`` calls padding get no expert. They count in no loss and no load.
 
-    In training mode every forward counts tokens an expert into the buffer ``load [E]`` (recomputed forwards of
-    activation checkpointing do not count) and, where their coefficients are set, hands the load-balancing and z-losses
-    to :func:`moesaic.layers.balance_losses`.
+    In training mode every forward pass adds the tokens of each expert to the buffer ``load [E]``. Forward passes that
+    activation checkpointing runs again do not count. If their coefficients are set, the load-balancing loss and the
+    z-loss go to :func:`moesaic.layers.balance_losses`.
 
     Attributes:
         weight: ``[E, D]``.
         logit_bias: ``c``, ``[E]``, or None.
         bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0 and ``score_bias`` is not set.
-        load: ``[E]`` int64 buffer, tokens an expert since the last reset, of this process's own tokens.
-        reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. The identity here;
-            a parallel plan replaces it.
+        load: ``[E]`` int64 buffer. It counts this process's tokens for each expert since the last reset.
+        reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. By default it returns
+            its argument; a parallel plan replaces it.
         reduce_sequences: the same over those that hold parts of the same sequences, ``sequence_parts`` in number.
 
     Example:
@@ -80,7 +80,7 @@ class TopKRouter(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
-        # model.to(torch.bfloat16) and the like: steps of the bias are lost in half precision.
+        # The bias stays in fp32 under model.to(torch.bfloat16) and the like: half precision would lose its steps.
         bias = self.bias
         super()._apply(fn, recurse)
         if bias is not None:
