@@ -79,7 +79,7 @@ def test_a_trained_parallel_model_loads_in_plain_transformers(ranks, tmp_path, l
 
 def test_a_model_without_blocks_is_refused():
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no MoE block; known ones are"):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no MoE block; moesaic.MoE replaces"):
         swap_moe(model)
 
 
@@ -95,7 +95,7 @@ def test_what_the_blocks_cannot_give_is_refused():
     with pytest.raises(ValueError, match="output_router_logits is set"):
         swap_moe(make_model(output_router_logits=True))
     model, ids = make_model(), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="output_router_logits: the blocks that give them are replaced"):
+    with pytest.raises(ValueError, match="output_router_logits: swap_moe has replaced the blocks"):
         swap_moe(model)(input_ids=ids, output_router_logits=True)
     assert len(unswap_moe(model)(input_ids=ids, output_router_logits=True).router_logits) > 0
 
@@ -104,5 +104,5 @@ def test_export_refuses_what_the_architecture_has_no_place_for(tmp_path):
     model = swap_moe(make_model())
     config = moesaic.MoEConfig(dim=32, hidden_dim=12, num_experts=8, top_k=3, bias_update_speed=0.1)
     model.model.layers[1].mlp = moesaic.MoE(config)
-    with pytest.raises(ValueError, match=r"'model.layers.1.mlp' is not a layer that swap_moe put there"):
+    with pytest.raises(ValueError, match=r"swap_moe did not make the layer 'model.layers.1.mlp'"):
         export_pretrained(model, tmp_path)

@@ -202,11 +202,11 @@ def refusal(model: nn.Module, message: str, **arguments: object) -> None:
 
 def test_models_that_the_layer_cannot_stand_in_for():
     phi = make_model("Phi-MoE")
-    refusal(phi, r"PhimoeExperts of \w+ belong to no block .*register\(\) and experts_implementation=")
+    refusal(phi, r"cannot replace the blocks with PhimoeExperts in \w+; use register\(\) and experts_implementation=")
     quantized = make_model("gpt-oss")
     quantized.model.layers[1].mlp.experts = nn.Linear(3, 3)
-    refusal(quantized, r"'model.layers.1.mlp' .*: experts: Linear are not plain tensors; .*dequantize=True")
-    refusal(make_model("Qwen3-MoE", mlp_only_layers=[0, 1]), "Qwen3MoeForCausalLM has no MoE block; known ones are")
+    refusal(quantized, r"'model.layers.1.mlp' .*: experts: Linear does not have plain tensors; .*dequantize=True")
+    refusal(make_model("Qwen3-MoE", mlp_only_layers=[0, 1]), "Qwen3MoeForCausalLM has no MoE block; moesaic")
 
 
 @pytest.mark.parametrize(
@@ -220,10 +220,10 @@ def test_models_that_the_layer_cannot_stand_in_for():
         ),
         ("MiniMax-M2", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1"),
         ("Nemotron-H", {"moe_latent_size": 16}, r"moesaic.MoE has no place for \['fc1_latent_proj.weight', "),
-        ("OLMoE", {"hidden_act": "mish"}, "hidden_act: Mish.* is no activation of moesaic.MoE"),
+        ("OLMoE", {"hidden_act": "mish"}, "hidden_act: moesaic.MoE does not have the activation Mish"),
         ("Ernie-4.5-MoE", {"use_bias": True}, "no place for .*'shared_experts.down_proj.bias'"),
         ("Ernie-4.5-MoE", {"moe_norm_min": 0.1}, "moe_norm_min: 0.1 changes routing weights"),
-        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_alpha, swiglu_limit: 1.702, 5.0; moesaic.MoE knows 1.702 and 7"),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_alpha, swiglu_limit: got 1.702 and 5.0; .* only 1.702 and 7"),
         ("DeepSeek-V2", {"mlp_bias": True}, "no place for .*'shared_experts.down_proj.bias'"),
     ],
 )
@@ -239,13 +239,13 @@ def test_a_model_on_the_meta_device_stays_there():
 
 
 def test_states_in_which_a_model_cannot_be_swapped():
-    refusal(make_model("Mixtral"), "bias_update_speed: 0.1, but its router has no bias", bias_update_speed=0.1)
+    refusal(make_model("Mixtral"), "bias_update_speed: got 0.1, but the router has no bias", bias_update_speed=0.1)
     model = make_model("DeepSeek-V3").double()
     model.model.layers[1].mlp.gate.e_score_correction_bias.fill_(1 / 3)
     refusal(model, "'gate.e_score_correction_bias' is not exact in fp32")
     del model.model.layers[1].mlp.gate.e_score_correction_bias
-    refusal(model, r"it has nothing for \['router.bias'\] of moesaic.MoE")
-    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that swap_moe put there"):
+    refusal(model, r"the block has no tensor for \['router.bias'\] of moesaic.MoE")
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that swap_moe made"):
         unswap_moe(make_model("Mixtral"))
 
 
@@ -261,12 +261,12 @@ def _refuse_sharded() -> None:
 
     model = make_model("Mixtral")
     model.lm_head.weight = shard(model.lm_head, "weight")
-    with pytest.raises(ValueError, match="'lm_head.weight' is a DTensor; swap_moe comes before anything that shards"):
+    with pytest.raises(ValueError, match="'lm_head.weight' is a DTensor; call swap_moe before you shard the model"):
         swap_moe(model)
     model = swap_moe(make_model("Mixtral"))
     experts = layers_of(model)[0].experts
     experts.w1 = shard(experts, "w1")
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is parallelized; export_pretrained\(\) writes it"):
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp' is parallelized; use export_pretrained\(\) to write"):
         unswap_moe(model)
-    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; export_pretrained\(model, path\) writes it"):
+    with pytest.raises(ValueError, match=r"experts.w1' is a DTensor; call export_pretrained\(model, path\) on every"):
         model.save_pretrained("never-written")

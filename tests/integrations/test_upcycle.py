@@ -99,12 +99,12 @@ def test_noise_is_the_fraction_asked(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"experts": 4, "top_k": 6}, "top_k: 6 of only 4 experts"),
-        ({"experts": 6, "top_k": 4, "granularity": 4}, "experts: 6 is no multiple of granularity 4"),
-        ({"experts": 8, "top_k": 3, "granularity": 2}, "top_k: 3 is no multiple of granularity 2"),
+        ({"experts": 4, "top_k": 6}, "top_k: 6 is more than the 4 experts"),
+        ({"experts": 6, "top_k": 4, "granularity": 4}, "experts: 6 is not a multiple of granularity 4"),
+        ({"experts": 8, "top_k": 3, "granularity": 2}, "top_k: 3 is not a multiple of granularity 2"),
         ({"experts": 10, "top_k": 5, "granularity": 5}, "granularity: 5 does not divide the hidden dim 48"),
         ({"experts": 0, "top_k": 1}, "experts: must be at least 1, got 0"),
-        ({"experts": 4, "top_k": 2, "noise": -1.0}, "noise: must not be negative"),
+        ({"experts": 4, "top_k": 2, "noise": -1.0}, "noise: must be at least 0, got -1.0"),
     ],
 )
 def test_numbers_that_do_not_go_together(tmp_path, sizes, message):
@@ -117,9 +117,9 @@ def test_numbers_that_do_not_go_together(tmp_path, sizes, message):
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("Llama", {"attention_bias": True}, "attention_bias is True, which MixtralConfig does not have"),
-        ("Llama", {"mlp_bias": True}, "mlp_bias is True, which MixtralConfig does not have"),
-        ("Qwen3", {"use_sliding_window": True}, "use_sliding_window is True, which Qwen3MoeConfig does not have"),
+        ("Llama", {"attention_bias": True}, "attention_bias is True, but MixtralConfig has no attention_bias"),
+        ("Llama", {"mlp_bias": True}, "mlp_bias is True, but MixtralConfig has no mlp_bias"),
+        ("Qwen3", {"use_sliding_window": True}, "use_sliding_window is True, but Qwen3MoeConfig has no"),
     ],
 )
 def test_models_that_do_not_fit(tmp_path, family, changes, message):
@@ -131,5 +131,5 @@ def test_models_that_do_not_fit(tmp_path, family, changes, message):
 def test_other_models_are_refused_by_type(tmp_path):
     make_dense("Llama", tmp_path / "dense")
     upcycle(tmp_path / "dense", tmp_path / "moe", experts=4, top_k=2)
-    with pytest.raises(ValueError, match="dense: a model of type 'mixtral'; what can be upcycled is llama, mistral"):
+    with pytest.raises(ValueError, match="dense: cannot upcycle the type 'mixtral'; use one of llama, mistral"):
         upcycle(tmp_path / "moe", tmp_path / "again", experts=4, top_k=2)

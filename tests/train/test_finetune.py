@@ -248,7 +248,7 @@ def test_what_model_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("family", r"--model .*model \(gpt2\): .* has no MoE block; known ones are .*Mixtral"),
+        ("family", r"--model .*model \(gpt2\): .* has no MoE block; moesaic.MoE replaces .*Mixtral"),
         ("broken", r"--model .*model \(mixtral\): .*[Hh]eader"),
         ("no tokenizer", r"--tokenizer .*model: transformers cannot load it"),
         ("vocabulary", r"--model .*: its tokenizer has 304 tokens, but its embedding has only 300 rows; .*resize"),

@@ -1,4 +1,4 @@
-"""transformers' activation modules by the names that our operators and layers have for them."""
+"""The names that our operators and layers have for the activation modules of transformers."""
 
 from typing import Any
 
@@ -27,12 +27,12 @@ _NAMES: dict[type, Activation] = {
 
 
 def activation_name(function: object) -> Activation | None:
-    """Our name for an activation, or None where we have none. By exact type: a subclass may compute something else."""
+    """Our name for an activation, or None. The type has to match exactly: a subclass may compute something else."""
     return _NAMES.get(type(function))
 
 
 def own_gate_name(experts: Any) -> Activation | None:
-    """Our name for the gate that a module of experts brings along, or None. By exact function and constants."""
+    """Our name for a gate function of an experts module, or None. Function and constants have to match exactly."""
     constants = (getattr(experts, "alpha", None), getattr(experts, "limit", None))
     is_ours = constants == (CLAMPED_SWIGLU_ALPHA, CLAMPED_SWIGLU_LIMIT)
     return "clamped_swiglu" if type(experts)._apply_gate is GptOssExperts._apply_gate and is_ours else None

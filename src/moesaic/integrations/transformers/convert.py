@@ -1,9 +1,11 @@
-"""Checkpoints of transformers into those of :mod:`moesaic.checkpoint`, and back.
+"""Convert checkpoints of transformers to those of :mod:`moesaic.checkpoint`, and back.
 
-What is written has weights and no optimizer: ``moesaic.checkpoint.load`` reads it, ``moesaic train --resume`` does not.
+A converted checkpoint has weights and no optimizer state. ``moesaic.checkpoint.load`` reads it, but
+``moesaic train --resume`` does not.
 
-Tensor by tensor: memory for the largest layer's experts, twice over, and one file of the result. Both ways end with a
-verification that reads what was written and compares every tensor with its source, bit for bit.
+Tensors are converted one by one. This needs memory for twice the experts of the largest layer and one file of the
+result. Both ways end with a verification. It reads what was written and compares every tensor with its source, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _PREFIX = "model."
 
 
 def format_of(path: str | Path) -> Format:
-    """The format under a path: ``"dcp"`` for a run or one of its checkpoints, else ``"hf"``."""
+    """The format of a checkpoint: ``"dcp"`` for a run folder or one of its checkpoints, else ``"hf"``."""
     place = Path(path)
     is_checkpoint = (place / MANIFEST).is_file()
     return "dcp" if is_checkpoint or checkpoint.checkpoints(place / CHECKPOINTS) else "hf"
@@ -53,18 +55,21 @@ def format_of(path: str | Path) -> Format:
 def convert(
     source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None
 ) -> Format:
-    """Convert a checkpoint to the other format, verify the result, and give back that format.
+    """Convert a checkpoint to the other format, verify the result, and return that format.
 
     Args:
-        source: a checkpoint of transformers, in a folder or on the hub; or a run of ``moesaic train``, of which the
-            newest checkpoint is taken, or one of its checkpoints.
-        target: the folder to write. To ``"dcp"`` it is like a run's: a config and one checkpoint, of step 0.
-        dtype: cast to it what a model of that dtype has in it; None leaves every tensor as it is.
-        progress: is told how far it is.
+        source: a checkpoint of transformers (a folder or a name on the hub), a run folder of ``moesaic train``, or one
+            checkpoint in it. From a run folder the newest checkpoint is taken.
+        target: the folder to write. For ``"dcp"`` it is like a run folder, with a config and one checkpoint of step 0.
+        dtype: cast tensors to this dtype, except those that transformers keeps in fp32. None casts nothing.
+        progress: is called while the work goes on.
 
     Raises:
-        OSError, ValueError, CheckpointError: the source is not whole, or not a model that can be swapped; the target
-            has other files or cannot be written; what was written is not what was read. Nothing stays in the target.
+        OSError, ValueError: the source is incomplete, or its model cannot be swapped; or the target has other files or
+            cannot be written.
+        CheckpointError: the source is damaged, or what was written differs from it.
+
+    After an error nothing stays in the target.
     """
     require_new(source, Path(target), "target")
     progress = progress or Progress()
@@ -75,7 +80,7 @@ def convert(
         _to_hf(Path(source), Path(target), dtype, progress)
         return "hf"
     except BaseException:
-        # The target was new or empty. Leave nothing that would be in the way of another try.
+        # The target was new or empty. Leave nothing there, so that another try can write to it.
         shutil.rmtree(target, ignore_errors=True)
         raise
 
@@ -109,7 +114,7 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
     if any(".lora_" in name for name in stored):
         raise ValueError(
-            f"source: {place} has adapters beside the weights; use the export of the run, in which they are merged"
+            f"source: {place} has adapters beside the weights; use the export of the run, which has them merged"
         )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     plain = model_on_meta(config, dtype or own)
@@ -127,7 +132,7 @@ def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
         return source, source.absolute().parents[1]
     newest = checkpoint.latest(source / CHECKPOINTS)
     if newest is None:
-        raise ValueError(f"source: no checkpoint in {source / CHECKPOINTS}")
+        raise ValueError(f"source: there is no checkpoint in {source / CHECKPOINTS}")
     return newest, source
 
 
@@ -142,13 +147,13 @@ def _config_of(run: Path) -> Any:
 
 
 def _tokenizer_of(run: Path) -> Path:
-    """Where a run has its tokenizer, or what was converted to be like one."""
+    """The folder with the tokenizer of a run, or of a converted checkpoint, which has it beside its config."""
     places = (run / TOKENIZER, run / EXPORT, run)
     return next((place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES)), run)
 
 
 def _stored(place: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint; the last ones read are kept, for files have an expert's at a time."""
+    """The tensors of a checkpoint. Keeps the last two that were read, since a file may need one expert at a time."""
     kept = lru_cache(maxsize=2)(partial(read_tensor, place))
 
     def leaf(name: str, shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
@@ -159,7 +164,7 @@ def _stored(place: Path) -> dict[str, LazyTensor]:
 
 def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor]) -> None:
     if differing := written.keys() ^ meant.keys():
-        raise CheckpointError(f"verification: the tensors {sorted(differing)} are on one side only")
+        raise CheckpointError(f"verification: only one of source and target has the tensors {sorted(differing)}")
     for name, tensor in meant.items():
         mine, theirs = written[name].read(), tensor.read()
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(_bits(mine), _bits(theirs)):
@@ -172,7 +177,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _cast(tensors: dict[str, LazyTensor], model: Any | None) -> dict[str, LazyTensor]:
-    """To the dtypes that a model has, if there is one: most have that of the model, and some stay in fp32."""
+    """Cast tensors to the dtypes that they have in a model, if there is one. Some of them are fp32 in any model."""
     if model is None:
         return tensors
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

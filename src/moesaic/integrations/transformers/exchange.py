@@ -1,7 +1,7 @@
-"""Boxes of sharded tensors, brought to the rank that wants them: what is lazy here is on other ranks.
+"""Lazy tensors whose numbers are on several ranks. One rank at a time reads a box of them.
 
-Every rank reads the same boxes in the same order. The one whose turn it is gets the numbers; the others send what they
-have of them, and get a tensor on the meta device.
+Every rank reads the same boxes in the same order. The receiver gets the numbers. The other ranks send their parts of
+the box, and get a tensor on the meta device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from moesaic.sharding.internals import box_at
 
 
 class Exchange:
-    """Whose turn it is: ``receiver`` is the rank that gets what is read now."""
+    """Makes lazy tensors of sharded ones. ``receiver`` is the rank that gets the numbers that are read now."""
 
     def __init__(self) -> None:
         self.receiver = 0
 
     def leaf(self, tensor: Tensor) -> LazyTensor:
-        """A tensor of the model: plain ones are the same on all ranks."""
+        """A tensor of the model as a lazy one. A plain tensor is the same on all ranks."""
         tensor = tensor.detach()
         if not isinstance(tensor, DTensor):
             return LazyTensor(tensor.shape, tensor.dtype, lambda box: self._own(tensor, box))
@@ -62,7 +62,7 @@ class Exchange:
 
 
 def _pieces(tensor: DTensor) -> dict[int, Box]:
-    """Which rank has which box: of replicas the first."""
+    """The box that each rank has. Of replicas only the first is in the result."""
     mesh: DeviceMesh = tensor.device_mesh
     axes = [range(1 if p.is_replicate() else size) for p, size in zip(tensor.placements, mesh.shape, strict=True)]
     return {int(mesh.mesh[place]): box_at(tensor, place) for place in itertools.product(*axes)}

@@ -1,7 +1,7 @@
-"""Kernels only: ``experts_implementation="moesaic"`` in every transformers model with the experts interface.
+"""Our kernels in every transformers model with the experts interface: ``experts_implementation="moesaic"``.
 
-The modules keep their parameters, under their names and in their layout; only the computation between the router and
-the residual is ours.
+The modules keep their parameters, with their names and layouts. Only the computation between the router and the
+residual is ours.
 
 Legend: T tokens, K top-k, R rows, E experts, D model dim, F hidden dim, N width of the first projection (2F if gated).
 """
@@ -20,20 +20,20 @@ NAME = "moesaic"
 
 
 def register() -> None:
-    """Make ``experts_implementation="moesaic"`` known to transformers, for this process. Calling it again does nothing.
+    """Make ``experts_implementation="moesaic"`` known to transformers, for this process. A second call does nothing.
 
-    Serves whatever the interface carries: concatenated or interleaved gate and up projections, transposed weights,
-    biases, a module's own ``_apply_gate``, un-gated experts, a norm after the experts, and the ids that transformers'
-    expert parallelism gives to experts of other ranks. Weights are read where they lie, through strided views.
+    It supports all that the interface describes: concatenated or interleaved gate and up projections, transposed
+    weights, biases, a module's own ``_apply_gate``, experts without a gate, a norm after the experts, and the ids that
+    transformers' expert parallelism gives to experts of other ranks. Weights are read in place, through strided views.
 
-    Experts of the common kind, ``act(gate) * up`` or un-gated, with an activation of :func:`moesaic.experts_mlp`, and
-    those of gpt-oss, run as that one operator; others as two :func:`moesaic.grouped_mm` around the module's own
-    functions. The gate and up projections of gpt-oss are interleaved, every second column of one matrix: the ``cpu``
-    and ``triton`` kernels read them where they lie, the latter at half the speed of columns that follow each other, and
+    Experts with the common gate ``act(gate) * up`` or with none, and with an activation of :func:`moesaic.experts_mlp`,
+    run as that one operator. So do the experts of gpt-oss. Other experts run as two :func:`moesaic.grouped_mm` and the
+    module's own functions. In gpt-oss the columns of gate and up projection alternate in one matrix. The ``cpu`` and
+    ``triton`` kernels read them in place; ``triton`` then has half the speed that it has on adjacent columns.
     ``torch`` copies them in every call.
 
-    Models whose experts do not go through the interface (Llama-4) ignore ``experts_implementation``, as transformers
-    does with its own; see :func:`swap_moe`.
+    Models whose experts do not use the interface (Llama-4) ignore ``experts_implementation``, ours as well as those of
+    transformers. Use :func:`swap_moe` for them.
 
     Example:
         >>> moesaic.integrations.transformers.register()
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 class _Weights(NamedTuple):
-    """An experts module's parameters, as ``y = x @ w + b``: views, and no copies."""
+    """The parameters of an experts module, for ``y = x @ w + b``. They are views, not copies."""
 
     first_EDN: Tensor
     first_bias_EN: Tensor | None
@@ -53,13 +53,13 @@ class _Weights(NamedTuple):
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What an experts module of transformers computes, with our operators.
+    """Compute with our operators what an experts module of transformers computes.
 
-    ``z[t] = sum over k of weights[t, k] * norm(gate(x[t] @ first[e] + b[e]) @ down[e] + c[e])``, ``e = index[t, k]``;
-    copies with ``e >= E`` add nothing.
+    ``z[t] = sum over k of weights[t, k] * norm(gate(x[t] @ first[e] + b[e]) @ down[e] + c[e])``, where ``e`` is
+    ``index[t, k]``. Copies with ``e >= E`` add nothing.
 
     Args:
-        experts: a module whose class went through ``transformers.integrations.moe.use_experts_implementation``.
+        experts: a module whose class ``transformers.integrations.moe.use_experts_implementation`` has decorated.
         hidden_states: ``[T, D]``.
         top_k_index: ``[T, K]``.
         top_k_weights: ``[T, K]``.
@@ -84,7 +84,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 def _fused_activation(experts: Any) -> Activation | None:
-    """The activation, where the module computes what :func:`experts_mlp` does."""
+    """The activation, if the module computes what :func:`experts_mlp` does; else None."""
     if experts.has_post_expert_norm:
         return None
     if experts.has_gate and type(experts)._apply_gate is not moe._default_apply_gate:
@@ -115,7 +115,7 @@ def _fused(
 
 
 def _halves(experts: Any, first_EDN: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Gate and up projection, cut so that their gradients are put together by one copy, in the parameter's layout."""
+    """Gate and up projection, cut so that one copy puts their gradients together in the parameter's layout."""
     if experts.is_transposed:
         return _parts(first_EDN, 2, activation)
     gate, up = _parts(first_EDN.mT, 1, activation)
@@ -123,7 +123,7 @@ def _halves(experts: Any, first_EDN: Tensor, activation: Activation) -> tuple[Te
 
 
 def _parts(both: Tensor, dim: int, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Gate and up along a dim: one after the other, or as gpt-oss's gate takes them, in turn."""
+    """Gate and up along a dim. Up follows gate; for the gate of gpt-oss the two alternate."""
     if activation == "clamped_swiglu":
         gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1)
     else:
@@ -135,7 +135,7 @@ def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Te
     y_RN = grouped_mm(x_RK, w_EKN, group_sizes)
     if bias_EN is None:
         return y_RN
-    # The bias of every row as a product too: rows of no expert get none, and its gradient is a sum in a fixed order.
+    # The bias is a product too. So rows of no expert get none, and its gradient is a sum in a fixed order.
     return y_RN + grouped_mm(x_RK.new_ones(x_RK.shape[0], 1), bias_EN.unsqueeze(1), group_sizes)
 
 
@@ -162,8 +162,8 @@ def _parameter(experts: nn.Module, name: str) -> Tensor:
         raise TypeError(f"experts: {type(experts).__name__} has no parameter '{name}'; {remedy}")
     if isinstance(value, DTensor):
         raise TypeError(
-            f"experts: '{name}' of {type(experts).__name__} is a DTensor, and the interface hands over local tokens; "
-            f"{remedy}, or swap_moe() and moesaic.parallelize()"
+            f"experts: '{name}' of {type(experts).__name__} is a DTensor, but the interface passes local tokens; "
+            f"{remedy}, or use swap_moe() and moesaic.parallelize()"
         )
     if not value.is_floating_point() or value.dtype.itemsize < 2:
         raise TypeError(f"experts: '{name}' of {type(experts).__name__} is quantized, {value.dtype}; {remedy}")

@@ -1,4 +1,4 @@
-"""The state of a model with swapped layers as transformers would have it."""
+"""The state of a model with swapped layers, with the names and layouts of transformers."""
 
 import copy
 from typing import Any
@@ -14,18 +14,19 @@ from moesaic.layers import MoE
 
 @torch.no_grad()
 def to_transformers_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The whole state of a model with swapped layers, under transformers' names and layouts, on the CPU.
+    """The whole state of a model with swapped layers, with the names and layouts of transformers, on the CPU.
 
-    Collective: DTensors are gathered one by one. Where ``keep`` is false this process takes part and returns nothing.
+    Collective: every process calls it, and DTensors are gathered one by one. A process with ``keep=False`` takes part,
+    but gets an empty state.
 
     Raises:
-        ValueError: a layer that :func:`swap_moe` did not put there.
+        ValueError: :func:`swap_moe` did not make one of the layers; the message names it.
     """
     return original_state(model, model.state_dict(), keep)
 
 
 def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """A state of the model, or what is named and shaped like one, in the original names and layouts."""
+    """A state of the model, or one with the same names and shapes, in the original names and layouts."""
     origins = origins_of(model)
     ours = dict(ours)
     state: dict[str, Tensor] = {}
@@ -46,10 +47,10 @@ def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True)
 
 
 def origins_of(model: nn.Module) -> dict[str, Origin]:
-    """Of all swapped layers, by the prefix of the layer's tensors.
+    """The origins of all swapped layers, by the prefix of the layer's tensors.
 
     Raises:
-        ValueError: a layer that :func:`swap_moe` did not put there.
+        ValueError: :func:`swap_moe` did not make one of the layers; the message names it.
     """
     origins = {}
     for name, layer in model.named_modules():
@@ -58,8 +59,8 @@ def origins_of(model: nn.Module) -> dict[str, Origin]:
         origin = origin_of(layer)
         if origin is None:
             raise ValueError(
-                f"model: '{name}' is not a layer that swap_moe put there, so transformers has no names for it; "
-                "use swap_moe first"
+                f"model: swap_moe did not make the layer '{name}', so transformers has no names for its tensors; "
+                "export only models whose layers swap_moe has made"
             )
         origins[f"{name}." if name else ""] = origin
     return origins
@@ -70,17 +71,17 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of transformers around a state: one whose own blocks are in their places."""
+    """A transformers model with its own blocks and a given state."""
     with torch.device("meta"):
         plain = architecture_of(model)(copy.deepcopy(model.config))
     missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     lacking = [name for name in missing if name not in plain.all_tied_weights_keys]
     if lacking or unexpected:
-        raise ValueError(f"cannot export: missing {lacking}, no place for {unexpected}")
+        raise ValueError(f"cannot export: missing tensors {lacking}, unknown tensors {unexpected}")
     plain.generation_config = model.generation_config
     return plain
 
 
 def architecture_of(model: nn.Module) -> Any:
-    """The transformers class of a model. FSDP derives a class of its own from it."""
+    """The transformers class of a model. FSDP gives the model a class that is derived from it."""
     return next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))

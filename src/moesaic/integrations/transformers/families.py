@@ -1,7 +1,7 @@
-"""The MoE blocks of transformers that a :class:`moesaic.MoE` can stand in for: one entry a family.
+"""The MoE blocks of transformers that a :class:`moesaic.MoE` can replace: one entry for each family.
 
-A family whose block computes something that the layer does not is not in the table. Such models run on our kernels
-all the same (:func:`moesaic.integrations.transformers.register`).
+A family is not in the table if its block computes something that the layer does not. Such models can still run on our
+kernels (:func:`moesaic.integrations.transformers.register`).
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ class Family:
     """How a block of transformers becomes a layer of ours.
 
     Attributes:
-        links: its tensors. Those that a block does not have are left out; those that are not here cannot be taken over.
-        fields: from a block to fields of :class:`moesaic.MoEConfig`, all but sizes of the experts and an activation
-            that the experts have as a module.
-        returns_pair: the block gives back router results beside its output, and the decoder layer drops them.
+        links: its tensors. A block need not have all of them, but it must not have others.
+        fields: takes a block and returns fields of :class:`moesaic.MoEConfig`. The sizes of the experts are not among
+            them, nor is an activation that the experts have as a module.
+        returns_pair: whether the block also returns router results, which the decoder layer drops.
     """
 
     links: tuple[Link, ...]
@@ -41,7 +41,7 @@ class Family:
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of an MoE block of transformers, or None. By exact type: a subclass may compute something else."""
+    """The family of a transformers MoE block, or None. The type has to match exactly: a subclass may differ."""
     return FAMILIES.get(_place(type(module)))
 
 
@@ -50,7 +50,7 @@ def _place(block: type) -> str:
 
 
 def _softmax(block: Any) -> dict[str, Any]:
-    """Mixtral and its like; also a softmax over the chosen logits only, which is the same."""
+    """Mixtral and others like it. A softmax over the chosen logits only gives the same weights."""
     router = block.gate if hasattr(block, "gate") else block.router
     return {"top_k": router.top_k, "normalize_top_k": getattr(router, "norm_topk_prob", True)}
 
@@ -59,8 +59,8 @@ def _without_jitter(fields: Callable[[Any], dict[str, Any]]) -> Callable[[Any], 
     def checked(block: Any) -> dict[str, Any]:
         if block.jitter_noise > 0:
             raise ValueError(
-                f"router_jitter_noise: {block.jitter_noise} multiplies tokens by noise in training, which moesaic.MoE "
-                "does not; set it to 0 in the model's config"
+                f"router_jitter_noise: {block.jitter_noise} multiplies tokens by noise in training, but moesaic.MoE "
+                "cannot; set it to 0 in the model's config"
             )
         return fields(block)
 
@@ -87,7 +87,7 @@ def _deepseek_v2(block: Any) -> dict[str, Any]:
         return fields
     if gate.topk_method == "group_limited_greedy":
         return fields | {"num_groups": gate.num_group, "top_groups": gate.topk_group, "group_best": 1}
-    raise ValueError(f"topk_method: {gate.topk_method!r} is neither 'greedy' nor 'group_limited_greedy'")
+    raise ValueError(f"topk_method: got {gate.topk_method!r}; moesaic.MoE has only 'greedy' and 'group_limited_greedy'")
 
 
 def _deepseek_v3_router(block: Any) -> dict[str, Any]:
@@ -118,9 +118,10 @@ def _minimax_m2(block: Any) -> dict[str, Any]:
 
 
 def _ernie(block: Any) -> dict[str, Any]:
-    # The least sum that weights are divided by. Ours is 1e-20; a softmax over its best experts is far above either.
+    # Weights are divided by their sum, or by this where it is larger. Ours is 1e-20. The sum of the best softmax scores
+    # is far above both.
     if block.gate.norm_min > 1e-6:
-        raise ValueError(f"moe_norm_min: {block.gate.norm_min} changes routing weights; moesaic.MoE knows up to 1e-6")
+        raise ValueError(f"moe_norm_min: {block.gate.norm_min} changes routing weights; moesaic.MoE takes at most 1e-6")
     dense = block.shared_experts
     return {
         "top_k": block.gate.top_k,
@@ -143,13 +144,16 @@ def _gpt_oss(block: Any) -> dict[str, Any]:
     experts = block.experts
     if type(experts).__name__ != "GptOssExperts":
         raise ValueError(
-            f"experts: {type(experts).__name__} are not plain tensors; load them dequantized, "
+            f"experts: {type(experts).__name__} does not have plain tensors; load the model with "
             "quantization_config=Mxfp4Config(dequantize=True)"
         )
     activation = own_gate_name(experts)
     if activation is None:
-        raise ValueError(f"swiglu_alpha, swiglu_limit: {experts.alpha}, {experts.limit}; moesaic.MoE knows 1.702 and 7")
-    # Its softmax is over the chosen logits only, which is the same.
+        raise ValueError(
+            f"swiglu_alpha, swiglu_limit: got {experts.alpha} and {experts.limit}; "
+            "moesaic.MoE supports only 1.702 and 7"
+        )
+    # Its softmax is over the chosen logits only, which gives the same weights.
     return {"top_k": block.router.top_k, "activation": activation, "logit_bias": True, "expert_biases": True}
 
 

@@ -52,7 +52,7 @@ TOKENIZER_FILES = (
 
 @dataclass
 class Files:
-    """Open files: their tensors by name, and how many bytes of them have been asked for so far."""
+    """Open files: their tensors by name, and the number of bytes that were read from them so far."""
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     bytes_read: int = 0
@@ -61,7 +61,7 @@ class Files:
         """A tensor of an open file."""
         view = file.get_slice(name)
         if view.get_dtype() not in _DTYPES:
-            raise ValueError(f"'{name}' is of the safetensors dtype {view.get_dtype()}; known are {', '.join(_DTYPES)}")
+            raise ValueError(f"'{name}' has the dtype {view.get_dtype()}, which is not one of {', '.join(_DTYPES)}")
 
         def source(box: Box) -> Tensor:
             # A tensor without dims has no slices.
@@ -76,11 +76,11 @@ class Files:
 def open_files(path: str | Path) -> Iterator[Files]:
     """The tensors of a checkpoint: a folder, or a name on the hub, with one safetensors file or an index of several.
 
-    Only headers are read. Hub names go through transformers' own cache and work without a network where they are in it.
+    Only headers are read. Names on the hub go through transformers' cache. What is in the cache needs no network.
 
     Raises:
-        OSError: no such checkpoint, or none with safetensors; a file is missing.
-        ValueError: a file is damaged, or the index and the files do not agree, with the names.
+        OSError: there is no such checkpoint, it has no safetensors, or a file is missing.
+        ValueError: a file is damaged, or the index and the files have different tensors; the message names them.
     """
     with ExitStack() as stack:
         files = Files()
@@ -92,7 +92,7 @@ def open_files(path: str | Path) -> Iterator[Files]:
                 raise ValueError(f"{place} is damaged: {error}") from error
             for name in file.keys():  # noqa: SIM118, an open file is no dict
                 if name in files.tensors:
-                    raise ValueError(f"{place}: '{name}' is in another file of the checkpoint as well")
+                    raise ValueError(f"{place}: another file of the checkpoint also has '{name}'")
                 files.tensors[name] = files.leaf(file, name)
         if listed is not None and (differing := listed ^ files.tensors.keys()):
             raise ValueError(f"{path}: the index and its files do not agree on {sorted(differing)}")
@@ -100,7 +100,7 @@ def open_files(path: str | Path) -> Iterator[Files]:
 
 
 def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
-    """The safetensors files of a checkpoint, and the names of all tensors where there is an index that lists them."""
+    """The safetensors files of a checkpoint, and the names of all tensors if an index lists them."""
     name = str(path)
     quiet = {"_raise_exceptions_for_missing_entries": False}
     if (single := cached_file(name, SAFE_WEIGHTS_NAME, **quiet)) is not None:
@@ -116,7 +116,7 @@ def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
 
 
 def require_new(source: str | Path, target: Path, name: str) -> None:
-    """Raise ``ValueError`` unless a target is a new or empty folder, and not its source."""
+    """Raise ``ValueError`` unless the target is a new or empty folder, and not the source. Errors name ``name``."""
     if Path(source).resolve() == target.resolve():
         raise ValueError(f"{name}: {target} is also the source; choose another folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -124,7 +124,7 @@ def require_new(source: str | Path, target: Path, name: str) -> None:
 
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
-    """Copy what a checkpoint has of a tokenizer's files into a folder."""
+    """Copy the tokenizer files that a checkpoint has into a folder."""
     for name in TOKENIZER_FILES:
         if (place := cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)) is not None:
             shutil.copy(place, target / name)

@@ -1,9 +1,9 @@
-"""Tensors that are described now and read later, a box at a time.
+"""Tensors that are described now and read later, one box at a time.
 
-A leaf is a tensor in a file or on other ranks. What one builds from leaves with the operations below is lazy as well,
-and a box of it is read by reading boxes of leaves: so a rank gets its slice of a tensor that is spread over a hundred
-tensors of a file, and no other number is touched. transformers' conversions, and the links of our layers, are
-functions of tensors; given lazy ones they build lazy ones.
+A leaf is a tensor in a file or on other ranks. The operations below make lazy tensors of lazy tensors. A box of the
+result is read by reading boxes of the leaves. So a rank can get its slice of a tensor that files store as a hundred
+tensors, and it reads no other number. transformers' conversions and the links of our layers are functions of tensors.
+They take lazy tensors too, and then return lazy tensors.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Box = tuple[slice, ...]
 
 
 class LazyTensor:
-    """A tensor of known shape and dtype whose numbers come by :meth:`read`.
+    """A tensor of known shape and dtype. :meth:`read` gets its numbers.
 
-    Knows ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``flatten``, ``contiguous``, ``to`` another
+    It has ``mT``, ``transpose``, ``chunk``, ``squeeze``, ``unsqueeze``, ``flatten``, ``contiguous``, ``to`` another
     dtype, indexing by slices, and ``torch.stack``, ``cat``, ``transpose``, ``chunk``, ``split``.
 
     Args:
         shape, dtype: of the tensor.
-        source: gives a box of it, none of whose sides is empty.
+        source: returns a box of the tensor. No side of the box is empty.
 
     Raises:
-        NotImplementedError: from an operation that it does not know, named.
+        NotImplementedError: an operation that it does not have; the message names it.
 
     Example:
         >>> rows = LazyTensor(t.shape, t.dtype, lambda box: t[box])
@@ -59,7 +59,7 @@ class LazyTensor:
         return self.shape[dim]
 
     def read(self, box: Box | None = None) -> Tensor:
-        """The numbers of a box, by default all. May be a view of what must not be written to."""
+        """The numbers of a box, by default all. Do not write to the result: it may be a view."""
         if box is None:
             box = whole(self.shape)
         sides = [side.stop - side.start for side in box]
@@ -109,7 +109,7 @@ class LazyTensor:
         return self._derived(shape, lambda box: self.read((*box[:dim], slice(0, 1), *box[dim:])).squeeze(dim))
 
     def flatten(self, start_dim: int) -> LazyTensor:
-        """The dims from one on as one. Reads whole rows of the last."""
+        """The tensor with all dims from ``start_dim`` on as one. Reads whole rows of the last dim."""
         if self.ndim - start_dim < 2:
             return self
         if self.ndim - start_dim > 2:
@@ -125,7 +125,7 @@ class LazyTensor:
         return self._derived([*self.shape[:start_dim], self.shape[start_dim] * width], source)
 
     def contiguous(self) -> LazyTensor:
-        """Itself: a layout is a matter of whoever reads."""
+        """The tensor itself. The reader decides about the layout."""
         return self
 
     def to(self, dtype: torch.dtype) -> LazyTensor:
@@ -134,7 +134,7 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> LazyTensor:
         index = index if isinstance(index, tuple) else (index,)
         if any(not isinstance(side, slice | EllipsisType) for side in index):
-            raise NotImplementedError(f"indexing by {index}; LazyTensor takes slices and an ellipsis")
+            raise NotImplementedError(f"LazyTensor: cannot be indexed by {index}; use slices and an ellipsis")
         if Ellipsis in index:
             at = index.index(Ellipsis)
             index = (*index[:at], *[slice(None)] * (self.ndim - len(index) + 1), *index[at + 1 :])
@@ -145,7 +145,7 @@ class LazyTensor:
         return result
 
     def _every(self, dim: int, step: int) -> LazyTensor:
-        """Each ``step``-th of a dim. Reads what lies between as well: files have no strides."""
+        """Every ``step``-th index of a dim. Also reads what lies between: files have no strides."""
         if step == 1:
             return self
 
@@ -164,23 +164,23 @@ class LazyTensor:
     ) -> Any:
         if function not in _FUNCTIONS:
             known = ", ".join(sorted(f.__name__ for f in _FUNCTIONS))
-            raise NotImplementedError(f"torch.{function.__name__} of tensors in files; known are {known}")
+            raise NotImplementedError(f"torch.{function.__name__} does not take a LazyTensor; use one of {known}")
         return _FUNCTIONS[function](*args, **(kwargs or {}))
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box of all of a tensor."""
+    """The box of a whole tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """What two boxes have in common, if anything."""
+    """The common part of two boxes, or None if there is none."""
     common = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return common if all(side.start < side.stop for side in common) else None
 
 
 def relative(box: Box, outer: Box) -> Box:
-    """A box as seen from the corner of the one around it."""
+    """A box, counted from the first corner of a box around it."""
     return tuple(_shifted(side, -around.start) for side, around in zip(box, outer, strict=True))
 
 
@@ -193,7 +193,7 @@ def _cat(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
     dim %= first.ndim
     for tensor in tensors:
         if _replaced(tensor.shape, dim, 0) != _replaced(first.shape, dim, 0) or tensor.dtype != first.dtype:
-            raise ValueError(f"cannot put {tensor} and {first} together along dim {dim}")
+            raise ValueError(f"cannot concatenate {tensor} and {first} along dim {dim}")
     ends = [sum(t.shape[dim] for t in tensors[: i + 1]) for i in range(len(tensors))]
 
     def source(box: Box) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tensors of a transformers MoE block are which of a :class:`moesaic.MoE`, and how their layouts differ.
+"""Links between the tensors of a transformers MoE block and those of a :class:`moesaic.MoE`. Their layouts differ.
 
 Legend: E experts, F expert hidden dim, D model dim.
 """
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Link(NamedTuple):
-    """One tensor of theirs, and those of ours that hold the same numbers.
+    """One tensor of the block, and the tensors of the layer that hold the same numbers.
 
     Attributes:
-        theirs, ours: names within the block and within the layer.
-        split: from theirs to ours, views.
-        join: from ours to theirs.
+        theirs, ours: names in the block and in the layer.
+        split: turns the block's tensor into those of the layer, which are views of it.
+        join: turns the layer's tensors into that of the block.
     """
 
     theirs: str
@@ -26,16 +26,16 @@ class Link(NamedTuple):
 
     @property
     def is_bias(self) -> bool:
-        """Of the router's scores, which the layer keeps in fp32."""
+        """Whether it is the bias on the router's scores, which the layer keeps in fp32."""
         return self.ours == ("router.bias",)
 
 
 def same(theirs: str, ours: str) -> Link:
-    """Equal but for the name."""
+    """A tensor of which only the name differs."""
     return Link(theirs, (ours,), lambda t: (t,), lambda t: t)
 
 
-# [E, 2F, D] and [E, D, F], as linear layers have them.
+# [E, 2F, D] and [E, D, F], the layout of linear layers.
 GATE_UP = Link(
     "experts.gate_up_proj",
     ("experts.w1", "experts.w3"),
@@ -45,10 +45,10 @@ GATE_UP = Link(
 DOWN = Link("experts.down_proj", ("experts.w2",), lambda t: (t.mT,), lambda w2: w2.mT)
 EXPERTS = (GATE_UP, DOWN)
 
-# Without gate: [E, F, D] and [E, D, F].
+# Without a gate: [E, F, D] and [E, D, F].
 UNGATED_EXPERTS = (Link("experts.up_proj", ("experts.w1",), lambda t: (t.mT,), lambda w1: w1.mT), DOWN)
 
-# [E, D, 2F] and [E, F, D], as they are multiplied.
+# [E, D, 2F] and [E, F, D], the layout of a product x @ w.
 TRANSPOSED_GATE_UP = Link(
     "experts.gate_up_proj",
     ("experts.w1", "experts.w3"),
@@ -57,7 +57,7 @@ TRANSPOSED_GATE_UP = Link(
 )
 TRANSPOSED_EXPERTS = (TRANSPOSED_GATE_UP, same("experts.down_proj", "experts.w2"))
 
-# [E, D, 2F] and [E, 2F], gate and up in turn.
+# [E, D, 2F] and [E, 2F]: columns of gate and up alternate.
 INTERLEAVED_GATE_UP = Link(
     "experts.gate_up_proj",
     ("experts.w1", "experts.w3"),
@@ -79,13 +79,13 @@ INTERLEAVED_EXPERTS = (
 
 
 def shared(name: str) -> tuple[Link, ...]:
-    """The dense expert that every token goes through."""
+    """The shared expert, an MLP that every token goes through."""
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     return tuple(same(f"{name}.{theirs}.weight", f"shared.{ours}.weight") for theirs, ours in names.items())
 
 
 def ungated_shared(name: str) -> tuple[Link, ...]:
-    """The same without gate."""
+    """A shared expert without a gate."""
     return (
         same(f"{name}.up_proj.weight", "shared.w1.weight"),
         same(f"{name}.down_proj.weight", "shared.w2.weight"),
@@ -93,5 +93,5 @@ def ungated_shared(name: str) -> tuple[Link, ...]:
 
 
 def row(theirs: str, ours: str) -> Link:
-    """``[1, E]`` there and ``[E]`` here."""
+    """A tensor that is ``[1, E]`` in the block and ``[E]`` in the layer."""
     return Link(theirs, (ours,), lambda t: (t.squeeze(0),), lambda t: t.unsqueeze(0))

@@ -1,4 +1,4 @@
-"""Load checkpoints into sharded models: each rank reads its own slices only."""
+"""Load checkpoints into sharded models. Each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def load_pretrained(
     device: torch.device | str | None = None,
     **moe_options: float,
 ) -> Any:
-    """A causal language model of transformers with our layers, laid over the meshes, its weights read from safetensors.
+    """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
 
-    The same model as ``parallelize(swap_moe(AutoModelForCausalLM.from_pretrained(path)), meshes)``, bit for bit, but no
-    rank ever has all of it: the model is built on the meta device, and every rank reads its own slices of the files.
+    The model is ``parallelize(swap_moe(AutoModelForCausalLM.from_pretrained(path)), meshes)``, bit for bit. But no rank
+    ever has all of it: the model is built on the meta device, and every rank reads only its own slices of the files.
 
-    Collective where there is a process group.
+    Collective if there is a process group.
 
     Args:
-        path: a folder, or a name on the hub; with ``model.safetensors`` or an index of several files, in any layout
+        path: a folder, or a name on the hub. It has ``model.safetensors`` or an index of several files, in any layout
             that transformers knows for the family.
         meshes: from :func:`moesaic.build_meshes`; None for one process.
-        dtype: of the parameters; None takes the config's, else that of the files.
+        dtype: dtype of the parameters. None takes that of the config, or else that of the files.
         compute: see :func:`moesaic.parallelize`.
         impl, moe_options: see :func:`swap_moe`.
-        device: None takes the meshes' device, without meshes the CPU.
+        device: None takes the device of the meshes, or the CPU without meshes.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        OSError: no such checkpoint.
-        ValueError: the files and the model do not fit: names that are missing or left over and shapes that differ,
-            all listed, before a number is read; or the model cannot be swapped or laid over the meshes.
-        NotImplementedError: the family's files need a conversion that cannot be done slice by slice, with its name.
+        OSError: there is no such checkpoint.
+        ValueError: the files do not fit the model, or the model cannot be swapped or sharded over the meshes. The
+            message lists all missing and unexpected names and all wrong shapes. No number has been read then.
+        NotImplementedError: the files need a conversion that cannot be done slice by slice; the message names it.
 
     Example:
         >>> meshes = moesaic.build_meshes(ep=4)
@@ -90,10 +90,10 @@ def load_and_count(
     device: torch.device | str | None = None,
     moe_options: Mapping[str, float] | None = None,
 ) -> tuple[Any, int]:
-    """As :func:`load_pretrained`, and how many bytes of the files this rank has asked for."""
+    """The result of :func:`load_pretrained`, and the number of bytes that this rank has read from the files."""
     place = torch.device(device or meshes.device_type or "cpu")
     if meshes.device_type not in (None, place.type):
-        raise ValueError(f"device: {place}, but the meshes are on {meshes.device_type}; leave it out")
+        raise ValueError(f"device: got {place}, but the meshes are on {meshes.device_type}; leave device out")
     with ExitStack() as stack:
         model: Any = None
         tensors: dict[str, LazyTensor] = {}
@@ -108,7 +108,7 @@ def load_and_count(
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
             tensors = to_our_names(model, state)
 
-        # Shared, so that no rank waits for one that cannot read the files.
+        # A failure is shared, so that no rank waits for one that cannot read the files.
         ranks.together(describe, Exception)
         parallelize(model, meshes, compute=compute)
         if not meshes.is_distributed:
@@ -119,10 +119,10 @@ def load_and_count(
 
 
 def empty_model(path: str | Path, files: Files, dtype: torch.dtype | None) -> Any:
-    """The model of a checkpoint as transformers has it, on the meta device, each parameter in its dtype.
+    """The transformers model of a checkpoint, on the meta device. Each parameter has the dtype that it will have.
 
     Raises:
-        ValueError: its weights are quantized.
+        ValueError: the weights are quantized.
     """
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "quantization_config", None) is not None:
@@ -131,13 +131,13 @@ def empty_model(path: str | Path, files: Files, dtype: torch.dtype | None) -> An
     chosen: Any = dtype or config.dtype or next(floats, torch.get_default_dtype())
     model = model_on_meta(config, chosen)
     with suppress(OSError):
-        # Not every checkpoint has one; the model has its default then.
+        # Not every checkpoint has one. Without it the model keeps its default.
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
 def model_on_meta(config: Any, dtype: torch.dtype) -> Any:
-    """A causal language model on the meta device; what transformers keeps in fp32 is so."""
+    """A causal language model on the meta device. What transformers keeps in fp32 is in fp32 here too."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for pattern, kept in model._get_dtype_plan(dtype).items():
@@ -149,10 +149,10 @@ def model_on_meta(config: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def make_buffers(model: Any, device: torch.device) -> None:
-    """Give the buffers of a model on the meta device that no file holds their values, as transformers initialises them.
+    """Fill the buffers of a model on the meta device that are in no file, as transformers initialises them.
 
     Raises:
-        ValueError: transformers' own initialisation leaves one out, named.
+        ValueError: transformers does not initialise one of them; the message names it.
     """
     made = [name for name, _ in model.named_non_persistent_buffers()]
     for name in made:
@@ -160,7 +160,7 @@ def make_buffers(model: Any, device: torch.device) -> None:
         owner = model.get_submodule(path)
         owner._buffers[leaf] = torch.full_like(owner._buffers[leaf], _UNSET, device=device)
     for tensor in model.state_dict(keep_vars=True).values():
-        # transformers' functions that initialise pass over what has this mark.
+        # transformers does not initialise what has this mark.
         tensor._is_hf_initialized = True
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
@@ -168,12 +168,13 @@ def make_buffers(model: Any, device: torch.device) -> None:
     for name in made:
         if bool((model.get_buffer(name) == _UNSET).any()):
             raise ValueError(
-                f"'{name}' of {type(model).__name__} is in no file, and transformers does not initialise it"
+                f"'{name}' of {type(model).__name__} is in no file, and transformers does not initialise it; use "
+                "from_pretrained and swap_moe to load this model"
             )
 
 
 def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The state of a model with swapped layers from that of the model before."""
+    """The state of a model with swapped layers, from the state of the model before the swap."""
     ours: dict[str, Any] = dict(state)
     for prefix, module in model.named_modules():
         if (origin := origin_of(module)) is not None:
@@ -185,10 +186,10 @@ def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str,
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
-    """Read the local part of every parameter and persistent buffer.
+    """Read this rank's part of every parameter and every persistent buffer.
 
     Raises:
-        ValueError: tied parameters for which the files have different numbers.
+        ValueError: two parameters are tied, but the files have different numbers for them.
     """
     filled: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -209,7 +210,7 @@ def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """This rank's part of a tensor, and the box of the whole that it is."""
+    """This rank's part of a tensor, and its box in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return tensor.detach(), whole(tensor.shape)
     here = tensor.device_mesh.get_coordinate()

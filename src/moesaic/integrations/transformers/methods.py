@@ -1,6 +1,6 @@
-"""What a model with swapped layers does in place of two of its own methods, so that checkpoints stay transformers' own.
+"""Two methods that a model with swapped layers gets in place of its own, so that its checkpoints do not change.
 
-They are set on the model, not on its class, and :func:`remove` takes them off.
+The methods are set on the model, not on its class. :func:`remove` takes them off again.
 """
 
 import copy
@@ -18,14 +18,14 @@ from moesaic.integrations.transformers.origin import origin_of
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let the model write, and take, checkpoints as transformers has them."""
+    """Make the model write and read checkpoints with the names and layouts of transformers."""
     for method in _METHODS:
         setattr(model, method.__name__, MethodType(method, model))
     model.register_forward_pre_hook(_refuse_router_logits, with_kwargs=True)
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`install`, on the model and on models within."""
+    """Undo :func:`install` on the model and on models inside it."""
     for module in model.modules():
         for method in _METHODS:
             if getattr(module.__dict__.get(method.__name__), "__func__", None) is method:
@@ -37,7 +37,7 @@ def remove(model: nn.Module) -> None:
 def _refuse_router_logits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_router_logits"):
         raise ValueError(
-            "output_router_logits: the blocks that give them are replaced; leave it out, and use swap_moe's "
+            "output_router_logits: swap_moe has replaced the blocks that return them; leave it out, and use swap_moe's "
             "aux_loss_coef with moesaic.balance_losses()"
         )
 
@@ -45,7 +45,7 @@ def _refuse_router_logits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def save_pretrained(
     model: Any, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **arguments: Any
 ) -> None:
-    """As the model's own, in the original names and layouts.
+    """Save as the model's own method does, with the original names and layouts.
 
     Raises:
         ValueError: the model is parallelized.
@@ -53,15 +53,15 @@ def save_pretrained(
     state = model.state_dict() if state_dict is None else state_dict
     placed = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
     if placed is not None:
-        raise ValueError(f"model: '{placed}' is a DTensor; export_pretrained(model, path) writes it, on every rank")
+        raise ValueError(f"model: '{placed}' is a DTensor; call export_pretrained(model, path) on every rank")
     plain_model(model, original_state(model, state)).save_pretrained(save_directory, **arguments)
 
 
 def load_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-    """As the model's own, which takes our names and the original ones; and names as they are in files on disk too.
+    """Load as the model's own method does. Our names, the original names, and the names in files are all accepted.
 
-    There many families have a tensor for each expert. transformers converts them in ``from_pretrained``, but its
-    ``Trainer`` resumes by ``load_state_dict`` and would leave the experts as they are.
+    In the files of many families each expert has a tensor of its own. transformers converts them in
+    ``from_pretrained``. But its ``Trainer`` resumes with ``load_state_dict``, which would not change the experts.
     """
     state = dict(state_dict)
     if not state.keys() <= _names(model):
@@ -70,7 +70,7 @@ def load_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = Tr
 
 
 def _names(model: nn.Module) -> set[str]:
-    """Ours and the original ones."""
+    """Our names and the original ones."""
     names = set(model.state_dict())
     for prefix, module in model.named_modules():
         if (origin := origin_of(module)) is not None:
@@ -79,7 +79,7 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _from_disk(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """What transformers makes of the tensors of a file, and those that it does not know as they are."""
+    """The tensors of a file as transformers converts them. Those that it does not know stay as they are."""
     plain, info = architecture_of(model).from_pretrained(
         None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, output_loading_info=True
     )

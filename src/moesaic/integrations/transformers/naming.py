@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint's files are which of a transformers model: by transformers' own conversion mapping.
+"""From the tensors of a checkpoint's files to those of a transformers model, by transformers' own conversion mapping.
 
-Renamed, put together and transposed as ``from_pretrained`` does, but lazily: see :class:`LazyTensor`. Every name is
-accounted for before a number is read.
+Tensors are renamed, concatenated and transposed as in ``from_pretrained``, but lazily: see :class:`LazyTensor`. All
+names are checked before a number is read.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from moesaic.integrations.transformers.lazy import LazyTensor
 
 
 def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool = False) -> dict[str, LazyTensor]:
-    """The whole state of ``model``, a model of transformers on whatever device, from tensors named as in files.
+    """The whole state of ``model``, from tensors with the names of files. The model may be on any device.
 
-    With ``cast`` each tensor is cast to the model's dtype before it is put together with others, as transformers does.
+    With ``cast`` each tensor is cast to the model's dtype before it is concatenated with others, as transformers does.
 
-    Of tied parameters those are in the result that the files have, one at least.
+    Of tied parameters the result has those that the files have, at least one.
 
     Raises:
-        ValueError: names that the model has and the files have not, names of the files that it has no place for, and
-            shapes or kinds of numbers that differ, all of them listed. Names that transformers ignores are ignored,
-            but for parameters that are missing.
-        NotImplementedError: a conversion that cannot be done lazily, with its name.
+        ValueError: the files do not fit the model. The message lists the names that the files lack, the names that the
+            model does not have, and the shapes and kinds of dtypes that differ. Names that transformers ignores are
+            ignored here too, except missing parameters.
+        NotImplementedError: a conversion cannot be done lazily; the message names it.
     """
     wanted = model.state_dict()
     state, unexpected = _converted(model, tensors, wanted, cast)
-    # transformers leaves an old place of rotary frequencies and positions out for all models.
+    # transformers ignores the old names of rotary frequencies and positions in all models.
     buffers = [name for name, _ in model.named_buffers()]
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     old_places = ("rotary_emb.inv_freq", "position_ids")
@@ -51,7 +51,7 @@ def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool 
         and not any(twin in state for twin in twins(model, name))
     ]
     differing = [
-        f"{name} is {list(tensor.shape)} {tensor.dtype} and not {list(wanted[name].shape)} {wanted[name].dtype}"
+        f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(wanted[name].shape)} {wanted[name].dtype}"
         for name, tensor in state.items()
         if tensor.shape != wanted[name].shape or _is_of_another_kind(tensor, wanted[name])
     ]
@@ -63,7 +63,7 @@ def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool 
 
 
 def twins(model: Any, name: str) -> set[str]:
-    """The parameters that one is tied to."""
+    """The other parameters that a parameter is tied to."""
     tied = model.all_tied_weights_keys
     source = tied.get(name, name)
     return ({source} | {target for target, origin in tied.items() if origin == source}) - {name}
@@ -105,16 +105,16 @@ def _converted(
             found = group.convert(target, model=model, config=model.config)
         except (NotImplementedError, AttributeError) as error:
             operations = ", ".join(type(o).__name__ for o in group.operations)
-            raise NotImplementedError(f"{operations} of {names}, which gives '{target}': {error}") from error
+            raise NotImplementedError(f"'{target}' needs {operations} of {names}: {error}") from error
         except (ValueError, IndexError, KeyError) as error:
-            raise ValueError(f"'{target}' cannot be made of {names}: {error}") from error
+            raise ValueError(f"'{target}' cannot be made from {names}: {error}") from error
         for name, tensor in found.items():
             state[name] = tensor[0] if isinstance(tensor, list) else tensor
     return {n: t for n, t in state.items() if n in wanted}, unexpected + [n for n in state if n not in wanted]
 
 
 def _is_of_another_kind(tensor: LazyTensor, wanted: Any) -> bool:
-    """Whether a cast would be no rounding: of quantized numbers, or from integers."""
+    """Whether a cast would be more than rounding: from quantized numbers, or between integers and floats."""
     is_quantized = tensor.dtype.itemsize < 2 <= wanted.dtype.itemsize
     return is_quantized or tensor.dtype.is_floating_point != wanted.dtype.is_floating_point
 

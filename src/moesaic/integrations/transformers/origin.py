@@ -1,4 +1,4 @@
-"""Where a layer came from: the block that it stands in for."""
+"""The block that a swapped layer has replaced."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from moesaic.integrations.transformers.links import Link
 
 @dataclass(frozen=True)
 class Origin:
-    """A block of transformers, on the meta device, and the links of its tensors to the layer's. Not a submodule."""
+    """A transformers block on the meta device, and the links of its tensors to the layer's. It is no submodule."""
 
     block: nn.Module
     links: tuple[Link, ...]
 
 
 def origin_of(module: nn.Module) -> Origin | None:
-    """The origin of a layer that swap_moe put there, or None."""
+    """The origin of a layer that swap_moe made, or None."""
     return module.__dict__.get("origin")

@@ -1,4 +1,4 @@
-"""Progress of long work on checkpoints."""
+"""Progress reports of long work on checkpoints."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from moesaic.integrations.transformers.lazy import Box, LazyTensor
 
 @dataclass(frozen=True)
 class Progress:
-    """Called as work goes on.
+    """Two functions that are called while the work goes on.
 
     Attributes:
-        begin: with what is about to happen, and the bytes of it.
-        advance: with bytes that are done.
+        begin: gets the name of the work that begins, and its size in bytes.
+        advance: gets the number of bytes that were done since the last call.
     """
 
     begin: Callable[[str, int], None] = lambda what, num_bytes: None
     advance: Callable[[int], None] = lambda num_bytes: None
 
     def watch(self, what: str, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """Begin work on tensors. Reading the tensors that are given back reports progress."""
+        """Begin work on tensors. Returns tensors that report progress when they are read."""
         self.begin(what, sum(tensor.nbytes for tensor in tensors.values()))
         return {name: self._watched(tensor) for name, tensor in tensors.items()}
 

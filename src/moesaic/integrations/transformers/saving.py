@@ -1,7 +1,7 @@
-"""Sharded models into checkpoints of transformers, written by all ranks together.
+"""Write sharded models as checkpoints of transformers, on all ranks together.
 
-The tensors of the files, in transformers' names and layouts, are dealt to the ranks in equal parts. They are brought
-together one at a time, so a rank holds its own shards, the file that it is about to write, and one tensor.
+The tensors of the files have transformers' names and layouts. Each rank writes an equal part of them. They are gathered
+one at a time. So a rank holds its own shards, the file that it is about to write, and one tensor.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ def export_pretrained(
     """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     Collective: every rank calls it and writes its part. Names and layouts are those of transformers' own
-    ``save_pretrained``. The folder appears, or replaces an earlier export, in one rename when all is written and
-    flushed: a crash leaves no half of a checkpoint under its name. All ranks need to see one file system.
+    ``save_pretrained``. When all files are written and flushed, one rename gives the folder its name, and replaces an
+    earlier export. So a crash never leaves half a checkpoint under that name. All ranks must see the same file system.
 
     Args:
-        model: a model with layers that :func:`swap_moe` put there.
-        path: a folder; what is there may be an earlier export.
-        tokenizer: saved beside it.
-        max_shard_size: bytes of a file, at most, but for tensors that are larger.
+        model: a model with layers that :func:`swap_moe` made.
+        path: the folder to write. It may hold an earlier export.
+        tokenizer: a tokenizer to save in the same folder.
+        max_shard_size: the most bytes that a file may have. A file of a single tensor may have more.
 
     Raises:
-        ValueError: the model has state that transformers' architecture has no place for; ``path`` has other files.
-            Before any collective.
-        OSError: a rank could not write; on all ranks. What was under ``path`` before is still there.
+        ValueError: transformers' architecture has no place for some of the model's state, or ``path`` has other files.
+            All ranks raise it, before anything is written.
+        OSError: a rank could not write. All ranks raise it. What was under ``path`` before is still there.
 
     Example:
         >>> export_pretrained(model, "out")
@@ -90,11 +90,11 @@ def write_pretrained(
     """Write the tensors of a model's files as :func:`export_pretrained` does, with its config. Collective.
 
     Args:
-        plain: a model of transformers, on whatever device.
+        plain: a model of transformers, on any device.
         tensors: from :func:`to_file_names`, the same on all ranks.
         path, max_shard_size: see :func:`export_pretrained`.
-        exchange: where tensors are on several ranks, what they were made with.
-        add: puts more into the folder, on rank 0, before it gets its name.
+        exchange: the one that made the tensors, if they are spread over ranks.
+        add: writes more files into the folder, on rank 0, before the folder gets its name.
     """
     final = Path(path).resolve()
     own: Path | None = None
@@ -107,13 +107,13 @@ def write_pretrained(
         ranks.share_failure(failure)
         ranks.on_leader(lambda: _finish(plain, tensors, names, work, final, add), *_ERRORS)
     finally:
-        # What was there before is in it for a moment: never remove the only copy.
+        # For a moment this folder holds what was there before. Never remove the only copy.
         if ranks.is_leader() and own is not None and (final.exists() or not (own / "old").exists()):
             shutil.rmtree(own, ignore_errors=True)
 
 
 def plain_on_meta(model: Any) -> Any:
-    """The architecture of transformers that a model is of, on the meta device, its config as files have it."""
+    """The transformers architecture of a model, on the meta device, with the config as files have it."""
     config = copy.deepcopy(model.config)
     config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with torch.device("meta"):
@@ -126,9 +126,9 @@ def plain_on_meta(model: Any) -> Any:
 def to_original_names(
     model: nn.Module, ours: Mapping[str, LazyTensor], *, restore_dtypes: bool = True
 ) -> dict[str, LazyTensor]:
-    """The state of the model before the swap from that of a model with swapped layers.
+    """The state of the model before the swap, from the state of the model with swapped layers.
 
-    The layer keeps a router's bias in fp32, whatever the model had: ``restore_dtypes`` gives it that back.
+    The layer keeps a router's bias in fp32, whatever dtype it had in the model. ``restore_dtypes`` casts it back.
     """
     state = dict(ours)
     for prefix, origin in origins_of(model).items():
@@ -141,26 +141,26 @@ def to_original_names(
 
 
 def to_file_names(plain: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors of the files for a whole state of a transformers model: the way back of transformers' conversions.
+    """The tensors of the files for a whole state of a transformers model. It reverses transformers' conversions.
 
     Raises:
-        ValueError: the state has names that the model has not, or the other way round.
+        ValueError: the state and the model have different names; the message lists them.
     """
     wanted = plain.state_dict()
     tied = plain.all_tied_weights_keys
     missing = [name for name in wanted if name not in state and name not in tied]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
-        raise ValueError(f"cannot export: missing {missing}, no place for {unexpected}")
+        raise ValueError(f"cannot export: missing tensors {missing}, unknown tensors {unexpected}")
     left_out = set(plain._keys_to_ignore_on_save or ()) | tied.keys()
     kept: dict[str, Any] = {name: tensor for name, tensor in state.items() if name not in left_out}
     return revert_weight_conversion(plain, kept)  # type: ignore[return-value]
 
 
 def deal(tensors: Mapping[str, LazyTensor], num_ranks: int, max_bytes: int) -> list[list[list[str]]]:
-    """For each rank its files, and for each file its tensors: neighbours together, ranks equal but for one tensor.
+    """For each rank its files, and for each file its tensors. The shares of two ranks differ by one tensor at most.
 
-    Ranks may be left without; there is always one file.
+    Tensors that follow each other stay together. A rank may get no file, but there is at least one file.
     """
     total = sum(tensor.nbytes for tensor in tensors.values())
     dealt: list[list[list[str]]] = [[] for _ in range(num_ranks)]
@@ -180,12 +180,12 @@ def deal(tensors: Mapping[str, LazyTensor], num_ranks: int, max_bytes: int) -> l
 def _write_shards(
     tensors: Mapping[str, LazyTensor], names: list[list[list[str]]], work: Path, exchange: Exchange
 ) -> Exception | None:
-    """Bring every tensor to its rank and write the files. A rank that fails keeps sending, for the others."""
+    """Gather every tensor on its rank and write the files. A rank that fails still sends its parts to the others."""
     numbers = _numbered(names)
     turns = [[(i, name) for i, file in enumerate(files) for name in file] for files in names]
     mine: dict[str, Tensor] = {}
     failure: Exception | None = None
-    # In turns, so that ranks finish their files, and write, at about the same time.
+    # The ranks take turns, so that all of them write their files at about the same time.
     for turn in range(max(map(len, turns))):
         for rank, own in enumerate(turns):
             if turn >= len(own):
@@ -206,7 +206,7 @@ def _write_shards(
 
 
 def _numbered(names: list[list[list[str]]]) -> dict[tuple[int, int], str]:
-    """The name of each rank's each file."""
+    """The name of each file, by rank and number."""
     places = [(rank, file) for rank, files in enumerate(names) for file in range(len(files))]
     if len(places) == 1:
         return {places[0]: SAFE_WEIGHTS_NAME}
@@ -221,10 +221,10 @@ def _write_file(tensors: dict[str, Tensor], place: Path) -> None:
 
 
 def _begin(final: Path) -> Path:
-    """Check the target; a folder beside it, of this call alone, with the folder ``new`` to write."""
+    """Check the target. Make a folder beside it for this call alone, and in that the folder ``new`` to write to."""
     if final.exists():
         if not final.is_dir():
-            raise OSError(f"{final} is a file and not a folder; choose another path")
+            raise OSError(f"path: {final} is a file; give a folder")
         entries = list(final.iterdir())
         if other := sorted(entry.name for entry in entries if not _is_ours(entry)):
             raise ValueError(f"path: {final} has {other}, which no export wrote; choose another folder")
@@ -232,7 +232,7 @@ def _begin(final: Path) -> Path:
             raise ValueError(f"path: {final} has no {CONFIG_NAME}, so no export wrote it; choose another folder")
     final.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    # mkdtemp's own folder is for its user alone; what gets the name should be for all, as the umask says.
+    # Only its user may read the folder of mkdtemp. The one that gets the name has the permissions of the umask.
     (own / "new").mkdir()
     return own
 

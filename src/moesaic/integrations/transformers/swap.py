@@ -1,7 +1,7 @@
-"""Put :class:`moesaic.MoE` layers in the place of a transformers model's MoE blocks, and the blocks back.
+"""Replace the MoE blocks of a transformers model by :class:`moesaic.MoE` layers, and put the blocks back.
 
-No number changes on the way, and no tensor is left out: a block that has one without a place in the layer, or that
-lacks one, is refused by name.
+No number changes, and no tensor is left out. A block is refused by name if the layer has no place for one of its
+tensors, or if it lacks a tensor of the layer.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -39,26 +39,26 @@ def swap_moe(
 ) -> Model:
     """Replace the MoE blocks of a transformers model by :class:`moesaic.MoE`, in place, with their weights and routing.
 
-    The model computes what it did before, up to rounding; in half precision our gate scores in fp32, where some of
-    theirs do not. ``save_pretrained``, which transformers' ``Trainer`` calls too, goes on writing the original names
-    and layouts, and ``load_state_dict`` takes them. Call it before the optimizer is made, and before
-    :func:`moesaic.parallelize`. The way back: :func:`unswap_moe` in memory, :func:`export_pretrained` to disk,
-    parallelized or not.
+    The model computes what it did before, up to rounding. In half precision our gate computes scores in fp32, and some
+    of theirs do not. ``save_pretrained`` still writes the original names and layouts, also when transformers'
+    ``Trainer`` calls it. ``load_state_dict`` still takes them. Call this function before you make the optimizer, and
+    before :func:`moesaic.parallelize`. To go back, use :func:`unswap_moe` in memory, or :func:`export_pretrained` to
+    disk, which takes parallelized models too.
 
     Args:
-        model: a model of transformers; on the meta device the layers are there, too. Families: see
-            ``docs/transformers.md``.
-        aux_loss_coef, z_loss_coef: of the balance losses, collected by :func:`moesaic.balance_losses`.
-        bias_update_speed: for families with a correction bias on the scores, see
+        model: a model of transformers. If it is on the meta device, the layers are there too.
+            ``docs/transformers.md`` lists the families.
+        aux_loss_coef, z_loss_coef: coefficients of the balance losses. :func:`moesaic.balance_losses` collects them.
+        bias_update_speed: for families with a correction bias on the scores; see
             :func:`moesaic.layers.update_expert_bias`.
-        impl: implementation of the operators; None picks by device and dtype.
+        impl: implementation of the operators; None picks one by device and dtype.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model has no block to replace, or one that the layer cannot stand in for, named; it is
-            sharded; it is set to return router logits. Nothing has changed then.
+        ValueError: the model has no block to replace, or a block that the layer cannot replace, which the message
+            names; or it is sharded, or set to return router logits. Nothing has changed then.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
@@ -84,12 +84,12 @@ def swap_moe(
 
 
 def unswap_moe(model: Model) -> Model:
-    """Put the blocks that :func:`swap_moe` took out back in, in place, with the layers' weights as they are now.
+    """Put the blocks back that :func:`swap_moe` took out, in place, with the weights that the layers have now.
 
-    Names, shapes and dtypes are those from before; the router's counts are dropped, and so are gradients.
+    Names, shapes and dtypes are those from before the swap. The router's counts and all gradients are dropped.
 
     Raises:
-        ValueError: nothing has been swapped in, or the model is parallelized; nothing has changed then.
+        ValueError: the model has no swapped layer, or it is parallelized. Nothing has changed then.
 
     Example:
         >>> keys = list(model.state_dict())
@@ -98,10 +98,10 @@ def unswap_moe(model: Model) -> Model:
     """
     layers = [(name, module, origin) for name, module in model.named_modules() if (origin := origin_of(module))]
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no layer that swap_moe put there")
+        raise ValueError(f"model: {type(model).__name__} has no layer that swap_moe made")
     for name, layer, _ in layers:
         if any(isinstance(p, DTensor) for p in layer.parameters()):
-            raise ValueError(f"model: '{name}' is parallelized; export_pretrained() writes it in the original layout")
+            raise ValueError(f"model: '{name}' is parallelized; use export_pretrained() to write the original layout")
     for name, layer, origin in layers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _block_for(layer, origin))
@@ -111,7 +111,7 @@ def unswap_moe(model: Model) -> Model:
 
 
 class _PairMoE(MoE):
-    """For decoder layers that expect router results beside the output, and drop them."""
+    """For decoder layers that expect a pair of output and router results, and drop the latter."""
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x, token_mask), None
@@ -120,26 +120,26 @@ class _PairMoE(MoE):
 def _check_model(model: PreTrainedModel) -> None:
     if model.config.get_text_config().to_dict().get("output_router_logits"):
         raise ValueError(
-            "model: config.output_router_logits is set, but the blocks that give them are replaced; set it to False, "
-            "and use aux_loss_coef with moesaic.balance_losses()"
+            "model: config.output_router_logits is set, but swap_moe replaces the blocks that return them; set it to "
+            "False, and use aux_loss_coef with moesaic.balance_losses()"
         )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
-            raise ValueError(f"model: '{name}' is a DTensor; swap_moe comes before anything that shards")
+            raise ValueError(f"model: '{name}' is a DTensor; call swap_moe before you shard the model")
 
 
 def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
     inside = {module for swap in swaps for module in swap.block.modules()}
-    # What transformers' experts interface leaves on a module that goes through it.
+    # transformers' experts interface leaves this attribute on every module that uses it.
     unknown = {type(m).__name__ for m in model.modules() if hasattr(m, "has_post_expert_norm") and m not in inside}
     if unknown:
         raise ValueError(
-            f"model: {', '.join(sorted(unknown))} of {type(model).__name__} belong to no block that moesaic.MoE can "
-            'stand in for; register() and experts_implementation="moesaic" run them on our kernels'
+            f"model: moesaic.MoE cannot replace the blocks with {', '.join(sorted(unknown))} in "
+            f'{type(model).__name__}; use register() and experts_implementation="moesaic" to run them on our kernels'
         )
     if not swaps:
         known = sorted(place.rpartition(":")[2] for place in FAMILIES)
-        raise ValueError(f"model: {type(model).__name__} has no MoE block; known ones are {', '.join(known)}")
+        raise ValueError(f"model: {type(model).__name__} has no MoE block; moesaic.MoE replaces {', '.join(known)}")
 
 
 def _config(
@@ -148,11 +148,11 @@ def _config(
     fields = family.fields(block)
     activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
-        raise ValueError(f"hidden_act: {type(block.experts.act_fn).__name__} is no activation of moesaic.MoE")
+        raise ValueError(f"hidden_act: moesaic.MoE does not have the activation {type(block.experts.act_fn).__name__}")
     first = next(link for link in family.links if "experts.w1" in link.ours)
     E, D, F = first.split(block.get_parameter(first.theirs))[0].shape
     if bias_update_speed and not fields.get("score_bias"):
-        raise ValueError(f"bias_update_speed: {bias_update_speed}, but its router has no bias; leave it at 0")
+        raise ValueError(f"bias_update_speed: got {bias_update_speed}, but the router has no bias; leave it at 0")
     return MoEConfig(
         dim=D,
         hidden_dim=F,
@@ -166,7 +166,7 @@ def _config(
 
 
 def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
-    """Every tensor of the block has a place in the layer, and the other way round."""
+    """Raise unless the layer has a place for every tensor of the block, and the block has every tensor of the layer."""
     theirs = block.state_dict()
     links = _links_of(block, family)
     if left := theirs.keys() - {link.theirs for link in links}:
@@ -174,11 +174,11 @@ def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
     with torch.device("meta"):
         ours = MoE(config).state_dict().keys()
     if lacking := ours - {name for link in links for name in link.ours}:
-        raise ValueError(f"it has nothing for {sorted(lacking)} of moesaic.MoE")
+        raise ValueError(f"the block has no tensor for {sorted(lacking)} of moesaic.MoE")
     for link in links:
         tensor = theirs[link.theirs]
         if link.is_bias and not tensor.is_meta and not torch.equal(tensor.float().to(tensor.dtype), tensor):
-            raise ValueError(f"'{link.theirs}' is not exact in fp32, which is what the layer keeps it in")
+            raise ValueError(f"'{link.theirs}' is not exact in fp32, the dtype in which the layer keeps it")
 
 
 def _links_of(block: nn.Module, family: Family) -> tuple[Link, ...]:
@@ -197,12 +197,12 @@ def _layer_for(swap: _Swap, impl: Implementation | None) -> MoE:
         tensor = theirs[link.theirs]
         dtype = torch.float32 if link.is_bias else tensor.dtype
         for name, part in zip(link.ours, link.split(tensor.detach().to(dtype)), strict=True):
-            # Cloned, else the optimizer, a checkpoint or a plan would meet parameters that share storage.
+            # Cloned, so that no two parameters share storage: an optimizer, a checkpoint or a plan could not take that.
             _put(layer, name, part.clone(memory_format=torch.contiguous_format), tensor.requires_grad)
     layer.router.load = torch.zeros_like(layer.router.load, device=device)
     layer.register_load_state_dict_pre_hook(_take_original_names)
     layer.train(block.training)
-    # The block stays, for the way back, without its weights.
+    # The block is kept for unswap_moe, without its weights.
     layer.origin = Origin(block.to("meta"), links)  # type: ignore[assignment]
     return layer
 

@@ -1,9 +1,9 @@
-"""A dense model made into a mixture-of-experts model that computes the same, to be trained on.
+"""Make a mixture-of-experts model from a dense one. It computes the same at first, and is then trained further.
 
-Every expert is a copy, or with granularity G one of G slices, of the dense feed-forward layer. Copies of the whole
-layer are *groups* of G experts with equal rows in the router ("virtual groups", arXiv 2410.07524): a token that is
-routed to one expert of a group is routed to all G of them. With top-k a multiple of G and routing weights that sum to
-1, expert ``e`` of a chosen group has 1/G of the group's weight, and a down projection scaled by G makes up for it::
+Every expert is a copy of the dense feed-forward layer or, with granularity G, one of its G slices. G experts that make
+up the whole layer are a *group*, and have equal rows in the router ("virtual groups", arXiv 2410.07524). So a token
+that goes to one expert of a group goes to all G of them. Top-k is a multiple of G, and the routing weights sum to 1.
+Then each expert of a chosen group has 1/G of the group's weight. The down projection is scaled by G to make up for it::
 
     sum over chosen groups g of p[g] * sum over slices s of (1/G) * (G * down[s] h[s])  =  sum of p[g] * dense  =  dense
 
@@ -52,13 +52,13 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Target:
-    """The family that a dense model becomes one of.
+    """The mixture-of-experts family that a dense family becomes.
 
     Attributes:
         config: its config class.
-        fields: of the dense config that it has, beside the common ones.
-        sizes: from experts, top-k and the hidden dim of an expert to the rest of the config.
-        off: settings of the dense config that it does not have, with the values that they have to have.
+        fields: fields of the dense config that it has too, beside the common ones.
+        sizes: takes E, K and the hidden dim of an expert, and returns the rest of the config.
+        off: settings of the dense config that it does not have, with the values that are allowed for them.
     """
 
     config: Callable[..., Any]
@@ -108,12 +108,13 @@ def upcycle(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Write a mixture-of-experts checkpoint made of a dense one, whose first logits, without noise, are the dense ones.
+    """Make a mixture-of-experts checkpoint from a dense one. Without noise both models give the same logits.
 
-    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE (with a shared expert that starts at zero), Qwen3 becomes
-    Qwen3-MoE. Needs memory for one file of the result, 5 GB at most.
+    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE (with a shared expert that starts at zero), and Qwen3
+    becomes Qwen3-MoE. This needs memory for one file of the result, at most 5 GB.
 
-    Two groups whose scores tie may be mixed for a token; router rows are random, so in fp32 they do not.
+    If two groups have equal scores, a token may get a mix of both. Router rows are random, so this does not happen in
+    fp32.
 
     Args:
         dense: a folder or a name on the hub.
@@ -121,13 +122,14 @@ def upcycle(
         experts: E, of every layer.
         top_k: K.
         granularity: G; the hidden dim of an expert is F/G.
-        noise: standard deviation of what is added to the experts' weights, as a fraction of each weight's own.
-        seed: of router and noise.
-        progress: is told how far it is.
+        noise: standard deviation of the noise on the experts' weights, as a fraction of the weights' own.
+        seed: seed of the router's weights and the noise.
+        progress: is called while the work goes on.
 
     Raises:
-        ValueError: numbers that do not divide, or a model that is not of these families or has what its target has not.
-        OSError: no such checkpoint, or ``out`` cannot be written.
+        ValueError: the numbers do not fit together, the model is not of these families, or it has a setting that its
+            target family does not have.
+        OSError: there is no such checkpoint, or ``out`` cannot be written.
 
     Example:
         >>> upcycle("path/to/Qwen3-0.6B", "out", experts=16, top_k=4, granularity=2)
@@ -155,28 +157,28 @@ def upcycle(
 
 
 def check_numbers(experts: int, top_k: int, granularity: int, noise: float) -> None:
-    """Raise ``ValueError`` unless the numbers go together, whatever the model."""
+    """Raise ``ValueError`` unless the numbers fit together. This does not depend on the model."""
     for name, value in {"experts": experts, "top_k": top_k, "granularity": granularity}.items():
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     if top_k > experts:
-        raise ValueError(f"top_k: {top_k} of only {experts} experts")
+        raise ValueError(f"top_k: {top_k} is more than the {experts} experts")
     for name, value in {"experts": experts, "top_k": top_k}.items():
         if value % granularity:
             raise ValueError(
-                f"{name}: {value} is no multiple of granularity {granularity}; tokens are routed to whole groups"
+                f"{name}: {value} is not a multiple of granularity {granularity}; a token goes to whole groups"
             )
     if noise < 0:
-        raise ValueError(f"noise: must not be negative, got {noise}")
+        raise ValueError(f"noise: must be at least 0, got {noise}")
 
 
 def _target(config: Any) -> Target:
     if config.model_type not in TARGETS:
-        raise ValueError(f"dense: a model of type '{config.model_type}'; what can be upcycled is {', '.join(TARGETS)}")
+        raise ValueError(f"dense: cannot upcycle the type '{config.model_type}'; use one of {', '.join(TARGETS)}")
     target = TARGETS[config.model_type]
     for name, allowed in target.off.items():
         if getattr(config, name, None) not in allowed:
-            raise ValueError(f"dense: {name} is {getattr(config, name)}, which {target.config.__name__} does not have")
+            raise ValueError(f"dense: {name} is {getattr(config, name)}, but {target.config.__name__} has no {name}")
     return target
 
 
@@ -196,7 +198,7 @@ class _Recipe:
     dtype: torch.dtype
 
     def apply(self, state: dict[str, LazyTensor], block: str, has_shared: bool) -> None:
-        """Replace the dense layer of a block by what the MoE layer has."""
+        """Replace the tensors of a dense layer by those of an MoE layer."""
         G = self.granularity
         dense = {name: state.pop(f"{block}.{name}_proj.weight") for name in ("gate", "up", "down")}
         gates, ups = (dense[name].chunk(G, dim=0) for name in ("gate", "up"))
@@ -212,7 +214,7 @@ class _Recipe:
         state[f"{block}.experts.down_proj"] = torch.stack(seconds)  # type: ignore[assignment]
         state[f"{block}.gate.weight"] = _made([self.experts, D], self.dtype, lambda: self._router(D, block))
         if has_shared:
-            # It adds nothing at first; its down projection gets gradients all the same.
+            # It adds nothing at first, but its down projection gets gradients.
             state[f"{block}.shared_expert.gate_proj.weight"] = gates[0]
             state[f"{block}.shared_expert.up_proj.weight"] = ups[0]
             state[f"{block}.shared_expert.down_proj.weight"] = _made(downs[0].shape, self.dtype)
