@@ -104,7 +104,7 @@ def test_differences_are_listed(mixtral, tmp_path):
     missing, unexpected, different = str(caught.value).split("config. ")[1].split("; ")
     assert missing == "missing: model.layers.1.input_layernorm.weight, model.norm.weight"
     assert unexpected == "unexpected: model.layers.0.extra.weight"
-    assert "model.layers.0.self_attn.q_proj.weight is [3, 4] torch.float32 and not [32, 32] torch.float32" in different
+    assert "model.layers.0.self_attn.q_proj.weight is [3, 4] torch.float32, not [32, 32] torch.float32" in different
     assert "k_proj.weight is [16, 32] torch.int8" in different
 
 
