@@ -27,7 +27,7 @@ def _fail_on_1(error_type):
         if shared.rank() == 1:
             raise error_type(1, "disk full")
 
-    return _caught(shared.together, work, OSError)
+    return _caught(shared.together, work)
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def _values():
     own = shared.rank()
     return {
         "leader": shared.is_leader(),
-        "together": shared.together(lambda: own, OSError),
-        "on_leader": shared.on_leader(lambda: f"made by {own}", OSError),
+        "together": shared.together(lambda: own),
+        "on_leader": shared.on_leader(lambda: f"made by {own}"),
         "from_leader": shared.from_leader(own),
         "agree": [_caught(shared.agree, own // 2, "halves"), _caught(shared.agree, 7, "sevens")],
         "share_failure": _caught(shared.share_failure, OSError("rank 1") if own == 1 else None),

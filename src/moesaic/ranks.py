@@ -63,19 +63,17 @@ def agree(value: Any, what: str) -> None:
         raise ValueError(f"ranks 0 and {other} have different {what}; give all ranks the same")
 
 
-def together(work: Callable[[], T], *errors: type[Exception]) -> list[T]:
+def together(work: Callable[[], T]) -> list[T]:
     """Run ``work()`` on every rank, and give back the results in rank order.
 
-    If it raises one of ``errors`` on any rank, all ranks raise. A rank that failed raises its own error. The others
-    raise a copy of the error of the lowest rank that failed, with a note that names the rank.
-
-    Any other exception is a bug. It is raised at once, and leaves the other ranks waiting.
+    If it raises an exception on any rank, all ranks raise. A rank that failed raises its own. The others raise a copy
+    of that of the lowest rank that failed, with a note that names the rank.
     """
     result: Any = None
     own: Exception | None = None
     try:
         result = work()
-    except errors as error:
+    except Exception as error:
         own = error
     outcomes = gather((result, _portable(own)))
     if own is not None:
@@ -87,9 +85,9 @@ def together(work: Callable[[], T], *errors: type[Exception]) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def on_leader(work: Callable[[], T], *errors: type[Exception]) -> T:
+def on_leader(work: Callable[[], T]) -> T:
     """Run ``work()`` on rank 0, and give its result to every rank. Failures are shared as in :func:`together`."""
-    result: Any = together(work if is_leader() else lambda: None, *errors)[0]
+    result: Any = together(work if is_leader() else lambda: None)[0]
     return result
 
 
@@ -100,7 +98,7 @@ def share_failure(error: Exception | None) -> None:
         if error is not None:
             raise error
 
-    together(bring, Exception)
+    together(bring)
 
 
 def _portable(error: Exception | None) -> Exception | None:

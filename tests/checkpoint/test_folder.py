@@ -1,5 +1,7 @@
 """Which folders count as checkpoints, and what a damaged one says."""
 
+import hashlib
+import itertools
 import json
 
 import pytest
@@ -48,6 +50,14 @@ def test_a_folder_being_removed_does_not_count(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == []
 
 
+def _rewrite(path, change):
+    """A manifest with other values, and the hash that goes with them."""
+    values = json.loads((path / "manifest.json").read_text()) | change
+    text = json.dumps(values | {"sha256": "0" * 64})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (path / "manifest.json").write_text(text.replace("0" * 64, digest))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -55,6 +65,8 @@ def test_a_folder_being_removed_does_not_count(tmp_path, monkeypatch):
         {"step": 11},
         {"step": "10"},
         {"files": {"../outside": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"..": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"sub\\outside": {"bytes": 1, "sha256": "0"}}},
         {"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}},
         {"files": {"data": {"bytes": 1}}},
         {"files": ["data"]},
@@ -65,10 +77,29 @@ def test_a_folder_being_removed_does_not_count(tmp_path, monkeypatch):
 )
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path, change):
     path = _make(tmp_path, 10)
-    values = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(values | change))
+    _rewrite(path, {})
+    read_manifest(path)
+    _rewrite(path, change)
     with pytest.raises(CheckpointError, match=r"step-00000010.manifest\.json"):
         read_manifest(path)
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path):
+    files = {"data": {"bytes": 7, "sha256": "ab" * 32}}
+    file = _make(tmp_path, 10, files=files) / "manifest.json"
+    good = file.read_bytes()
+    for position, bit in itertools.product(range(len(good)), range(8)):
+        file.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"manifest\.json (is damaged|has format)"):
+            read_manifest(file.parent)
+
+
+def test_a_manifest_of_the_first_format_is_read(tmp_path):
+    path = tmp_path / "step-00000010"
+    path.mkdir()
+    values = {"step": 10, "world_size": 2, "info": {"a": 1}, "files": {}, "format": 1}
+    (path / "manifest.json").write_text(json.dumps(values))
+    assert read_manifest(path) == Manifest(**values)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}'])

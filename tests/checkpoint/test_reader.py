@@ -8,7 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.reader import SafeReader
@@ -64,6 +65,13 @@ def test_other_things_than_metadata_are_refused(tmp_path):
 def test_garbage_is_refused(tmp_path_factory, content):
     with pytest.raises(CheckpointError, match=r"\.metadata"):
         _read(tmp_path_factory.mktemp("garbage"), content)
+
+
+@pytest.mark.parametrize("place", ["../secret", "/secret", "..", "sub/file"])
+def test_places_outside_of_the_folder_are_refused(tmp_path, place):
+    entries = {MetadataIndex("w"): _StorageInfo(place, 0, 8)}
+    with pytest.raises(CheckpointError, match="is not in this folder"):
+        _read(tmp_path, pickle.dumps(Metadata({}, storage_data=entries)))
 
 
 def test_every_dtype_is_read(tmp_path):

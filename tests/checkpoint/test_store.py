@@ -1,6 +1,7 @@
 """Writing and reading checkpoints: on many ranks, across layouts, through damage and kill -9."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -86,6 +87,64 @@ def test_damage_is_found_and_the_step_before_is_loaded(tmp_path, damage, name, c
         checkpoint.load(tmp_path, state)
 
 
+@pytest.mark.parametrize("change", [{"files": {}}, {"info": {"position": 48}}, {"step": 1}], ids=str)
+def test_a_changed_manifest_is_found_and_the_step_before_is_loaded(tmp_path, change, caplog):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, _state(step), {"position": 32})
+    file = tmp_path / "step-00000002" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change, indent=1))
+    assert checkpoint.load(tmp_path, _state(0)).step == 1
+    assert "manifest.json is damaged: it has changed" in caplog.text
+
+
+def test_a_file_that_the_manifest_does_not_list_is_found(tmp_path):
+    path = checkpoint.save(tmp_path, 1, _state(1), {})
+    (path / "__9_0.distcp").write_bytes(b"of another save")
+    with pytest.raises(CheckpointError, match=r"__9_0\.distcp is not in manifest\.json"):
+        checkpoint.load(tmp_path, _state(0))
+
+
+def test_the_manifest_can_be_refused_before_tensors_are_read(tmp_path):
+    checkpoint.save(tmp_path, 1, _state(1), {"data": "a"})
+
+    def check(manifest):
+        raise KeyError(manifest.info["data"])
+
+    state = _state(0)
+    with pytest.raises(KeyError, match="a"):
+        checkpoint.load(tmp_path, state, check=check)
+    assert _values(state) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked"),
+    [
+        (torch.float32, torch.int64),
+        (torch.int64, torch.int8),
+        (torch.bool, torch.float32),
+        (torch.complex64, torch.float32),
+    ],
+)
+def test_another_kind_of_numbers_is_refused(tmp_path, saved, asked):
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(3).to(saved)}, {})
+    with pytest.raises(CheckpointError, match=f"w is {saved} in the checkpoint and {asked} here"):
+        checkpoint.load(tmp_path, {"w": torch.zeros(3, dtype=asked)})
+
+
+def test_floats_are_read_into_floats(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": torch.full((3,), 0.7)}, {})
+    w = torch.zeros(3, dtype=torch.bfloat16)
+    checkpoint.load(tmp_path, {"w": w})
+    assert torch.equal(w, torch.full((3,), 0.7, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"keep": 0}, "keep: .* got 0"), ({"step": -1}, "step: .* got -1")])
+def test_mistaken_arguments_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(**{"root": tmp_path, "step": 1, "state": _state(1), "info": {}} | arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_bit_counts(tmp_path):
     path = checkpoint.save(tmp_path, 1, _state(1), {}) / "__0_0.distcp"
     good = path.read_bytes()
@@ -127,6 +186,15 @@ def _fail_on_rank_1(root):
         checkpoint.save(root, 2, _sharded(2), {})
     except CheckpointError as error:
         return str(error)
+
+
+def _save_what_json_cannot_hold(root):
+    with pytest.raises(TypeError, match="info: only JSON values can be saved"):
+        checkpoint.save(root, 1, _state(1), {"when": object()} if ranks.is_leader() else {})
+
+
+def test_all_ranks_raise_where_json_cannot_hold_the_info(tmp_path, ranks):
+    ranks(_save_what_json_cannot_hold, 2, tmp_path)
 
 
 def test_all_ranks_learn_of_a_full_disk(tmp_path, ranks):

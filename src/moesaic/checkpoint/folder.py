@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+# Format 1 had no hash of the manifest itself.
+_READABLE = (1, 2)
+_HASH = "sha256"
+_NO_HASH = "0" * 64
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -37,6 +41,8 @@ class Manifest:
 
 def folder_name(step: int) -> str:
     """`step-00000100` for step 100."""
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step: must be an int of at least 0, got {step!r}")
     return f"step-{step:08d}"
 
 
@@ -61,10 +67,24 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def check_info(info: dict[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` unless `info` can be written as JSON."""
+    try:
+        json.dumps(info)
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"info: only JSON values can be saved (dicts, lists, text, numbers, None): {error}") from error
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json into a checkpoint folder and flush both to disk."""
-    with open(path / MANIFEST, "w") as file:
-        json.dump(dataclasses.asdict(manifest), file, indent=1)
+    """Write manifest.json into a checkpoint folder and flush both to disk.
+
+    It has its own hash: that of its text with zeros in place of the hash.
+    """
+    text = json.dumps(dataclasses.asdict(manifest) | {"format": _FORMAT, _HASH: _NO_HASH}, indent=1)
+    before, _, after = text.rpartition(_NO_HASH)
+    with open(path / MANIFEST, "w", encoding="utf-8", newline="") as file:
+        file.write(before + _hash(text) + after)
         file.flush()
         os.fsync(file.fileno())
     flush(path)
@@ -74,9 +94,15 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint in `path`; `CheckpointError` if it is damaged or of another format."""
     file = path / MANIFEST
     try:
-        values = json.loads(file.read_text())
-        if values["format"] != _FORMAT:
-            raise CheckpointError(f"{file} has format {values['format']}; this version reads format {_FORMAT}")
+        text = file.read_bytes().decode()
+        values = json.loads(text)
+        if values["format"] not in _READABLE:
+            known = " and ".join(map(str, _READABLE))
+            raise CheckpointError(f"{file} has format {values['format']!r}; this version reads formats {known}")
+        if values["format"] != 1:
+            before, found, after = text.rpartition(values[_HASH])
+            if not found or _hash(before + _NO_HASH + after) != values.pop(_HASH):
+                raise CheckpointError(f"{file} is damaged: it has changed since it was written")
         manifest = Manifest(**values)
         sound = (
             isinstance(manifest.step, int)
@@ -84,15 +110,37 @@ def read_manifest(path: Path) -> Manifest:
             and isinstance(manifest.info, dict)
             and all(
                 # A manifest must not point outside of its folder.
-                Path(name).name == name and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
+                is_plain(name) and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
                 for name, entry in manifest.files.items()
             )
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
     if not sound or manifest.step != step_of(path):
         raise CheckpointError(f"{file} is damaged: it does not describe {path.name}")
     return manifest
+
+
+def is_plain(name: str) -> bool:
+    """Whether this is the name of a file in a folder, and not a path that leads elsewhere."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def check_contents(path: Path, manifest: Manifest) -> None:
+    """Raise `CheckpointError` unless the folder has the files of its manifest, and no others."""
+    listed = {MANIFEST, *manifest.files}
+    try:
+        found = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if missing := sorted(listed - found):
+        raise CheckpointError(f"{path / missing[0]} is missing")
+    if surplus := sorted(found - listed):
+        raise CheckpointError(f"{path / surplus[0]} is not in {MANIFEST}; a checkpoint has no other files than those")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_file(path: Path) -> dict[str, Any]:

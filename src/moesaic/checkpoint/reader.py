@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moesaic.checkpoint.folder import CheckpointError
+from moesaic.checkpoint.folder import CheckpointError, is_plain
 
 _ALLOWED = {
     "collections": {"OrderedDict"},
@@ -58,6 +58,9 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} is not the metadata of a checkpoint but a {type(metadata).__name__}")
+        for entry in (metadata.storage_data or {}).values():
+            if not is_plain(str(getattr(entry, "relative_path", ""))):
+                raise CheckpointError(f"{path}: {entry!r} is not in this folder, where all files of a checkpoint are")
         storage = getattr(metadata, "storage_meta", None) or StorageMeta()
         storage.load_id = self.load_id
         metadata.storage_meta = storage

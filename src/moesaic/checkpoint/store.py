@@ -9,13 +9,15 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moesaic import ranks
 from moesaic.checkpoint import folder
@@ -37,13 +39,18 @@ def save(
     """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
 
     `info` is JSON; that of rank 0 is written. `planner` is for states that are not in memory. All ranks must see
-    `root`. If any rank fails, earlier checkpoints are unchanged.
+    `root`. If any rank fails, all raise, and earlier checkpoints are unchanged.
+
+    Raises `CheckpointError` if it cannot be written; `ValueError` for a `step` below 0 or a `keep` below 1; `TypeError`
+    or `ValueError` for an `info` that is not JSON.
     """
+    if keep < 1:
+        raise ValueError(f"keep: must be at least 1, got {keep}; the checkpoint that is written is one of them")
     final = root / folder.folder_name(step)
     work = final.with_name(final.name + ".tmp")
     try:
-        ranks.on_leader(lambda: _begin(work), OSError)
-        ranks.together(lambda: _check_shared(work), OSError)
+        ranks.on_leader(lambda: _begin(work, info))
+        ranks.together(lambda: _check_shared(work))
         with _one_process_is_meant():
             dcp.save(
                 state,
@@ -51,10 +58,10 @@ def save(
                 planner=planner,
                 no_dist=not ranks.active(),
             )
-        described = ranks.together(lambda: _describe_own(work), OSError)
+        described = ranks.together(lambda: _describe_own(work))
         files = {name: entry for part in described for name, entry in part.items()}
         manifest = Manifest(step=step, world_size=ranks.world_size(), info=info, files=files)
-        ranks.on_leader(lambda: _finish(work, final, manifest, keep), OSError)
+        ranks.on_leader(lambda: _finish(work, final, manifest, keep))
     except (OSError, CheckpointException) as error:
         if ranks.is_leader():
             shutil.rmtree(work, ignore_errors=True)
@@ -62,11 +69,13 @@ def save(
     return final
 
 
-def load(root: Path, state: dict[str, Any]) -> Manifest:
+def load(root: Path, state: dict[str, Any], *, check: Callable[[Manifest], None] | None = None) -> Manifest:
     """Read the newest sound checkpoint of `root` into the tensors of `state`, in place, whatever layout wrote it.
 
     All files are checked against their hashes before any is read. A damaged checkpoint is skipped, with a warning that
-    names the file. Raises `CheckpointError` if none is left, or if the checkpoint lacks part of `state`.
+    names the file. `check` gets the manifest of the one to read before its tensors are read; what it raises is raised.
+    Raises `CheckpointError` if no checkpoint is left, or if it lacks part of `state` or has it in a dtype of another
+    kind.
     """
     found = ranks.from_leader([path.name for path in folder.checkpoints(root)])
     problems = []
@@ -78,6 +87,8 @@ def load(root: Path, state: dict[str, Any]) -> Manifest:
             if ranks.is_leader():
                 _log.warning("%s; trying the checkpoint before it", error)
             continue
+        if check is not None:
+            check(manifest)
         read_into(root / name, state)
         return manifest
     raise CheckpointError("; ".join([f"there is no sound checkpoint in {root}", *problems]))
@@ -91,24 +102,48 @@ def verify(path: Path) -> Manifest:
 
     def own_part() -> Manifest:
         manifest = folder.read_manifest(path)
+        folder.check_contents(path, manifest)
         for index, (name, entry) in enumerate(sorted(manifest.files.items())):
             if index % ranks.world_size() == ranks.rank():
                 folder.verify_file(path / name, entry)
         return manifest
 
-    return ranks.together(own_part, CheckpointError)[ranks.rank()]
+    return ranks.together(own_part)[ranks.rank()]
 
 
 def read_into(path: Path, state: dict[str, Any], *, alone: bool = False) -> None:
     """Read a verified checkpoint into the tensors of `state`, in place. With `alone`, other ranks take no part."""
     try:
         with _one_process_is_meant():
-            dcp.load(state, storage_reader=SafeReader(path), no_dist=alone or not ranks.active())
+            dcp.load(
+                state,
+                storage_reader=SafeReader(path),
+                planner=_SameKinds(),
+                no_dist=alone or not ranks.active(),
+            )
     except CheckpointException as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
 
 
-def _begin(work: Path) -> None:
+class _SameKinds(dcp.DefaultLoadPlanner):
+    """Refuses what would be rounded or cut without a word: 0.7 read into an integer is 0."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the dtypes of what is there with those of what is asked for."""
+        super().set_up_planner(*args, **kwargs)
+        assert self.metadata is not None
+        for name, wanted in self.state_dict.items():
+            found = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(wanted, Tensor) or not isinstance(found, TensorStorageMetadata):
+                continue
+            dtype = found.properties.dtype
+            floats = dtype.is_floating_point and wanted.dtype.is_floating_point
+            if dtype != wanted.dtype and not floats and not (dtype.is_complex and wanted.is_complex()):
+                raise ValueError(f"{name} is {dtype} in the checkpoint and {wanted.dtype} here")
+
+
+def _begin(work: Path, info: dict[str, Any]) -> None:
+    folder.check_info(info)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
 

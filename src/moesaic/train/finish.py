@@ -75,7 +75,7 @@ def load_exported(folder: Path) -> nn.Module | None:
         except Exception as error:
             raise TrainingError(f"transformers cannot load the export in {folder}: {error}") from error
 
-    ranks.on_leader(load, TrainingError)
+    ranks.on_leader(load)
     return model
 
 

@@ -81,7 +81,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     training = Training(model, models.build_optimizer(model, config), loader, identities)
     # After all checks, so that a mistake leaves no folder behind.
     choose = resumable_folder if config.resume else new_folder
-    folder = ranks.on_leader(lambda: choose(config.out), UserError)
+    folder = ranks.on_leader(lambda: choose(config.out))
     config = dataclasses.replace(config, out=folder)
     if config.resume:
         restore(training, folder)
@@ -124,7 +124,7 @@ def _prepare_text(
         )
         return text.folder.name
 
-    names = [name for name in ranks.together(on_host_leader, UserError, OSError) if name is not None]
+    names = [name for name in ranks.together(on_host_leader) if name is not None]
     if len(set(names)) > 1:
         raise UserError("the hosts see different text; give all of them the same --data and --tokenizer")
     text = open_prepared(cache_folder() / names[0])

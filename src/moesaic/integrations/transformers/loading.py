@@ -109,11 +109,11 @@ def load_and_count(
             tensors = to_our_names(model, state)
 
         # A failure is shared, so that no rank waits for one that cannot read the files.
-        ranks.together(describe, Exception)
+        ranks.together(describe)
         parallelize(model, meshes, compute=compute)
         if not meshes.is_distributed:
             materialize(model, place)
-        ranks.together(lambda: fill(model, tensors), Exception)
+        ranks.together(lambda: fill(model, tensors))
         _log.info("%s: rank %d read %d bytes", path, ranks.rank(), files.bytes_read)
         return model.eval(), files.bytes_read
 

@@ -99,13 +99,13 @@ def write_pretrained(
     final = Path(path).resolve()
     own: Path | None = None
     try:
-        own = ranks.on_leader(lambda: _begin(final), *_ERRORS)
+        own = ranks.on_leader(lambda: _begin(final))
         work = own / "new"
-        ranks.together(lambda: _check_shared(work), *_ERRORS)
+        ranks.together(lambda: _check_shared(work))
         names = deal(tensors, ranks.world_size(), max_shard_size)
         failure = _write_shards(tensors, names, work, exchange or Exchange())
         ranks.share_failure(failure)
-        ranks.on_leader(lambda: _finish(plain, tensors, names, work, final, add), *_ERRORS)
+        ranks.on_leader(lambda: _finish(plain, tensors, names, work, final, add))
     finally:
         # For a moment this folder holds what was there before. Never remove the only copy.
         if ranks.is_leader() and own is not None and (final.exists() or not (own / "old").exists()):
