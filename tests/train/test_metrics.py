@@ -1,12 +1,13 @@
 """Metrics files through crashes and resumes, and what the screen shows."""
 
 import io
+import resource
 
 import pytest
 from rich.console import Console
 
 from moesaic.train import console
-from moesaic.train.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
+from moesaic.train.metrics import JsonlWriter, LenientWriter, TensorBoardWriter, read_jsonl
 
 VALUES = {
     "loss": 3.25,
@@ -33,12 +34,38 @@ def test_a_resume_drops_the_steps_that_are_run_again(tmp_path):
     for step in (1, 2, 3, 4):
         writer.log({"loss": float(step)}, step)
     writer.close()
-    with path.open("a") as file:
-        file.write('{"step": 5, "lo')  # the crash
+    damaged = bytearray(path.read_bytes())
+    damaged[3] ^= 0x80  # no UTF-8 any more
+    path.write_bytes(bytes(damaged) + b'{"step": 5, "lo')  # and the crash
     writer = JsonlWriter(path, last_step=2)
     writer.log({"loss": 30.0}, 3)
     writer.close()
-    assert [(row["step"], row["loss"]) for row in read_jsonl(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(row["step"], row["loss"]) for row in read_jsonl(path)] == [(2, 2.0), (3, 30.0)]
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(n)`: from now on no file can grow beyond `n` bytes; `full_disk(None)`: again without limit."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_once_and_loses_no_line(tmp_path, full_disk):
+    path, told = tmp_path / "m.jsonl", []
+    writer = LenientWriter(JsonlWriter(path), "m.jsonl", told.append)
+    writer.log({"loss": 1.0}, 1)
+    full_disk(path.stat().st_size + 5)
+    for step in (2, 3):
+        writer.log({"loss": 2.0}, step)
+        assert [row["step"] for row in read_jsonl(path)] == [1]
+        assert path.read_bytes().endswith(b"}\n")
+    assert len(told) == 1
+    assert told[0].startswith("warning: cannot write m.jsonl: ")
+    full_disk(None)
+    writer.log({"loss": 4.0}, 4)
+    writer.close()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4]
 
 
 def test_tensorboard_events(tmp_path):

@@ -225,3 +225,13 @@ def test_a_full_disk_in_the_middle_does_not_end_the_run(tiny, cache, monkeypatch
     assert finished
     assert "No space left on device" in "\n".join(messages)
     assert [path.name for path in checkpoints(tiny.out / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_a_damaged_manifest_is_skipped(tiny, cache, caplog):
+    _fit(dataclasses.replace(tiny, save_every=2, keep=9), cache)
+    newest = checkpoints(tiny.out / "checkpoints")[-1]
+    (newest / "manifest.json").write_bytes(b"{")
+    finished, _ = _fit(dataclasses.replace(tiny, resume=True), cache)
+    assert finished
+    assert f"{newest.name}/manifest.json is damaged" in caplog.text
+    assert [row["step"] for row in read_jsonl(tiny.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

@@ -18,7 +18,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError
 from moesaic.train.folder import write_json
-from moesaic.train.metrics import JsonlWriter, MetricWriter, TensorBoardWriter, read_jsonl
+from moesaic.train.metrics import JsonlWriter, LenientWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
 from moesaic.train.run import Run, set_up
@@ -148,13 +148,13 @@ def _metrics(
 
 
 def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) -> list[MetricWriter]:
-    writers: list[MetricWriter] = [JsonlWriter(folder / METRICS, step)]
+    writers: dict[str, MetricWriter] = {METRICS: JsonlWriter(folder / METRICS, step)}
     if tensorboard:
         try:
-            writers.append(TensorBoardWriter(folder / TENSORBOARD, step))
+            writers[TENSORBOARD] = TensorBoardWriter(folder / TENSORBOARD, step)
         except ImportError:
             screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
-    return writers
+    return [LenientWriter(writer, str(folder / name), screen.message) for name, writer in writers.items()]
 
 
 def _finish(run: Run, scores: Scores, screen: Screen) -> None:

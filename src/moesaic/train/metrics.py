@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,20 +23,34 @@ class MetricWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object a line, with "step" first. Lines of steps after `last_step` are dropped: they are run again."""
+    """One JSON object a line, with "step" first. Lines of steps after `last_step` are dropped: they are run again.
+
+    So are damaged lines. A line that cannot be written is written with the next one.
+    """
 
     def __init__(self, path: Path, last_step: int = 0):
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_before(line, last_step)]
+            lines = [line for line, row in _lines(path) if row is not None and row["step"] <= last_step]
             fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(f"{line}\n" for line in lines))
+            fresh.write_bytes(b"".join(line + b"\n" for line in lines))
             os.replace(fresh, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        # Without a buffer: what has been written is known.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._unwritten = b""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write a line, at once. NaN and infinity are written as null."""
         row = {name: value if abs(value) < float("inf") else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._unwritten += json.dumps({"step": step, **row}).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        except OSError:
+            # Not half a line, which the next one would end.
+            self._file.truncate(end)
+            raise
+        self._unwritten = b""
 
     def close(self) -> None:
         """Close the file."""
@@ -59,14 +75,45 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+class LenientWriter:
+    """A writer whose failures are told once and then ignored: a full disk must not end a training.
+
+    Args:
+        writer: the writer.
+        name: of it, for the warning.
+        warn: shows a warning.
+    """
+
+    def __init__(self, writer: MetricWriter, name: str, warn: Callable[[str], None]):
+        self._writer, self._name, self._warn = writer, name, warn
+        self._warned = False
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record the values of a step."""
+        self._try(lambda: self._writer.log(values, step))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._try(self._writer.close)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"warning: cannot write {self._name}: {error.strerror or error}; training continues")
+            self._warned = True
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics file that are not damaged."""
+    return [row for _, row in _lines(path) if row is not None]
 
 
-def _is_before(line: str, last_step: int) -> bool:
-    # A crash may have cut the last line short.
-    try:
-        return json.loads(line)["step"] <= last_step
-    except (ValueError, KeyError, TypeError):
-        return False
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line and its row; None for a damaged one. (A crash may have cut the last line short.)"""
+    for line in path.read_bytes().splitlines():
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        yield line, row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

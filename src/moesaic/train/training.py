@@ -43,22 +43,23 @@ def save(training: Training, config: TrainConfig, folder: Path) -> Path:
 
 
 def restore(training: Training, folder: Path) -> None:
-    """Go on where the last checkpoint in a run folder was written. Collective.
+    """Go on where the last sound checkpoint in a run folder was written. Collective.
 
     Raises `UserError` if that was with other data, another tokenizer or another model.
     """
-    newest = checkpoint.latest(folder / CHECKPOINTS)
-    assert newest is not None
-    # Before the tensors are read: those of another model would not fit.
-    then = checkpoint.read_manifest(newest).info["identities"]
-    changed = [flag for name, flag in _IDENTITIES.items() if then[name] != training.identities[name]]
-    if changed:
-        raise UserError(
-            f"cannot continue the run in {folder}: {', '.join(changed)} had other contents before. "
-            "Give the same as before, or start a new run in another folder"
-        )
+
+    def check(manifest: checkpoint.Manifest) -> None:
+        # Before the tensors are read: those of another model would not fit.
+        then = manifest.info["identities"]
+        changed = [flag for name, flag in _IDENTITIES.items() if then[name] != training.identities[name]]
+        if changed:
+            raise UserError(
+                f"cannot continue the run in {folder}: {', '.join(changed)} had other contents before. "
+                "Give the same as before, or start a new run in another folder"
+            )
+
     state = checkpoint.training_state(training.model, training.optimizer)
-    manifest = checkpoint.load(folder / CHECKPOINTS, state)
+    manifest = checkpoint.load(folder / CHECKPOINTS, state, check=check)
     training.loader.load_state_dict(manifest.info["loader"])
     checkpoint.restore(training.model, training.optimizer, state)
     training.step = manifest.step
