@@ -49,7 +49,7 @@ FAULTS = (
     ),
     Fault(
         "the capacity of a block is rounded down",
-        "parallel/dispatch.py",
+        "parallel/traffic.py",
         "return -(-rows // step) * step",
         "return rows // step * step",
         (f"{_PARITY}[4-tp1 dp_replicate1 ep4 etp1]",),
@@ -63,16 +63,16 @@ FAULTS = (
     ),
     Fault(
         "the size of an all-to-all is that of what is sent",
-        "parallel/dispatch.py",
-        "receive=counts[:, q, here].tolist()",
-        "receive=counts[here, q].tolist()",
+        "parallel/traffic.py",
+        "rows_PQP[:, etp_rank, ep_rank],",
+        "rows_PQP[ep_rank, etp_rank],",
         (f"{_PARITY}[2-tp2 dp_replicate1 ep2 etp1]",),
     ),
     Fault(
         "balance losses see this rank's counts only",
         "layers/router.py",
-        "total_E = self.reduce_counts(counts_E)",
-        "total_E = counts_E",
+        "total = self.reduce_counts(numbers)",
+        "total = numbers",
         (f"{_PARITY}[2-tp2 dp_replicate1 ep2 etp1]",),
     ),
     Fault(

@@ -135,7 +135,7 @@ TABLES = {
     },
 }
 # Two add to buffers in place, and DTensor might add to a redistributed copy; one is of counts that are a rank's own.
-WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "count_once"}
+WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "count_once", "traffic"}
 
 
 def with_means(table: dict[str, str]) -> dict[str, str]:

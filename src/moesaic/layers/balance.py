@@ -70,6 +70,11 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
     Raises:
         RuntimeError: gradients are off, and no checkpoint runs this forward again.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "balance_losses: not under torch.compile(fullgraph=True), for losses leave a layer on the side; leave out "
+            "fullgraph, or set aux_loss_coef and z_loss_coef to 0"
+        )
     collected = _COLLECTED.get()
     if collected is not None and (
         collected.backward_pass == backward_pass() and (torch.is_grad_enabled() or not collected.with_gradients)

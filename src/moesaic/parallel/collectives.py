@@ -36,6 +36,11 @@ def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGrou
     return x if group.size() == 1 else _ReduceScatterRows.apply(x, list(sizes), group)
 
 
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' ``x``, which have one shape, in rank order, one below the other. Without gradient."""
+    return internals.all_gather(x.detach(), group)
+
+
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, on every rank. Gradient: the same, for every rank's gradient of it is a part of the whole."""
     return x if group.size() == 1 else _SumOverRanks.apply(x, group)

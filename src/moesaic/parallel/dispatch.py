@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from moesaic.layers.dispatch import Dispatched
@@ -23,22 +22,8 @@ from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import PLACES
-from moesaic.sharding.internals import all_gather, group_over_all_axes
-
-
-class Traffic(NamedTuple):
-    """How many rows go where, known to every rank of the (ep, etp) mesh alike.
-
-    Attributes:
-        send, receive: rows to and from each ep rank.
-        gather: rows that each etp rank brings to the all-gather, N in all.
-        capacity: C.
-    """
-
-    send: list[int]
-    receive: list[int]
-    gather: list[int]
-    capacity: int
+from moesaic.parallel.traffic import Traffic, exchange_counts
+from moesaic.sharding.internals import group_over_all_axes
 
 
 class _Record(NamedTuple):
@@ -52,10 +37,12 @@ class MeshDispatcher:
     Args:
         mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
             experts, or none.
+        local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, *, local: bool) -> None:
         self.mesh = mesh
+        self.local = local
         self.ep = mesh.get_group("ep")
         self.etp = mesh.get_group("etp")
         self.all = group_over_all_axes(mesh, "ep_etp")
@@ -65,10 +52,11 @@ class MeshDispatcher:
         # Copies of padding, whose ids are -1, belong to a rank past the last.
         owner_TK = torch.where(routing.ids < 0, self.ep.size(), routing.ids // experts_per_rank)
         sent = _one_copy_a_rank(owner_TK, self.ep.size())
-        traffic = self._exchange_counts(sent.group_sizes)
+        traffic = exchange_counts(sent.group_sizes, self.ep, self.etp, self.all)
 
-        num_sent = sum(traffic.send)
-        sent = Permutation(sent.slots[:num_sent], sent.positions, sent.group_sizes)
+        # Not slices: a compiler does not know that there are so many rows.
+        slots_S = sent.slots.narrow(0, 0, sum(traffic.send))
+        sent = Permutation(slots_S, sent.positions, sent.group_sizes)
         local_ids_SK = _local_ids(routing.ids, owner_TK, sent, experts_per_rank)
         x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
         ids_NK = self._to_experts(local_ids_SK.to(torch.int32), traffic).to(local_ids_SK.dtype)
@@ -82,49 +70,23 @@ class MeshDispatcher:
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
-        z_1CD = from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
-        z_ND = z_1CD[0, : sum(record.traffic.gather)]
+        z_1CD = z if self.local else from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
+        z_ND = z_1CD[0].narrow(0, 0, sum(record.traffic.gather))
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
         return combine(z_SD, record.sent)
 
-    def _in_blocks(self, t_N: Tensor, capacity: int, operand: str, *, padding: int = 0) -> DTensor:
+    def _in_blocks(self, t_N: Tensor, capacity: int, operand: str, *, padding: int = 0) -> Tensor:
         """This rank's block, filled up to the capacity of all."""
         t_1C = pad(t_N, (0, 0, 0, capacity - t_N.shape[0]), value=padding).unsqueeze(0)
+        if self.local:
+            return t_1C
         grads = PLACES.get(f"grad_{operand}")
         return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
     def _to_experts(self, t: Tensor, traffic: Traffic) -> Tensor:
         t = all_to_all(t, traffic.send, traffic.receive, self.ep)
         return all_gather_rows(t, traffic.gather, self.etp)
-
-    @torch.no_grad()
-    def _exchange_counts(self, rows_P: Tensor) -> Traffic:
-        """One small all-gather and one copy to the host, for all sizes of this layer's exchange."""
-        # [ep source, etp source, ep destination]
-        counts = all_gather(rows_P, self.all).view(self.ep.size(), self.etp.size(), -1).cpu()
-        here, q = self.ep.rank(), self.etp.rank()
-        return Traffic(
-            send=counts[here, q].tolist(),
-            receive=counts[:, q, here].tolist(),
-            gather=counts[:, :, here].sum(0).tolist(),
-            capacity=round_up_capacity(int(counts.sum((0, 1)).max())),
-        )
-
-
-def round_up_capacity(rows: int) -> int:
-    """Round up to one of eight sizes an octave, so that shapes, and the caches keyed by them, repeat.
-
-    At most an eighth more, and that of tokens which go to no expert, so nothing is computed for them. At least one,
-    because DTensor refuses to view a sharded dim of size zero.
-
-    Example:
-        >>> [round_up_capacity(n) for n in (0, 5, 17, 1000)]
-        [1, 5, 18, 1024]
-    """
-    rows = max(rows, 1)
-    step = 1 << max(rows.bit_length() - 4, 0)
-    return -(-rows // step) * step
 
 
 def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> Permutation:

@@ -16,9 +16,9 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
-from moesaic.parallel.local import counted_once, from_dtensor, to_dtensor, unshadow_parameters
+from moesaic.parallel.local import counted_once, from_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import PLACES, TERMS, WEIGHTS
+from moesaic.parallel.placements import TERMS, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -50,28 +50,20 @@ def distribute_experts(
         # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
         shard = distribute_tensor(weight.detach(), mesh, WEIGHTS[name], src_data_rank=None).clone()
         setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
-    moe.dispatcher = MeshDispatcher(mesh)
+    moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
         moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()
     if compute == "local":
-        _compute_on_local_tensors(moe.experts, mesh)
+        _compute_with_local_weights(moe.experts, mesh["etp"])
 
 
-def _compute_on_local_tensors(experts: GroupedExperts, mesh: DeviceMesh) -> None:
-    def to_local(experts: GroupedExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _compute_with_local_weights(experts: GroupedExperts, etp: DeviceMesh) -> None:
+    def to_local(experts: GroupedExperts, args: tuple[Tensor, ...]) -> None:
         for name, weight in experts.named_parameters():
             local = from_dtensor(weight, WEIGHTS[name], grad_placements=WEIGHTS[name])
             # An entry of the instance's own dict is found before a parameter is.
-            experts.__dict__[name] = counted_once(local, mesh["etp"]) if name in TERMS else local
-        return tuple(
-            from_dtensor(t, PLACES[name], grad_placements=PLACES.get(f"grad_{name}", PLACES[name]))
-            for name, t in zip(("x", "ids", "weights"), args, strict=True)
-        )
-
-    def to_mesh(experts: GroupedExperts, args: tuple[Tensor, ...], z: Tensor) -> Tensor:
-        return to_dtensor(z, mesh, PLACES["z"], grad_placements=PLACES["grad"], blocks=mesh["ep"].size())
+            experts.__dict__[name] = counted_once(local, etp) if name in TERMS else local
 
     experts.register_forward_pre_hook(to_local)
     experts.register_forward_hook(unshadow_parameters, always_call=True)
-    experts.register_forward_hook(to_mesh)

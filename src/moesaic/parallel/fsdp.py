@@ -81,12 +81,17 @@ def _hide_from_selective_checkpointing(module: nn.Module) -> None:
     It takes an operator's n-th call in the second forward for the n-th of the first, and in the second FSDP gathers
     only what is not there.
     """
+    run_unseen = torch.compiler.disable(
+        _run_unseen,
+        reason="FSDP's hooks run between compiled parts; leave out fullgraph, or have edp 1 (ep * etp of all ranks), "
+        "so that FSDP does not shard the experts inside a layer",
+    )
     state = getattr(fully_shard, "state")(module)  # noqa: B009 -- its type does not say that it has one
     both: list[dict[int, Callable[..., Any]]] = [module._forward_pre_hooks, module._forward_hooks]
     for hooks in both:
         for number, hook in hooks.items():
             if getattr(hook, "__self__", None) is state:
-                hooks[number] = partial(_run_unseen, hook)
+                hooks[number] = partial(run_unseen, hook)
 
 
 def _run_unseen(hook: Callable[..., Any], *args: Any) -> Any:

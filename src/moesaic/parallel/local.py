@@ -1,5 +1,6 @@
 """The border between local tensors and DTensors. Every crossing states the placements of its gradient."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from moesaic.sharding.rule import Placements
 
+_FROM_LOCAL_KNOWS_GRADIENTS = "grad_placements" in inspect.signature(DTensor.from_local).parameters
+
 
 def to_dtensor(
     local: Tensor, mesh: DeviceMesh, placements: Placements, *, grad_placements: Placements | None, blocks: int
@@ -19,6 +22,24 @@ def to_dtensor(
     ``DTensor.from_local`` would gather a ``Partial`` gradient where the forward placement is ``Replicate``; here the
     gradient arrives with ``grad_placements`` and its local part is passed on as it is.
     """
+    if torch.compiler.is_compiling():
+        if not _FROM_LOCAL_KNOWS_GRADIENTS:
+            raise NotImplementedError(
+                'compute="dtensor" under torch.compile needs a torch whose DTensor.from_local takes grad_placements; '
+                'use parallelize(..., compute="local")'
+            )
+        # The same in torch's own words, which its compiler knows.
+        local = local.contiguous()
+        shape = torch.Size((blocks * local.shape[0], *local.shape[1:]))
+        return DTensor.from_local(
+            local,
+            mesh,
+            placements,
+            run_check=False,
+            shape=shape,
+            stride=local.stride(),
+            grad_placements=grad_placements,
+        )
     return _ToDTensor.apply(local, mesh, placements, grad_placements, blocks)
 
 

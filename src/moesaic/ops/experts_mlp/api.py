@@ -112,7 +112,12 @@ def experts_mlp(
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = tokens if in_blocks else (t.unsqueeze(0) for t in tokens)
     B, W = x_BTD.shape[0], w1.shape[0]
-    given |= {"x": x_BTD, "ids": ids_BTK, "weights": weights_BTK, "experts": ids_BTK.new_empty(B, -(-W // max(B, 1)))}
+    given |= {
+        "x": x_BTD,
+        "ids": ids_BTK,
+        "weights": weights_BTK,
+        "experts": w1.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype),
+    }
     operands = tuple(map(given.get, NAMES))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in given.values())):
         z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation, impl)
