@@ -4,6 +4,7 @@ from moesaic.layers.balance import balance_losses
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
+from moesaic.layers.initial import init_weights_
 from moesaic.layers.load import expert_load, reset_expert_load, update_expert_bias
 from moesaic.layers.moe import MoE
 from moesaic.layers.router import Routing, TopKRouter
@@ -19,6 +20,7 @@ __all__ = [
     "TopKRouter",
     "balance_losses",
     "expert_load",
+    "init_weights_",
     "reset_expert_load",
     "update_expert_bias",
 ]

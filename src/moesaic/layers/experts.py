@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moesaic.layers.initial import check_generators
 from moesaic.ops import Activation, Implementation, experts_mlp
 
 MainGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -90,6 +91,7 @@ class GroupedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        check_generators(self)
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("w"):
                 nn.init.normal_(parameter, std=0.02)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moesaic.layers.balance import load_balancing_loss, record_loss, router_z_loss, without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
+from moesaic.layers.initial import check_generators
 from moesaic.layers.recompute import count_once
 from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
 from moesaic.ops.autocast import no_autocast
@@ -89,6 +90,7 @@ class TopKRouter(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
+        check_generators(self)
         nn.init.normal_(self.weight, std=0.02)
         if self.logit_bias is not None:
             nn.init.zeros_(self.logit_bias)

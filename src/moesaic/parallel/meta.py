@@ -1,9 +1,14 @@
 """Models on the meta device: shapes and placements before there is memory."""
 
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moesaic.layers import reset_expert_load
+from moesaic.layers.initial import reset_checked
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -30,3 +35,11 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             path, _, leaf = other.rpartition(".")
             setattr(model.get_submodule(path), leaf, model.get_parameter(first))
     reset_expert_load(model)
+
+
+def check_resets(model: nn.Module) -> None:
+    """Let ``reset_parameters()`` of every module refuse to draw where each rank would draw alone."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(type(module), "reset_parameters"):
+            module.reset_parameters = partial(reset_checked, module)

@@ -23,7 +23,7 @@ from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.meta import is_on_meta, materialize
+from moesaic.parallel.meta import check_resets, is_on_meta, materialize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +57,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
             On the mesh's device: parameters and buffers are taken from the first rank. Or with all its parameters on
-            the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them;
+            the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them, with
+            :func:`moesaic.layers.init_weights_` for a new model;
             buffers that are not on the meta device stay as they are.
         meshes: from :func:`moesaic.build_meshes`.
         compute: how experts compute: ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
@@ -101,6 +102,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     if isinstance(model, MoE):
         _accept_dtensors(model)
     shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
+    check_resets(model)
     if is_empty:
         materialize(model, torch.device(meshes.dense.device_type))
     if meshes.dp_size == 1:

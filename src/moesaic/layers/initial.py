@@ -1,0 +1,178 @@
+"""Initial weights that do not depend on how a model is laid over ranks."""
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moesaic.layers.blocks import Draw, fill_by_position
+
+Model = TypeVar("Model", bound=nn.Module)
+
+aten = torch.ops.aten
+# What torch.compile and activation checkpointing put into the names of what they wrap.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+_BY_POSITION: ContextVar[bool] = ContextVar("moesaic_numbers_by_position", default=False)
+
+
+@torch.no_grad()
+def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> Model:
+    """Give all parameters their initial values, in place: the same numbers on one process and in every layout.
+
+    Each module sets its own parameters, as ``reset_parameters()`` does and, within a transformers model, that model's
+    ``_init_weights(module)`` after it. Only where random numbers come from is different: those of an element depend on
+    ``seed``, on the name and shape of its parameter and on its place there. A rank makes no more than those of its
+    shards, in blocks, and no rank communicates. The state of torch's generator does not matter and does not change.
+
+    Use it after :func:`moesaic.parallelize` of a model on the meta device, where ``reset_parameters()`` itself is an
+    error on CPU: each rank would draw alone, so shards would come out equal and copies different.
+
+    Args:
+        model: on a real device, parallelized or not.
+        std: draw all matrices and stacks of matrices from ``normal(0, std)``, in place of what their modules draw.
+        seed: another one gives other numbers.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``std`` is negative; a parameter is on the meta device; no module sets a parameter, or one draws in
+            another way than by ``normal_`` or ``uniform_`` of its parameters. With the name of the parameter or module.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     moe = moesaic.MoE(config)
+        >>> moe = init_weights_(moesaic.parallelize(moe, meshes), std=0.02, seed=1)
+    """
+    if std is not None and not std >= 0:
+        raise ValueError(f"std: must be at least 0, got {std}")
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: parameter '{name}' is on the meta device; call parallelize(model, meshes) or "
+                "model.to_empty(device=...) first"
+            )
+        names[parameter] = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    token = _BY_POSITION.set(True)
+    try:
+        with _NumbersByPosition(names, std, seed) as mode:
+            for name, module, owner in _with_owners(model):
+                mode.module = f"'{name}' ({type(module).__name__})"
+                _set_own_parameters(module, owner)
+    finally:
+        _BY_POSITION.reset(token)
+    unset = [name for parameter, name in names.items() if parameter not in mode.written]
+    if unset:
+        raise ValueError(
+            f"model: no module sets {unset}; give the class of the module reset_parameters(), which sets them"
+        )
+    return model
+
+
+def reset_checked(module: Any) -> None:
+    """``module.reset_parameters()``, unless ranks would draw alone.
+
+    Raises:
+        RuntimeError: they would; see :func:`init_weights_`.
+    """
+    check_generators(module)
+    type(module).reset_parameters(module)
+
+
+def check_generators(module: nn.Module) -> None:
+    """Raise ``RuntimeError`` if random numbers for the module's own parameters would be every rank's own."""
+    from moesaic.sharding.parts import ranks_draw_alone  # not needed before there are DTensors
+
+    if not _BY_POSITION.get() and any(map(ranks_draw_alone, module.parameters(recurse=False))):
+        raise RuntimeError(
+            f"reset_parameters() of {type(module).__name__}: its parameters are DTensors on CPU, where every rank "
+            "would draw alone, so shards come out equal and copies different; call "
+            "moesaic.layers.init_weights_(model, seed=0)"
+        )
+
+
+def _with_owners(module: nn.Module, name: str = "", owner: Any = None) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module with its name, and the innermost module around it that initialises others, as in transformers."""
+    owner = module if callable(getattr(module, "_init_weights", None)) else owner
+    yield name, module, owner
+    for child, submodule in module.named_children():
+        yield from _with_owners(submodule, f"{name}.{child}".lstrip("."), owner)
+
+
+def _set_own_parameters(module: Any, owner: Any) -> None:
+    padding = getattr(module, "padding_idx", None) if isinstance(module, nn.Embedding) else None
+    if padding is not None:
+        module.padding_idx = None  # a row of a sharded weight cannot be set as modules do
+    try:
+        for reset in ("reset_parameters", "_reset_parameters"):
+            if hasattr(type(module), reset):
+                getattr(type(module), reset)(module)
+        if owner is not None:
+            owner._init_weights(module)
+    finally:
+        if padding is not None:
+            module.padding_idx = padding
+    if padding is not None:
+        local, box = _part(module.weight)
+        if box[0].start <= padding < box[0].stop:
+            local[padding - box[0].start].zero_()
+
+
+class _NumbersByPosition(TorchDispatchMode):
+    """Random operators fill parameters by position.
+
+    Attributes:
+        module: which one is at work, for errors.
+        written: the parameters that have been set.
+    """
+
+    def __init__(self, names: dict[Tensor, str], std: float | None, seed: int) -> None:
+        super().__init__()
+        self.module = ""
+        self.written: set[Tensor] = set()
+        self._names, self._std, self._seed = names, std, seed
+        # Modules may also set `parameter.data`, another tensor with the same memory.
+        self._by_memory = {_part(p)[0].data_ptr(): p for p in names if _part(p)[0].numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        target = self._parameter(args[0]) if args and isinstance(args[0], Tensor) else None
+        if target is not None and func._schema.is_mutable:
+            self.written.add(target)
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs or {})
+        draw = _draw(func, args[1:])
+        if target is None or draw is None:
+            raise ValueError(
+                f"model: {self.module} draws random numbers by {func}, which would differ between layouts; known are "
+                "normal_ and uniform_ of whole parameters"
+            )
+        if self._std is not None and target.ndim >= 2:
+            draw = _draw(aten.normal_.default, (0.0, self._std))
+        assert draw is not None
+        fill_by_position(*_part(args[0]), args[0].shape, f"{self._seed} {self._names[target]}", draw)
+        return args[0]
+
+    def _parameter(self, t: Tensor) -> Tensor | None:
+        if t in self._names:
+            return t
+        local, _ = _part(t)
+        found = self._by_memory.get(local.data_ptr()) if local.numel() else None
+        return found if found is not None and found.shape == t.shape else None
+
+
+def _part(t: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    from moesaic.sharding.parts import local_part
+
+    return local_part(t)
+
+
+def _draw(func: Any, args: tuple[Any, ...]) -> Draw | None:
+    if func == aten.normal_.default:
+        return lambda block, generator: block.normal_(*args, generator=generator)
+    if func == aten.uniform_.default:
+        return lambda block, generator: block.uniform_(*args, generator=generator)
+    return None

@@ -1,0 +1,87 @@
+"""Initial weights are those of one process on every layout, uneven ones too; ranks that draw alone are stopped."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moesaic
+from moesaic.integrations.transformers import swap_moe
+from moesaic.layers import init_weights_
+from tests.distributed.parity import meshes_of, whole
+
+# Neither experts nor hidden dims divide.
+CONFIG = moesaic.MoEConfig(dim=8, hidden_dim=5, num_experts=5, top_k=2, shared_hidden_dim=4, logit_bias=True)
+
+
+def model_on_meta(kind: str) -> nn.Module:
+    with torch.device("meta"):
+        if kind == "layer":
+            return moesaic.MoE(CONFIG)
+        config = Qwen3MoeConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=12,
+            num_hidden_layers=2,
+            mlp_only_layers=[1],
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=8,
+            num_experts=6,
+            num_experts_per_tok=2,
+            pad_token_id=7,
+        )
+        return swap_moe(Qwen3MoeForCausalLM(config))
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters()} | {
+        name: buffer.clone() for name, buffer in model.named_buffers()
+    }
+
+
+def check(layout: dict[str, int], kind: str, expected: dict[str, Tensor]) -> None:
+    model = moesaic.parallelize(model_on_meta(kind), meshes_of(layout))
+    torch.manual_seed(dist.get_rank())
+    found = values(init_weights_(model, seed=3))
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["layer", "transformers model"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, {"ep": 2}),
+        (2, {"tp": 2, "etp": 2}),
+        (4, {"tp": 2, "ep": 2}),
+        (4, {"dp_replicate": 2, "ep": 2}),
+        (4, {"ep": 2, "etp": 2}),
+    ],
+    ids=str,
+)
+def test_the_numbers_of_one_process(same_ranks, ranks, layout, kind):
+    expected = values(init_weights_(model_on_meta(kind).to_empty(device="cpu"), seed=3))
+    assert all(value.isfinite().all() for value in expected.values())
+    same_ranks(check, ranks, layout, kind, expected)
+
+
+def check_refusals() -> None:
+    meshes = meshes_of({"ep": 2})
+    layer = moesaic.parallelize(model_on_meta("layer"), meshes)
+    for module in (layer.router, layer.experts, layer.shared.w1):
+        with pytest.raises(RuntimeError, match=r"every rank would draw alone.*init_weights_\(model, seed=0\)"):
+            module.reset_parameters()
+    experts = moesaic.GroupedExperts(4, 8, 6)
+    shard = distribute_tensor(experts.w1.detach(), meshes.expert["ep"], [Shard(0)])
+    experts.w1 = nn.Parameter(shard)
+    with pytest.raises(RuntimeError, match="GroupedExperts: its parameters are DTensors on CPU"):
+        experts.reset_parameters()
+
+
+def test_ranks_do_not_draw_alone(same_ranks):
+    same_ranks(check_refusals, 2)
