@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -58,23 +57,23 @@ def scores_of(
         "dtype": config.dtype,
     }
     if isinstance(text, PreparedConversations):
-        return _OfConversations(text, config, lambda held_out: evaluate.mean_loss(model, held_out, **options))
-    return _OfText(text, config, lambda held_out: evaluate.bits_per_byte(model, held_out, **options))
+        return _OfConversations(text, config, model, options)
+    return _OfText(text, config, model, options)
 
 
 class _OfText:
     name = "bits_per_byte"
 
-    def __init__(self, text: PreparedText, config: TrainConfig, measure: Callable[[evaluate.HeldOutText], float]):
+    def __init__(self, text: PreparedText, config: TrainConfig, model: nn.Module, options: dict[str, Any]):
         self._text = text
         self._prompt = config.prompt
-        self._measure = measure
+        self._model, self._options = model, options
         chosen = evaluate.choose_texts(text.held_out(), config.eval_bytes)
         self._held_out = evaluate.cut_windows(chosen, text.tokenizer(), config.seq_len)
         self.inputs = self._held_out.inputs
 
     def measure(self) -> float:
-        return self._measure(self._held_out)
+        return evaluate.bits_per_byte(self._model, self._held_out, **self._options)
 
     def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
         counts, texts = self._text.byte_counts(), self._held_out.texts
@@ -102,9 +101,9 @@ class _OfText:
 class _OfConversations:
     name = "held_out_loss"
 
-    def __init__(self, text: PreparedConversations, config: TrainConfig, measure: Callable[[evaluate.HeldOut], float]):
+    def __init__(self, text: PreparedConversations, config: TrainConfig, model: nn.Module, options: dict[str, Any]):
         self._prompt = config.prompt
-        self._measure = measure
+        self._model, self._options = model, options
         self._documents = text.held_out_documents()
         self._renderer = Renderer(text.tokenizer(), config.loss_on)
         sizes = np.cumsum([len(document.text.encode()) for document in self._documents])
@@ -122,7 +121,7 @@ class _OfConversations:
         self.inputs = self._held_out.inputs
 
     def measure(self) -> float:
-        return self._measure(self._held_out)
+        return evaluate.mean_loss(self._model, self._held_out, **self._options)
 
     def compare(self, before: float | None, now: float) -> tuple[dict[str, float], str]:
         numbers = {**({} if before is None else {"before": before}), "model": now}
