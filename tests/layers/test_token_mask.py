@@ -69,9 +69,9 @@ def test_padding_has_no_expert():
 
 def test_a_mask_that_does_not_fit(unchecked):
     layer, x = naive.make(), naive.tokens(2, 5, 6)
-    with pytest.raises(ValueError, match=r"token_mask: expected \[2, 5\], one number a token .*got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"token_mask: expected \[2, 5\], one value for each token .*got \[2, 4\]"):
         layer(x, torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"token_mask: expected a tensor of bools or .*torch.float32; .* != 0 makes"):
+    with pytest.raises(ValueError, match=r"token_mask: expected a tensor of bools or .*torch.float32; use .* != 0"):
         layer(x, torch.ones(2, 5))
     with pytest.raises(ValueError, match="token_mask: expected a tensor of bools or integers, got list"):
         layer(x, [[1] * 5] * 2)

@@ -18,7 +18,7 @@ from moesaic.layers.recompute import backward_pass, defer, give_deferred_gradien
 class _Collected(NamedTuple):
     """The losses of a :func:`balance_losses`, and where it was entered: in which backward pass, with gradients or not.
 
-    A context around a checkpointed function must not get the losses of its second forward. One inside has to.
+    A context around a checkpointed function must not get the losses of its second forward pass. A context inside must.
     """
 
     losses: list[Tensor]
@@ -40,12 +40,12 @@ def balance_losses() -> Iterator[list[Tensor]]:
     one forward pass.
 
     Activation checkpointing adds each loss once. With ``use_reentrant=True`` call backward on the sum of main loss and
-    balance losses, not on each, for the gradient of a balance loss is needed when the forward is run again.
+    balance losses, not on each. The gradient of a balance loss is needed when the forward pass runs again.
 
     Raises:
-        RuntimeError: from a router in training mode that runs under ``torch.no_grad()``, where the context was not
-            entered under it, and no checkpoint will run it again: its loss would have no gradient. From a backward
-            pass, if the gradient of a balance loss cannot reach its router any more.
+        RuntimeError: a router in training mode runs under ``torch.no_grad()``, so that its loss would have no gradient.
+            It is no error if the context was entered under ``torch.no_grad()`` too, or if a checkpoint runs the router
+            again. A backward pass raises if the gradient of a balance loss can no longer reach its router.
 
     Example:
         >>> with moesaic.balance_losses() as losses:
@@ -64,11 +64,11 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
     """Hand a loss to the enclosing :func:`balance_losses`, if there is one.
 
     Returns:
-        ``carrier``, a tensor that the layer goes on with: where a forward is run again, the backward pass of it may be
-        that of the loss, too.
+        ``carrier``, a tensor that the layer goes on with. If a forward pass runs again, the backward pass of the
+        carrier can also be that of the loss.
 
     Raises:
-        RuntimeError: gradients are off, and no checkpoint runs this forward again.
+        RuntimeError: gradients are off, and no checkpoint runs this forward pass again.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -89,8 +89,8 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
         deferred = defer(loss)
         if deferred is None:
             raise RuntimeError(
-                "balance_losses: a router in training mode ran without gradients, so its balance loss would have none. "
-                "Evaluate in eval mode, or outside balance_losses()"
+                "balance_losses: a router in training mode ran without gradients, so its balance loss has no gradient. "
+                "To evaluate, call model.eval(), or run the model outside balance_losses()"
             )
         collected.losses.append(deferred)
     return carrier
@@ -130,10 +130,10 @@ def router_z_loss(
 
 
 def normalized(scores: Tensor) -> Tensor:
-    """Scores ``[T, E]`` that sum to 1 for each token."""
+    """The scores ``[T, E]``, divided so that those of each token sum to 1."""
     return scores / scores.sum(1, keepdim=True).clamp(min=1e-20)
 
 
 def without_padding(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Rows ``[T, n]``, zeros in place of those of padding."""
+    """The values ``[T, n]``, with zeros in the rows of padding."""
     return values if token_mask is None else values.masked_fill(~token_mask.unsqueeze(1), 0)

@@ -32,10 +32,10 @@ class MoEConfig:
             ``top_groups`` groups with the highest scores.
         group_best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
         aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
-        aux_loss: what that loss balances: ``"batch"``, all tokens of a forward pass on all processes
-            (:func:`moesaic.layers.balance.load_balancing_loss`), or ``"sequence"``, each sequence by itself, and the
-            mean over sequences (:func:`moesaic.layers.sequence_balance.sequence_balance_loss`). Sequences are the
-            next to last dim of the tokens.
+        aux_loss: what that loss balances. With ``"batch"`` it balances all tokens of a forward pass on all processes
+            (:func:`moesaic.layers.balance.load_balancing_loss`). With ``"sequence"`` it is the mean of a loss for each
+            sequence (:func:`moesaic.layers.sequence_balance.sequence_balance_loss`). The next to last dim of the
+            layer's input is the sequence.
         z_loss_coef: coefficient of the router z-loss; 0 turns it off.
         bias_update_speed: step size of the bias that balances the load without an auxiliary loss. With 0 nothing
             moves the bias, and there is none unless ``score_bias`` is set.

@@ -97,12 +97,12 @@ class MoE(nn.Module):
         """Apply the layer to tokens of any leading shape.
 
         Args:
-            x: the tokens; what stands in padding does not matter, NaN neither.
-            token_mask: False or 0 for padding; None where there is none.
+            x: the tokens. The values of padding do not matter, and may be NaN.
+            token_mask: False or 0 for padding; None if there is no padding.
 
         Raises:
-            ValueError: the last dim of ``x`` is not the model dim, or ``token_mask`` is not one number a token, of
-                bools or integers.
+            ValueError: the last dim of ``x`` is not the model dim, or ``token_mask`` does not have one bool or integer
+                for each token.
         """
         if x.ndim < 2 or x.shape[-1] != self.config.dim:
             raise ValueError(
@@ -112,7 +112,7 @@ class MoE(nn.Module):
         mask_T = None
         if token_mask is not None:
             mask_T = _checked(token_mask, x).flatten()
-            # Nothing of padding may reach a sum over tokens: zero times NaN is NaN. The dense expert gives 0 for 0.
+            # No value of padding may reach a sum over tokens: zero times NaN is NaN. The shared expert gives 0 for 0.
             x_TD = without_padding(x_TD, mask_T)
         routing = self.router(x_TD, mask_T, num_sequences=max(math.prod(x.shape[:-2]), 1))
         rows_RD = x_TD
@@ -134,12 +134,11 @@ def _checked(token_mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(token_mask, Tensor) or token_mask.is_floating_point() or token_mask.is_complex():
         kind = token_mask.dtype if isinstance(token_mask, Tensor) else type(token_mask).__name__
         raise ValueError(
-            f"token_mask: expected a tensor of bools or integers, got {kind}; "
-            "torch.as_tensor(token_mask) != 0 makes one"
+            f"token_mask: expected a tensor of bools or integers, got {kind}; use torch.as_tensor(token_mask) != 0"
         )
     if token_mask.shape != x.shape[:-1]:
         raise ValueError(
-            f"token_mask: expected {list(x.shape[:-1])}, one number a token of x {list(x.shape)}, "
+            f"token_mask: expected {list(x.shape[:-1])}, one value for each token of x {list(x.shape)}, "
             f"got {list(token_mask.shape)}"
         )
     return token_mask.to(x.device) != 0

@@ -1,11 +1,11 @@
-"""Forwards that activation checkpointing runs again, in the backward pass.
+"""Forward passes that activation checkpointing runs again, in the backward pass.
 
-The second forward has to run the operators of the first, in their order, and no operator may write into a tensor:
-selective checkpointing counts operators, and takes what it has kept for the results of some of them. So what happens
-once only is an operator that decides for itself.
+The second forward pass has to run the operators of the first, in the same order, and no operator may write into a
+tensor. Selective checkpointing counts operators, and in place of some results it takes those that it has kept. So what
+must happen only once is an operator that decides for itself.
 
-With ``use_reentrant=True`` the first forward runs without gradients. A loss that it gives back is a leaf, and the
-gradient that arrives there is handed to the same loss of the second forward.
+With ``use_reentrant=True`` the first forward pass runs without gradients. A loss that it returns is a leaf. The
+gradient that arrives at the leaf goes to the same loss of the second forward pass.
 """
 
 import sys
@@ -25,7 +25,7 @@ def backward_pass() -> int:
 
 
 def is_recomputing() -> bool:
-    """Whether this forward is run again by activation checkpointing, inside a backward pass."""
+    """Whether activation checkpointing runs this forward pass again, inside a backward pass."""
     return backward_pass() != -1
 
 
@@ -45,12 +45,12 @@ def _(total: Tensor, counts: Tensor) -> None:
 
 
 def count_once(total: Tensor, counts: Tensor) -> None:
-    """Add ``counts`` to ``total``, in place, but not where this forward is run again."""
+    """Add ``counts`` to ``total``, in place, unless this forward pass runs again."""
     torch.ops.moesaic.count_once(total, counts)
 
 
 class DeferredLoss:
-    """A loss of a forward without gradients, whose gradient goes to the same loss of the forward that is run again.
+    """A loss of a forward pass without gradients. Its gradient goes to the same loss of the second forward pass.
 
     Attributes:
         value: the loss, a leaf that takes a gradient.
@@ -62,7 +62,7 @@ class DeferredLoss:
         self._grad: Tensor | None = None
 
     def take(self) -> Tensor | None:
-        """The gradient, once."""
+        """The gradient, once only."""
         grad, self._grad = self._grad, None
         return grad
 
@@ -73,18 +73,18 @@ class DeferredLoss:
     def _check(self) -> None:
         if self.take() is not None:
             raise RuntimeError(
-                "balance_losses: the gradient of a balance loss did not reach its router, whose forward was run again "
-                "before, or not at all. With use_reentrant=True add the losses to the main loss, call backward on the "
-                "sum, and give the checkpointed function an input that requires gradients; or use_reentrant=False"
+                "balance_losses: the gradient of a balance loss did not reach its router, whose forward pass ran again "
+                "too early or not at all. With use_reentrant=True add the losses to the main loss, call backward on "
+                "the sum, and give the checkpointed function an input that requires gradients; or use_reentrant=False"
             )
 
 
 def defer(loss: Tensor) -> Tensor | None:
-    """Where a forward without gradients will be run again with them: the value to give back for ``loss``. Else None."""
+    """The value to return for ``loss``, if this forward pass runs without gradients and again with them; else None."""
     again, first = _checkpoints()
     if first is None:
         return None
-    # A forward that is run again can itself be the first one of a checkpoint inside.
+    # A forward pass that runs again can itself be the first one of a checkpoint inside.
     entry = DeferredLoss(loss) if again is None else _next(again)
     if entry is None:
         return None
@@ -93,7 +93,7 @@ def defer(loss: Tensor) -> Tensor | None:
 
 
 def give_deferred_gradient(loss: Tensor, carrier: Tensor) -> Tensor:
-    """``carrier``; in a forward that is run again for a deferred loss, its backward pass is also that of ``loss``."""
+    """The carrier. If this forward pass runs again for a deferred loss, its backward pass is also that of ``loss``."""
     again, _ = _checkpoints()
     entry = None if again is None else _next(again)
     return carrier if entry is None else _Carrier.apply(carrier, loss, entry)
@@ -113,14 +113,14 @@ class _Carrier(torch.autograd.Function):
 
 
 class _Entries:
-    """The deferred losses of one checkpointed forward, in order, and how far each backward pass has come."""
+    """The deferred losses of one checkpointed forward pass, in order, and how many a backward pass has taken."""
 
     def __init__(self) -> None:
         self.all: list[DeferredLoss] = []
         self._taken_in, self._taken = -1, 0
 
     def next(self) -> DeferredLoss | None:
-        if self._taken_in != backward_pass():  # with retain_graph there can be several
+        if self._taken_in != backward_pass():  # with retain_graph there are several
             self._taken_in, self._taken = backward_pass(), 0
         self._taken += 1
         return self.all[self._taken - 1] if self._taken <= len(self.all) else None
@@ -132,16 +132,16 @@ def _next(checkpoint: FunctionCtx) -> DeferredLoss | None:
 
 
 def _checkpoints() -> tuple[FunctionCtx | None, FunctionCtx | None]:
-    """The reentrant checkpoint that runs this forward again, and the outermost one inside that runs it first.
+    """The reentrant checkpoint that runs this forward pass again, and the outermost one inside that runs it first.
 
-    Such a checkpoint is an autograd function, torch's or another's, whose ``forward`` or ``backward`` is on the stack.
+    Such a checkpoint is an autograd function, of torch or of others. Its ``forward`` or ``backward`` is on the stack.
     """
     first: FunctionCtx | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "unpack_hook" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return None, None  # without reentry: the gradients are those of the first forward
+            return None, None  # without reentry: the gradients are those of the first forward pass
         if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
             ctx = frame.f_locals["ctx"]
             if isinstance(ctx, FunctionCtx):

@@ -22,7 +22,7 @@ from moesaic.ops.autocast import no_autocast
 class Routing(NamedTuple):
     """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input).
 
-    Padding goes nowhere: its ids are -1 and its weights 0.
+    Padding goes to no expert: its ids are -1 and its weights are 0.
     """
 
     ids: Tensor
@@ -38,7 +38,7 @@ class TopKRouter(nn.Module):
     arXiv 2408.15664). It changes which experts are chosen, but never the weights.
     :func:`moesaic.layers.update_expert_bias` moves it.
 
-    Tokens that ``token_mask`` calls padding get no expert. They count in no loss and no load.
+    Tokens with ``token_mask`` False are padding. They get no expert, and count in no loss and no load.
 
     In training mode every forward pass adds the tokens of each expert to the buffer ``load [E]``. Forward passes that
     activation checkpointing runs again do not count. If their coefficients are set, the load-balancing loss and the
@@ -51,7 +51,8 @@ class TopKRouter(nn.Module):
         load: ``[E]`` int64 buffer. It counts this process's tokens for each expert since the last reset.
         reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. By default it returns
             its argument; a parallel plan replaces it.
-        reduce_sequences: the same over those that hold parts of the same sequences, ``sequence_parts`` in number.
+        reduce_sequences: does the same over the processes that hold parts of the same sequences. ``sequence_parts`` is
+            the number of these processes.
 
     Example:
         >>> router = TopKRouter(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -100,7 +101,7 @@ class TopKRouter(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], token_mask: Bool[Tensor, " T"] | None = None, num_sequences: int = 1
     ) -> Routing:
-        """Route the tokens of ``x``, of equally long sequences; those whose ``token_mask`` is False are padding."""
+        """Route the tokens of ``x``. All sequences are equally long. Tokens with ``token_mask`` False are padding."""
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
@@ -134,14 +135,14 @@ class TopKRouter(nn.Module):
     def _balance(
         self, logits_TE: Tensor, scores_TE: Tensor, routing: Routing, token_mask: Tensor | None, num_sequences: int
     ) -> Tensor:
-        """Count, and hand over the losses. Gives back the weights, which may carry gradients of the losses."""
+        """Count tokens and record the losses. Returns the weights, which may carry gradients of the losses."""
         ids, weights_TK = routing.ids.flatten(), routing.weights
         counts_E = torch.zeros_like(self.load).scatter_add(0, ids.clamp(min=0), (ids >= 0).to(self.load.dtype))
         count_once(self.load, counts_E)
         config = self.config
         if not (config.aux_loss_coef or config.z_loss_coef):
             return weights_TK
-        # A recomputed forward goes through here too: it has to save the tensors that the first one saved.
+        # A forward pass that runs again comes here too: it has to save the tensors that the first one saved.
         numbers, counts_BE = counts_E, None
         if config.aux_loss_coef and config.aux_loss == "sequence":
             best_BE = sequence_counts(scores_TE.detach(), config.top_k, num_sequences, token_mask)

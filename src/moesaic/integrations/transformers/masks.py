@@ -1,15 +1,15 @@
-"""Padding on its way to the layers of a model: from ``attention_mask`` to ``MoE.forward(x, token_mask=...)``.
+"""Bring padding to the layers of a model: from ``attention_mask`` to ``MoE.forward(x, token_mask=...)``.
 
-What counts as padding, the first of these that is there:
+The first of these that is given says what is padding:
 
-1. ``model(..., token_mask=)``, ``[B, S]``: what is False or 0.
-2. ``attention_mask``, ``[B, S]``: what is 0. Masks of other shapes say who sees whom, and not what is padding.
-3. ``labels`` of a causal language model: the end of a row, as far as every token is ``pad_token_id`` and its label
-   -100. A label of -100 alone is no sign of padding: prompts have it.
+1. ``model(..., token_mask=)``, ``[B, S]``: padding is False or 0.
+2. ``attention_mask``, ``[B, S]``: padding is 0. Masks of other shapes say which tokens see which, not what is padding.
+3. ``labels`` of a causal language model: padding is the end of a row where every token is ``pad_token_id`` and every
+   label is -100. A label of -100 alone does not mean padding, because prompts have it too.
 
-Decoder layers call their MoE with hidden states alone. So the mask goes to them as an argument, ``token_mask``, and
-each adds it to the call of its own MoE. As an argument it is there again when activation checkpointing runs a layer or
-a MoE once more, whoever does the checkpointing.
+Decoder layers call their MoE with hidden states only. So the mask goes to them as an argument, ``token_mask``, and each
+layer adds it to the call of its own MoE. Since it is an argument, it is there again when activation checkpointing runs
+a layer or a MoE again, whoever does the checkpointing.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from moesaic.layers import MoE
 
-# The label that does not count, as transformers has it.
+# The label that transformers ignores.
 _IGNORED = -100
 
 
 def install(model: nn.Module) -> None:
-    """Let the decoders of a model, and their layers, take masks to their MoEs."""
+    """Make the decoders of a model, and their layers, bring masks to their MoEs."""
     model.register_forward_pre_hook(_take_labels, with_kwargs=True)
     for decoder, layers in _stacks(model):
         decoder.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
@@ -45,7 +45,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Every decoder in a model, and its list of layers."""
+    """Every decoder in a model, with its list of layers."""
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and any(
@@ -60,7 +60,7 @@ def _signature(model: type) -> inspect.Signature:
 
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """By name; those that have none in the signature are left out."""
+    """The arguments by name. Those that the signature does not name are left out."""
     return _signature(type(model)).bind(model, *args, **kwargs).arguments
 
 
@@ -84,7 +84,7 @@ def _take_attention_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict
     mask = given.get("attention_mask")
     if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return args, kwargs
-    # With a cache the mask is also of the tokens before these.
+    # With a cache the mask also covers the tokens before these.
     return args, {**kwargs, "token_mask": mask[:, -tokens.shape[1] :] != 0}
 
 
@@ -92,7 +92,7 @@ def _take_attention_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict
 def _taking_masks(plain: type[nn.Module]) -> type[nn.Module]:
     """The class of a decoder layer, with an argument ``token_mask`` for the MoEs in it.
 
-    A class and not a hook of the layer: transformers runs hooks outside of activation checkpointing.
+    It is a class and not a hook of the layer, because transformers runs hooks outside of activation checkpointing.
     """
 
     def forward(self: nn.Module, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -100,14 +100,14 @@ def _taking_masks(plain: type[nn.Module]) -> type[nn.Module]:
             return args, {**kwargs, "token_mask": token_mask}
 
         with contextlib.ExitStack() as hooks:
-            # Not on the MoE: what a user has put around it, as a checkpoint, has to see the argument, too.
+            # Not on the MoE: what a user has put around it, such as a checkpoint, has to see the argument too.
             for child in self.children() if token_mask is not None else ():
                 if any(isinstance(module, MoE) for module in child.modules()):
                     hooks.enter_context(child.register_forward_pre_hook(give, with_kwargs=True))
             return plain.forward(self, *args, **kwargs)
 
     functools.update_wrapper(forward, plain.forward)
-    # Trainers, plans and policies know layers by the names of their classes.
+    # Trainers, plans and policies recognise layers by the names of their classes.
     own = {"forward": forward, "_without_masks": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
     return type(plain.__name__, (plain,), {**own, "__qualname__": plain.__qualname__})
 
