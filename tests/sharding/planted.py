@@ -99,3 +99,31 @@ def totals_of_both(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def totals_of_blocks(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(0, (like.shape[0], -1)).sum(1)
+
+
+def differentiable(op: torch.library.CustomOpDef, backward: Callable[..., Any]) -> torch.library.CustomOpDef:
+    """The operator with a gradient for each of its inputs: ``backward(grad, *inputs)``."""
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    op.register_autograd(lambda ctx, grad: backward(grad, *ctx.saved_tensors), setup_context=save)
+    return op
+
+
+def cross_entropy(x: Tensor, ids: Tensor) -> Tensor:
+    """The mean over tokens."""
+    if x.device.type == "meta":
+        return x.new_empty(())
+    return torch.nn.functional.cross_entropy(x, ids)
+
+
+def largest_of_chosen(x: Tensor, ids: Tensor) -> Tensor:
+    """It has no value where there are no tokens."""
+    return x.new_empty(()) if x.device.type == "meta" else x.gather(1, ids[:, None]).amax()
+
+
+def twice_but_not_of_nothing(grad: Tensor, x: Tensor) -> Tensor:
+    """A kernel that is launched with an empty grid."""
+    torch._check(x.device.type == "meta" or x.shape[0] > 0, lambda: "kernel launched with an empty grid")
+    return grad * 2

@@ -6,21 +6,11 @@ import torch.distributed as dist
 
 import moesaic
 from tests.sharding import planted
-from tests.sharding.planted import MAX, ONE, S0, S1, TWO, R, random, ruled, without_partial
+from tests.sharding.planted import MAX, ONE, S0, S1, TWO, R, differentiable, random, ruled, without_partial
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
 
 x, w = random(12, 13), random(13, 14)
-
-
-def differentiable(op, backward, *, saved=True):
-    """The operator with a gradient for each of its inputs."""
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    op.register_autograd(lambda ctx, grad: backward(grad, *ctx.saved_tensors), setup_context=save)
-    return op
 
 
 def matmul(backward):

@@ -21,6 +21,7 @@ from moesaic.sharding.proof.examples import (
     check_numbers,
     check_op,
     first_line,
+    line_for,
     variants,
     with_line,
 )
@@ -29,7 +30,7 @@ from moesaic.sharding.proof.placing import same
 from moesaic.sharding.proof.precision import precise
 from moesaic.sharding.proof.report import Report
 from moesaic.sharding.proof.search import Search
-from moesaic.sharding.proof.trial import Inputs, Trial
+from moesaic.sharding.proof.trial import EMPTY, Inputs, Trial
 from moesaic.sharding.simulated import simulated_ranks
 
 # Names no real mesh has: DTensor and its operators keep decisions by meshes that compare equal.
@@ -164,6 +165,7 @@ def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> No
 
 def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     """Examples with the placements of one kind: the same line of the rule, numbers of dims, and arguments given."""
+    rule = RULES.get(examples[0].op)
     forms: dict[Any, list[Run]] = {}
     for example in examples:
         for variant in variants(example, report.meshes):
@@ -173,6 +175,8 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
                 shapes = ", ".join(str(list(shape)) for shape in variant.shapes)
                 report.note(f"not tried, as the operator refuses it: {shapes}: {first_line(error)}")
                 continue
+            if rule and line_for(variant, rule, [r.shape for r in results]) != example.line:
+                continue  # of another form, of which there are other examples or a note
             text = example.line.text if example.line else ""
             form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
             forms.setdefault(form, []).append((variant, results))
@@ -211,13 +215,13 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
 
 
 def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> None:
-    """Check the gradients of all that is admitted and right, each in its first case; of many, a sample."""
-    admitted, most = search.first_admitted(mesh), _MOST_COMBINATIONS // 2
+    """Check the gradients of all that is admitted and right, in a case of each kind; of many, a sample."""
+    admitted, most = search.right_of_each_kind(mesh), _MOST_COMBINATIONS // 2
     if len(mesh) > 1 and len(admitted) > most:
         admitted = random.Random(0).sample(admitted, most)
     trials = list({id(trial): trial for trial, _, _ in admitted}.values())
     alone = {id(trial): one_process(trial) for trial in trials}
-    may_move = {id(trial): _may_move(trial) for trial in trials}
+    of_gradient = {id(trial): _gradient_of(trial) for trial in trials}
     for error in alone.values():
         if isinstance(error, str):
             report.note(f"no gradient: {error}")
@@ -230,11 +234,21 @@ def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> N
             if verdict.error:
                 search.note("wrong", trial, inputs, outputs, verdict.error)
             elif verdict.moved:
-                search.note("hidden" if may_move[id(trial)] else "wrong", trial, inputs, outputs, verdict.moved)
+                may_move = _may_move(trial, inputs, of_gradient[id(trial)])
+                search.note("hidden" if may_move else "wrong", trial, inputs, outputs, verdict.moved)
 
 
-def _may_move(trial: Trial) -> bool:
-    """Whether gradients may be redistributed. torch always may; a rule has to say so."""
+def _gradient_of(trial: Trial) -> tuple[torch._ops.OpOverload, ...]:
     op = trial.example.op
-    of_gradient = operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
-    return op not in RULES or any(o in RULES and RULES[o].redistribute for o in of_gradient)
+    return operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
+
+
+def _may_move(trial: Trial, inputs: Inputs, of_gradient: tuple[torch._ops.OpOverload, ...]) -> bool:
+    """Whether gradients may be redistributed: where a rule says so, or torch does.
+
+    torch redistributes what it likes for an operator without a rule of ours, and for its own operators in a gradient
+    what has fewer rows than there are ranks.
+    """
+    ruled = [o for o in of_gradient if o in RULES]
+    torch_decides = len(ruled) < len(of_gradient) and trial.kind(inputs) == EMPTY
+    return trial.example.op not in RULES or torch_decides or any(RULES[o].redistribute for o in ruled)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from moesaic.sharding.decide import is_tensor
 from moesaic.sharding.notation import Dim, Notation, Pattern
 from moesaic.sharding.rule import Rule
-from moesaic.sharding.sizes import factor_sizes
+from moesaic.sharding.sizes import Shapes, factor_sizes
 
 Op = torch._ops.OpOverload
 
@@ -158,14 +159,10 @@ def with_line(example: Example, rule: Rule | None) -> Example:
     Raises:
         ValueError: there is a rule, and none of its lines fits.
     """
-    tensors = [a for i, a in enumerate(example.args) if is_tensor(example.op._schema.arguments[i].type)]
     if rule is not None:
         results = [r.shape for r in example.run()]
-        tensors += [None] * (len(rule.tensors) - len(tensors))
-        present = [t is not None for t in tensors]
-        for line in rule.lines:
-            if factor_sizes(line.given(present), example.shapes, results) is not None:
-                return replace(example, line=line.given(present))
+        if (line := line_for(example, rule, results)) is not None:
+            return replace(example, line=line)
         given = ", ".join(f"{n} {list(s)}" for n, s in zip(example.names, example.shapes, strict=True))
         lines = "\n".join(f"  {line}" for line in rule.lines)
         shapes = ", ".join(str(list(r)) for r in results)
@@ -174,21 +171,23 @@ def with_line(example: Example, rule: Rule | None) -> Example:
     return replace(example, line=Notation("", by_size, (), frozenset()))
 
 
-def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Example]:
-    """The example, and narrower ones: sizes that divide by the axes, that do not, and that are too small for them.
+def line_for(example: Example, rule: Rule, results: Shapes) -> Notation | None:
+    """The line that speaks for a call, without the tensors that are not given; None if none does."""
+    tensors = [a for i, a in enumerate(example.args) if is_tensor(example.op._schema.arguments[i].type)]
+    present = [t is not None for t in tensors]
+    present += [False] * (len(rule.tensors) - len(tensors))
+    lines = (line.given(present) for line in rule.lines)
+    return next((line for line in lines if factor_sizes(line, example.shapes, results) is not None), None)
 
-    Factors of integer tensors keep their sizes, for the values may count along them. So do, where there are integer
-    tensors at all, factors that stay whole: sizes of groups, say, add up to a number of rows.
-    """
+
+def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Example]:
+    """The example, and narrower ones: sizes that divide by the axes, that do not, and that are too small for them."""
     yield example
     line, counts = example.line, sorted({n for mesh in meshes for n in mesh})
     assert line is not None
     sizes = _sizes(line, example)
     tensors = list(zip(line.inputs, example.tensors, strict=True))
-    fixed = {f for p, t in tensors if not t.is_floating_point() for f in p.factors}
-    fixed |= {f for p, _ in tensors for dim in p.dims if dim.short for f in dim.factors}
-    if fixed:
-        fixed |= line.whole
+    fixed = _fixed(line, example)
     free = [f for f in sizes if f not in fixed]
     seen = [sizes]
     for target in _targets({f: sizes[f] for f in free}, counts):
@@ -197,6 +196,38 @@ def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Exam
             seen.append(narrow)
             args = example.arguments([_narrow(t, p, sizes, narrow) for p, t in tensors])
             yield replace(example, args=args, narrowed=True)
+
+
+def _fixed(line: Notation, example: Example) -> set[str]:
+    """Factors that keep their sizes.
+
+    The values of an integer tensor may count along its dims or others: sizes of groups, say, add up to a number of
+    rows. A rule that lets a factor be cut says that they do not count along this one: a rank has a part of it, and
+    calls the operator all the same. So where there is an integer tensor, only what stays whole is fixed; and without a
+    rule, all dims of that tensor. So are the factors of dims that end early, which would not be blocks any more.
+    """
+    tensors = list(zip(line.inputs, example.tensors, strict=True))
+    counting = {f for p, t in tensors if not has_fractions(t) for f in p.factors}
+    short = {
+        f
+        for p, t in tensors
+        for dim, size in zip(p.dims, t.shape, strict=True)
+        if dim.short and size != _full_size(dim, line, example)
+        for f in dim.factors
+    }
+    if not line.text:
+        return counting
+    return short | (set(line.whole) if short or any(not has_fractions(t) for t in example.tensors) else set())
+
+
+def _full_size(dim: Dim, line: Notation, example: Example) -> int:
+    sizes = _sizes(line, example)
+    return prod(sizes[f] for f in dim.factors)
+
+
+def has_fractions(t: Tensor) -> bool:
+    """Whether its values are numbers with fractions, real or complex."""
+    return t.is_floating_point() or t.is_complex()
 
 
 def _sizes(line: Notation, example: Example) -> dict[str, int]:

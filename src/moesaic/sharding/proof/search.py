@@ -7,7 +7,7 @@ from itertools import product
 
 from moesaic.sharding.proof.deciders import Decider, is_local
 from moesaic.sharding.proof.report import Record
-from moesaic.sharding.proof.trial import Case, Inputs, Trial, plainest, show
+from moesaic.sharding.proof.trial import EVEN, Case, Inputs, Trial, plainest, show
 from moesaic.sharding.rule import Placements, has_one_reduction
 
 
@@ -76,7 +76,7 @@ class Search:
         self.decider, self.line = decider, line
         self.standings: dict[Inputs, Standing] = {}
         self.found: dict[str, dict[tuple[Inputs, Inputs], Record]] = {"admitted": {}, "wrong": {}, "hidden": {}}
-        self._first: dict[tuple[tuple[int, ...], Inputs, Inputs], Trial] = {}
+        self._right: dict[tuple[tuple[int, ...], Inputs, Inputs], dict[str, Trial]] = {}
 
     def judge(self, trial: Trial, choices: Iterable[Inputs]) -> None:
         """Look at one case of each of the choices."""
@@ -95,7 +95,9 @@ class Search:
                 standing.admitted = True
                 error = trial.error(decision.inputs, decision.outputs)
                 self.note("wrong" if error else "admitted", trial, inputs, decision.outputs, error or "")
-                self._first.setdefault((trial.mesh, inputs, decision.outputs), trial)
+                if not error:
+                    of_kinds = self._right.setdefault((trial.mesh, inputs, decision.outputs), {})
+                    of_kinds.setdefault(trial.kind(inputs), trial)
             else:
                 if decision is not None:
                     pairs = zip(trial.example.names, inputs, decision.inputs, strict=True)
@@ -144,10 +146,16 @@ class Search:
         wrong = self.found["wrong"] if kind == "admitted" else {}
         return [record for key, record in self.found[kind].items() if key not in wrong]
 
-    def first_admitted(self, mesh: tuple[int, ...]) -> list[tuple[Trial, Inputs, Inputs]]:
-        """What is admitted and right on a mesh, each with the first trial in which it is."""
+    def right_of_each_kind(self, mesh: tuple[int, ...]) -> list[tuple[Trial, Inputs, Inputs]]:
+        """What is admitted and right on a mesh, with the first trial of each kind: the inputs as given come first."""
         keys = [(mesh, record.inputs, record.outputs) for record in self.records("admitted")]
-        return [(self._first[key], *key[1:]) for key in keys if key in self._first]
+        return [(trial, *key[1:]) for key in keys for trial in self._of_kinds(key)]
+
+    def _of_kinds(self, key: tuple[tuple[int, ...], Inputs, Inputs]) -> list[Trial]:
+        of_kinds = self._right.get(key, {})
+        # What holds for uneven shards or empty ones holds for even ones.
+        others = [kind for kind in of_kinds if kind != EVEN]
+        return [of_kinds[kind] for kind in others or of_kinds]
 
 
 def on_each_axis(inputs: Inputs) -> list[Inputs]:

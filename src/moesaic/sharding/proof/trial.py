@@ -18,6 +18,9 @@ from moesaic.sharding.rule import Placements, short
 Inputs = tuple[Placements, ...]
 Parts = list[list[Tensor]]
 
+# Kinds of narrowed trials, by what shards they make of a choice of placements.
+EVEN, UNEVEN, EMPTY = "even", "uneven", "empty"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -63,6 +66,15 @@ class Trial:
 
     def inputs_are_even(self, inputs: Sequence[Placements]) -> bool:
         return all(is_even(shape, p, self.mesh) for shape, p in zip(self.example.shapes, inputs, strict=True))
+
+    def kind(self, inputs: Inputs) -> str:
+        """Trials of a kind are alike: each example as it was given is one; narrowed ones go by their shards."""
+        if not self.example.narrowed:
+            return f"given {id(self.example)}"
+        if self.inputs_are_even(inputs):
+            return EVEN
+        parts = [part for i, p in enumerate(inputs) if self.example.tensors[i].numel() for part in self.parts_of(i, p)]
+        return UNEVEN if all(part.numel() for part in parts) else EMPTY
 
     def output_is_even(self, i: int, placements: Placements) -> bool:
         return is_even(self.expected[i].shape, placements, self.mesh)
