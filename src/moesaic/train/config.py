@@ -47,6 +47,9 @@ class TrainConfig:
     """How experts compute: on DTensors or on local tensors. The results are the same."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32."""
+    main_grads: bool = False
+    """Let the backward pass add the gradients of expert weights to fp32 buffers. With --dtype bf16 they are then not
+    rounded to bf16. Needs --compute local and ep * etp = the number of processes."""
 
     # --- low-rank adapters of a pretrained model, on one process ---
     lora_rank: int = 0

@@ -10,6 +10,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.folder import check_free
 from moesaic.train.lora import check_adapters
+from moesaic.train.main_grads import check_main_grads
 from moesaic.train.runtime import launched_world_size
 
 
@@ -22,6 +23,7 @@ def check_launch(config: TrainConfig) -> None:
         layout = resolve_layout(launched_world_size(), **sizes_in(config))
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_main_grads(config, layout)
     if config.out is not None and not config.resume:
         check_free(config.out)
     source = find_model(config.model)

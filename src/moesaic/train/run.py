@@ -24,6 +24,7 @@ from moesaic.train.folder import new_folder, resumable_folder, write_json
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lora import add_adapters, alpha_of
+from moesaic.train.main_grads import MainGrads
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
@@ -78,7 +79,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     if isinstance(loader.rows, PackedRows) and loader.rows.shared:
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     identities = {"data": text.data_identity, "tokenizer": text.tokenizer_identity, "model": identity}
-    training = Training(model, models.build_optimizer(model, config), loader, identities)
+    main_grads = MainGrads(model) if config.main_grads else None
+    training = Training(model, models.build_optimizer(model, config), loader, identities, main_grads)
     # After all checks, so that a mistake leaves no folder behind.
     choose = resumable_folder if config.resume else new_folder
     folder = ranks.on_leader(lambda: choose(config.out))

@@ -111,6 +111,8 @@ def train_step(
     loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
     balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
     (loss + balance_loss).backward()
+    if training.main_grads is not None:
+        training.main_grads.give()
 
     # The one exchange of a step that the host waits for, so it carries everything that ranks must agree on.
     own = torch.stack([loss.detach(), balance_loss.detach(), loss.new_tensor(float(stop_wanted))])
@@ -124,6 +126,8 @@ def train_step(
     grad_norm = _clip(model, config.max_grad_norm, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if training.main_grads is not None:
+        training.main_grads.clear()
     training.step = step
     return StepResult(loss_value, balance_value, grad_norm, bool(stop))
 

@@ -13,6 +13,7 @@ from moesaic.checkpoint.run_folder import CHECKPOINTS
 from moesaic.train.config import TrainConfig, to_json
 from moesaic.train.errors import UserError
 from moesaic.train.loader import BatchLoader
+from moesaic.train.main_grads import MainGrads
 
 # What a resumed run must have in common with the run before, and the flags that choose it.
 _IDENTITIES = {"data": "--data", "tokenizer": "--tokenizer", "model": "--model"}
@@ -27,6 +28,8 @@ class Training:
     loader: BatchLoader
     identities: dict[str, str]
     """A hash each of the data, the tokenizer and the model. A checkpoint with other hashes is refused."""
+    main_grads: MainGrads | None = None
+    """Buffers for the gradients of expert weights, if they have any."""
     step: int = 0
     """How many steps are done."""
 
