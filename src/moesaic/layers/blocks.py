@@ -1,8 +1,8 @@
-"""Random numbers by position: each element of a tensor gets the same number wherever it lies.
+"""Random numbers by position: an element of a tensor gets the same number on whatever rank it is.
 
-A tensor in row-major order is cut into blocks of equal length, and each block has a generator of its own, seeded by the
-tensor's name and the block's number. A rank makes the blocks of which it has a part. Torch's generator on CPU cannot
-jump, so one generator for the whole tensor would have to make all numbers on every rank.
+A tensor in row-major order is cut into blocks of equal length. Each block has a generator of its own, with a seed from
+the tensor's name and the block's number. A rank makes the blocks of which it has a part. Torch's generator on CPU
+cannot skip numbers. With one generator for the whole tensor, every rank would have to make all numbers.
 """
 
 import hashlib
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 18
-# So many elements of a rank's part are placed at a time.
+# The number of elements of a rank's part that are filled at a time.
 _CHUNK = 1 << 20
 
-# Fills a tensor in place, with numbers of a generator.
+# Fills a tensor in place with numbers from a generator.
 Draw = Callable[[Tensor, torch.Generator], object]
 
 
 class _Dim(NamedTuple):
-    """A dim of a box: where it starts, its length, and how long the dim of the whole is."""
+    """A dim of a box: its start, its length, and the size of the dim in the whole tensor."""
 
     start: int
     length: int
@@ -32,14 +32,14 @@ class _Dim(NamedTuple):
 def fill_by_position(local: Tensor, box: tuple[slice, ...], shape: torch.Size, key: str, draw: Draw) -> None:
     """Fill this rank's part of a tensor, in place.
 
-    The numbers are drawn on the CPU, in fp32 for half types, so they are the same on every device.
+    The numbers are drawn on the CPU, in fp32 for half dtypes. So they are the same on every device.
 
     Args:
         local: this rank's part.
-        box: which part of the whole that is.
-        shape: of the whole.
-        key: says which numbers.
-        draw: how a block is filled.
+        box: the place of that part in the whole tensor.
+        shape: the shape of the whole tensor.
+        key: another key gives other numbers.
+        draw: fills a block.
     """
     if not local.is_contiguous():
         filled = torch.empty(local.shape, dtype=local.dtype, device=local.device)
@@ -64,7 +64,7 @@ def fill_by_position(local: Tensor, box: tuple[slice, ...], shape: torch.Size, k
 
 
 def _places(first: int, number: int, dims: list[_Dim]) -> Tensor:
-    """Where the elements ``first, first + 1, ...`` of a box stand in the whole: ever further."""
+    """The places of the elements ``first, first + 1, ...`` of a box in the whole tensor, in ascending order."""
     rest = torch.arange(first, first + number)
     places, inside, outside = torch.zeros_like(rest), 1, 1
     for dim in reversed(dims):
@@ -77,7 +77,7 @@ def _places(first: int, number: int, dims: list[_Dim]) -> Tensor:
 
 
 def _merged(box: tuple[slice, ...], shape: torch.Size) -> list[_Dim]:
-    """The dims of a box, the first first. Those that the box has whole are one with the dim before."""
+    """The dims of a box, outermost first. A dim that the box has whole is merged with the one before it."""
     dims: list[_Dim] = []
     for part, size in zip(box, shape, strict=True):
         dims.append(_Dim(part.start, part.stop - part.start, size))

@@ -20,27 +20,29 @@ _BY_POSITION: ContextVar[bool] = ContextVar("moesaic_numbers_by_position", defau
 
 @torch.no_grad()
 def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> Model:
-    """Give all parameters their initial values, in place: the same numbers on one process and in every layout.
+    """Give all parameters their initial values, in place. The numbers are the same in every layout.
 
-    Each module sets its own parameters, as ``reset_parameters()`` does and, within a transformers model, that model's
-    ``_init_weights(module)`` after it. Only where random numbers come from is different: those of an element depend on
-    ``seed``, on the name and shape of its parameter and on its place there. A rank makes no more than those of its
-    shards, in blocks, and no rank communicates. The state of torch's generator does not matter and does not change.
+    Each module sets its own parameters with ``reset_parameters()``. In a transformers model, the model's
+    ``_init_weights(module)`` follows. Only the source of the random numbers is different. The number of an element
+    depends on ``seed``, on the name and shape of its parameter, and on its place in the parameter. A rank makes only
+    the numbers of its shards, in blocks, and no rank communicates. The state of torch's generator has no influence and
+    does not change.
 
-    Use it after :func:`moesaic.parallelize` of a model on the meta device, where ``reset_parameters()`` itself is an
-    error on CPU: each rank would draw alone, so shards would come out equal and copies different.
+    Use it after :func:`moesaic.parallelize` of a model on the meta device. There ``reset_parameters()`` itself is an
+    error on CPU: every rank would draw alone, so shards would be equal and copies different.
 
     Args:
-        model: on a real device, parallelized or not.
-        std: draw all matrices and stacks of matrices from ``normal(0, std)``, in place of what their modules draw.
-        seed: another one gives other numbers.
+        model: a model on a real device, parallelized or not.
+        std: draw all matrices and stacks of matrices from ``normal(0, std)``, and not as their modules do.
+        seed: another seed gives other numbers.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: ``std`` is negative; a parameter is on the meta device; no module sets a parameter, or one draws in
-            another way than by ``normal_`` or ``uniform_`` of its parameters. With the name of the parameter or module.
+        ValueError: ``std`` is negative, a parameter is on the meta device, no module sets a parameter, or a module
+            draws in another way than by ``normal_`` or ``uniform_`` of its parameters. The message names the parameter
+            or module.
 
     Example:
         >>> with torch.device("meta"):
@@ -77,20 +79,20 @@ def reset_checked(module: Any) -> None:
     """``module.reset_parameters()``, unless ranks would draw alone.
 
     Raises:
-        RuntimeError: they would; see :func:`init_weights_`.
+        RuntimeError: ranks would draw alone; see :func:`init_weights_`.
     """
     check_generators(module)
     type(module).reset_parameters(module)
 
 
 def check_generators(module: nn.Module) -> None:
-    """Raise ``RuntimeError`` if random numbers for the module's own parameters would be every rank's own."""
+    """Raise ``RuntimeError`` if every rank would draw other random numbers for the module's own parameters."""
     from moesaic.sharding.parts import ranks_draw_alone  # not needed before there are DTensors
 
     if not _BY_POSITION.get() and any(map(ranks_draw_alone, module.parameters(recurse=False))):
         raise RuntimeError(
             f"reset_parameters() of {type(module).__name__}: its parameters are DTensors on CPU, where every rank "
-            "would draw alone, so shards come out equal and copies different; call "
+            "would draw alone, and shards would be equal and copies different; call "
             "moesaic.layers.init_weights_(model, seed=0)"
         )
 
@@ -123,10 +125,10 @@ def _set_own_parameters(module: Any, owner: Any) -> None:
 
 
 class _NumbersByPosition(TorchDispatchMode):
-    """Random operators fill parameters by position.
+    """Makes random operators fill parameters by position.
 
     Attributes:
-        module: which one is at work, for errors.
+        module: the module that is at work, for errors.
         written: the parameters that have been set.
     """
 
@@ -147,7 +149,7 @@ class _NumbersByPosition(TorchDispatchMode):
         draw = _draw(func, args[1:])
         if target is None or draw is None:
             raise ValueError(
-                f"model: {self.module} draws random numbers by {func}, which would differ between layouts; known are "
+                f"model: {self.module} draws random numbers by {func}, which would differ between layouts; use only "
                 "normal_ and uniform_ of whole parameters"
             )
         if self._std is not None and target.ndim >= 2:
