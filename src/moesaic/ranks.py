@@ -41,12 +41,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: T) -> list[T]:
-    """The values of all ranks, in rank order, on every rank. Values are pickled."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, in rank order, on every rank; of those of ``group``, if given. Values are pickled."""
     if not active():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -63,8 +63,8 @@ def agree(value: Any, what: str) -> None:
         raise ValueError(f"ranks 0 and {other} have different {what}; give all ranks the same")
 
 
-def together(work: Callable[[], T]) -> list[T]:
-    """Run ``work()`` on every rank, and give back the results in rank order.
+def together(work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run ``work()`` on every rank, or every rank of ``group``, and give back the results in rank order.
 
     If it raises an exception on any rank, all ranks raise. A rank that failed raises its own. The others raise a copy
     of that of the lowest rank that failed, with a note that names the rank.
@@ -75,12 +75,13 @@ def together(work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as error:
         own = error
-    outcomes = gather((result, _portable(own)))
+    outcomes = gather((result, _portable(own)), group)
     if own is not None:
         raise own
     for index, (_, error) in enumerate(outcomes):
         if error is not None:
-            error.add_note(f"This happened on rank {index}; the other ranks stop too.")
+            where = index if group is None else dist.get_global_rank(group, index)
+            error.add_note(f"This happened on rank {where}; the other ranks stop too.")
             raise error
     return [value for value, _ in outcomes]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from moesaic.parallel.mesh import build_meshes
+from moesaic.parallel import build_meshes
 from moesaic.train import evaluate
 from moesaic.train.corpus import Document
 from moesaic.train.tokenizer import train_bpe

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from moesaic.parallel.mesh import build_meshes
+from moesaic.parallel import build_meshes
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED, BatchLoader
 from moesaic.train.packing import Conversations, PackedRows, check_apart, pack

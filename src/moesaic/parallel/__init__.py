@@ -1,7 +1,8 @@
 """Parallel plans: MoE layers and the models around them, laid over device meshes."""
 
+from moesaic.parallel.build import build_meshes
 from moesaic.parallel.gradients import clip_grad_norm_
-from moesaic.parallel.mesh import Meshes, MeshLayout, build_meshes, resolve_layout
+from moesaic.parallel.mesh import Meshes, MeshLayout, resolve_layout
 from moesaic.parallel.plan import parallelize
 
 __all__ = ["MeshLayout", "Meshes", "build_meshes", "clip_grad_norm_", "parallelize", "resolve_layout"]

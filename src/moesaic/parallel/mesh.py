@@ -1,21 +1,20 @@
 """The same ranks seen twice: a dense mesh for tokens, an expert mesh for expert weights.
 
-Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the world size; ``edp``
-follows. Neither ``ep`` nor ``etp`` has to divide anything of the dense view.
+Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the world size: the
+number of ranks that share a model, as those of one pipeline stage do. ``edp`` follows. Neither ``ep`` nor ``etp`` has
+to divide anything of the dense view.
 
 :class:`MeshLayout` is the table of axes: the meshes, their shapes and what is legal follow from its fields.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
 from math import prod
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.sharding.internals import group_over_all_axes
 
@@ -60,18 +59,18 @@ class MeshLayout:
     @property
     def dp_size(self) -> int:
         """How many ranks hold different sequences."""
-        return prod(getattr(self, name) for name in _names(has_own_sequences=True))
+        return prod(getattr(self, name) for name in axis_names(has_own_sequences=True))
 
     def of_view(self, view: View) -> dict[str, int]:
         """Sizes of the axes of one mesh by name, the outermost first."""
-        return {name: getattr(self, name) for name in _names(view=view)}
+        return {name: getattr(self, name) for name in axis_names(view=view)}
 
     def __str__(self) -> str:
         dense, expert = (" x ".join(f"{n} {s}" for n, s in self.of_view(v).items()) for v in ("dense", "expert"))
         return f"{dense}, experts {expert}"
 
 
-def _names(**marks: Any) -> tuple[str, ...]:
+def axis_names(**marks: Any) -> tuple[str, ...]:
     """Axes that are so marked, in the order of their mesh."""
     return tuple(f.name for f in fields(MeshLayout) if all(f.metadata[mark] == value for mark, value in marks.items()))
 
@@ -98,7 +97,7 @@ def resolve_layout(
 
 def _resolve(view: View, given: dict[str, int], world_size: int) -> dict[str, int]:
     """The sizes of the axes of one view."""
-    names, (rest,) = _names(view=view), _names(view=view, takes_the_rest=True)
+    names, (rest,) = axis_names(view=view), axis_names(view=view, takes_the_rest=True)
     sizes = {name: given[name] for name in names if name in given}
     whole, size = f"{' * '.join(names)} = world size", prod(sizes.values())
     said = f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {size}"
@@ -123,7 +122,7 @@ def _suggest(wanted: dict[str, int], world_size: int) -> str:
 
 def sizes_in(settings: Any) -> dict[str, Any]:
     """The sizes of those axes that settings have a field for, as :func:`build_meshes` takes them."""
-    return {name: getattr(settings, name) for name in _names() if hasattr(settings, name)}
+    return {name: getattr(settings, name) for name in axis_names() if hasattr(settings, name)}
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ class Meshes:
         return self.dense.device_type if self.is_distributed else None
 
     def all_ranks(self) -> dist.ProcessGroup:
-        """The group of every rank of the meshes. Collective on its first call."""
-        return group_over_all_axes(self.dense, "dp_tp")
+        """The group of every rank of the meshes. Collective on its first call, which :func:`build_meshes` makes."""
+        return group_over_all_axes(self.expert, "edp_ep_etp")
 
     @property
     def dp_size(self) -> int:
@@ -188,7 +187,7 @@ class Meshes:
     def dp_rank(self) -> int:
         """Which of them this is."""
         rank = 0
-        for axis in _names(has_own_sequences=True) if self.is_distributed else ():
+        for axis in axis_names(has_own_sequences=True) if self.is_distributed else ():
             rank = rank * getattr(self.layout, axis) + self.dense.get_local_rank(axis)
         return rank
 
@@ -209,45 +208,3 @@ def sequence_slices(length: int, num_shards: int) -> list[slice]:
     """How ``Shard`` cuts a length: pieces of ``ceil(length / num_shards)``, the last ones short or empty."""
     size = -(-length // num_shards)
     return [slice(min(i * size, length), min((i + 1) * size, length)) for i in range(num_shards)]
-
-
-def build_meshes(
-    *,
-    tp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    dp_shard: int | None = None,
-    dp_replicate: int = 1,
-    device_type: str | None = None,
-) -> Meshes:
-    """Build both meshes over all ranks of the default process group.
-
-    Collective where there is a process group. Without one the world size is 1.
-
-    Args:
-        tp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`; ``dp_shard`` follows if None.
-        device_type: ``"cuda"`` or ``"cpu"``; None takes CUDA where there is a device.
-
-    Raises:
-        ValueError: an illegal layout, or a launcher's environment without a process group; before any collective.
-
-    Example:
-        >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if not dist.is_initialized() and launched > 1:
-        raise ValueError(
-            f"this is one of {launched} processes, but there is no process group yet; call "
-            "torch.distributed.init_process_group() before build_meshes()"
-        )
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    layout = resolve_layout(world_size, tp=tp, ep=ep, etp=etp, dp_shard=dp_shard, dp_replicate=dp_replicate)
-    if not dist.is_initialized():
-        return Meshes(layout)
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    views: tuple[View, ...] = ("dense", "expert")
-    sizes = {view: layout.of_view(view) for view in views}
-    return Meshes(
-        layout,
-        {v: init_device_mesh(device_type, tuple(s.values()), mesh_dim_names=tuple(s)) for v, s in sizes.items()},
-    )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from moesaic import ranks
 from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
@@ -24,6 +25,7 @@ from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.meta import check_resets, is_on_meta, materialize
+from moesaic.parallel.same import check_same, describe
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,11 +58,11 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
-            On the mesh's device: parameters and buffers are taken from the first rank. Or with all its parameters on
-            the meta device: every rank then gets memory for its shards, uninitialised, and the caller fills them, with
-            :func:`moesaic.layers.init_weights_` for a new model;
-            buffers that are not on the meta device stay as they are.
-        meshes: from :func:`moesaic.build_meshes`.
+            On the mesh's device: parameters and buffers are taken from the first rank of the meshes. Or with all its
+            parameters on the meta device: every rank then gets memory for its shards, uninitialised, and the caller
+            fills them, with :func:`moesaic.layers.init_weights_` for a new model; buffers that are not on the meta
+            device stay as they are.
+        meshes: from :func:`moesaic.build_meshes`; all their ranks bring the same model.
         compute: how experts compute: ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors, with less overhead. The numbers are the same.
 
@@ -68,24 +70,32 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         ``model``.
 
     Raises:
-        ValueError: sizes that cannot be laid over the axes, with the legal ones; a model that the plan does not know.
-            Before any collective.
+        ValueError: sizes that cannot be laid over the axes, with the legal ones; a model that the plan does not know;
+            ranks of the meshes that bring models of other names, shapes, dtypes or configs. On all ranks of the meshes,
+            before anything of the model is sent.
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
         >>> moe = moesaic.parallelize(moesaic.MoE(config), meshes)
     """
-    if compute not in ("dtensor", "local"):
-        raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     decoder = find_decoder(model)
-    _check(model, moes, decoder is not None, meshes)
-    if decoder is not None and meshes.tp_size > 1:
-        check_decoder(decoder, meshes.tp_size)
+
+    def check() -> None:
+        if compute not in ("dtensor", "local"):
+            raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
+        _check(model, moes, decoder is not None, meshes)
+        if decoder is not None and meshes.tp_size > 1:
+            check_decoder(decoder, meshes.tp_size)
+
     if not meshes.is_distributed:
+        check()
         return model
 
     all_ranks = meshes.all_ranks()
+    # A rank that raised alone would leave the others waiting.
+    ranks.together(check, group=all_ranks)
+    check_same(describe(model), all_ranks)
     is_empty = is_on_meta(model)
     if not is_empty:
         _take_from_first_rank(model, all_ranks)

@@ -15,7 +15,8 @@ import torch
 
 from moesaic import ranks
 from moesaic.checkpoint.run_folder import CONFIG, TOKENIZER
-from moesaic.parallel.mesh import Meshes, build_meshes, sizes_in
+from moesaic.parallel.build import build_meshes
+from moesaic.parallel.mesh import Meshes, sizes_in
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_defaults

@@ -1,0 +1,142 @@
+"""Build the meshes of a layout: over all ranks, or over the ranks of a mesh that a user brings."""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from moesaic import ranks
+from moesaic.parallel.brought import axes_of, distinct_slices, mesh_over_slices
+from moesaic.parallel.mesh import Meshes, MeshLayout, View, axis_names, resolve_layout
+from moesaic.sharding.internals import group_over_all_axes
+
+
+def build_meshes(
+    *,
+    tp: int | None = None,
+    ep: int | None = None,
+    etp: int | None = None,
+    dp_shard: int | None = None,
+    dp_replicate: int | None = None,
+    device_type: str | None = None,
+    mesh: DeviceMesh | None = None,
+    expert_mesh: DeviceMesh | None = None,
+) -> Meshes:
+    """Build both meshes: over all ranks of the default process group, or over those of a mesh that you bring.
+
+    Collective over the default process group, where there is one. Without one the world size is 1.
+
+    The ranks of a mesh that is brought share a model. In a pipeline these are the ranks of one stage: the mesh may have
+    an axis ``pp``, and each of its slices is laid out by itself. All slices get the same sizes.
+
+    Args:
+        tp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh which
+            is brought has, or else 1; ``dp_shard`` follows.
+        device_type: ``"cuda"`` or ``"cpu"``; None takes that of a mesh which is brought, or else CUDA where there is a
+            device.
+        mesh: the dense view, from ``init_device_mesh``, or a slice of a larger mesh. It has all of the axes
+            ``dp_replicate``, ``dp_shard`` and ``tp``, and perhaps ``pp``. Its process groups are used.
+        expert_mesh: the expert view of the same ranks, with all of the axes ``edp``, ``ep`` and ``etp``, and perhaps
+            ``pp``. None makes one from ``ep`` and ``etp``.
+
+    Raises:
+        ValueError: an illegal layout; a mesh that lacks an axis or has an unknown one; ranks that ask for other sizes
+            than the rest; a launcher's environment without a process group. On all ranks, before any group is made.
+
+    Example:
+        >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
+        >>> names = ("pp", "dp_replicate", "dp_shard", "tp")
+        >>> world = init_device_mesh("cpu", (2, 1, 2, 1), mesh_dim_names=names)
+        >>> meshes = moesaic.build_meshes(mesh=world, ep=2)  # 4 ranks: two stages, each dp 2, and ep 2
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and launched > 1:
+        raise ValueError(
+            f"this is one of {launched} processes, but there is no process group yet; call "
+            "torch.distributed.init_process_group() before build_meshes()"
+        )
+    given = {"tp": tp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
+    views: dict[View, DeviceMesh] = {}
+
+    def claim() -> _Claim:
+        if mesh is not None:
+            views["dense"] = axes_of(mesh, axis_names(view="dense"), "mesh")
+        if expert_mesh is not None:
+            views["expert"] = axes_of(expert_mesh, axis_names(view="expert"), "expert_mesh")
+        return _claim(given, views, device_type)
+
+    # A rank that raised alone would leave the others waiting.
+    claims = ranks.together(claim)
+    first = claims[0]
+    if not dist.is_initialized():
+        return Meshes(first.layout)
+    for rank, other in enumerate(claims):
+        if other[1:] != first[1:]:
+            raise ValueError(f"ranks 0 and {rank} ask for different meshes: {first}; and {other}. Give all the same")
+    slices = distinct_slices([claim.ranks for claim in claims])
+    for view in get_args(View):
+        if view not in views:
+            views[view] = mesh_over_slices(first.device_type, slices, first.layout.of_view(view))
+    meshes = Meshes(first.layout, views)
+    # Made here, where every rank of the world takes part: a later stage may have no use for them.
+    meshes.all_ranks()
+    group_over_all_axes(meshes.expert["ep", "etp"], "ep_etp")
+    return meshes
+
+
+class _Claim(NamedTuple):
+    """What one rank asks for.
+
+    Attributes:
+        ranks: those that share a model with it, in the order of its mesh.
+        layout: sizes of all axes.
+        device_type: of both meshes.
+        brought: the views that it brings.
+    """
+
+    ranks: tuple[int, ...]
+    layout: MeshLayout
+    device_type: str
+    brought: tuple[View, ...]
+
+    def __str__(self) -> str:
+        brought = f", {' and '.join(self.brought)} mesh brought" if self.brought else ""
+        return f"{self.layout}, on {self.device_type}{brought}"
+
+
+def _claim(given: Mapping[str, int | None], views: Mapping[View, DeviceMesh], device_type: str | None) -> _Claim:
+    """What follows from the sizes and the meshes that a rank was given.
+
+    Raises:
+        ValueError: they contradict each other, or are not a legal layout.
+    """
+    sizes = {name: size for name, size in given.items() if size is not None}
+    for view, mesh in views.items():
+        argument = "mesh" if view == "dense" else "expert_mesh"
+        own = dict(zip(axis_names(view=view), mesh.shape, strict=True))
+        for name in own.keys() & sizes.keys():
+            if sizes[name] != own[name]:
+                raise ValueError(f"{name}: got {sizes[name]}, and {argument} has {own[name]}; leave {name} out")
+        if device_type not in (None, mesh.device_type):
+            raise ValueError(
+                f"device_type: got {device_type!r}, and {argument} is on {mesh.device_type!r}; leave it out"
+            )
+        device_type = mesh.device_type
+        sizes |= {name: size for name, size in own.items() if name in given}
+    members_of = {view: tuple(mesh.mesh.flatten().tolist()) for view, mesh in views.items()}
+    if len({frozenset(members) for members in members_of.values()}) > 1:
+        raise ValueError(
+            f"expert_mesh: it is over ranks {list(members_of['expert'])}, and mesh over {list(members_of['dense'])}; "
+            "bring two views of the same ranks"
+        )
+    members = next(iter(members_of.values()), tuple(range(ranks.world_size())))
+    try:
+        layout = resolve_layout(len(members), **sizes)
+    except ValueError as error:
+        whole = f" The world is here the mesh that was brought, over ranks {list(members)}." if views else ""
+        raise ValueError(f"{error}{whole}") from None
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _Claim(members, layout, device_type, tuple(views))
