@@ -93,6 +93,44 @@ def test_strided_shards_and_one_collective(same_ranks):
     same_ranks(check_strided, WORLD)
 
 
+def check_stages(norm_type: float) -> None:
+    """Two stages: the gradients of one lie on a mesh and on none; those of the other are plain, and in fp64."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    stage, group = mesh.get_local_rank("pp"), mesh["pp"].get_group()
+    torch.manual_seed(0)
+    sharded, plain, others = torch.randn(3, 4, 3)
+    everything = [t.clone().requires_grad_() for t in (sharded, plain, others)]
+    for t in everything:
+        t.grad = t.detach().clone()
+    expected = torch.nn.utils.clip_grad_norm_(everything, 0.7, norm_type)
+    placed = distribute_tensor(sharded, mesh["dp"], [Shard(0)], src_data_rank=None)
+    parameters = [nn.Parameter(t) for t in ((placed, plain) if stage == 0 else (others.double(),))]
+    for p in parameters:
+        p.grad = p.detach().clone()
+    norm = clip_grad_norm_(parameters, 0.7, norm_type=norm_type, group=group)
+    torch.testing.assert_close(norm, expected, check_dtype=False)
+    assert norm.dtype == (torch.float32 if stage == 0 else torch.float64)
+    for p, q in zip(parameters, everything[:2] if stage == 0 else everything[2:], strict=True):
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        torch.testing.assert_close(grad, q.grad, check_dtype=False)
+    # A stage without gradients takes part.
+    norm = clip_grad_norm_(parameters if stage == 0 else [], 1e9, group=group)
+    torch.testing.assert_close(norm, torch.stack([t.grad for t in everything[:2]]).norm())
+    with pytest.raises(ValueError, match=r"group: its ranks \[., .\] hold shards of the same"):
+        clip_grad_norm_(placed_on(mesh["dp"]), 1.0, group=torch.distributed.group.WORLD)
+    with pytest.raises(ValueError, match=r"group: .* such as mesh\['pp'\].get_group\(\), got DeviceMesh"):
+        clip_grad_norm_(parameters, 1.0, group=mesh["pp"])
+
+
+def placed_on(mesh) -> list[nn.Parameter]:
+    return [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)], src_data_rank=None))]
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_stages_share_a_norm(same_ranks, norm_type):
+    same_ranks(check_stages, WORLD, norm_type)
+
+
 def check_nonfinite() -> None:
     for poisoned in (3, 2):  # a shard; one copy of many
         parameters, values = make_parameters()

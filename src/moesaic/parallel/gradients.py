@@ -3,7 +3,8 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Scale gradients so that their total norm is at most ``max_norm``, over all meshes.
 
@@ -45,29 +47,54 @@ def clip_grad_norm_(
     gradients of plain parameters count as replicated. Norms and scaling run on the local shards. All meshes that
     hold every rank share one all-reduce; a gradient that is ``Partial`` needs another.
 
+    Stages of a pipeline hold different parameters of one model. With ``group`` the norm is that of the whole model:
+    ``(sum over the ranks of group of n_r^p)^(1/p)``, where ``n_r`` is the norm of the parameters that rank r was given,
+    over all their meshes. One small all-reduce more. A parameter that two stages share counts twice.
+
     Args:
         parameters: whose gradients to clip, in place; those without a gradient are skipped.
         max_norm: the largest norm allowed.
         norm_type: p of the p-norm, above 0; may be ``inf``.
         error_if_nonfinite: raise where the norm is not finite, before any gradient is changed.
         foreach: use the foreach kernels; None decides by device.
+        group: the ranks that hold other parameters of the same model, one of each stage:
+            ``mesh["pp"].get_group()``. None where there are no stages.
 
     Returns:
         The total norm before clipping, a plain tensor, the same on every rank; fp32 at least.
 
     Raises:
         RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set.
-        ValueError: ``norm_type`` is not above 0.
+        ValueError: ``norm_type`` is not above 0; ``group`` is no process group of this rank, or two of its ranks hold
+            the same parameters. Before any collective.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type: expected a number above 0 or inf, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    total = _total_norm(grads, norm_type, foreach)
+    if group is not None:
+        _check_group(group, parameters)
+    total = _total_norm(grads, norm_type, foreach, group)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the total gradient norm is {total.item()}, not finite; no gradient was changed")
     torch.nn.utils.clip_grads_with_norm_([_holder(g) for g in grads], max_norm, total, foreach=foreach)
     return total
+
+
+def _check_group(group: Any, parameters: Sequence[Tensor]) -> None:
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise ValueError(
+            f"group: expected a process group that this rank is in, such as mesh['pp'].get_group(), got "
+            f"{type(group).__name__}"
+        )
+    members = set(dist.get_process_group_ranks(group))
+    for mesh in {p.device_mesh for p in parameters if isinstance(p, DTensor)}:
+        shared = sorted(members.intersection(mesh.mesh.flatten().tolist()))
+        if len(shared) > 1:
+            raise ValueError(
+                f"group: its ranks {shared} hold shards of the same parameters, on a mesh of {mesh.mesh_dim_names}, "
+                "which would count twice; leave group out, or give one rank of each stage, mesh['pp'].get_group()"
+            )
 
 
 def _holder(grad: Tensor) -> Tensor:
@@ -82,10 +109,8 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-def _total_norm(grads: list[Tensor], p: float, foreach: bool | None) -> Tensor:
-    """The p-norm over all ranks, on the device of the first gradient."""
-    if not grads:
-        return torch.tensor(0.0)
+def _total_norm(grads: list[Tensor], p: float, foreach: bool | None, group: dist.ProcessGroup | None) -> Tensor:
+    """The p-norm over all ranks of the meshes, and those of ``group``, on the device of the first gradient."""
     # Gradients by mesh, and by how many ranks of it hold each element: every copy counts its part.
     locals_of: dict[DeviceMesh | None, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for grad in grads:
@@ -98,7 +123,7 @@ def _total_norm(grads: list[Tensor], p: float, foreach: bool | None) -> Tensor:
             locals_of[None][1].append(grad)
     merge = torch.maximum if math.isinf(p) else torch.add
     op = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
-    device = grads[0].device
+    device = grads[0].device if grads else torch.device("cpu")
     sums: list[Tensor] = []
     on_every_rank: list[Tensor] = []
     for mesh, by_copies in locals_of.items():
@@ -117,9 +142,20 @@ def _total_norm(grads: list[Tensor], p: float, foreach: bool | None) -> Tensor:
         part = functools.reduce(merge, on_every_rank)
         dist.all_reduce(part, op)
         sums.append(part.to(device))
-    total = functools.reduce(merge, sums)
+    total = functools.reduce(merge, sums, torch.zeros((), dtype=torch.float64, device=device))
+    if group is not None:
+        # In fp64 on all ranks, whatever the dtypes of their gradients.
+        total = total.to(_device_of(group))
+        dist.all_reduce(total, op, group=group)
+        total = total.to(device)
     dtype = functools.reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
     return (total if math.isinf(p) else total ** (1 / p)).to(dtype)
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a group reduces: on the CPU with gloo, on the accelerator with NCCL and its like."""
+    accelerator = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if accelerator is None or dist.get_backend(group) == "gloo" else accelerator
 
 
 def _power_sum(shards: list[Tensor], p: float, foreach: bool | None) -> Tensor:
