@@ -53,7 +53,7 @@ def python_of(page: str) -> list[str]:
 
 
 LAYER, OPERATOR = python_of("README.md")
-ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md"]
+ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md", "docs/pipelines.md"]
 ALONE = ["docs/training.md"]
 
 

@@ -11,6 +11,7 @@ _MODULES = (
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
     "hypothesis",
     "pytest",
     "moesaic",

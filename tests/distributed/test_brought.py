@@ -103,7 +103,7 @@ def test_wrong_meshes_are_refused_on_all_ranks(same_ranks):
     same_ranks(check_refusals, 4)
 
 
-def changed(model: nn.Module, how: str) -> nn.Module:
+def changed(model: nn.Sequential, how: str) -> nn.Module:
     """The model, or one that differs from it."""
     first, second = model
     match how:

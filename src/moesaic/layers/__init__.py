@@ -1,5 +1,6 @@
 """Mixture-of-experts layers. They know nothing of meshes."""
 
+from moesaic.layers.attach import attach_balance_losses
 from moesaic.layers.balance import balance_losses
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
@@ -8,6 +9,7 @@ from moesaic.layers.initial import init_weights_
 from moesaic.layers.load import expert_load, reset_expert_load, update_expert_bias
 from moesaic.layers.moe import MoE
 from moesaic.layers.router import Routing, TopKRouter
+from moesaic.layers.uncounted import uncounted
 
 __all__ = [
     "Dispatched",
@@ -18,9 +20,11 @@ __all__ = [
     "MoEConfig",
     "Routing",
     "TopKRouter",
+    "attach_balance_losses",
     "balance_losses",
     "expert_load",
     "init_weights_",
     "reset_expert_load",
+    "uncounted",
     "update_expert_bias",
 ]

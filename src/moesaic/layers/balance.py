@@ -6,13 +6,16 @@ Legend: T tokens, E experts, K top-k.
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moesaic.layers.carrier import carry
 from moesaic.layers.recompute import backward_pass, defer, give_deferred_gradient, is_recomputing
+from moesaic.layers.uncounted import is_uncounted
 
 
 class _Collected(NamedTuple):
@@ -73,9 +76,9 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "balance_losses: not under torch.compile(fullgraph=True), for losses leave a layer on the side; leave out "
-            "fullgraph, or set aux_loss_coef and z_loss_coef to 0"
+            "fullgraph, set aux_loss_coef and z_loss_coef to 0, or call moesaic.layers.attach_balance_losses"
         )
-    collected = _COLLECTED.get()
+    collected = _collected()
     if collected is not None and (
         collected.backward_pass == backward_pass() and (torch.is_grad_enabled() or not collected.with_gradients)
     ):
@@ -94,6 +97,26 @@ def record_loss(loss: Tensor, carrier: Tensor) -> Tensor:
             )
         collected.losses.append(deferred)
     return carrier
+
+
+def attach_loss(loss: Tensor, carrier: Tensor, scale: float | Tensor) -> Tensor:
+    """``carrier``, whose backward pass is also that of ``scale * loss``. Hands over the value of the loss.
+
+    Where the first forward has no gradients, as with ``use_reentrant=True``, the one that is run again has them.
+    """
+    # Compiled code cannot ask for a context.
+    collected = None if torch.compiler.is_compiling() else _collected()
+    if collected is not None and collected.backward_pass == backward_pass():
+        collected.losses.append(loss.detach())
+    return carry(carrier, loss, partial(_scalar_like, scale, loss.dtype, loss.device))
+
+
+def _collected() -> _Collected | None:
+    return None if is_uncounted() else _COLLECTED.get()
+
+
+def _scalar_like(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device).reshape(())
 
 
 def load_balancing_loss(

@@ -10,11 +10,13 @@ gradient that arrives at the leaf goes to the same loss of the second forward pa
 
 import sys
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from moesaic.layers.carrier import carry
+from moesaic.layers.uncounted import is_uncounted
 
 _ENTRIES = "_moesaic_deferred_losses"
 
@@ -35,7 +37,7 @@ torch.library.define("moesaic::count_once", "(Tensor(a!) total, Tensor counts) -
 
 @torch.library.impl("moesaic::count_once", "default")
 def _count_once(total: Tensor, counts: Tensor) -> None:
-    if not is_recomputing():
+    if not is_recomputing() and not is_uncounted():
         total += counts
 
 
@@ -45,7 +47,7 @@ def _(total: Tensor, counts: Tensor) -> None:
 
 
 def count_once(total: Tensor, counts: Tensor) -> None:
-    """Add ``counts`` to ``total``, in place, unless this forward pass runs again."""
+    """Add ``counts`` to ``total``, in place, unless this forward pass runs again or is not to count."""
     torch.ops.moesaic.count_once(total, counts)
 
 
@@ -96,20 +98,7 @@ def give_deferred_gradient(loss: Tensor, carrier: Tensor) -> Tensor:
     """The carrier. If this forward pass runs again for a deferred loss, its backward pass is also that of ``loss``."""
     again, _ = _checkpoints()
     entry = None if again is None else _next(again)
-    return carrier if entry is None else _Carrier.apply(carrier, loss, entry)
-
-
-class _Carrier(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, loss: Tensor, entry: DeferredLoss) -> Tensor:
-        ctx.entry = entry
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    @once_differentiable
-    # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return grads[0], ctx.entry.take(), None
+    return carrier if entry is None else carry(carrier, loss, entry.take)
 
 
 class _Entries:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moesaic.layers.balance import load_balancing_loss, record_loss, router_z_loss, without_padding
+from moesaic.layers.balance import attach_loss, load_balancing_loss, record_loss, router_z_loss, without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.initial import check_generators
@@ -49,6 +49,8 @@ class TopKRouter(nn.Module):
         logit_bias: ``c``, ``[E]``, or None.
         bias: ``[E]`` fp32 buffer, or None if ``bias_update_speed`` is 0 and ``score_bias`` is not set.
         load: ``[E]`` int64 buffer. It counts this process's tokens for each expert since the last reset.
+        loss_scale: factor of losses that are attached to the weights, see :func:`moesaic.layers.attach_balance_losses`.
+            With None they go to :func:`moesaic.layers.balance_losses`.
         reduce_counts: sums a tensor of counts over all processes that hold tokens of this layer. By default it returns
             its argument; a parallel plan replaces it.
         reduce_sequences: does the same over the processes that hold parts of the same sequences. ``sequence_parts`` is
@@ -76,6 +78,7 @@ class TopKRouter(nn.Module):
         self.register_buffer("bias", bias)
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load", load, persistent=False)
+        self.loss_scale: float | Tensor | None = None
         self.reduce_counts: Callable[[Tensor], Tensor] = _identity
         self.reduce_sequences: Callable[[Tensor], Tensor] = _identity
         self.sequence_parts = 1
@@ -154,14 +157,19 @@ class TopKRouter(nn.Module):
         if counts_BE is not None:
             sequences = (total[-1] // self.sequence_parts).clamp(min=1)
             loss = sequence_balance_loss(scores_TE, counts_BE, config.top_k, sequences, token_mask)
-            weights_TK = record_loss(config.aux_loss_coef * loss, weights_TK)
+            weights_TK = self._hand_over(config.aux_loss_coef * loss, weights_TK)
         elif config.aux_loss_coef:
             loss = load_balancing_loss(scores_TE, total_E, num_tokens, token_mask)
-            weights_TK = record_loss(config.aux_loss_coef * loss, weights_TK)
+            weights_TK = self._hand_over(config.aux_loss_coef * loss, weights_TK)
         if config.z_loss_coef:
             loss = router_z_loss(logits_TE, num_tokens, token_mask)
-            weights_TK = record_loss(config.z_loss_coef * loss, weights_TK)
+            weights_TK = self._hand_over(config.z_loss_coef * loss, weights_TK)
         return weights_TK
+
+    def _hand_over(self, loss: Tensor, weights_TK: Tensor) -> Tensor:
+        if self.loss_scale is None:
+            return record_loss(loss, weights_TK)
+        return attach_loss(loss, weights_TK, self.loss_scale)
 
     def extra_repr(self) -> str:
         c = self.config
