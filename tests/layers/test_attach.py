@@ -52,9 +52,10 @@ def test_gradients_are_those_of_losses_added_by_hand(kind, way):
     assert layer.router.load.sum() == 9 * 2
 
 
-def test_weighed_inputs_carry_losses_too():
-    expected, _ = by_hand(weigh_inputs=True)
-    layer, x = naive.make(**OPTIONS, weigh_inputs=True), naive.tokens(9, 6).requires_grad_()
+@pytest.mark.parametrize("options", [{"weigh_inputs": True}, {"aux_loss": "sequence"}], ids=str)
+def test_every_loss_of_every_layer_is_carried(options):
+    expected, _ = by_hand(**options)
+    layer, x = naive.make(**OPTIONS, **options), naive.tokens(9, 6).requires_grad_()
     attach_balance_losses(layer, LOSS_SCALE / PASSES)
     for part in x.split(3):
         main_loss(layer, part).backward()
