@@ -8,6 +8,7 @@ import pytest
 
 from moesaic.checkpoint import CheckpointError, Manifest, checkpoints, latest, read_manifest
 from moesaic.checkpoint import folder as folders
+from moesaic.checkpoint.sealed import describe_file
 
 
 def _make(root, step, *, files=None, name=None):
@@ -113,7 +114,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(tmp_path, text):
 def test_files_are_checked_by_size_and_content(tmp_path):
     file = tmp_path / "data"
     file.write_bytes(b"abc" * 1000)
-    entry = folders.describe_file(file)
+    entry = describe_file(file)
     folders.verify_file(file, entry)
     file.write_bytes(b"abc" * 999 + b"abd")
     with pytest.raises(CheckpointError, match="has changed since it was written"):

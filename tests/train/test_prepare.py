@@ -1,6 +1,8 @@
 """Prepared text: what is in it, and that it is made once."""
 
+import errno
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moesaic.train.baselines import count_bytes
 from moesaic.train.corpus import documents
+from moesaic.train.errors import UserError
 from moesaic.train.prepare import prepare
 from tests.train.conftest import write_corpus
 
@@ -83,6 +86,38 @@ def test_an_interrupted_preparation_leaves_nothing(corpus, own_cache, monkeypatc
             _prepare(corpus)
     assert list(own_cache.iterdir()) == []
     assert _prepare(corpus)[1] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["train.npy", "held_out.json", "byte_counts.npy", "meta.json", "tokenizer/tokenizer.json"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "lost"])
+def test_a_damaged_cache_is_made_again(corpus, own_cache, name, damage):
+    first, _ = _prepare(corpus)
+    tokens, file = first.tokens().copy(), first.folder / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if damage == "lost":
+        file.unlink()
+    else:
+        changed = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        file.write_bytes(changed if damage == "flip" else content[:middle])
+    notes = []
+    again = prepare(str(corpus), text_column="text", tokenizer=None, vocab_size=300, notify=notes.append)
+    assert notes[0].startswith(f"the cache {first.folder} is damaged (")
+    assert (again.tokens() == tokens).all()
+    assert file.read_bytes() == content
+    assert [path.name for path in own_cache.iterdir()] == [first.folder.name]
+
+
+def test_a_full_disk_under_the_cache_is_an_error_with_a_remedy(corpus, own_cache, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"cannot write the cache .*No space left.* set XDG_CACHE_HOME"):
+        _prepare(corpus)
+    assert list(own_cache.iterdir()) == []
 
 
 def test_two_at_a_time_agree(corpus, own_cache):

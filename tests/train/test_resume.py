@@ -128,7 +128,7 @@ def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
     whole = dataclasses.replace(tiny, out=tmp_path / "whole", **layouts[before])
     _on(ranks, before, _fit, whole, cache)
     part = dataclasses.replace(tiny, out=tmp_path / "part", **layouts[before])
-    _on(ranks, before, _fit, part, cache, {2: [signal.SIGTERM]})
+    _on(ranks, before, _fit, part, cache, {2: [signal.SIGHUP]})
     step, saved = _tensors(part, cache)
     assert step == 3
 

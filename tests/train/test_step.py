@@ -31,6 +31,13 @@ def _poison_gradient(model, name):
     model.get_parameter(name).register_post_accumulate_grad_hook(spoil)
 
 
+def _enlarge_gradient(model, name):
+    def spoil(parameter):
+        _local(parameter.grad).fill_(1e30)
+
+    model.get_parameter(name).register_post_accumulate_grad_hook(spoil)
+
+
 def _poison_loss(model, name):
     # Beyond all layers: the loss itself is infinite.
     def far(module, args, output):
@@ -93,6 +100,7 @@ def test_all_ranks_stop_before_the_update(tiny, cache, ranks, poison, name, vict
         (_poison_weight, "model.embed_tokens.weight", "is that of"),
         (_poison_loss, "", "every layer's output is finite"),
         (_poison_gradient, "lm_head.weight", "the gradient of lm_head.weight is not"),
+        (_enlarge_gradient, "lm_head.weight", "all gradients are finite, but their norm is more than fp32 can hold"),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -12,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint.sealed import difference, flush, unseal, write_sealed
+
 MANIFEST = "manifest.json"
 _FORMAT = 2
 # Format 1 had no hash of the manifest itself.
 _READABLE = (1, 2)
-_HASH = "sha256"
-_NO_HASH = "0" * 64
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -77,17 +76,8 @@ def check_info(info: dict[str, Any]) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write manifest.json into a checkpoint folder and flush both to disk.
-
-    It has its own hash: that of its text with zeros in place of the hash.
-    """
-    text = json.dumps(dataclasses.asdict(manifest) | {"format": _FORMAT, _HASH: _NO_HASH}, indent=1)
-    before, _, after = text.rpartition(_NO_HASH)
-    with open(path / MANIFEST, "w", encoding="utf-8", newline="") as file:
-        file.write(before + _hash(text) + after)
-        file.flush()
-        os.fsync(file.fileno())
-    flush(path)
+    """Write manifest.json into a checkpoint folder and flush both to disk."""
+    write_sealed(path / MANIFEST, dataclasses.asdict(manifest) | {"format": _FORMAT})
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -99,11 +89,7 @@ def read_manifest(path: Path) -> Manifest:
         if values["format"] not in _READABLE:
             known = " and ".join(map(str, _READABLE))
             raise CheckpointError(f"{file} has format {values['format']!r}; this version reads formats {known}")
-        if values["format"] != 1:
-            before, found, after = text.rpartition(values[_HASH])
-            if not found or _hash(before + _NO_HASH + after) != values.pop(_HASH):
-                raise CheckpointError(f"{file} is damaged: it has changed since it was written")
-        manifest = Manifest(**values)
+        manifest = Manifest(**(values if values["format"] == 1 else unseal(text)))
         sound = (
             isinstance(manifest.step, int)
             and isinstance(manifest.world_size, int)
@@ -115,7 +101,7 @@ def read_manifest(path: Path) -> Manifest:
             )
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {error or type(error).__name__}") from error
     if not sound or manifest.step != step_of(path):
         raise CheckpointError(f"{file} is damaged: it does not describe {path.name}")
     return manifest
@@ -139,31 +125,13 @@ def check_contents(path: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{path / surplus[0]} is not in {MANIFEST}; a checkpoint has no other files than those")
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
-
-
 def verify_file(path: Path, entry: dict[str, Any]) -> None:
     """Raise `CheckpointError` unless the file matches its entry."""
     try:
-        # A truncated file is found out without reading it.
-        size = path.stat().st_size
-        found = describe_file(path) if size == entry["bytes"] else {"bytes": size}
+        what = difference(path, entry)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if found != entry:
-        what = (
-            f"has {size} bytes, not {entry['bytes']}" if size != entry["bytes"] else "has changed since it was written"
-        )
+    if what is not None:
         raise CheckpointError(f"{path} is damaged: it {what}")
 
 
@@ -205,14 +173,3 @@ def prune(root: Path, keep: int, newest: int) -> None:
     for path in root.iterdir():
         if path.name.endswith((".tmp", ".old")) and _NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def flush(folder: Path) -> None:
-    """Flush a folder's entries to disk: a rename survives a power cut only after that."""
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

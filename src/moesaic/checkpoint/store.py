@@ -23,6 +23,7 @@ from moesaic import ranks
 from moesaic.checkpoint import folder
 from moesaic.checkpoint.folder import CheckpointError, Manifest
 from moesaic.checkpoint.reader import SafeReader
+from moesaic.checkpoint.sealed import describe_file
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _describe_own(work: Path) -> dict[str, dict[str, Any]]:
     own = sorted(work.glob(f"__{ranks.rank()}_*"))
     if ranks.is_leader():
         own.append(work / ".metadata")
-    return {path.name: folder.describe_file(path) for path in own}
+    return {path.name: describe_file(path) for path in own}
 
 
 def _finish(work: Path, final: Path, manifest: Manifest, keep: int) -> None:

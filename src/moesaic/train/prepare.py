@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moesaic.checkpoint.sealed import flush, open_folder, seal_folder, unseal
 from moesaic.train import tokenizer as tokenizers
 from moesaic.train.baselines import count_bytes
 from moesaic.train.chat import LossOn, Renderer, named_in_template
@@ -27,7 +28,8 @@ from moesaic.train.packing import Conversations
 from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
 
 # Counts up when what is in a folder changes, or what may be.
-_FORMAT = 4
+_FORMAT = 5
+_SEAL = "meta.json"
 # Of a large corpus this much held-out text is kept: more than anyone measures.
 _HELD_OUT_BYTES = 32 * 2**20
 
@@ -61,7 +63,8 @@ def prepare(
         data_identity = hashlib.sha256(f"{data_identity}\n{loss_on}\n{template}".encode()).hexdigest()
     key = hashlib.sha256(f"{_FORMAT}\n{data_identity}\n{recipe}".encode()).hexdigest()
     folder = cache_folder() / f"{'chat' if is_chat else 'text'}-{key[:20]}"
-    if not (folder / "meta.json").is_file():
+    _remove_damaged(folder, notify)
+    if not folder.exists():
         what = "training a tokenizer on it and encoding it" if given is None else "encoding it"
         thing = "conversations" if is_chat else "documents"
         notify(f"new text, {len(corpus)} {thing}: {what}; the result is cached in {folder}")
@@ -72,7 +75,8 @@ def prepare(
 
 def open_prepared(folder: Path) -> PreparedText | PreparedConversations:
     """What `prepare` has made in a folder."""
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = unseal((folder / _SEAL).read_text())
+    del meta["files"]
     kind = PreparedConversations if meta.pop("conversations") else PreparedText
     return kind(folder=folder, **meta)
 
@@ -81,6 +85,18 @@ def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/moesaic`, or `~/.cache/moesaic`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "moesaic"
+
+
+def _remove_damaged(folder: Path, notify: Callable[[str], None]) -> None:
+    """Take away a folder whose files are not as they were written. Who still reads it keeps what it has opened."""
+    if not folder.exists():
+        return
+    try:
+        open_folder(folder, _SEAL)
+    except ValueError as error:
+        notify(f"the cache {folder} is damaged ({error}); it is made again")
+        with tempfile.TemporaryDirectory(prefix=folder.name, suffix=".old", dir=folder.parent) as aside:
+            folder.rename(Path(aside, folder.name))
 
 
 def _build(
@@ -126,13 +142,18 @@ def _build(
             np.save(work / "train.npy", _join(tokenizer, texts))
             np.save(work / "byte_counts.npy", count_bytes(texts))
         (work / "held_out.json").write_text(json.dumps([dataclasses.asdict(document) for document in held_out]))
-        (work / "meta.json").write_text(json.dumps(meta))
+        seal_folder(work, _SEAL, meta)
         try:
             work.rename(folder)
         except OSError:
             # Somebody else was faster; anything but a complete folder in this place would be a real error.
-            if not (folder / "meta.json").is_file():
+            if not (folder / _SEAL).is_file():
                 raise
+        flush(folder.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {folder.parent} ({error}); make room, or set XDG_CACHE_HOME to another folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

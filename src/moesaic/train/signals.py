@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM set a flag that the training loop reads; they do not interrupt a step."""
+"""Ctrl-C, SIGTERM and SIGHUP set a flag that the training loop reads; they do not interrupt a step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
-
-_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 class StopRequest:
@@ -26,7 +24,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python only lets the main thread have signal handlers.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in _heard()}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,3 +35,11 @@ class StopRequest:
         if not self.wanted:
             self.wanted = True
             self._notify(signal.Signals(number).name)
+
+
+def _heard() -> list[signal.Signals]:
+    signals = [signal.SIGINT, signal.SIGTERM]
+    # A closed terminal sends SIGHUP. Under nohup it is to be ignored, and Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals

@@ -140,7 +140,10 @@ def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
     except RuntimeError:
         name = first_bad_gradient(model.named_parameters())
         if name is None:
-            raise
+            raise TrainingError(
+                f"step {step}: all gradients are finite, but their norm is more than fp32 can hold. No weight has been "
+                "changed."
+            ) from None
         raise TrainingError(
             f"step {step}: non-finite gradient: the loss is finite, but the gradient of {name} is not. It is "
             f"the first such parameter in backward order. No weight has been changed."

@@ -26,6 +26,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from moesaic import ranks
 from moesaic.checkpoint import folder
+from moesaic.checkpoint.sealed import flush_all
 from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import architecture_of, origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
@@ -271,5 +272,5 @@ def _finish(
     if plain.can_generate():
         plain.generation_config.save_pretrained(work)
     add(work)
-    folder.flush(work)
+    flush_all(work)
     folder.publish(work, final, old=work.with_name("old"))
