@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter: runs ``tests/ops/interpreted`` in processes of its own."""
+"""The Triton kernels in Triton's interpreter: runs ``tests/ops/interpreted`` in a process of its own."""
 
 import os
 import subprocess
@@ -13,11 +13,11 @@ ROOT = FOLDER.parents[2]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("file", sorted(file.name for file in FOLDER.glob("test_*.py")))
-def test_interpreted(file):
+def test_interpreted():
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "MOESAIC_NO_TYPECHECK": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=20", str(FOLDER)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "MOESAIC_NO_TYPECHECK": "1", "PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter. They run where ``TRITON_INTERPRET=1`` was set at the start.
 
 It is read when triton is imported and belongs to the whole process: ``tests/ops/test_triton_kernels.py`` runs these
-files in processes of their own. The run-time checks of types stay off there, for a checked function cannot be a kernel.
+files in a process of their own. The run-time checks of types stay off there, for a checked function cannot be a kernel.
 """
 
 import os
