@@ -16,10 +16,26 @@ from tests.distributed.parity import meshes_of, whole
 CONFIG = moesaic.MoEConfig(dim=8, hidden_dim=5, num_experts=5, top_k=2, shared_hidden_dim=4, logit_bias=True)
 
 
+class Computed(nn.Module):
+    """Weights that are computed of random numbers, whole or placed as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.empty(7)), nn.Parameter(torch.empty(5, 3))
+        self.moe = moesaic.MoE(CONFIG)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.a.copy_(torch.rand(7).log())
+        self.b.copy_(torch.empty_like(self.b).uniform_(1, 2).neg_())
+
+
 def model_on_meta(kind: str) -> nn.Module:
     with torch.device("meta"):
         if kind == "layer":
             return moesaic.MoE(CONFIG)
+        if kind == "computed":
+            return Computed()
         config = Qwen3MoeConfig(
             vocab_size=61,
             hidden_size=32,
@@ -52,16 +68,12 @@ def check(layout: dict[str, int], kind: str, expected: dict[str, Tensor]) -> Non
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("kind", ["layer", "transformers model"])
+LAYOUTS = [(2, {"ep": 2}), (2, {"tp": 2, "etp": 2}), (4, {"tp": 2, "ep": 2}), (4, {"dp_replicate": 2, "ep": 2})]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
-    [
-        (2, {"ep": 2}),
-        (2, {"tp": 2, "etp": 2}),
-        (4, {"tp": 2, "ep": 2}),
-        (4, {"dp_replicate": 2, "ep": 2}),
-        (4, {"ep": 2, "etp": 2}),
-    ],
+    ("ranks", "layout", "kind"),
+    [(*where, kind) for where in LAYOUTS for kind in ("layer", "transformers model")] + [(2, {"ep": 2}, "computed")],
     ids=str,
 )
 def test_the_numbers_of_one_process(same_ranks, ranks, layout, kind):

@@ -89,8 +89,10 @@ class Draws(nn.Module):
             match self.how:
                 case "data":
                     self.weight.data.uniform_(2, 3)
-                case "copy":
-                    self.weight.copy_(torch.randn(4, 3))
+                case "others":
+                    self.weight.copy_(torch.randperm(12).view(4, 3))
+                case "computed":
+                    self.weight.copy_(torch.empty_like(self.weight).uniform_(1, 2).neg_())
                 case "part":
                     self.weight[0].normal_()
 
@@ -98,9 +100,12 @@ class Draws(nn.Module):
 def test_what_cannot_be_by_position():
     init_weights_(model := Draws("data"))
     assert model.weight.min() >= 2
-    for how in ("copy", "part"):
+    init_weights_(model := nn.Sequential(Draws("computed"), Draws("computed")))
+    assert model[0].weight.max() <= -1
+    assert not torch.equal(model[0].weight, model[1].weight)
+    for how in ("others", "part"):
         with pytest.raises(
-            ValueError, match=r"'0' \(Draws\) draws random numbers by aten.*normal_ and uniform_ of whole"
+            ValueError, match=r"'0' \(Draws\) draws random numbers by aten.*use only normal_ and uniform_ of whole"
         ):
             init_weights_(nn.Sequential(Draws(how)))
     with pytest.raises(ValueError, match=r"no module sets \['0.weight'\]"):

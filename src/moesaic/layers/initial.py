@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moesaic.layers.blocks import Draw, fill_by_position
+from moesaic.layers.blocks import fill_by_position
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,8 +42,8 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
 
     Raises:
         ValueError: ``std`` is negative, a parameter is on the meta device, no module sets a parameter, or a module
-            draws in another way than by ``normal_`` or ``uniform_`` of its parameters. The message names the parameter
-            or module.
+            draws in another way than by ``normal_`` or ``uniform_`` of whole tensors, ``rand`` or ``randn``. The
+            message names the parameter or module.
 
     Example:
         >>> with torch.device("meta"):
@@ -58,12 +59,12 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
                 f"model: parameter '{name}' is on the meta device; call parallelize(model, meshes) or "
                 "model.to_empty(device=...) first"
             )
-        names[parameter] = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        names[parameter] = _clean(name)
     token = _BY_POSITION.set(True)
     try:
         with _NumbersByPosition(names, std, seed) as mode:
             for name, module, owner in _with_owners(model):
-                mode.module = f"'{name}' ({type(module).__name__})"
+                mode.enter_module(_clean(name), type(module).__name__)
                 _set_own_parameters(module, owner)
     finally:
         _BY_POSITION.reset(token)
@@ -73,6 +74,11 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
             f"model: no module sets {unset}; give the class of the module reset_parameters(), which sets them"
         )
     return model
+
+
+def _clean(name: str) -> str:
+    """The name without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def reset_checked(module: Any) -> None:
@@ -98,11 +104,14 @@ def check_generators(module: nn.Module) -> None:
 
 
 def _with_owners(module: nn.Module, name: str = "", owner: Any = None) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module with its name, and the innermost module around it that initialises others, as in transformers."""
+    """Every module with its name, and the innermost module around it that sets others' parameters, as in transformers.
+
+    Children come first, as in ``module.apply``: a module may set again what they have set.
+    """
     owner = module if callable(getattr(module, "_init_weights", None)) else owner
-    yield name, module, owner
     for child, submodule in module.named_children():
         yield from _with_owners(submodule, f"{name}.{child}".lstrip("."), owner)
+    yield name, module, owner
 
 
 def _set_own_parameters(module: Any, owner: Any) -> None:
@@ -128,35 +137,52 @@ class _NumbersByPosition(TorchDispatchMode):
     """Makes random operators fill parameters by position.
 
     Attributes:
-        module: the module that is at work, for errors.
         written: the parameters that have been set.
     """
 
     def __init__(self, names: dict[Tensor, str], std: float | None, seed: int) -> None:
         super().__init__()
-        self.module = ""
         self.written: set[Tensor] = set()
+        self._module, self._class, self._draws = "", "", 0
         self._names, self._std, self._seed = names, std, seed
         # Modules may also set `parameter.data`, another tensor with the same memory.
         self._by_memory = {_part(p)[0].data_ptr(): p for p in names if _part(p)[0].numel()}
 
+    def enter_module(self, name: str, class_name: str) -> None:
+        """From now on it is this module that sets parameters."""
+        self._module, self._class, self._draws = name, class_name, 0
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        target = self._parameter(args[0]) if args and isinstance(args[0], Tensor) else None
+        kwargs = kwargs or {}
+        into = args[0] if args and isinstance(args[0], Tensor) else None
+        target = None if into is None else self._parameter(into)
         if target is not None and func._schema.is_mutable:
             self.written.add(target)
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs or {})
-        draw = _draw(func, args[1:])
-        if target is None or draw is None:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._draw(func, into, target, args, kwargs)
+        if func == aten.copy_.default and type(args[1]) is Tensor and into is not None and into.shape == args[1].shape:
+            # Every rank computed the whole, and keeps its part. DTensors do not mix with others.
+            local, box = _part(into)
+            local.copy_(args[1][box])
+            return into
+        return func(*args, **kwargs)
+
+    def _draw(self, func: Any, into: Tensor | None, target: Tensor | None, args: Any, kwargs: Any) -> Tensor:
+        draw, arguments = _DRAWS.get(func), args[1:]
+        if draw is None or (into is not None and target is None and into._is_view()):
             raise ValueError(
-                f"model: {self.module} draws random numbers by {func}, which would differ between layouts; use only "
-                "normal_ and uniform_ of whole parameters"
+                f"model: '{self._module}' ({self._class}) draws random numbers by {func}, which would differ between "
+                "layouts; use only normal_ and uniform_ of whole tensors, rand and randn"
             )
-        if self._std is not None and target.ndim >= 2:
-            draw = _draw(aten.normal_.default, (0.0, self._std))
-        assert draw is not None
-        fill_by_position(*_part(args[0]), args[0].shape, f"{self._seed} {self._names[target]}", draw)
-        return args[0]
+        if into is None:
+            into = torch.empty(args[0], **kwargs)
+        self._draws += 1
+        # What is not a parameter is something that one is computed of.
+        name = f"{self._module} {self._draws}" if target is None else self._names[target]
+        if self._std is not None and target is not None and target.ndim >= 2:
+            draw, arguments = _normal, (0.0, self._std)
+        fill_by_position(*_part(into), into.shape, f"{self._seed} {name}", partial(draw, *arguments or (0.0, 1.0)))
+        return into
 
     def _parameter(self, t: Tensor) -> Tensor | None:
         if t in self._names:
@@ -172,9 +198,19 @@ def _part(t: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return local_part(t)
 
 
-def _draw(func: Any, args: tuple[Any, ...]) -> Draw | None:
-    if func == aten.normal_.default:
-        return lambda block, generator: block.normal_(*args, generator=generator)
-    if func == aten.uniform_.default:
-        return lambda block, generator: block.uniform_(*args, generator=generator)
-    return None
+def _normal(*args: Any) -> None:
+    *moments, block, generator = args
+    block.normal_(*moments, generator=generator)
+
+
+def _uniform(*args: Any) -> None:
+    *ends, block, generator = args
+    block.uniform_(*ends, generator=generator)
+
+
+_DRAWS = {
+    aten.normal_.default: _normal,
+    aten.randn.default: _normal,
+    aten.uniform_.default: _uniform,
+    aten.rand.default: _uniform,
+}
