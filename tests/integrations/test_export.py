@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
-from moesaic.integrations.transformers import export_pretrained, swap_moe, unswap_moe
+from moesaic.integrations.transformers import export_pretrained, swap_moe
 
 
 def make_model(**changes: object) -> Qwen3MoeForCausalLM:
@@ -89,15 +89,6 @@ def test_frozen_blocks_stay_frozen():
     swap_moe(model)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable == ["model.layers.0.mlp.router.weight"]
-
-
-def test_what_the_blocks_cannot_give_is_refused():
-    with pytest.raises(ValueError, match="output_router_logits is set"):
-        swap_moe(make_model(output_router_logits=True))
-    model, ids = make_model(), torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="output_router_logits: swap_moe has replaced the blocks"):
-        swap_moe(model)(input_ids=ids, output_router_logits=True)
-    assert len(unswap_moe(model)(input_ids=ids, output_router_logits=True).router_logits) > 0
 
 
 def test_export_refuses_what_the_architecture_has_no_place_for(tmp_path):

@@ -212,7 +212,6 @@ def test_models_that_the_layer_cannot_stand_in_for():
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("Mixtral", {"output_router_logits": True}, "config.output_router_logits is set"),
         (
             "Mixtral",
             {"router_jitter_noise": 0.1},

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moesaic.cli import main
 from moesaic.layers import expert_load
 from moesaic.train import loop
 from moesaic.train.architecture import find_model
-from moesaic.train.config import TrainConfig
+from moesaic.train.config import TrainConfig, read_settings
 from moesaic.train.errors import UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.run import set_up
@@ -156,6 +157,57 @@ def test_gradients_are_those_of_each_conversation_alone(tuned, cache, ranks, tmp
         for name, grad in grads.items():
             worst = (grad - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-6)
             assert worst < 1e-5, (name, worst)
+
+
+def test_the_balance_loss_is_that_of_transformers_if_the_config_asks(tuned, cache, ranks, tmp_path):
+    """Its gradient, as transformers has it of the same rows, on one process and on four."""
+    folder = Path(write_model(tmp_path / "model", "mixtral"))
+    values = json.loads((folder / "config.json").read_text())
+    config = dataclasses.replace(tuned, out=tmp_path / "run", seq_len=128)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        batch = run.training.loader.next_batch()
+    # Without being asked, none: as in transformers.
+    assert run.config.aux_loss_coef == 0
+    (folder / "config.json").write_text(
+        json.dumps(values | {"output_router_logits": True, "router_aux_loss_coef": 0.3})
+    )
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    out = model(input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)
+    routings = [logits.detach()[batch.mask.flatten()] for logits in out.router_logits]
+    expected = 0.3 * load_balancing_loss_func(tuple(routings), model.num_experts, model.num_experts_per_tok)
+    for world_size, changes in ((1, {}), (4, MESH)):
+        config = dataclasses.replace(config, out=tmp_path / f"run-{world_size}", steps=1, **changes)
+        run_it = _fit if world_size == 1 else lambda *args: ranks(_fit, 4, *args)
+        run_it(config, cache)
+        [row] = [row for row in read_jsonl(config.out / "metrics.jsonl") if row["step"] == 1]
+        assert row["balance_loss"] == pytest.approx(float(expected), rel=1e-5)
+    settings = json.loads((config.out / "config.json").read_text())["settings"]
+    assert (settings["aux_loss"], settings["aux_loss_coef"]) == ("pooled", 0.3)
+
+
+def test_a_balance_coefficient_of_another_meaning_is_told_of(tuned, cache, tmp_path):
+    write_model(tmp_path / "model", "mixtral")
+    config = dataclasses.replace(tuned, aux_loss_coef=0.02, steps=1)
+    _fit(config, cache)
+    assert "aux-loss" not in "\n".join(_fit(dataclasses.replace(config, resume=True, steps=2), cache)[1])
+    changed = dataclasses.replace(config, resume=True, steps=3, aux_loss="sequence")
+    told = "\n".join(_fit(changed, cache)[1])
+    assert "--aux-loss-coef 0.02 is now for another balance loss: --aux-loss sequence, and it was batch" in told
+    _forget_aux_loss(tuned.out)
+    old = read_settings(tuned.out / "config.json")
+    assert old.aux_loss == "batch"
+    told = "\n".join(_fit(dataclasses.replace(old, resume=True, steps=4), cache)[1])
+    assert "--aux-loss-coef 0.02 is from an older version of moesaic" in told
+    assert "A new run would have 0; --aux-loss-coef 0 turns it off" in told
+
+
+def _forget_aux_loss(folder):
+    """Make a run look like one of a version that had no such setting."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    del values["settings"]["aux_loss"]
+    file.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (4, MESH)], ids=str)

@@ -22,11 +22,13 @@ from moesaic.ops.autocast import no_autocast
 class Routing(NamedTuple):
     """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input).
 
-    Padding goes to no expert: its ids are -1 and its weights are 0.
+    Padding goes to no expert: its ids are -1 and its weights are 0. A router also returns the ``logits [T, E]``, in the
+    dtype of the weights.
     """
 
     ids: Tensor
     weights: Tensor
+    logits: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -120,7 +122,7 @@ class TopKRouter(nn.Module):
                 ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)
             if self.training:
                 weights_TK = self._balance(logits_TE, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
-            return Routing(ids_TK, weights_TK)
+            return Routing(ids_TK, weights_TK, logits_TE)
 
     @torch.no_grad()
     def _choose(self, scores_TE: Tensor) -> Tensor:

@@ -73,12 +73,6 @@ def _check_arguments(
 ) -> None:
     given = signature.bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
-    routers = given.get("output_router_logits")
-    if model.config.get_text_config().to_dict().get("output_router_logits") if routers is None else routers:
-        raise ValueError(
-            "output_router_logits: the blocks that return them were replaced; leave it False, and use swap_moe's "
-            "aux_loss_coef with moesaic.balance_losses()"
-        )
     if tp > 1:
         for name in _WHOLE_SEQUENCE:
             value = given.get(name)

@@ -96,8 +96,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     aux_loss_coef: float | None = None
-    """Weight of the load-balancing loss. By default 0.05 for a new model. For a pretrained model it is the
-    router_aux_loss_coef of its config, or 0."""
+    """Weight of the load-balancing loss. By default 0.05 for a new model. For a pretrained model it is 0, unless its
+    config sets output_router_logits: then it is its router_aux_loss_coef, as in transformers."""
+    aux_loss: Literal["batch", "sequence", "pooled"] | None = None
+    """What that loss balances: in each layer the tokens of a step (batch) or each sequence (sequence), or all layers
+    together, as in transformers (pooled). By default batch; pooled where the config sets output_router_logits."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
     seed: int = 0
@@ -156,12 +159,17 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--betas must be at least 0 and below 1, not {config.betas}")
 
 
-def with_defaults(config: TrainConfig, *, pretrained: bool, aux_loss_coef: float) -> TrainConfig:
-    """Fill in the defaults that depend on the model. `aux_loss_coef` is the default for a pretrained model."""
+def with_defaults(config: TrainConfig, *, pretrained: bool, own_aux_loss_coef: float | None) -> TrainConfig:
+    """Fill in the defaults that depend on the model.
+
+    `own_aux_loss_coef` is what transformers multiplies its balance loss of a pretrained model by, None where it adds
+    none.
+    """
     defaults = {
         "lr": 1e-4 if config.lora_rank else 1e-5 if pretrained else 3e-3,
         "weight_decay": 0.0 if pretrained else 0.1,
-        "aux_loss_coef": aux_loss_coef if pretrained else 0.05,
+        "aux_loss_coef": (own_aux_loss_coef or 0.0) if pretrained else 0.05,
+        "aux_loss": "batch" if own_aux_loss_coef is None else "pooled",
     }
     missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
@@ -192,6 +200,8 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"unknown settings {', '.join(unknown)}; another version of moesaic wrote them")
+    # Before there was a choice.
+    values.setdefault("aux_loss", "batch")
     if values.get("out") is not None:
         values["out"] = Path(values["out"])
     if "betas" in values:

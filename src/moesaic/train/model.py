@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moesaic.integrations.transformers import load_pretrained, swap_moe
+from moesaic.integrations.transformers.router_logits import balance_coefficient
 from moesaic.layers.experts import GroupedExperts
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
@@ -48,6 +49,16 @@ def identity(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def own_aux_loss_coef(source: ModelSource) -> float | None:
+    """What transformers multiplies its balance loss of a pretrained model by, None where it adds none."""
+    if source.weights is None or not source.text_values.get("output_router_logits"):
+        return None
+    try:
+        return balance_coefficient(AutoConfig.from_pretrained(source.weights))
+    except (ValueError, OSError) as error:
+        raise UserError(f"--model {source.weights}: transformers rejects its config: {error}") from error
+
+
 def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: torch.device) -> nn.Module:
     """A new model, equal on every layout, its MoE blocks replaced, laid over `meshes`.
 
@@ -61,7 +72,7 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
     try:
-        swap_moe(model, aux_loss_coef=config.aux_loss_coef or 0.0, z_loss_coef=config.z_loss_coef)
+        swap_moe(model, **_balance(config))
         parallelize(model, meshes, compute=config.compute)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
@@ -94,11 +105,15 @@ def load_model(
                 dtype=torch.float32,
                 compute=config.compute,
                 device=device,
-                aux_loss_coef=config.aux_loss_coef or 0.0,
-                z_loss_coef=config.z_loss_coef,
+                **_balance(config),
             )
     except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
         raise UserError(f"--model {config.model} ({source.values['model_type']}): {error}") from error
+
+
+def _balance(config: TrainConfig) -> dict[str, Any]:
+    """The balance losses of `swap_moe` for these settings, whose defaults are filled in."""
+    return {"aux_loss_coef": config.aux_loss_coef, "aux_loss": config.aux_loss, "z_loss_coef": config.z_loss_coef}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shutil
 from collections.abc import Callable
@@ -53,8 +54,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     """Build a run in a new folder, or continue from its last checkpoint if `config.resume`. Collective."""
     _check_same_on_all_ranks("settings", to_json(config))
     source = find_model(config.model)
-    own_coef = source.text_values.get("router_aux_loss_coef") or 0.0
-    config = with_defaults(config, pretrained=source.pretrained, aux_loss_coef=own_coef)
+    own_coef = models.own_aux_loss_coef(source)
+    config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
     text = _prepare_text(config, source, runtime, notify)
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
     loader = BatchLoader(
@@ -89,10 +90,29 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     if config.resume:
         restore(training, folder)
     if runtime.leader:
+        if config.resume and config.aux_loss_coef:
+            _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
         write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
         shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
     guard = ForwardGuard(model, runtime.device)
     return Run(training, folder, config, runtime, text, meshes, guard, adapters, source.pretrained)
+
+
+def _tell_of_balance_loss(
+    folder: Path, config: TrainConfig, pretrained: bool, own_coef: float | None, notify: Callable[[str], None]
+) -> None:
+    """Say so if the coefficient of the balance loss is now for another loss, or one that a new run would not have."""
+    then = json.loads((folder / CONFIG).read_text())["settings"]
+    coefficient = f"--aux-loss-coef {config.aux_loss_coef:g}"
+    if (before := then.get("aux_loss", "batch")) != config.aux_loss:
+        notify(f"{coefficient} is now for another balance loss: --aux-loss {config.aux_loss}, and it was {before}")
+    elif "aux_loss" not in then and pretrained:
+        new = "0" if own_coef is None else f"{own_coef:g} with --aux-loss pooled"
+        notify(
+            f"{coefficient} is from an older version of moesaic, which took it from the model's config. It goes on as "
+            f"before: times a loss of each layer, added up, but now without padding. A new run would have {new}; "
+            "--aux-loss-coef 0 turns it off"
+        )
 
 
 def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notify: Callable[[str], None]) -> Rows:

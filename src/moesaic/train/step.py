@@ -68,12 +68,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
-def forward(model: nn.Module, batch: Batch) -> Tensor:
+def forward(model: Any, batch: Batch) -> Tensor:
     """The logits `[B, s, V]` of this rank's sequence shard."""
     # Without positions of its own a model has them, and its causal mask, from a cheaper place.
-    given = {} if batch.positions is None else {"position_ids": batch.positions}
+    given: dict[str, Any] = {} if batch.positions is None else {"position_ids": batch.positions}
     # Not as an attention mask, with which the model would not look at positions: the padding of a row is seen by none.
     given |= {} if batch.mask is None else {"token_mask": batch.mask}
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        # What they are for comes from balance_losses().
+        given["output_router_logits"] = False
     return model(input_ids=batch.inputs, use_cache=False, **given).logits
 
 

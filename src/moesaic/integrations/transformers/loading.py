@@ -40,7 +40,7 @@ def load_pretrained(
     compute: ComputeOn = "dtensor",
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
-    **moe_options: float,
+    **moe_options: Any,
 ) -> Any:
     """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
 
@@ -88,7 +88,7 @@ def load_and_count(
     compute: ComputeOn = "dtensor",
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
-    moe_options: Mapping[str, float] | None = None,
+    moe_options: Mapping[str, Any] | None = None,
 ) -> tuple[Any, int]:
     """The result of :func:`load_pretrained`, and the number of bytes that this rank has read from the files."""
     place = torch.device(device or meshes.device_type or "cpu")

@@ -14,12 +14,12 @@ a layer or a MoE again, whoever does the checkpointing.
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from moesaic.integrations.transformers.calls import bind, stacks_of
+from moesaic.integrations.transformers.router_logits import wants_router_logits
 from moesaic.layers import MoE
 
 # The label that transformers ignores.
@@ -29,7 +29,7 @@ _IGNORED = -100
 def install(model: nn.Module) -> None:
     """Make the decoders of a model, and their layers, bring masks to their MoEs."""
     model.register_forward_pre_hook(_take_labels, with_kwargs=True)
-    for decoder, layers in _stacks(model):
+    for decoder, layers in stacks_of(model):
         decoder.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         for layer in layers:
             layer.__class__ = _taking_masks(type(layer))
@@ -44,33 +44,16 @@ def remove(model: nn.Module) -> None:
             module.__class__ = plain
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
-    """Every decoder in a model, with its list of layers."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and any(
-                isinstance(m, MoE) for layer in child for m in layer.children()
-            ):
-                yield module, child
-
-
-@functools.cache
-def _signature(model: type) -> inspect.Signature:
-    return inspect.signature(model.forward)
-
-
-def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name. Those that the signature does not name are left out."""
-    return _signature(type(model)).bind(model, *args, **kwargs).arguments
-
-
 def _take_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = _arguments(model, args, kwargs)
+    given = bind(model, args, kwargs).arguments
     ids, labels = given.get("input_ids"), given.get("labels")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     if kwargs.get("token_mask") is not None or given.get("attention_mask") is not None:
         return args, kwargs
     if ids is None or labels is None or pad is None or model.loss_type != "ForCausalLM" or labels.shape != ids.shape:
+        return args, kwargs
+    if wants_router_logits(model, args, kwargs):
+        # Plain transformers' balance loss knows attention masks only.
         return args, kwargs
     may_be = (ids == pad) & (labels.to(ids.device) == _IGNORED)
     return args, {**kwargs, "token_mask": may_be.long().flip(1).cumprod(1).flip(1) == 0}
@@ -79,7 +62,7 @@ def _take_labels(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _take_attention_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("token_mask") is not None:
         return args, kwargs
-    given = _arguments(decoder, args, kwargs)
+    given = bind(decoder, args, kwargs).arguments
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     mask = given.get("attention_mask")
     if tokens is None or not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -21,7 +21,6 @@ def install(model: PreTrainedModel) -> None:
     """Make the model write and read checkpoints with the names and layouts of transformers."""
     for method in _METHODS:
         setattr(model, method.__name__, MethodType(method, model))
-    model.register_forward_pre_hook(_refuse_router_logits, with_kwargs=True)
 
 
 def remove(model: nn.Module) -> None:
@@ -30,16 +29,6 @@ def remove(model: nn.Module) -> None:
         for method in _METHODS:
             if getattr(module.__dict__.get(method.__name__), "__func__", None) is method:
                 delattr(module, method.__name__)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_router_logits]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-
-
-def _refuse_router_logits(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("output_router_logits"):
-        raise ValueError(
-            "output_router_logits: swap_moe has replaced the blocks that return them; leave it out, and use swap_moe's "
-            "aux_loss_coef with moesaic.balance_losses()"
-        )
 
 
 def save_pretrained(

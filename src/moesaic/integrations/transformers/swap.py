@@ -4,14 +4,15 @@ No number changes, and no tensor is left out. A block is refused by name if the 
 tensors, or if it lacks a tensor of the layer.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from moesaic.integrations.transformers import masks, methods
+from moesaic.integrations.transformers import masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
 from moesaic.integrations.transformers.links import Link
@@ -20,6 +21,7 @@ from moesaic.layers import MoE, MoEConfig
 from moesaic.ops import Implementation
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Balance = Literal["batch", "sequence", "pooled"]
 
 
 class _Swap(NamedTuple):
@@ -32,7 +34,8 @@ class _Swap(NamedTuple):
 def swap_moe(
     model: Model,
     *,
-    aux_loss_coef: float = 0.0,
+    aux_loss_coef: float | None = None,
+    aux_loss: Balance = "batch",
     z_loss_coef: float = 0.0,
     bias_update_speed: float = 0.0,
     impl: Implementation | None = None,
@@ -49,6 +52,12 @@ def swap_moe(
         model: a model of transformers. If it is on the meta device, the layers are there too.
             ``docs/transformers.md`` lists the families.
         aux_loss_coef, z_loss_coef: coefficients of the balance losses. :func:`moesaic.balance_losses` collects them.
+            If ``aux_loss_coef`` is None the config decides, as in transformers: if it sets ``output_router_logits``,
+            the loss of labels has ``router_aux_loss_coef`` times a loss over all layers, and otherwise nothing. A
+            number replaces ``router_aux_loss_coef``: the loss of labels then has no balance loss.
+        aux_loss: what ``aux_loss_coef`` is for. ``"batch"`` and ``"sequence"`` are losses of each layer, see
+            :class:`moesaic.MoEConfig`. ``"pooled"`` is transformers' one loss over all layers
+            (:func:`moesaic.layers.pooled_balance.pooled_balance_loss`).
         bias_update_speed: for families with a correction bias on the scores; see
             :func:`moesaic.layers.update_expert_bias`.
         impl: implementation of the operators; None picks one by device and dtype.
@@ -58,28 +67,41 @@ def swap_moe(
 
     Raises:
         ValueError: the model has no block to replace, or a block that the layer cannot replace, which the message
-            names; or it is sharded, or set to return router logits. Nothing has changed then.
+            names; or it is sharded; or ``aux_loss`` is unknown or does not fit the model. Nothing has changed then.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("path/to/model")
         >>> model = swap_moe(model)
     """
     _check_model(model)
+    if aux_loss not in get_args(Balance):
+        raise ValueError(f"aux_loss: got {aux_loss!r}; choose one of {get_args(Balance)}")
+    options = {
+        "aux_loss_coef": aux_loss_coef or 0.0,
+        "aux_loss": "batch" if aux_loss == "pooled" else aux_loss,
+        "z_loss_coef": z_loss_coef,
+        "bias_update_speed": bias_update_speed,
+    }
     swaps = []
     for name, block in model.named_modules():
         if (family := family_of(block)) is not None:
             try:
-                config = _config(block, family, aux_loss_coef, z_loss_coef, bias_update_speed)
+                config = _config(block, family, options)
+                if aux_loss == "pooled":
+                    config = replace(config, aux_loss_coef=0.0)
                 _check_tensors(block, family, config)
             except ValueError as error:
                 raise ValueError(f"model: '{name}' ({type(block).__name__}): {error}") from error
             swaps.append(_Swap(name, block, family, config))
     _check_all_are_known(model, swaps)
+    if aux_loss == "pooled" and len(sizes := {swap.config.num_experts for swap in swaps}) > 1:
+        raise ValueError(f"aux_loss: 'pooled' needs layers of one number of experts, and these have {sorted(sizes)}")
     for swap in swaps:
         parent, _, child = swap.name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
     methods.install(model)
     masks.install(model)
+    router_logits.install(model, aux_loss_coef, aux_loss == "pooled")
     return model
 
 
@@ -107,6 +129,7 @@ def unswap_moe(model: Model) -> Model:
         setattr(model.get_submodule(parent), child, _block_for(layer, origin))
     methods.remove(model)
     masks.remove(model)
+    router_logits.remove(model)
     return model
 
 
@@ -118,11 +141,6 @@ class _PairMoE(MoE):
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    if model.config.get_text_config().to_dict().get("output_router_logits"):
-        raise ValueError(
-            "model: config.output_router_logits is set, but swap_moe replaces the blocks that return them; set it to "
-            "False, and use aux_loss_coef with moesaic.balance_losses()"
-        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise ValueError(f"model: '{name}' is a DTensor; call swap_moe before you shard the model")
@@ -142,27 +160,16 @@ def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
         raise ValueError(f"model: {type(model).__name__} has no MoE block; moesaic.MoE replaces {', '.join(known)}")
 
 
-def _config(
-    block: Any, family: Family, aux_loss_coef: float, z_loss_coef: float, bias_update_speed: float
-) -> MoEConfig:
+def _config(block: Any, family: Family, options: dict[str, Any]) -> MoEConfig:
     fields = family.fields(block)
     activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
         raise ValueError(f"hidden_act: moesaic.MoE does not have the activation {type(block.experts.act_fn).__name__}")
     first = next(link for link in family.links if "experts.w1" in link.ours)
     E, D, F = first.split(block.get_parameter(first.theirs))[0].shape
-    if bias_update_speed and not fields.get("score_bias"):
-        raise ValueError(f"bias_update_speed: got {bias_update_speed}, but the router has no bias; leave it at 0")
-    return MoEConfig(
-        dim=D,
-        hidden_dim=F,
-        num_experts=E,
-        activation=activation,
-        aux_loss_coef=aux_loss_coef,
-        z_loss_coef=z_loss_coef,
-        bias_update_speed=bias_update_speed,
-        **fields,
-    )
+    if (speed := options["bias_update_speed"]) and not fields.get("score_bias"):
+        raise ValueError(f"bias_update_speed: got {speed}, but the router has no bias; leave it at 0")
+    return MoEConfig(dim=D, hidden_dim=F, num_experts=E, activation=activation, **options, **fields)
 
 
 def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
