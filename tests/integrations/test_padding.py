@@ -1,6 +1,7 @@
 """Padding in a model with swapped layers: losses, gradients and loads are those of the batch without it."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -131,6 +132,11 @@ def test_generation_of_padded_prompts():
     mask = F.pad(torch.ones_like(ids), (4, 0))
     found = model.generate(F.pad(ids, (4, 0)).repeat(2, 1), attention_mask=mask.repeat(2, 1), **arguments)[:, 9:]
     assert torch.equal(found, expected.repeat(2, 1))
+
+
+def test_a_layer_goes_through_pickle():
+    layer = swap_moe(make_model("DeepSeek-V3")).model.layers[0]
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
 
 
 def test_the_way_back_takes_the_masks_out():

@@ -89,10 +89,23 @@ def _taking_masks(plain: type[nn.Module]) -> type[nn.Module]:
                     hooks.enter_context(child.register_forward_pre_hook(give, with_kwargs=True))
             return plain.forward(self, *args, **kwargs)
 
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        # pickle finds classes by their names, and under this one it would find the plain one.
+        if type(self) is masked:
+            return _empty, (plain,), self.__dict__
+        return plain.__reduce_ex__(self, protocol)
+
     functools.update_wrapper(forward, plain.forward)
     # Trainers, plans and policies recognise layers by the names of their classes.
     own = {"forward": forward, "_without_masks": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**own, "__qualname__": plain.__qualname__})
+    own |= {"__qualname__": plain.__qualname__, "__reduce_ex__": reduce_ex}
+    masked = type(plain.__name__, (plain,), own)
+    return masked
+
+
+def _empty(plain: type[nn.Module]) -> nn.Module:
+    masked = _taking_masks(plain)
+    return masked.__new__(masked)
 
 
 _HOOKS = (_take_labels, _take_attention_mask)
