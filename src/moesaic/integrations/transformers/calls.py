@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from moesaic.layers import MoE
 
@@ -23,6 +24,13 @@ def parameter_names(model: type[nn.Module]) -> set[str]:
 @functools.cache
 def _signature(model: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(model.forward)
+
+
+def models_with_labels(model: nn.Module) -> Iterator[Any]:
+    """Every model of transformers in a module that can make a loss of labels: the module itself, or what it wraps."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and "labels" in parameter_names(type(module)):
+            yield module
 
 
 def stacks_of(model: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:

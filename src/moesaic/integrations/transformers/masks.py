@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moesaic.integrations.transformers.calls import bind, stacks_of
+from moesaic.integrations.transformers.calls import bind, models_with_labels, stacks_of
 from moesaic.integrations.transformers.router_logits import wants_router_logits
 from moesaic.layers import MoE
 
@@ -28,7 +28,8 @@ _IGNORED = -100
 
 def install(model: nn.Module) -> None:
     """Make the decoders of a model, and their layers, bring masks to their MoEs."""
-    model.register_forward_pre_hook(_take_labels, with_kwargs=True)
+    for inner in models_with_labels(model):
+        inner.register_forward_pre_hook(_take_labels, with_kwargs=True)
     for decoder, layers in stacks_of(model):
         decoder.register_forward_pre_hook(_take_attention_mask, with_kwargs=True)
         for layer in layers:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import output_capturing
 
-from moesaic.integrations.transformers.calls import bind, parameter_names, stacks_of
+from moesaic.integrations.transformers.calls import bind, models_with_labels, parameter_names, stacks_of
 from moesaic.layers import Routing
 from moesaic.layers.balance import record_loss
 from moesaic.layers.load import routers
@@ -42,9 +42,9 @@ class Collector:
         for decoder, _ in stacks_of(model):
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
             decoder.register_forward_hook(self._after_decoder, always_call=True)
-        if adds_balance_loss(model):
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            model.register_forward_hook(self._after_model, always_call=True)
+        for inner in _adding_balance_loss(model):
+            inner.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            inner.register_forward_hook(self._after_model, always_call=True)
         for router in routers(model).values():
             router.register_forward_hook(self._take)
 
@@ -100,8 +100,8 @@ def install(model: Any, aux_loss_coef: float | None, is_pooled: bool) -> None:
     A coefficient takes the place of the config's, which is for the loss of labels.
     """
     Collector(model, aux_loss_coef if aux_loss_coef and is_pooled else 0.0)
-    if aux_loss_coef is not None and adds_balance_loss(model):
-        model.router_aux_loss_coef = 0.0
+    for inner in _adding_balance_loss(model) if aux_loss_coef is not None else []:
+        inner.router_aux_loss_coef = 0.0
 
 
 def remove(model: Any) -> None:
@@ -112,13 +112,14 @@ def remove(model: Any) -> None:
                 hooks.pop(key)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
-    if adds_balance_loss(model):
-        model.router_aux_loss_coef = model.config.get_text_config().router_aux_loss_coef
+    for inner in _adding_balance_loss(model):
+        inner.router_aux_loss_coef = inner.config.get_text_config().router_aux_loss_coef
 
 
-def adds_balance_loss(model: Any) -> bool:
-    """Whether the model's class is one of those that add a balance loss to the loss of labels."""
-    return hasattr(model, "router_aux_loss_coef") and "output_router_logits" in parameter_names(type(model))
+def _adding_balance_loss(model: nn.Module) -> list[Any]:
+    """Those models in it whose class adds a balance loss to the loss of labels."""
+    asked = [inner for inner in models_with_labels(model) if "output_router_logits" in parameter_names(type(inner))]
+    return [inner for inner in asked if hasattr(inner, "router_aux_loss_coef")]
 
 
 def balance_coefficient(config: Any) -> float | None:

@@ -100,8 +100,9 @@ def swap_moe(
         parent, _, child = swap.name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
     methods.install(model)
-    masks.install(model)
+    # Its hooks come first, so that each of them that begins a call also ends it, whatever another one raises.
     router_logits.install(model, aux_loss_coef, aux_loss == "pooled")
+    masks.install(model)
     return model
 
 
