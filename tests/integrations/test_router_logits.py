@@ -9,6 +9,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe, unswap_moe
+from moesaic.layers import attach_balance_losses
 from tests.integrations.families import assert_close, make_model, original_gradients, token_ids
 from tests.integrations.test_swap import SWAPPED
 
@@ -95,6 +96,18 @@ def test_the_loss_over_all_layers_as_a_balance_loss(family):
     assert_close(out.loss + losses[0], expected.loss, "loss", rtol=1e-6)
     expected.loss.backward()
     (out.loss + losses[0]).backward()
+    check_gradients(swapped, plain)
+
+
+def test_the_loss_over_all_layers_attached():
+    plain = plain_model("Mixtral")
+    swapped = swap_moe(copy.deepcopy(plain), aux_loss_coef=COEFFICIENT, aux_loss="pooled")
+    attach_balance_losses(swapped, 2.0)
+    with moesaic.balance_losses() as losses:
+        swapped(**batch()).loss.backward()
+    out = plain(**batch(), output_router_logits=True)
+    assert_close(losses[0], COEFFICIENT * out.aux_loss, "balance loss")
+    (out.loss + COEFFICIENT * out.aux_loss).backward()
     check_gradients(swapped, plain)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import output_capturing
 
 from moesaic.integrations.transformers.calls import bind, models_with_labels, parameter_names, stacks_of
 from moesaic.layers import Routing
-from moesaic.layers.balance import record_loss
+from moesaic.layers.balance import attach_loss, record_loss
 from moesaic.layers.load import routers
 from moesaic.layers.pooled_balance import pooled_balance_loss
 
@@ -66,9 +66,14 @@ class Collector:
 
     def _after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
         call = self._running.pop()
-        if call is not None and output is not None:
-            loss = self.coefficient * _pooled(decoder, call.routings)
+        if call is None or output is None:
+            return
+        loss = self.coefficient * _pooled(decoder, call.routings)
+        scale = next(iter(routers(decoder).values())).loss_scale
+        if scale is None:
             record_loss(loss, loss)
+        else:
+            output.last_hidden_state = attach_loss(loss, output.last_hidden_state, scale)
 
     # The loss of a causal language model with the loss over all layers in it.
 
