@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 import moesaic
 from moesaic.integrations.transformers import export_pretrained, swap_moe
-from moesaic.integrations.transformers.loading import load_and_count
+from moesaic.integrations.transformers.loading import Source, load_and_count
 
 LAYERS, DIM, EXPERTS, HIDDEN, VOCAB = 4, 512, 32, 512, 8192
 
@@ -76,12 +76,12 @@ def on_rank(rank: int, ranks: int, way: str, layout: dict[str, int], folder: str
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     # What the first model of a process costs beside its weights.
-    load_and_count(f"{folder}/tiny", meshes)
+    load_and_count(Source(f"{folder}/tiny"), meshes)
     dist.barrier()
     num_bytes, start = 0, time.perf_counter()
     with Peak() as peak:
         if way == "load_pretrained":
-            model, num_bytes = load_and_count(f"{folder}/model", meshes)
+            model, num_bytes = load_and_count(Source(f"{folder}/model"), meshes)
         else:
             model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
             num_bytes = sum(p.nbytes for p in model.parameters())

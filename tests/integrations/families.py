@@ -106,6 +106,15 @@ def make_model(family: str, **changes: Any) -> Any:
     return model.eval()
 
 
+def make_published_llama4() -> Any:
+    """A Llama-4 as it is published: the language model beside a vision model."""
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 28}
+    config = transformers.Llama4Config(text_config=_COMMON | FAMILIES["Llama-4"][1], vision_config=sizes | vision)
+    return transformers.Llama4ForConditionalGeneration(config).eval()
+
+
 class Results(NamedTuple):
     """What a model computes: `gradients` by parameter name, `routes` the sorted expert ids of each MoE layer."""
 

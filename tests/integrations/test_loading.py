@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import load_pretrained, swap_moe
-from moesaic.integrations.transformers.loading import load_and_count
+from moesaic.integrations.transformers.loading import Source, load_and_count
 from tests.integrations.families import make_model, token_ids
 
 ON_RANKS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "gpt-oss")
@@ -45,7 +45,7 @@ def run(model):
 def load_and_compare(folders, layout, dtype, options):
     meshes = moesaic.build_meshes(**layout, device_type="cpu")
     for family, folder in folders.items():
-        mine, num_bytes = load_and_count(folder, meshes, dtype=dtype, compute=options)
+        mine, num_bytes = load_and_count(Source(folder, dtype), meshes, compute=options)
         theirs = swap_moe(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
         moesaic.parallelize(theirs, meshes, compute=options)
         assert_same(mine, theirs)

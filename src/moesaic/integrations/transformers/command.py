@@ -41,6 +41,9 @@ class ConvertOptions:
     """The format to write. By default the other format than that of SRC."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
+    ignore_unexpected: bool = False
+    """Leave out tensors of SRC that the language model does not have, such as a vision model or MTP layers. They are
+    counted on the screen."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,13 @@ def run_convert(arguments: Sequence[str]) -> int:
         if options.to == format_of(options.source):
             raise ValueError(f"--to {options.to}: {options.source} already has this format; leave out --to")
         with _bar() as progress:
-            convert(options.source, options.target, dtype=dtype, progress=progress)
+            convert(
+                options.source,
+                options.target,
+                dtype=dtype,
+                ignore_unexpected=options.ignore_unexpected,
+                progress=progress,
+            )
     except CheckpointError as error:
         return _fail("convert", error, 1)
     except _ERRORS as error:

@@ -28,15 +28,17 @@ from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
 from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
 from moesaic.checkpoint.store import verify
+from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.files import (
     TOKENIZER_FILES,
+    Files,
     copy_tokenizer,
     open_files,
     require_new,
 )
-from moesaic.integrations.transformers.lazy import LazyTensor
-from moesaic.integrations.transformers.loading import empty_model, model_on_meta, to_our_names
-from moesaic.integrations.transformers.naming import to_model_names
+from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
+from moesaic.integrations.transformers.loading import Source, empty_model, model_on_meta, to_our_names
+from moesaic.integrations.transformers.naming import to_model_names, twins
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.saving import to_file_names, to_original_names, write_pretrained
 from moesaic.integrations.transformers.swap import swap_moe
@@ -53,7 +55,12 @@ def format_of(path: str | Path) -> Format:
 
 
 def convert(
-    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, progress: Progress | None = None
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    ignore_unexpected: bool = False,
+    progress: Progress | None = None,
 ) -> Format:
     """Convert a checkpoint to the other format, verify the result, and return that format.
 
@@ -62,6 +69,8 @@ def convert(
             checkpoint in it. From a run folder the newest checkpoint is taken.
         target: the folder to write. For ``"dcp"`` it is like a run folder, with a config and one checkpoint of step 0.
         dtype: cast tensors to this dtype, except those that transformers keeps in fp32. None casts nothing.
+        ignore_unexpected: leave out what the model does not have; see :func:`load_pretrained`. For a checkpoint of
+            transformers only.
         progress: is called while the work goes on.
 
     Raises:
@@ -75,7 +84,7 @@ def convert(
     progress = progress or Progress()
     try:
         if format_of(source) == "hf":
-            _to_dcp(source, Path(target), dtype, progress)
+            _to_dcp(Source(source, dtype, ignore_unexpected=ignore_unexpected), Path(target), progress)
             return "dcp"
         _to_hf(Path(source), Path(target), dtype, progress)
         return "hf"
@@ -85,12 +94,13 @@ def convert(
         raise
 
 
-def _to_dcp(source: str | Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
-    with open_files(source) as files:
-        plain = empty_model(source, files, dtype)
-        state = to_model_names(plain, files.tensors)
+def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
+    with open_files(source.path) as files:
+        plain = empty_model(source, files)
+        state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+        ties.untie(plain, ties.differing(plain, state))
         model = swap_moe(plain)
-        tensors = _cast(to_our_names(model, state), model if dtype else None)
+        tensors = _cast(to_our_names(model, state), model if source.dtype else None)
         ours = {_PREFIX + name: tensor for name, tensor in tensors.items()}
         target.mkdir(parents=True, exist_ok=True)
         told = progress.watch("writing", ours)
@@ -98,11 +108,11 @@ def _to_dcp(source: str | Path, target: Path, dtype: torch.dtype | None, progres
             target / CHECKPOINTS,
             0,
             {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in ours.items()},
-            {"converted_from": Path(source).name},
+            {"converted_from": Path(source.path).name},
             planner=LazyPlanner({name: partial(_read, tensor) for name, tensor in told.items()}),
         )
         (target / CONFIG).write_text(json.dumps({"model": model.config.to_dict()}, indent=2, default=str) + "\n")
-        copy_tokenizer(source, target)
+        copy_tokenizer(source.path, target)
         verify(place)
         _compare(_stored(place), progress.watch("verifying", ours))
 
@@ -124,7 +134,22 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     tensors = to_file_names(plain, _cast(original, plain if dtype else None))
     write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, _tokenizer_of(run)))
     with open_files(target) as files:
-        _compare(files.tensors, progress.watch("verifying", tensors))
+        meant = _cast(original, plain if dtype else None)
+        _compare(_named_as(meant, plain, target, files), progress.watch("verifying", meant))
+
+
+def _named_as(meant: Mapping[str, LazyTensor], plain: Any, target: Path, files: Files) -> dict[str, LazyTensor]:
+    """What was written, under the names that the source has. So a tensor that the target lacks is seen too."""
+    try:
+        written = to_model_names(empty_model(Source(target), files), files.tensors)
+    except ValueError as error:
+        raise CheckpointError(f"verification: {error}") from error
+    tied = {name: {name} | twins(plain, name) for name in {*meant, *written}}
+    named = {name: tensor for name, tensor in written.items() if not tied[name] & meant.keys()}
+    for name in meant:
+        if (found := next((n for n in (name, *tied[name]) if n in written), None)) is not None:
+            named[name] = written[found]
+    return named
 
 
 def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
@@ -167,13 +192,8 @@ def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor])
         raise CheckpointError(f"verification: only one of source and target has the tensors {sorted(differing)}")
     for name, tensor in meant.items():
         mine, theirs = written[name].read(), tensor.read()
-        if mine.shape != theirs.shape or mine.dtype != theirs.dtype or not torch.equal(_bits(mine), _bits(theirs)):
+        if not equal_bits(mine, theirs):
             raise CheckpointError(f"verification: '{name}' differs from the source")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # A NaN is not equal to itself.
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _cast(tensors: dict[str, LazyTensor], model: Any | None) -> dict[str, LazyTensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE
 
@@ -74,6 +75,7 @@ def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
     """A transformers model with its own blocks and a given state."""
     with torch.device("meta"):
         plain = architecture_of(model)(copy.deepcopy(model.config))
+    ties.tie_what_is_one(plain, model.state_dict(keep_vars=True))
     missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
     lacking = [name for name in missing if name not in plain.all_tied_weights_keys]
     if lacking or unexpected:

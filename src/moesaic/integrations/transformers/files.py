@@ -73,10 +73,11 @@ class Files:
 
 
 @contextmanager
-def open_files(path: str | Path) -> Iterator[Files]:
+def open_files(path: str | Path, revision: str | None = None) -> Iterator[Files]:
     """The tensors of a checkpoint: a folder, or a name on the hub, with one safetensors file or an index of several.
 
-    Only headers are read. Names on the hub go through transformers' cache. What is in the cache needs no network.
+    ``revision`` is a branch, a tag or a commit on the hub. Only headers are read. Names on the hub go through
+    transformers' cache. What is in the cache needs no network.
 
     Raises:
         OSError: there is no such checkpoint, it has no safetensors, or a file is missing.
@@ -84,7 +85,7 @@ def open_files(path: str | Path) -> Iterator[Files]:
     """
     with ExitStack() as stack:
         files = Files()
-        places, listed = locate(path)
+        places, listed = locate(path, revision)
         for place in places:
             try:
                 file = stack.enter_context(safe_open(place, framework="pt"))
@@ -99,19 +100,22 @@ def open_files(path: str | Path) -> Iterator[Files]:
         yield files
 
 
-def locate(path: str | Path) -> tuple[list[Path], set[str] | None]:
+def locate(path: str | Path, revision: str | None = None) -> tuple[list[Path], set[str] | None]:
     """The safetensors files of a checkpoint, and the names of all tensors if an index lists them."""
     name = str(path)
-    quiet = {"_raise_exceptions_for_missing_entries": False}
-    if (single := cached_file(name, SAFE_WEIGHTS_NAME, **quiet)) is not None:
+
+    def cached(file: str) -> str | None:
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    if (single := cached(SAFE_WEIGHTS_NAME)) is not None:
         return [Path(single)], None
-    if (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **quiet)) is None:
+    if (index := cached(SAFE_WEIGHTS_INDEX_NAME)) is None:
         raise OSError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save it as safetensors")
     try:
         listed = set(json.loads(Path(index).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
-    places, _ = get_checkpoint_shard_files(name, index)
+    places, _ = get_checkpoint_shard_files(name, index, revision=revision)
     return [Path(place) for place in places or ()], listed
 
 

@@ -168,6 +168,14 @@ class LazyTensor:
         return _FUNCTIONS[function](*args, **(kwargs or {}))
 
 
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits. A NaN is not equal to itself, but its bits are."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(x, y)
+
+
 def whole(shape: Sequence[int]) -> Box:
     """The box of a whole tensor."""
     return tuple(slice(0, size) for size in shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from moesaic import ranks
+from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
 from moesaic.integrations.transformers.naming import to_model_names
@@ -40,12 +44,17 @@ def load_pretrained(
     compute: ComputeOn = "dtensor",
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
-    **moe_options: Any,
+    ignore_unexpected: bool = False,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    **options: Any,
 ) -> Any:
     """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
 
     The model is ``parallelize(swap_moe(AutoModelForCausalLM.from_pretrained(path)), meshes)``, bit for bit. But no rank
     ever has all of it: the model is built on the meta device, and every rank reads only its own slices of the files.
+    Weights that the config ties stay apart if the files have different numbers for them, as in ``from_pretrained``.
+    The config of the model then says so.
 
     Collective if there is a process group.
 
@@ -55,8 +64,15 @@ def load_pretrained(
         meshes: from :func:`moesaic.build_meshes`; None for one process.
         dtype: dtype of the parameters. None takes that of the config, or else that of the files.
         compute: see :func:`moesaic.parallelize`.
-        impl, moe_options: see :func:`swap_moe`.
+        impl: see :func:`swap_moe`.
         device: None takes the device of the meshes, or the CPU without meshes.
+        ignore_unexpected: leave out tensors of the files that the model does not have, such as the vision model of
+            Llama-4 or layers that predict several tokens (MTP). A warning counts them. Missing tensors are an error
+            all the same.
+        revision: a branch, a tag or a commit on the hub.
+        attn_implementation: as for ``from_pretrained``.
+        options: those of :func:`swap_moe`, such as ``aux_loss_coef``; and values of the config that take the place of
+            those in ``config.json``, such as ``rope_parameters``.
 
     Returns:
         The model, in eval mode.
@@ -65,6 +81,7 @@ def load_pretrained(
         OSError: there is no such checkpoint.
         ValueError: the files do not fit the model, or the model cannot be swapped or sharded over the meshes. The
             message lists all missing and unexpected names and all wrong shapes. No number has been read then.
+        TypeError: an option is one of neither :func:`swap_moe` nor the config.
         NotImplementedError: the files need a conversion that cannot be done slice by slice; the message names it.
 
     Example:
@@ -75,16 +92,36 @@ def load_pretrained(
         meshes = build_meshes() if not ranks.active() else None
     if meshes is None:
         raise ValueError(f"meshes: there are {ranks.world_size()} ranks; pass the result of moesaic.build_meshes()")
-    return load_and_count(
-        path, meshes, dtype=dtype, compute=compute, impl=impl, device=device, moe_options=moe_options
-    )[0]
+    of_swap = inspect.signature(swap_moe).parameters.keys() - {"model", "impl"}
+    source = Source(
+        path,
+        dtype=dtype,
+        revision=revision,
+        ignore_unexpected=ignore_unexpected,
+        attn_implementation=attn_implementation,
+        changes={name: value for name, value in options.items() if name not in of_swap},
+    )
+    moe_options = {name: value for name, value in options.items() if name in of_swap}
+    return load_and_count(source, meshes, compute=compute, impl=impl, device=device, moe_options=moe_options)[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of transformers, and how to read it. See :func:`load_pretrained`."""
+
+    path: str | Path
+    dtype: torch.dtype | None = None
+    revision: str | None = None
+    ignore_unexpected: bool = False
+    attn_implementation: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the config that take the place of those in the file."""
 
 
 def load_and_count(
-    path: str | Path,
+    source: Source,
     meshes: Meshes,
     *,
-    dtype: torch.dtype | None = None,
     compute: ComputeOn = "dtensor",
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
@@ -96,50 +133,87 @@ def load_and_count(
         raise ValueError(f"device: got {place}, but the meshes are on {meshes.device_type}; leave device out")
     with ExitStack() as stack:
         model: Any = None
+        plain: Any = None
+        state: dict[str, LazyTensor] = {}
         tensors: dict[str, LazyTensor] = {}
         files = Files()
 
         def describe() -> None:
-            nonlocal model, tensors, files
-            files = stack.enter_context(open_files(path))
-            plain = empty_model(path, files, dtype)
-            state = to_model_names(plain, files.tensors, cast=True)
+            nonlocal plain, state, files
+            files = stack.enter_context(open_files(source.path, source.revision))
+            plain = empty_model(source, files)
+            state = to_model_names(plain, files.tensors, cast=True, ignore_unexpected=source.ignore_unexpected)
+
+        def build(untied: list[str]) -> None:
+            nonlocal model, tensors
+            ties.untie(plain, untied)
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
-            tensors = to_our_names(model, state)
+            tensors = to_our_names(model, ties.without_copies(plain, state))
 
         # A failure is shared, so that no rank waits for one that cannot read the files.
         ranks.together(describe)
+        untied = ranks.on_leader(lambda: ties.differing(plain, state))
+        ranks.together(lambda: build(untied))
         parallelize(model, meshes, compute=compute)
         if not meshes.is_distributed:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors))
-        _log.info("%s: rank %d read %d bytes", path, ranks.rank(), files.bytes_read)
+        _log.info("%s: rank %d read %d bytes", source.path, ranks.rank(), files.bytes_read)
         return model.eval(), files.bytes_read
 
 
-def empty_model(path: str | Path, files: Files, dtype: torch.dtype | None) -> Any:
+def empty_model(source: Source, files: Files) -> Any:
     """The transformers model of a checkpoint, on the meta device. Each parameter has the dtype that it will have.
 
     Raises:
         ValueError: the weights are quantized.
+        TypeError: the config does not have one of the values that are to be changed.
     """
-    config = AutoConfig.from_pretrained(path)
+    path, revision = source.path, source.revision
+    config = _config_of(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
-    chosen: Any = dtype or config.dtype or next(floats, torch.get_default_dtype())
-    model = model_on_meta(config, chosen)
+    chosen: Any = source.dtype or config.dtype or next(floats, torch.get_default_dtype())
+    model = model_on_meta(config, chosen, source.attn_implementation)
     with suppress(OSError):
         # Not every checkpoint has one. Without it the model keeps its default.
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model
 
 
-def model_on_meta(config: Any, dtype: torch.dtype) -> Any:
+def _config_of(source: Source) -> Any:
+    loaded: Any = AutoConfig.from_pretrained(
+        source.path, revision=source.revision, return_unused_kwargs=True, **source.changes
+    )
+    config, unknown = loaded
+    # Where the language model is a part of the whole, its config is a part too.
+    text = config.get_text_config()
+    if other := sorted(name for name in unknown if not hasattr(text, name)):
+        known = [
+            *inspect.signature(load_pretrained).parameters,
+            *inspect.signature(swap_moe).parameters,
+            *text.to_dict(),
+        ]
+        raise TypeError(unknown_option(other[0], known, f"swap_moe and {type(text).__name__}"))
+    for name, value in unknown.items():
+        setattr(text, name, value)
+    return config
+
+
+def unknown_option(name: str, known: Iterable[str], owners: str) -> str:
+    """The text of an error for an option that nobody has, with the nearest one that there is."""
+    near = get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; take it out"
+    return f"{name}: {owners} have no such option{hint}"
+
+
+def model_on_meta(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """A causal language model on the meta device. What transformers keeps in fp32 is in fp32 here too."""
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if re.search(pattern.replace("*", ".*"), name):
@@ -186,25 +260,13 @@ def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str,
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
-    """Read this rank's part of every parameter and every persistent buffer.
-
-    Raises:
-        ValueError: two parameters are tied, but the files have different numbers for them.
-    """
-    filled: dict[int, str] = {}
+    """Read this rank's part of every parameter and every persistent buffer."""
+    filled: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in tensors:
-            continue
-        local, box = local_part(tensor)
-        part = tensors[name].read(box)
-        if id(tensor) not in filled:
-            local.copy_(part)
-            filled[id(tensor)] = name
-        elif not torch.equal(local.nan_to_num(), part.to(local).nan_to_num()):
-            raise ValueError(
-                f"'{name}' and '{filled[id(tensor)]}' are tied by the config, but the files have different numbers for "
-                "them; set tie_word_embeddings to false in config.json"
-            )
+        if name in tensors:
+            local, box = local_part(tensor)
+            local.copy_(tensors[name].read(box))
+            filled.add(id(tensor))
     left = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in filled]
     assert not left, f"nothing was read for {left}"
 

@@ -7,6 +7,7 @@ names are checked before a number is read.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +20,20 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moesaic import ranks
+from moesaic.integrations.transformers.folding import fold
 from moesaic.integrations.transformers.lazy import LazyTensor
 
+_log = logging.getLogger(__name__)
 
-def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool = False) -> dict[str, LazyTensor]:
+
+def to_model_names(
+    model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool = False, ignore_unexpected: bool = False
+) -> dict[str, LazyTensor]:
     """The whole state of ``model``, from tensors with the names of files. The model may be on any device.
 
     With ``cast`` each tensor is cast to the model's dtype before it is concatenated with others, as transformers does.
+    With ``ignore_unexpected`` tensors that the model does not have are left out. A warning on rank 0 counts them.
 
     Of tied parameters the result has those that the files have, at least one.
 
@@ -55,10 +63,21 @@ def to_model_names(model: Any, tensors: Mapping[str, LazyTensor], *, cast: bool 
         for name, tensor in state.items()
         if tensor.shape != wanted[name].shape or _is_of_another_kind(tensor, wanted[name])
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "different": differing}
+    # The names of files need not be those of the model.
+    extra = fold(unexpected, {*wanted, *tensors} - set(unexpected))
+    if unexpected and ignore_unexpected:
+        if ranks.is_leader():
+            _log.warning("ignored %d tensors that %s does not have: %s", len(unexpected), type(model).__name__, extra)
+        unexpected = []
+    problems = {
+        "missing": ", ".join(missing),
+        "unexpected": extra if unexpected else "",
+        "different": ", ".join(differing),
+    }
     if any(problems.values()):
-        text = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"the files do not hold a {type(model).__name__} of this config. {text}")
+        text = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
+        remedy = ". ignore_unexpected=True leaves out what the model does not have" if unexpected else ""
+        raise ValueError(f"the files do not hold a {type(model).__name__} of this config. {text}{remedy}")
     return state
 
 

@@ -27,6 +27,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from moesaic import ranks
 from moesaic.checkpoint import folder
 from moesaic.checkpoint.sealed import flush_all
+from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import architecture_of, origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
@@ -69,8 +70,11 @@ def export_pretrained(
     """
     exchange = Exchange()
     plain = plain_on_meta(model)
-    ours = {name: exchange.leaf(tensor) for name, tensor in model.state_dict().items()}
-    tensors = to_file_names(plain, to_original_names(model, ours))
+    state = model.state_dict(keep_vars=True)
+    ties.tie_what_is_one(plain, state)
+    # Tied weights are one parameter, and become one lazy tensor.
+    leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
+    tensors = to_file_names(plain, to_original_names(model, {name: leaves[id(t)] for name, t in state.items()}))
 
     def save_tokenizer(folder: Path) -> None:
         if tokenizer is not None:
@@ -144,16 +148,22 @@ def to_original_names(
 def to_file_names(plain: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors of the files for a whole state of a transformers model. It reverses transformers' conversions.
 
+    Collective. Weights that are tied by the config and have the same numbers are written once. Those with other numbers
+    are kept, and the config of ``plain`` no longer ties them.
+
     Raises:
         ValueError: the state and the model have different names; the message lists them.
     """
+    # Every rank takes part in reading, but only rank 0 sees the numbers.
+    ties.untie(plain, ranks.from_leader(ties.differing(plain, state)))
+    state = ties.without_copies(plain, state)
     wanted = plain.state_dict()
     tied = plain.all_tied_weights_keys
     missing = [name for name in wanted if name not in state and name not in tied]
     unexpected = [name for name in state if name not in wanted]
     if missing or unexpected:
         raise ValueError(f"cannot export: missing tensors {missing}, unknown tensors {unexpected}")
-    left_out = set(plain._keys_to_ignore_on_save or ()) | tied.keys()
+    left_out = set(plain._keys_to_ignore_on_save or ())
     kept: dict[str, Any] = {name: tensor for name, tensor in state.items() if name not in left_out}
     return revert_weight_conversion(plain, kept)  # type: ignore[return-value]
 
@@ -185,6 +195,7 @@ def _write_shards(
     numbers = _numbered(names)
     turns = [[(i, name) for i, file in enumerate(files) for name in file] for files in names]
     mine: dict[str, Tensor] = {}
+    held: set[int] = set()
     failure: Exception | None = None
     # The ranks take turns, so that all of them write their files at about the same time.
     for turn in range(max(map(len, turns))):
@@ -196,13 +207,16 @@ def _write_shards(
             tensor = tensors[name].read()
             if rank != ranks.rank() or failure is not None:
                 continue
-            mine[name] = tensor.contiguous()
+            # A file cannot hold two views of the same numbers.
+            tensor = tensor.contiguous()
+            mine[name] = tensor.clone() if tensor.data_ptr() in held else tensor
+            held.add(mine[name].data_ptr())
             if name == names[rank][file][-1]:
                 try:
                     _write_file(mine, work / numbers[rank, file])
                 except _ERRORS as error:
                     failure = error
-                mine = {}
+                mine, held = {}, set()
     return failure
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qw
 
 from moesaic.integrations.transformers.files import copy_tokenizer, open_files, require_new
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
-from moesaic.integrations.transformers.loading import empty_model
+from moesaic.integrations.transformers.loading import Source, empty_model
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.saving import to_file_names, write_pretrained
@@ -137,7 +137,7 @@ def upcycle(
     check_numbers(experts, top_k, granularity, noise)
     require_new(dense, Path(out), "out")
     with open_files(dense) as files:
-        source = empty_model(dense, files, None)
+        source = empty_model(Source(dense), files)
         target = _target(source.config)
         F = source.config.intermediate_size
         if F % granularity:
