@@ -1,6 +1,7 @@
 """Depth 2: `swap_moe`, and everything back with `unswap_moe`."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
+from transformers.activations import GELUTanh
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe, to_transformers_state_dict, unswap_moe
@@ -46,6 +48,7 @@ def test_a_model_computes_what_it_did(family, mode):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("Aria", {"hidden_act": "gelu"}),
         ("DeepSeek-V2", {"topk_method": "greedy"}),
         ("DeepSeek-V3", {"norm_topk_prob": False, "routed_scaling_factor": 1.7}),
         ("Ernie-4.5-MoE", {"moe_num_shared_experts": 0}),
@@ -56,6 +59,26 @@ def test_a_model_computes_what_it_did(family, mode):
 )
 def test_other_settings(family, changes):
     check_results(make_model(family, **changes))
+
+
+def shared_experts_of(model: nn.Module) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith((".shared_expert", ".shared_experts"))]
+
+
+WITH_SHARED = [family for family in SWAPPED if shared_experts_of(make_model(family))]
+
+
+@pytest.mark.parametrize("family", WITH_SHARED)
+def test_the_shared_expert_has_an_activation_of_its_own(family):
+    model = make_model(family)
+    for shared in shared_experts_of(model):
+        setattr(shared, "act_fn" if hasattr(shared, "act_fn") else "activation_fn", GELUTanh())
+    check_results(model)
+    strange = make_model(family)
+    for shared in shared_experts_of(strange):
+        setattr(shared, "act_fn" if hasattr(shared, "act_fn") else "activation_fn", nn.Softsign())
+    with pytest.raises(ValueError, match="hidden_act: .* activation Softsign of the shared expert"):
+        swap_moe(strange)
 
 
 def check_results(model: nn.Module, checkpointing: bool = False) -> None:

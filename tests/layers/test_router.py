@@ -208,7 +208,11 @@ def config(**options) -> moesaic.MoEConfig:
         ({"num_groups": 0}, "num_groups: must be at least 1, got 0"),
         ({"top_groups": 0}, "top_groups: must be at least 1, got 0"),
         ({"group_best": 0}, "group_best: must be at least 1, got 0"),
-        ({"shared_gate": True}, "shared_gate: there is no shared expert for the gate; set shared_hidden_dim"),
+        ({"shared_gate": True}, "shared_gate: there is no shared expert to have it; set shared_hidden_dim"),
+        (
+            {"shared_activation": "gelu"},
+            "shared_activation: there is no shared expert to have it; set shared_hidden_dim",
+        ),
         ({"aux_loss_coef": -0.5}, "aux_loss_coef: must be at least 0, got -0.5"),
         ({"z_loss_coef": -1e-3}, "z_loss_coef: must be at least 0, got -0.001"),
         ({"bias_update_speed": -1.0}, "bias_update_speed: must be at least 0, got -1.0"),

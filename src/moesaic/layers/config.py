@@ -19,7 +19,7 @@ class MoEConfig:
         hidden_dim: F, the hidden dim of one expert.
         num_experts: E.
         top_k: K, the number of experts for each token.
-        activation: one of ``moesaic.ops.ACTIVATIONS``, for the experts and the shared expert.
+        activation: one of ``moesaic.ops.ACTIVATIONS``, for the experts.
         gated: whether the experts and the shared expert have a gate, ``act(x w1) * (x w3)``. Without a gate they
             compute ``act(x w1)`` (Nemotron-H).
         score: how logits become scores. With ``"sigmoid"`` the score of an expert depends on its own logit only
@@ -43,6 +43,7 @@ class MoEConfig:
         logit_bias: the router's logits have a bias, which is a parameter (gpt-oss).
         expert_biases: the experts' projections have biases, which are parameters (gpt-oss).
         shared_hidden_dim: hidden dim of the shared expert, an MLP that every token goes through; 0 for none.
+        shared_activation: the activation of the shared expert; None takes that of the experts (Aria may have another).
         shared_gate: multiply the result of the shared expert by ``sigmoid(x g)``, one number for each token
             (Qwen2-MoE).
 
@@ -71,6 +72,7 @@ class MoEConfig:
     logit_bias: bool = False
     expert_biases: bool = False
     shared_hidden_dim: int = 0
+    shared_activation: Activation | None = None
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
@@ -81,16 +83,21 @@ class MoEConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
         choices_of = {"score": get_args(Score), "aux_loss": get_args(AuxLoss), "activation": ACTIVATIONS}
+        if self.shared_activation is not None:
+            choices_of |= {"shared_activation": ACTIVATIONS}
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; choose one of {choices}")
         check_activation(self.activation, self.gated)
+        if self.shared_activation is not None:
+            check_activation(self.shared_activation, self.gated)
         if self.num_experts % self.num_groups:
             raise ValueError(f"num_groups: {self.num_groups} does not divide num_experts ({self.num_experts})")
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups: {self.top_groups} is more than num_groups ({self.num_groups})")
-        if self.shared_gate and not self.shared_hidden_dim:
-            raise ValueError("shared_gate: there is no shared expert for the gate; set shared_hidden_dim")
+        for name in ("shared_gate", "shared_activation"):
+            if getattr(self, name) and not self.shared_hidden_dim:
+                raise ValueError(f"{name}: there is no shared expert to have it; set shared_hidden_dim")
         reachable = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise ValueError(f"top_k: {self.top_k} is more than the {reachable} experts a token can choose from")

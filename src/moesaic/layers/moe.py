@@ -32,7 +32,7 @@ class SharedExpert(nn.Module):
         self.w3 = nn.Linear(*sizes, bias=False, device=device, dtype=dtype) if config.gated else None
         self.w2 = nn.Linear(*reversed(sizes), bias=False, device=device, dtype=dtype)
         self.gate = nn.Linear(config.dim, 1, bias=False, device=device, dtype=dtype) if config.shared_gate else None
-        self.activation = config.activation
+        self.activation = config.shared_activation or config.activation
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.w2(gated(self.activation, self.w1(x), None if self.w3 is None else self.w3(x)))

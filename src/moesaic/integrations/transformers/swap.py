@@ -18,7 +18,7 @@ from moesaic.integrations.transformers.families import FAMILIES, Family, family_
 from moesaic.integrations.transformers.links import Link
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE, MoEConfig
-from moesaic.ops import Implementation
+from moesaic.ops import Activation, Implementation
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Balance = Literal["batch", "sequence", "pooled"]
@@ -142,6 +142,13 @@ class _PairMoE(MoE):
 
 
 def _check_model(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        # The hook of accelerate brings the weights of its own module only, for one call.
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"model: accelerate has offloaded '{name}', so its weights are not in the model; load it without "
+                "device_map, or use load_pretrained(path, meshes), which reads each rank's part only"
+            )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise ValueError(f"model: '{name}' is a DTensor; call swap_moe before you shard the model")
@@ -166,11 +173,23 @@ def _config(block: Any, family: Family, options: dict[str, Any]) -> MoEConfig:
     activation = fields.pop("activation", None) or activation_name(block.experts.act_fn)
     if activation is None:
         raise ValueError(f"hidden_act: moesaic.MoE does not have the activation {type(block.experts.act_fn).__name__}")
+    if fields.get("shared_hidden_dim"):
+        fields["shared_activation"] = _shared_activation(block)
     first = next(link for link in family.links if "experts.w1" in link.ours)
     E, D, F = first.split(block.get_parameter(first.theirs))[0].shape
     if (speed := options["bias_update_speed"]) and not fields.get("score_bias"):
         raise ValueError(f"bias_update_speed: got {speed}, but the router has no bias; leave it at 0")
     return MoEConfig(dim=D, hidden_dim=F, num_experts=E, activation=activation, **options, **fields)
+
+
+def _shared_activation(block: Any) -> Activation:
+    dense = block.shared_experts if hasattr(block, "shared_experts") else block.shared_expert
+    function = dense.act_fn if hasattr(dense, "act_fn") else dense.activation_fn
+    if (name := activation_name(function)) is None:
+        raise ValueError(
+            f"hidden_act: moesaic.MoE does not have the activation {type(function).__name__} of the shared expert"
+        )
+    return name
 
 
 def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
