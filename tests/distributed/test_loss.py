@@ -65,6 +65,13 @@ def check_refusals() -> None:
         ValueError, match=r"labels: expected \[2, 6\], the whole sequences like input_ids, got \[2, 3\]"
     ):
         model(input_ids=ids, labels=ids[:, meshes.sequence_slice(6)])
+    # A part of a sequence, cut over ranks by hand. Padding on the left is none, and packed rows begin at 0.
+    for positions in ([1, 1, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2]):
+        model(input_ids=ids, labels=ids, position_ids=torch.tensor([positions]))
+    part = torch.arange(6, 12).unsqueeze(0)
+    with pytest.raises(ValueError, match="labels: position_ids begin at 6, so this is a part.*shift_labels"):
+        model(input_ids=ids, labels=ids, position_ids=part)
+    model(input_ids=ids, labels=ids, shift_labels=ids, position_ids=part)
     config = Qwen3MoeConfig(
         vocab_size=VOCAB,
         hidden_size=8,

@@ -94,3 +94,24 @@ def _check_arguments(
         raise ValueError(
             f"labels: expected {list(tokens.shape[:2])}, the whole sequences like input_ids, got {list(labels.shape)}"
         )
+    positions = given.get("position_ids")
+    if given.get("shift_labels") is None and positions is not None and (first := _first_of_a_part(positions)):
+        raise ValueError(
+            f"labels: position_ids begin at {first}, so this is a part of a sequence. Its last token would have no "
+            "label, for labels are shifted within the part; shift the labels of the whole sequence, cut them, and give "
+            "them as shift_labels too"
+        )
+
+
+def _first_of_a_part(positions: Tensor) -> int:
+    """The first position of a row that begins in the middle of a sequence; 0 if there is none.
+
+    Padding on the left has positions too, but they do not count up.
+    """
+    if positions.ndim != 2 or positions.numel() == 0:
+        return 0
+    first = positions[:, 0]
+    begins_inside = first > 0
+    if positions.shape[1] > 1:
+        begins_inside &= positions[:, 1] == first + 1
+    return int((first * begins_inside).max())
