@@ -72,7 +72,7 @@ def _first_step(config, cache):
         model.train()
         result = one_step(run)
         loads = [load.sum().item() for load in expert_load(model).values()]
-        run.guard.close()
+        run.close()
         if dist.is_initialized():
             dist.barrier()
         return result.loss, grads, loads

@@ -27,7 +27,7 @@ def _two_steps(config, cache):
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
         results = [one_step(run) for _ in range(2)]
-        run.guard.close()
+        run.close()
         weights = {name: _whole(p) for name, p in run.training.model.named_parameters()}
         return [(r.loss, r.grad_norm) for r in results], weights
 

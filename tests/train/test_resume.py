@@ -51,7 +51,7 @@ def _fit(config, cache, signals=(), victim=0):
         screen = _Screen(signals if runtime.rank == victim else ())
         run = set_up(config, runtime, screen.message)
         finished = loop.fit(run, screen)
-        run.guard.close()
+        run.close()
         if dist.is_initialized():
             dist.barrier()
         return finished, screen.messages
@@ -77,7 +77,7 @@ def _tensors(config, cache):
     config = dataclasses.replace(config, resume=True, **layout)
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
-        run.guard.close()
+        run.close()
         names = {parameter: name for name, parameter in run.training.model.named_parameters()}
         tensors = {name: parameter.detach() for parameter, name in names.items()}
         for parameter, state in run.training.optimizer.state.items():
@@ -150,7 +150,7 @@ def _resume_and_save(config, cache):
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
         save(run.training, run.config, run.folder)
-        run.guard.close()
+        run.close()
         return run.training.step
 
 
@@ -164,6 +164,7 @@ def test_the_whole_program_and_its_second_call(tiny, cache, capsys):
         "checkpoints",
         "config.json",
         "export",
+        "lock",
         "metrics.jsonl",
         "result.json",
         "tensorboard",

@@ -8,6 +8,7 @@ tensorboard/      the same numbers as TensorBoard events
 checkpoints/      step-00000100, ...
 export/           the trained model in Hugging Face format
 result.json       what was measured at the end
+lock              which process writes into the folder
 ================  ==============================================
 """
 
@@ -18,3 +19,4 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"
+LOCK = "lock"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint import checkpoints
-from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG
+from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, LOCK
 from moesaic.train.errors import UserError
 
 RUNS = Path("runs")
@@ -20,20 +20,32 @@ def new_folder(out: Path | None) -> Path:
     if out is None:
         stamp = RUNS / time.strftime("%Y%m%d-%H%M%S")
         out, count = stamp, 2
-        while out.exists():
+        # Of runs that start in the same second each gets a folder of its own.
+        while not _make(out, exclusive=True):
             out, count = stamp.with_name(f"{stamp.name}-{count}"), count + 1
+        return out
     check_free(out)
+    _make(out)
+    return out
+
+
+def _make(out: Path, *, exclusive: bool = False) -> bool:
+    """Make a folder. Whether it was made; `exclusive`: False if it is there already."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=not exclusive)
+    except FileExistsError:
+        if exclusive:
+            return False
+        raise UserError(f"--out {out}: this is a file; choose another name") from None
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from error
-    return out
+    return True
 
 
 def check_free(out: Path) -> None:
     """Raise `UserError` if the folder is not empty, or is not a folder."""
     try:
-        filled = out.exists() and any(out.iterdir())
+        filled = out.exists() and any(path.name != LOCK for path in out.iterdir())
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     if filled:

@@ -39,14 +39,17 @@ def train(config: TrainConfig) -> None:
     with started(config.device) as runtime:
         screen = open_screen(runtime.leader)
         run = set_up(config, runtime, screen.message)
-        scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
-        screen.message(_introduce(run))
         try:
-            finished = fit(run, screen, lambda: {scores.name: scores.measure()})
+            scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
+            screen.message(_introduce(run))
+            try:
+                finished = fit(run, screen, lambda: {scores.name: scores.measure()})
+            finally:
+                run.guard.close()
+            if finished:
+                _finish(run, scores, screen)
         finally:
-            run.guard.close()
-        if finished:
-            _finish(run, scores, screen)
+            run.close()
 
 
 def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:

@@ -22,9 +22,10 @@ from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_defaults
 from moesaic.train.errors import UserError
-from moesaic.train.folder import new_folder, resumable_folder, write_json
+from moesaic.train.folder import check_free, new_folder, resumable_folder, write_json
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
+from moesaic.train.lock import RunLock
 from moesaic.train.lora import add_adapters, alpha_of
 from moesaic.train.main_grads import MainGrads
 from moesaic.train.packing import PackedRows, check_apart
@@ -48,6 +49,14 @@ class Run:
     adapters: Any
     """The peft model around the model, if there are low-rank adapters; else None."""
     pretrained: bool
+    lock: RunLock | None
+    """On the leader."""
+
+    def close(self) -> None:
+        """Let go of the model's hooks and of the folder."""
+        self.guard.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
@@ -84,18 +93,43 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     main_grads = MainGrads(model) if config.main_grads else None
     training = Training(model, models.build_optimizer(model, config), loader, identities, main_grads)
     # After all checks, so that a mistake leaves no folder behind.
-    choose = resumable_folder if config.resume else new_folder
-    folder = ranks.on_leader(lambda: choose(config.out))
+    folder, lock = _claim_folder(config)
     config = dataclasses.replace(config, out=folder)
-    if config.resume:
-        restore(training, folder)
-    if runtime.leader:
-        if config.resume and config.aux_loss_coef:
-            _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
-        write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
-        shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
+    try:
+        if config.resume:
+            restore(training, folder)
+        if runtime.leader:
+            if config.resume and config.aux_loss_coef:
+                _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
+            write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
+            shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     guard = ForwardGuard(model, runtime.device)
-    return Run(training, folder, config, runtime, text, meshes, guard, adapters, source.pretrained)
+    return Run(training, folder, config, runtime, text, meshes, guard, adapters, source.pretrained, lock)
+
+
+def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:
+    lock: RunLock | None = None
+
+    def claim() -> Path:
+        # Not given back: results go to all ranks, and the lock is this process's.
+        nonlocal lock
+        folder = resumable_folder(config.out) if config.resume else new_folder(config.out)
+        claimed = RunLock(folder)
+        try:
+            if not config.resume:
+                # Another run may have been in it between the look and the lock.
+                check_free(folder)
+        except UserError:
+            claimed.release()
+            raise
+        lock = claimed
+        return folder
+
+    return ranks.on_leader(claim), lock
 
 
 def _tell_of_balance_loss(
