@@ -48,6 +48,9 @@ def _values():
         "on_leader": shared.on_leader(lambda: f"made by {own}"),
         "from_leader": shared.from_leader(own),
         "agree": [_caught(shared.agree, own // 2, "halves"), _caught(shared.agree, 7, "sevens")],
+        "agree by name": _caught(
+            shared.agree, {"same": 1, "lr": own // 2} | ({"new": 3} if own == 2 else {}), "settings"
+        ),
         "share_failure": _caught(shared.share_failure, OSError("rank 1") if own == 1 else None),
     }
 
@@ -63,6 +66,7 @@ def test_values_are_shared(ranks):
         assert different[0] == "ValueError"
         assert "ranks 0 and 2 have different halves" in different[1]
         assert same is None
+        assert "different settings: lr is 0 and 1, new is not there and 3; give" in said["agree by name"][1]
         assert said["share_failure"][0] == "OSError"
 
 
@@ -73,5 +77,6 @@ def test_without_a_process_group_there_is_one_rank():
         "on_leader": "made by 0",
         "from_leader": 0,
         "agree": [None, None],
+        "agree by name": None,
         "share_failure": None,
     }

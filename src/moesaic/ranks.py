@@ -15,6 +15,14 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class _NotThere:
+    def __repr__(self) -> str:
+        return "not there"
+
+
+_NOT_THERE = _NotThere()
+
+
 def active() -> bool:
     """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -56,11 +64,25 @@ def from_leader(value: T) -> T:
 
 
 def agree(value: Any, what: str) -> None:
-    """Raise ``ValueError`` on all ranks unless ``value`` is the same on all of them; ``what`` names it in the text."""
+    """Raise ``ValueError`` on all ranks unless ``value`` is the same on all of them; ``what`` names it in the text.
+
+    Of mappings the text names the keys that differ, with both values.
+    """
     values = gather(value)
     other = next((index for index, theirs in enumerate(values) if theirs != values[0]), None)
     if other is not None:
-        raise ValueError(f"ranks 0 and {other} have different {what}; give all ranks the same")
+        raise ValueError(
+            f"ranks 0 and {other} have different {what}{_differences(values, other)}; give all ranks the same"
+        )
+
+
+def _differences(values: list[Any], other: int) -> str:
+    mine, theirs = values[0], values[other]
+    if not isinstance(mine, dict) or not isinstance(theirs, dict):
+        return ""
+    keys = [key for key in {**mine, **theirs} if mine.get(key, _NOT_THERE) != theirs.get(key, _NOT_THERE)]
+    said = [f"{key} is {mine.get(key, _NOT_THERE)!r} and {theirs.get(key, _NOT_THERE)!r}" for key in keys]
+    return f": {', '.join(said)}"
 
 
 def together(work: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -6,9 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moesaic import build_meshes, parallelize
 from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.convert import convert
 from moesaic.integrations.transformers.folding import fold
+from moesaic.train.architecture import find_model
+from moesaic.train.config import TrainConfig
+from moesaic.train.model import load_model
 from tests.integrations.families import make_model, make_published_llama4, token_ids
 from tests.integrations.test_loading_files import changed
 
@@ -41,6 +45,9 @@ def test_the_language_model_of_a_published_llama4(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert_same_logits(load_pretrained(tmp_path / "m", ignore_unexpected=True), whole)
     assert f"tensors that Llama4ForCausalLM does not have: {others}" in caplog.text
+    settings = TrainConfig(model=str(tmp_path / "m"), ignore_unexpected=True)
+    trained = load_model(settings, find_model(settings.model), build_meshes(), torch.device("cpu"), vocab_size=5)
+    assert_same_logits(trained, whole)
     convert(tmp_path / "m", tmp_path / "dcp", ignore_unexpected=True)
     convert(tmp_path / "dcp", tmp_path / "text")
     assert_same_logits(load_pretrained(tmp_path / "text"), whole)
@@ -102,8 +109,9 @@ def test_a_revision_reaches_every_file(mixtral, tmp_path, monkeypatch, fresh_pyt
     )
 
 
-def test_offloaded_models_are_refused(mixtral, tmp_path):
+def test_offloaded_models_are_refused():
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(make_model("Mixtral"))
-    with pytest.raises(ValueError, match=r"accelerate has offloaded 'model.embed_tokens'"):
-        swap_moe(model)
+    with pytest.raises(ValueError, match="accelerate has offloaded 'model.embed_tokens'"):
+        swap_moe(accelerate.cpu_offload(make_model("Mixtral")))
+    with pytest.raises(ValueError, match="accelerate has offloaded 'model.embed_tokens'"):
+        parallelize(accelerate.cpu_offload(swap_moe(make_model("Mixtral"))), build_meshes())

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -12,7 +13,13 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import GELUTanh
 
 import moesaic
-from moesaic.integrations.transformers import swap_moe, to_transformers_state_dict, unswap_moe
+from moesaic.integrations.transformers import (
+    export_pretrained,
+    load_pretrained,
+    swap_moe,
+    to_transformers_state_dict,
+    unswap_moe,
+)
 from moesaic.layers import expert_load, update_expert_bias
 from tests.integrations.families import (
     FAMILIES,
@@ -79,6 +86,21 @@ def test_the_shared_expert_has_an_activation_of_its_own(family):
         setattr(shared, "act_fn" if hasattr(shared, "act_fn") else "activation_fn", nn.Softsign())
     with pytest.raises(ValueError, match="hidden_act: .* activation Softsign of the shared expert"):
         swap_moe(strange)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_shared_expert_at_all(tmp_path):
+    model = make_model("DeepSeek-V3", n_shared_experts=0)
+    before, logits = snapshot(model), model(input_ids=token_ids(2, 9)).logits
+    model.save_pretrained(tmp_path / "theirs")
+    export_pretrained(swap_moe(model), tmp_path / "ours")
+    assert layers_of(model)[0].shared is None
+    assert (
+        load_file(tmp_path / "ours/model.safetensors").keys() == load_file(tmp_path / "theirs/model.safetensors").keys()
+    )
+    for swapped in (model, load_pretrained(tmp_path / "theirs")):
+        torch.testing.assert_close(swapped(input_ids=token_ids(2, 9)).logits, logits, rtol=1e-4, atol=1e-5)
+    assert snapshot(unswap_moe(model)) == before
 
 
 def check_results(model: nn.Module, checkpointing: bool = False) -> None:

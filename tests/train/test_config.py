@@ -13,6 +13,7 @@ from moesaic.cli import main
 from moesaic.train.command import parse
 from moesaic.train.config import TrainConfig, check, from_json, to_json
 from moesaic.train.errors import UserError
+from moesaic.train.model import model_config
 from tests.train.conftest import MODEL
 
 
@@ -32,6 +33,15 @@ def test_a_run_of_an_older_version_is_resumed(tmp_path):
     manifest.touch()
     config = parse(["--resume", "--out", str(tmp_path), "--steps", "9"], leader=True)
     assert config == TrainConfig(steps=9, compute="local", out=tmp_path, resume=True)
+
+
+def test_misspelt_keys_of_a_model_are_refused():
+    values = {"model_type": "qwen3_moe", "num_expert": 8, "vocab_size": 5}
+    with pytest.raises(UserError, match=r"its config has num_expert, .*; did you mean num_experts\?"):
+        model_config(values, vocab_size=5, eos_id=0)
+    # Keys of other programs may stay.
+    values = {"model_type": "qwen3_moe", "num_experts": 8, "vocab_size": 5, "ep_size": 1, "auto_map": {}}
+    assert model_config(values, vocab_size=5, eos_id=0).num_experts == 8
 
 
 def test_settings_of_another_version_are_refused():

@@ -1,9 +1,11 @@
 """The sizes and choices that define a mixture-of-experts layer."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from moesaic.ops import ACTIVATIONS, Activation
+from moesaic.ops.arguments import check_bool, check_int, check_number, nearest
 from moesaic.ops.experts_mlp.activation import check_activation
 
 Score = Literal["softmax", "sigmoid"]
@@ -48,6 +50,7 @@ class MoEConfig:
             (Qwen2-MoE).
 
     Raises:
+        TypeError: a value is not of its type, or there is no such field.
         ValueError: a value is out of range; the message says what is allowed.
     """
 
@@ -75,13 +78,27 @@ class MoEConfig:
     shared_activation: Activation | None = None
     shared_gate: bool = False
 
+    def __new__(cls, *_: Any, **values: Any) -> Any:
+        # dataclass names the unknown key too, but not the nearest one.
+        known = {f.name for f in fields(cls)}
+        if unknown := next((name for name in values if name not in known), None):
+            raise TypeError(f"{unknown}: MoEConfig has no such field; {nearest(unknown, sorted(known))}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        checks = {int: check_int, float: check_number, bool: check_bool}
+        for f in fields(self):
+            if (check := checks.get(f.type)) is not None:  # type: ignore[call-overload]
+                check(f.name, getattr(self, f.name))
         for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_groups", "top_groups", "group_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
-            if getattr(self, name) < 0:
+            # A NaN is not at least 0 either.
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        if not math.isfinite(self.route_scale):
+            raise ValueError(f"route_scale: must be finite, got {self.route_scale}")
         choices_of = {"score": get_args(Score), "aux_loss": get_args(AuxLoss), "activation": ACTIVATIONS}
         if self.shared_activation is not None:
             choices_of |= {"shared_activation": ACTIVATIONS}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.initial import check_generators
 from moesaic.ops import Activation, Implementation, experts_mlp
+from moesaic.ops.arguments import check_int
 
 MainGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -76,6 +77,8 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in {"num_experts": num_experts, "dim": dim, "hidden_dim": hidden_dim}.items():
+            check_int(name, size)
         self.num_experts, self.activation, self.impl = num_experts, activation, impl
         self.main_grads: MainGrads | None = None
 

@@ -17,6 +17,7 @@ from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.router import Routing, TopKRouter
 from moesaic.ops import Implementation, gated
+from moesaic.ops.arguments import check_floats, check_given
 
 
 class SharedExpert(nn.Module):
@@ -73,6 +74,9 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(config, MoEConfig):
+            hint = "; MoEConfig(**config) makes one" if isinstance(config, dict) else ""
+            raise TypeError(f"config: expected a MoEConfig, got {type(config).__name__}{hint}")
         self.config = config
         self.router = TopKRouter(config, device=device, dtype=dtype)
         self.experts = GroupedExperts(
@@ -104,6 +108,8 @@ class MoE(nn.Module):
             ValueError: the last dim of ``x`` is not the model dim, or ``token_mask`` does not have one bool or integer
                 for each token.
         """
+        check_given(x=x)
+        check_floats(x=x)
         if x.ndim < 2 or x.shape[-1] != self.config.dim:
             raise ValueError(
                 f"x: expected [tokens, {self.config.dim}] or [..., {self.config.dim}], got {list(x.shape)}"

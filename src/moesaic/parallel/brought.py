@@ -17,6 +17,11 @@ def axes_of(mesh: DeviceMesh, names: Sequence[str], argument: str) -> DeviceMesh
         ValueError: an axis is missing, or one is not known; this rank is not in the mesh. The text begins with
             ``argument``.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"{argument}: expected a DeviceMesh, got {type(mesh).__name__}; "
+            "torch.distributed.device_mesh.init_device_mesh makes one"
+        )
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     said = " x ".join(f"{name} {size}" for name, size in sizes.items())
     has = f"it has {said}" if sizes else "its axes have no names"

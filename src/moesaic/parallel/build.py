@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,7 @@ def build_meshes(
             ``pp``. None makes one from ``ep`` and ``etp``.
 
     Raises:
+        TypeError: a size that is no integer, or a mesh that is no ``DeviceMesh``.
         ValueError: an illegal layout; a mesh that lacks an axis or has an unknown one; ranks that ask for other sizes
             than the rest; a launcher's environment without a process group. On all ranks, before any group is made.
 
@@ -107,6 +108,18 @@ class _Claim(NamedTuple):
         return f"{self.layout}, on {self.device_type}{brought}"
 
 
+def _check_device_type(device_type: Any) -> None:
+    if device_type is None:
+        return
+    try:
+        device = torch.device(device_type)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type != device_type:
+        hint = "" if device is None else f", without a number: {device.type!r}"
+        raise ValueError(f"device_type: got {device_type!r}; give 'cuda' or 'cpu'{hint}")
+
+
 def _claim(given: Mapping[str, int | None], views: Mapping[View, DeviceMesh], device_type: str | None) -> _Claim:
     """What follows from the sizes and the meshes that a rank was given.
 
@@ -138,5 +151,6 @@ def _claim(given: Mapping[str, int | None], views: Mapping[View, DeviceMesh], de
     except ValueError as error:
         whole = f" The world is here the mesh that was brought, over ranks {list(members)}." if views else ""
         raise ValueError(f"{error}{whole}") from None
+    _check_device_type(device_type)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     return _Claim(members, layout, device_type, tuple(views))

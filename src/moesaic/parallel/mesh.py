@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from moesaic.ops.arguments import check_int
 from moesaic.sharding.internals import group_over_all_axes
 
 View = Literal["dense", "expert"]
@@ -81,6 +82,7 @@ def resolve_layout(
     """Check a layout, and work out ``edp`` and, where it is None, ``dp_shard``. Touches no process group.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size below 1, or a product that is not the world size, with the nearest legal choices.
 
     Example:
@@ -90,6 +92,7 @@ def resolve_layout(
     sizes = {"tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard}
     given = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"world_size": world_size, **given}.items():
+        check_int(name, size)
         if size < 1:
             raise ValueError(f"{name}: must be at least 1, got {size}")
     return MeshLayout(**_resolve("dense", given, world_size), **_resolve("expert", given, world_size))
@@ -202,6 +205,15 @@ class Meshes:
     def sequence_slice(self, length: int) -> slice:
         """This rank's shard of a sequence: ``Shard`` as DTensor cuts it, so the last shards may be short or empty."""
         return sequence_slices(length, self.tp_size)[self.tp_rank]
+
+
+def check_meshes(meshes: Any) -> None:
+    """Raise ``TypeError`` unless these are meshes of ours."""
+    if not isinstance(meshes, Meshes):
+        raise TypeError(
+            f"meshes: expected the result of moesaic.build_meshes(), got {type(meshes).__name__}; without a process "
+            "group build_meshes() gives those of one process"
+        )
 
 
 def sequence_slices(length: int, num_shards: int) -> list[slice]:

@@ -43,3 +43,15 @@ def check_resets(model: nn.Module) -> None:
     for module in modules:
         if hasattr(type(module), "reset_parameters"):
             module.reset_parameters = partial(reset_checked, module)
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model whose weights accelerate keeps elsewhere, with parameters on the meta device."""
+    for name, module in model.named_modules():
+        # This hook of accelerate brings the weights of its own module only, for one call.
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"model: accelerate has offloaded '{name}', so its weights are not in the model; load it without "
+                "device_map and offloading. moesaic.integrations.transformers.load_pretrained(path, meshes) reads each "
+                "rank's part only"
+            )

@@ -23,8 +23,8 @@ from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
-from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.meta import check_resets, is_on_meta, materialize
+from moesaic.parallel.mesh import Meshes, check_meshes
+from moesaic.parallel.meta import check_resets, is_on_meta, materialize, refuse_offloaded
 from moesaic.parallel.same import check_same, describe
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,6 +70,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         ``model``.
 
     Raises:
+        TypeError: ``meshes`` is not the result of :func:`moesaic.build_meshes`.
         ValueError: sizes that cannot be laid over the axes, with the legal ones; a model that the plan does not know;
             ranks of the meshes that bring models of other names, shapes, dtypes or configs. On all ranks of the meshes,
             before anything of the model is sent.
@@ -78,6 +79,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
         >>> moe = moesaic.parallelize(moesaic.MoE(config), meshes)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_meshes(meshes)
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     decoder = find_decoder(model)
 
@@ -122,6 +126,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
 
 
 def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Meshes) -> None:
+    refuse_offloaded(model)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None and not is_on_meta(model):
         raise ValueError(

@@ -43,6 +43,9 @@ class TrainConfig:
     model: str = "qwen3-moe-small"
     """To fine-tune a pretrained model: a folder with weights, or a name on the Hugging Face hub. To train a new model:
     the name of a config in this package, a config.json, or a folder with a config.json and no weights."""
+    ignore_unexpected: bool = False
+    """Leave out tensors in the files of a pretrained --model that its language model does not have, such as a vision
+    model or MTP layers. They are counted on the screen."""
     compute: Literal["dtensor", "local"] = "dtensor"
     """How experts compute: on DTensors or on local tensors. The results are the same."""
     dtype: Literal["fp32", "bf16"] = "fp32"

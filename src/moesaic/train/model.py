@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -36,9 +37,16 @@ def model_config(values: dict[str, Any], *, vocab_size: int, eos_id: int) -> Any
     values["vocab_size"] = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     values |= {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
     try:
-        return AutoConfig.for_model(kind, **values)
+        config = AutoConfig.for_model(kind, **values)
+        known = {*type(config)().to_dict(), *type(config).attribute_map}
     except Exception as error:
         raise UserError(f"--model: transformers rejects this config: {error}") from error
+    for name in sorted(values.keys() - known):
+        # transformers keeps keys that it does not know, and published configs have some. A misspelt one is near one
+        # that is not there.
+        if near := get_close_matches(name, sorted(known - values.keys()), n=1, cutoff=0.8):
+            raise UserError(f"--model: its config has {name}, which {kind} does not know; did you mean {near[0]}?")
+    return config
 
 
 def identity(config: Any) -> str:
@@ -105,6 +113,7 @@ def load_model(
                 dtype=torch.float32,
                 compute=config.compute,
                 device=device,
+                ignore_unexpected=config.ignore_unexpected,
                 **_balance(config),
             )
     except (ValueError, OSError, NotImplementedError, SafetensorError) as error:

@@ -5,6 +5,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from moesaic.ops import grouped_mm, grouped_mm_weight_grad
+from moesaic.ops.arguments import check_given
 
 
 def gmm(
@@ -31,6 +32,7 @@ def gmm(
     if trans_a and trans_b:
         raise ValueError("trans_a, trans_b: both are set; set one of them at most")
     refuse_fp8(a=a, b=b)
+    check_given(batch_sizes=batch_sizes)
     batch_sizes = batch_sizes.to(a.device)
     if trans_a:
         result = grouped_mm_weight_grad(a, b, batch_sizes)
@@ -52,7 +54,8 @@ def sinkhorn(cost: Tensor, tol: float = 0.0001) -> NoReturn:
 
 
 def refuse_fp8(**tensors: Tensor) -> None:
-    """Raise ``TypeError`` for an fp8 tensor, by the name of its argument."""
+    """Raise ``TypeError`` for an fp8 tensor, or for what is no tensor, by the name of its argument."""
+    check_given(**tensors)
     for name, t in tensors.items():
         if str(t.dtype).startswith("torch.float8"):
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; cast it to torch.bfloat16 or torch.float32")

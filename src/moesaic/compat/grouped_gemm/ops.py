@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic import ops as moesaic_ops
 from moesaic.compat.grouped_gemm import backend
 from moesaic.compat.grouped_gemm.backend import refuse_fp8
+from moesaic.ops.arguments import check_given, check_tensors
 
 
 def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
@@ -43,6 +44,7 @@ def permute(
         TypeError: fp8.
     """
     refuse_fp8(input_act=input_act)
+    check_given(indices=indices)
     if not input_act.numel():
         return input_act, None
     indices_TK = indices.unsqueeze(1) if indices.ndim == 1 else indices
@@ -73,6 +75,7 @@ def unpermute(input_act: Tensor, row_id_map: Tensor | None, probs: Tensor | None
         TypeError: fp8.
     """
     refuse_fp8(input_act=input_act)
+    check_tensors(row_id_map=row_id_map, probs=probs)
     if row_id_map is None or not input_act.numel():
         return input_act
     T, K = (row_id_map.numel(), 1) if probs is None else tuple(probs.shape)

@@ -92,6 +92,12 @@ def ungated_shared(name: str) -> tuple[Link, ...]:
     )
 
 
+def without_numbers(theirs: str, tensor: Tensor) -> Link:
+    """A tensor of the block that has no elements. The layer has none for it."""
+    shape, dtype = tensor.shape, tensor.dtype
+    return Link(theirs, (), lambda t: (), lambda: torch.empty(shape, dtype=dtype))
+
+
 def row(theirs: str, ours: str) -> Link:
     """A tensor that is ``[1, E]`` in the block and ``[E]`` in the layer."""
     return Link(theirs, (ours,), lambda t: (t.squeeze(0),), lambda t: t.unsqueeze(0))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.ops import Implementation
+from moesaic.ops.arguments import nearest
 from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.meta import materialize
@@ -196,17 +196,11 @@ def _config_of(source: Source) -> Any:
             *inspect.signature(swap_moe).parameters,
             *text.to_dict(),
         ]
-        raise TypeError(unknown_option(other[0], known, f"swap_moe and {type(text).__name__}"))
+        owners = f"load_pretrained, swap_moe and {type(text).__name__}"
+        raise TypeError(f"{other[0]}: {owners} have no such option; {nearest(other[0], known)}")
     for name, value in unknown.items():
         setattr(text, name, value)
     return config
-
-
-def unknown_option(name: str, known: Iterable[str], owners: str) -> str:
-    """The text of an error for an option that nobody has, with the nearest one that there is."""
-    near = get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; take it out"
-    return f"{name}: {owners} have no such option{hint}"
 
 
 def model_on_meta(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:

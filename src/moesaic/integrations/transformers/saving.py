@@ -140,6 +140,8 @@ def to_original_names(
         theirs = origin.block.state_dict()
         for link in origin.links:
             tensor: Any = link.join(*(state.pop(prefix + name) for name in link.ours))  # type: ignore[arg-type]
+            if isinstance(tensor, Tensor):
+                tensor = LazyTensor(tensor.shape, tensor.dtype, tensor.__getitem__)
             is_changed = link.is_bias and restore_dtypes
             state[prefix + link.theirs] = tensor.to(theirs[link.theirs].dtype) if is_changed else tensor
     return state

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from moesaic.integrations.transformers import masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
-from moesaic.integrations.transformers.links import Link
+from moesaic.integrations.transformers.links import Link, without_numbers
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE, MoEConfig
 from moesaic.ops import Activation, Implementation
+from moesaic.parallel.meta import refuse_offloaded
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Balance = Literal["batch", "sequence", "pooled"]
@@ -142,13 +143,7 @@ class _PairMoE(MoE):
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    for name, module in model.named_modules():
-        # The hook of accelerate brings the weights of its own module only, for one call.
-        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
-            raise ValueError(
-                f"model: accelerate has offloaded '{name}', so its weights are not in the model; load it without "
-                "device_map, or use load_pretrained(path, meshes), which reads each rank's part only"
-            )
+    refuse_offloaded(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise ValueError(f"model: '{name}' is a DTensor; call swap_moe before you shard the model")
@@ -209,8 +204,12 @@ def _check_tensors(block: nn.Module, family: Family, config: MoEConfig) -> None:
 
 
 def _links_of(block: nn.Module, family: Family) -> tuple[Link, ...]:
-    names = block.state_dict().keys()
-    return tuple(link for link in family.links if link.theirs in names)
+    tensors = block.state_dict()
+    links = (link for link in family.links if link.theirs in tensors)
+    # n_shared_experts=0 leaves a shared expert of hidden dim 0.
+    return tuple(
+        link if (tensor := tensors[link.theirs]).numel() else without_numbers(link.theirs, tensor) for link in links
+    )
 
 
 @torch.no_grad()
@@ -243,7 +242,8 @@ def _block_for(layer: nn.Module, origin: Origin) -> nn.Module:
         tensor = link.join(*(part.detach() for part in parts)).clone(memory_format=torch.contiguous_format)
         if link.is_bias:
             tensor = tensor.to(theirs[link.theirs].dtype)
-        _put(block, link.theirs, tensor, any(part.requires_grad for part in parts))
+        requires_grad = not parts or any(part.requires_grad for part in parts)
+        _put(block, link.theirs, tensor.to(layer.get_parameter("experts.w1").device), requires_grad)
     return block.train(layer.training)
 
 

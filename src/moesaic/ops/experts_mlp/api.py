@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.arguments import check_given, check_tensors
 from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.experts_mlp.activation import Activation, check_activation
@@ -97,6 +98,8 @@ def experts_mlp(
     The expert of Mixtral and its successors (Shazeer 2020, arXiv 2002.05202, for gated MLPs); the question is
     pytorch/torchtitan issue 434.
     """
+    check_given(x=x, topk_ids=topk_ids, topk_weights=topk_weights, w1=w1, w2=w2)
+    check_tensors(w3=w3, b1=b1, b3=b3, b2=b2)
     refuse_forward_ad("experts_mlp", x, topk_weights, w1, w3, w2, b1, b3, b2)
     check_activation(activation, w3 is not None)
     check_name(impl, IMPLEMENTATIONS)

@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.arguments import check_given
 from moesaic.ops.autocast import no_autocast
-from moesaic.ops.grouped_mm.api import check_shapes
+from moesaic.ops.grouped_mm.api import check_dtypes, check_shapes
 from moesaic.ops.grouped_mm.groups import as_blocks
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation, module_for
 from moesaic.ops.implementations import check_name
@@ -52,8 +53,8 @@ def accumulate_weight_grad(
         ValueError: shapes that do not fit, ``into`` that is not contiguous or that requires a gradient.
         TypeError: dtypes that do not fit.
     """
-    if grad.dtype != x.dtype:
-        raise TypeError(f"grad: dtype {grad.dtype} differs from x's {x.dtype}; cast one of them")
+    check_given(into=into, x=x, grad=grad, group_sizes=group_sizes)
+    check_dtypes(x, grad, group_sizes, "grad")
     if into.dtype not in (x.dtype, torch.float32) or x.dtype == torch.float64 != into.dtype:
         raise TypeError(f"into: got {into.dtype} for operands of {x.dtype}; give that dtype, or fp32 for half types")
     if grad.shape != (x.shape[0], into.shape[-1]):

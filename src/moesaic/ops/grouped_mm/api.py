@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.arguments import check_given
 from moesaic.ops.autocast import autocast
 from moesaic.ops.dtypes import FLOATS, INDICES
 from moesaic.ops.forward_ad import refuse_forward_ad
@@ -65,6 +66,7 @@ def grouped_mm(
 
     The semantics are those of ``jax.lax.ragged_dot``; the question is pytorch/torchtitan issue 434.
     """
+    check_given(x=x, w=w, group_sizes=group_sizes)
     refuse_forward_ad("grouped_mm", x, w)
     x, w = autocast(x, w)
     check_dtypes(x, w, group_sizes)

@@ -3,6 +3,7 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moesaic.ops.arguments import check_given, check_tensors
 from moesaic.ops.autocast import autocast
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.api import check_dtypes, check_shapes
@@ -47,6 +48,8 @@ def grouped_mm_weight_grad(
         >>> moesaic.ops.grouped_mm_weight_grad(x, grad, torch.tensor([2, 0, 4])).shape
         torch.Size([3, 4, 5])
     """
+    check_given(x=x, grad=grad, group_sizes=group_sizes)
+    check_tensors(like=like)
     refuse_forward_ad("grouped_mm_weight_grad", x, grad)
     x, grad = autocast(x, grad)
     check_dtypes(x, grad, group_sizes, "grad")

@@ -1,0 +1,73 @@
+"""What arguments are: errors that name the argument, what it got, and what to give instead."""
+
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.dtypes import FLOATS
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Raise ``TypeError`` for an argument that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: expected a torch.Tensor, got {type(value).__name__}; torch.as_tensor({name}) makes one"
+            )
+
+
+def check_given(**arguments: Any) -> None:
+    """Raise ``TypeError`` for an argument that is no tensor."""
+    for name, value in arguments.items():
+        if value is None:
+            raise TypeError(f"{name}: expected a torch.Tensor, got None")
+    check_tensors(**arguments)
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` for a tensor whose dtype operators do not take; fp8 and integers, for instance."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in FLOATS:
+            raise TypeError(f"{name}: dtype {t.dtype} is not supported; use one of {FLOATS}")
+
+
+def check_int(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless a value is an integer: of Python, of numpy, or symbolic."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool | Tensor) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name}: expected an int, got {_said(value)}{_as_int(value)}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless a value is a real number of Python or numpy."""
+    if isinstance(value, bool | str | Tensor) or not (
+        hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+    ):
+        raise TypeError(f"{name}: expected a number, got {_said(value)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_said(value)}")
+
+
+def nearest(name: str, known: Any) -> str:
+    """The end of an error about an unknown name: the known one that is nearest, or all of them."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+
+
+def _said(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})" if isinstance(value, str | int | float) else type(value).__name__
+
+
+def _as_int(value: Any) -> str:
+    try:
+        whole = int(value)
+        return f"; give {whole}" if whole == float(value) and not isinstance(value, bool) else ""
+    except (TypeError, ValueError, OverflowError):
+        return ""
