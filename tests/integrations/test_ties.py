@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moesaic
 from moesaic.checkpoint import CheckpointError
+from moesaic.checkpoint import load as read_checkpoint
 from moesaic.integrations.transformers import convert as module
 from moesaic.integrations.transformers import export_pretrained, load_pretrained, swap_moe
 from moesaic.integrations.transformers.convert import convert
@@ -119,6 +120,12 @@ def test_a_checkpoint_with_only_the_head(checkpoint, tmp_path):
     convert(tmp_path / "m", tmp_path / "dcp")
     convert(tmp_path / "dcp", tmp_path / "back")
     assert torch.equal(logits_of(tmp_path / "back"), expected)
+    # Training reads it into a model, which has both names.
+    model = load_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    read_checkpoint(tmp_path / "dcp/checkpoints", {"model": model.state_dict()})
+    assert torch.equal(model.lm_head.weight, tensors[HEAD])
 
 
 def test_the_verification_sees_a_tensor_that_is_lost(checkpoint, tmp_path, monkeypatch):

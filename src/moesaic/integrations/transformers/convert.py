@@ -99,6 +99,8 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         plain = empty_model(source, files)
         state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
         ties.untie(plain, ties.differing(plain, state))
+        # Whoever loads the checkpoint into a model asks for all names of the model.
+        state = ties.with_copies(plain, state)
         model = swap_moe(plain)
         tensors = _cast(to_our_names(model, state), model if source.dtype else None)
         ours = {_PREFIX + name: tensor for name, tensor in tensors.items()}

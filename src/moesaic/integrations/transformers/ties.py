@@ -70,6 +70,12 @@ def without_copies(model: Any, state: Mapping[str, LazyTensor]) -> dict[str, Laz
     return kept
 
 
+def with_copies(model: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The state with tied weights under all of their names."""
+    whole = dict(without_copies(model, state))
+    return whole | {name: whole[source] for name, source in model.all_tied_weights_keys.items()}
+
+
 def is_one(a: Any, b: Any) -> bool:
     """Whether two tensors are the same one, or views of the same numbers."""
     if a is b:
