@@ -79,11 +79,13 @@ def test_names_are_folded_where_nothing_known_begins_so():
     assert fold(names, known) == "vision.* (3), m.layers.*.extra.* (4), m.new.w"
 
 
-def test_values_of_the_config_and_options_of_the_swap(mixtral):
+def test_values_of_the_config_and_options_of_the_swap(mixtral, unchecked):
     model = load_pretrained(mixtral, attn_implementation="eager", sliding_window=5, aux_loss_coef=0.1)
     assert model.config._attn_implementation == "eager"
     assert model.config.sliding_window == 5
     assert model.model.layers[0].mlp.config.aux_loss_coef == 0.1
+    with pytest.raises(TypeError, match=r"meshes: expected the result of moesaic.build_meshes\(\), got str"):
+        load_pretrained(mixtral, "cpu")
     with pytest.raises(TypeError, match=r"aux_los_coef: .*no such option; did you mean aux_loss_coef\?"):
         load_pretrained(mixtral, aux_los_coef=0.1)
 

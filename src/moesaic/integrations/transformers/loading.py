@@ -27,6 +27,7 @@ from moesaic.ops import Implementation
 from moesaic.ops.arguments import nearest
 from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
+from moesaic.parallel.mesh import check_meshes
 from moesaic.parallel.meta import materialize
 from moesaic.sharding.internals import box_at
 
@@ -81,7 +82,7 @@ def load_pretrained(
         OSError: there is no such checkpoint.
         ValueError: the files do not fit the model, or the model cannot be swapped or sharded over the meshes. The
             message lists all missing and unexpected names and all wrong shapes. No number has been read then.
-        TypeError: an option is one of neither :func:`swap_moe` nor the config.
+        TypeError: an option is one of neither :func:`swap_moe` nor the config; ``meshes`` are no meshes of ours.
         NotImplementedError: the files need a conversion that cannot be done slice by slice; the message names it.
 
     Example:
@@ -92,6 +93,7 @@ def load_pretrained(
         meshes = build_meshes() if not ranks.active() else None
     if meshes is None:
         raise ValueError(f"meshes: there are {ranks.world_size()} ranks; pass the result of moesaic.build_meshes()")
+    check_meshes(meshes)
     of_swap = inspect.signature(swap_moe).parameters.keys() - {"model", "impl"}
     source = Source(
         path,
