@@ -11,7 +11,7 @@ from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.convert import convert
 from moesaic.integrations.transformers.folding import fold
 from moesaic.train.architecture import find_model
-from moesaic.train.config import TrainConfig
+from moesaic.train.config import TrainConfig, with_defaults
 from moesaic.train.model import load_model
 from tests.integrations.families import make_model, make_published_llama4, token_ids
 from tests.integrations.test_loading_files import changed
@@ -46,6 +46,7 @@ def test_the_language_model_of_a_published_llama4(tmp_path, caplog):
         assert_same_logits(load_pretrained(tmp_path / "m", ignore_unexpected=True), whole)
     assert f"tensors that Llama4ForCausalLM does not have: {others}" in caplog.text
     settings = TrainConfig(model=str(tmp_path / "m"), ignore_unexpected=True)
+    settings = with_defaults(settings, pretrained=True, own_aux_loss_coef=None)
     trained = load_model(settings, find_model(settings.model), build_meshes(), torch.device("cpu"), vocab_size=5)
     assert_same_logits(trained, whole)
     convert(tmp_path / "m", tmp_path / "dcp", ignore_unexpected=True)
