@@ -17,7 +17,7 @@ ops = torch.ops.moesaic
 SIZES = torch.tensor([[2, 0, 3], [0, 0, 0], [1, 1, 1], [0, 6, 0]])
 FEWER = torch.tensor([[2, 0, 3], [0, 6, 0], [1, 1, 1], [4, 0, 0]])
 FLAT = torch.tensor([3, 0, 4, 2])
-IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, 1]])
+IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, -1]])
 K, N = 13, 14
 SILU = "silu"
 

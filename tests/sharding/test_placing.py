@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from moesaic.sharding.proof.deciders import is_local
+from moesaic.sharding.proof.noise import Tolerance
 from moesaic.sharding.proof.placing import is_even, join, mesh_placements, same, shard_sizes, split
 from moesaic.sharding.simulated import parts_of
 from tests.sharding.planted import AVG, MAX, MIN, S0, S1, P, R, random
@@ -19,11 +20,15 @@ MESHES = [(2,), (4,), (2, 2), (2, 3)]
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4), (0, 2)], ids=str)
 def test_parts_make_up_the_value(mesh, shape):
-    for value in (random(*shape).double(), torch.arange(5 * 3).view(5, 3)[: shape[0]]):
+    numbers = torch.arange(5 * 3).view(5, 3)[: shape[0]]
+    masked = random(*shape).double().masked_fill(random(*shape, seed=1) > 0, -1e30)
+    values = random(*shape).double(), masked, torch.complex(*random(2, *shape)), numbers, numbers % 3 == 1
+    for value in (*values, (numbers * 50).to(torch.uint8)):
+        allowed = Tolerance(1e-6, 1e-5) if value.is_complex() else Tolerance(1e-12, 1e-12)
         for placements in mesh_placements(2, value.dtype, len(mesh)):
-            joined = join(split(value, placements, mesh), placements, mesh, atol=1e-12)
+            joined = join(split(value, placements, mesh), placements, mesh, allowed)
             assert joined is not None, placements
-            assert same(joined, value, 1e-12), placements
+            assert same(joined, value, allowed), placements
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -67,7 +72,7 @@ def test_what_is_no_value():
     assert join(parts, (P,), (2,)) is None
     assert join(parts[::-1], (S0,), (2,)) is None, "two rows and three, where shards are three and two"
     assert join([value, value + 1], (R,), (2,)) is None
-    assert join([value, value + 1e-14], (R,), (2,), atol=1e-12) is not None
+    assert join([value, value + 1e-14], (R,), (2,), Tolerance(atol=1e-12)) is not None
 
 
 @pytest.mark.parametrize(("size", "n"), [(0, 2), (1, 4), (5, 2), (5, 4), (12, 4), (9, 4)])

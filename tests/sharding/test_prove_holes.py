@@ -5,7 +5,7 @@ import torch
 
 import moesaic
 from tests.sharding import planted
-from tests.sharding.planted import ONE, S0, TWO, differentiable, random, ruled
+from tests.sharding.planted import AVG, ONE, PAIR, S0, S1, TWO, P, R, define, differentiable, inside, random, ruled
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
 
@@ -50,3 +50,79 @@ def test_gradients_of_further_examples():
     op = differentiable(ruled(ONE, torch.clone, "m n! -> m n!", linear=["x"]), kernel)
     assert (S0,) in wrong(op, random(13, 2), also=[(random(13, 4),)], backward=True)
     assert (S0,) in wrong(op, random(13, 4), also=[(random(13, 2),)], backward=True)
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_what_a_mask_fills_in_hides_no_error(fill):
+    op = ruled("(Tensor q, Tensor k, Tensor mask) -> Tensor", planted.masked_scores(fill), "s d!, t d!, s t -> s t")
+    found = wrong(op, random(13, 6), random(14, 6), random(13, 14) > 0)
+    assert found.keys() == {(S0, R, S0)}
+    assert "expected -1" not in found[S0, R, S0], "of what is off, not of what is filled in"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_inside_of_an_operator_is_no_error_and_hides_none(dtype):
+    right = ruled(TWO, inside(dtype), "m k, k n -> m n", linear=["x", "w"])
+    report = moesaic.prove(right, x, random(13, 14), axes=(2, 3), meshes=[(2, 2)], backward=False)
+    assert report.ok, f"{report}"
+    assert report.complete, f"{report}"
+    term = ruled(TWO, lambda x, w: inside(dtype)(x, w) + 1, "m k, k n -> m n")
+    assert wrong(term, x, random(13, 14)).keys() == {(S1, S0)}
+
+
+def test_what_rounds_is_not_linear_on_fractions():
+    op = ruled(ONE, torch.round, "m n -> m n", linear=["x"])
+    assert wrong(op, x).keys() == {(P,), (AVG,)}
+
+
+def test_partial_complex_numbers():
+    numbers = torch.complex(random(12, 13), random(12, 13, seed=1))
+    not_linear = ruled(ONE, lambda x: x * x.abs(), "m n -> m n", linear=["x"])
+    assert wrong(not_linear, numbers).keys() == {(P,), (AVG,)}
+    right = ruled(TWO, planted.matmul, "m k, k n -> m n", linear=["x", "w"])
+    report = moesaic.prove(right, numbers, numbers.mT * 2, axes=(2, 3), meshes=[], backward=False)
+    assert report.ok, f"{report}"
+    assert report.complete, f"{report}"
+    spectrum = ruled(ONE, torch.fft.fft, "m n -> m n", linear=["x"])
+    assert (S1,) in wrong(spectrum, numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_partial_bools_and_bytes(dtype):
+    values = (random(12, 13) * 3).to(torch.int64).to(dtype)
+    op = ruled(ONE, lambda x: (x == 0).to(x.dtype), "m n -> m n", linear=["x"])
+    assert wrong(op, values).keys() == {(P,)}
+    kept = ruled(ONE, torch.clone, "m n -> m n", linear=["x"], preserves={"max": ["x"], "min": ["x"]})
+    report = moesaic.prove(kept, values, axes=(2, 3), meshes=[(2, 2)], backward=False)
+    assert report.ok, f"{report}"
+
+
+def test_a_fake_kernel_that_says_something_else():
+    def faked(function, fake):
+        op = define(ONE, function)
+        op.register_fake(fake)
+        return moesaic.sharding_rule("m n! -> m")(op)
+
+    for function, fake, problem in (
+        (lambda x: x.sum(1), lambda x: x.new_empty(x.shape[0] + 1), r"says is float32 \[13\], it is float32 \[12\]"),
+        (lambda x: x.float().sum(1), lambda x: x.new_empty(x.shape[0]), "says is float64 .*, it is float32"),
+        (lambda x: x.sum(1), lambda x: x.new_empty(min(x.shape[0], 6) * 2), r"says is .* \[.*\], it is"),
+    ):
+        with pytest.raises(ValueError, match=f"its fake kernel is wrong for x float.*: it {problem}"):
+            wrong(faked(function, fake), x)
+    # Of all rows it is right, and of a rank's it is not.
+    op = faked(lambda x: x.sum(1), lambda x: x.new_empty(x.shape[0] + (x.shape[0] == 6)))
+    assert "the fake kernel is wrong for shards [6, 13]" in wrong(op, x)[(S0,)]
+
+
+def test_results_that_could_show_no_error():
+    for function in (lambda x: (x - 100).clamp(min=0), lambda x: x * float("nan"), lambda x: x * 0 + 3):
+        with pytest.raises(ValueError, match="the result is .* everywhere: a wrong rule might pass"):
+            wrong(ruled(ONE, function, "m n -> m n", linear=["x"]), x)
+    report = moesaic.prove(
+        ruled(PAIR, lambda x: (x.cumsum(1), x * 0), "m n! -> m n, m n"), x, axes=(2,), meshes=[], backward=False
+    )
+    assert not report.ok
+    assert report.untried == ["result 1 is 0.0 everywhere: nothing was proved about it"]
+    assert "NOT TRIED: result 1" in str(report)
+    assert str(report).endswith("NOT ALL TRIED, nothing missing")

@@ -41,7 +41,7 @@ def _trace(
 
     def leaf(value: Any) -> Any:
         t = on_meta(value)
-        if isinstance(t, Tensor) and t.is_floating_point():
+        if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()):
             leaves.append(t.requires_grad_())
         return t
 

@@ -16,18 +16,19 @@ from moesaic.sharding.proof.candidates import on_one_axis
 from moesaic.sharding.proof.deciders import decider_of
 from moesaic.sharding.proof.examples import (
     Example,
-    check_fake,
     check_inputs,
     check_numbers,
     check_op,
     first_line,
     line_for,
+    silent_results,
     variants,
     with_line,
 )
+from moesaic.sharding.proof.fakes import check_fake
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.placing import same
-from moesaic.sharding.proof.precision import precise
+from moesaic.sharding.proof.precision import exact, precise
 from moesaic.sharding.proof.report import Report
 from moesaic.sharding.proof.search import Search
 from moesaic.sharding.proof.trial import EMPTY, Inputs, Trial
@@ -102,8 +103,9 @@ def prove(
         raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
     with _one_thread(), _poisoned():
-        examples = [_example(report, op, args) for args in (example_inputs, *also)]
+        examples = [example for args in (example_inputs, *also) for example in _examples(report, op, args)]
         check_numbers(examples[0])
+        _note_silent_results(report, examples)
         _note_what_no_example_has(report, examples)
         for of_form in _by_form(report, examples):
             _prove_form(report, of_form, backward, on_progress or (lambda text: None))
@@ -134,20 +136,29 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _example(report: Report, op: Any, args: tuple[Any, ...]) -> Example:
+def _examples(report: Report, op: Any, args: tuple[Any, ...]) -> list[Example]:
+    """The call as it is compared, and where it is made of sums and products also on whole numbers."""
     check_inputs(op, args)
     given = Example(op, args)
     try:
-        given.run()
+        results = given.run()
     except Exception as error:
         raise ValueError(f"{op._name} refuses the inputs: {error}") from error
-    check_fake(given)
-    if not all(same(a, b, 0.0) for a, b in zip(given.run(), given.run(), strict=True)):
+    check_fake(given, results)
+    if not all(same(a, b) for a, b in zip(results, given.run(), strict=True)):
         raise ValueError(f"{op._name} gives different results for the same inputs, so nothing can be proved about it")
     example, note = precise(given)
     if note:
         report.note(note)
-    return with_line(example, RULES.get(op))
+    on_whole_numbers = None if example.whole else exact(given)
+    return [with_line(e, RULES.get(op)) for e in (example, on_whole_numbers) if e is not None]
+
+
+def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
+    """Of each line of the rule, some example has to tell right from wrong."""
+    for text in {example.line.text: None for example in examples if example.line}:
+        of_line = [example for example in examples if example.line and example.line.text == text]
+        report.untried += [f"{name}: nothing was proved about it" for name in silent_results(of_line)]
 
 
 def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
@@ -168,7 +179,9 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     rule = RULES.get(examples[0].op)
     forms: dict[Any, list[Run]] = {}
     for example in examples:
-        for variant in variants(example, report.meshes):
+        # Whole numbers are held against the same sizes once more, not against all narrower ones.
+        of_example = [example] if example.whole and example is not examples[0] else variants(example, report.meshes)
+        for variant in of_example:
             try:
                 results = variant.run()
             except Exception as error:
@@ -178,6 +191,7 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
             if rule and line_for(variant, rule, [r.shape for r in results]) != example.line:
                 continue  # of another form, of which there are other examples or a note
             text = example.line.text if example.line else ""
+            check_fake(variant, results)
             form = (text, tuple(map(len, example.shapes)), tuple(example.positions))
             forms.setdefault(form, []).append((variant, results))
     return list(forms.values())

@@ -16,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import Placement
 
 from moesaic.sharding.internals import LocalTensorMode, parts_of
+from moesaic.sharding.proof.noise import Tolerance
 from moesaic.sharding.proof.placing import join, split
 
 
@@ -56,7 +57,7 @@ def whole(t: DTensor, atol: float = 0.0) -> Tensor:
 
     ``full_tensor()`` gives the same, as a test shows, but takes ten times as long to simulate.
     """
-    value = join(parts_of(t), t.placements, tuple(t.device_mesh.shape), atol)
+    value = join(parts_of(t), t.placements, tuple(t.device_mesh.shape), Tolerance(atol=atol))
     assert value is not None, f"replicas differ, or the parts are not {t.placements}"
     assert value.shape == t.shape, f"parts make up {list(value.shape)}, the DTensor says {list(t.shape)}"
     return value

@@ -1,7 +1,7 @@
 """Calls to be proved: examples of the user, checked to be telling, and smaller ones made of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -26,6 +26,8 @@ class Example:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
         whole: whether its floating values are small whole numbers.
+        eps: of the rounding inside of the operator, where that is coarser than its dtypes.
+        fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors.
     """
 
     op: Op
@@ -33,6 +35,8 @@ class Example:
     line: Notation | None = None
     narrowed: bool = False
     whole: bool = False
+    eps: float = 0.0
+    fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def positions(self) -> list[int]:
@@ -95,7 +99,7 @@ def check_inputs(op: Op, args: Sequence[Any]) -> None:
             raise ValueError(f"{name} is a tensor argument, but {type(value).__name__} was given")
         if isinstance(value, DTensor):
             raise ValueError(f"{name} is a DTensor; give plain tensors: prove() shards them itself")
-        if isinstance(value, Tensor) and value.is_floating_point() and (problem := _degenerate(value)):
+        if isinstance(value, Tensor) and has_fractions(value) and (problem := _degenerate(value)):
             raise ValueError(
                 f"{name} {problem}: a wrong rule might pass. Give random values, such as torch.randn makes"
             )
@@ -109,12 +113,41 @@ def check_numbers(example: Example) -> None:
     """
     assert example.line is not None
     for name, t, pattern in zip(example.names, example.tensors, example.line.inputs, strict=True):
-        read = not (t.is_floating_point() or t.is_complex() or pattern.shape_only)
+        read = not (has_fractions(t) or pattern.shape_only)
         if read and t.numel() > 1 and bool((t == t.flatten()[0]).all()):
             raise ValueError(
                 f"{example.op._name}: {name} is constant: a wrong rule might pass. Give distinct values first, and "
                 "constant ones, such as groups that are all empty, in also="
             )
+
+
+def silent_results(examples: Sequence[Example]) -> list[str]:
+    """The results that could show no error, for they are zero or not a number everywhere, say, and how they are.
+
+    Raises:
+        ValueError: there is no other.
+    """
+    op, of_examples = examples[0].op, [example.run() for example in examples]
+    silent = []
+    for i, results in enumerate(zip(*of_examples, strict=True)):
+        if not any(map(_tells, results)):
+            name = op._schema.returns[i].name or (f"result {i}" if len(of_examples[0]) > 1 else "the result")
+            silent.append(f"{name} is {results[0].flatten()[0].item()} everywhere")
+    if len(silent) == len(of_examples[0]):
+        raise ValueError(f"{op._name}: {', '.join(silent)}: a wrong rule might pass. Give inputs of which it is not")
+    return silent
+
+
+def _tells(t: Tensor) -> bool:
+    """Whether it could be wrong: it has several values, or one that is not zero. What has no elements is no result."""
+    t = t.flatten()
+    if t.numel() == 0:
+        return True
+    return bool((t != t[0]).logical_and(~(t.isnan() & t[0].isnan())).any()) if t.numel() > 1 else _is_number(t)
+
+
+def _is_number(t: Tensor) -> bool:
+    return bool((t.isfinite() & (t != 0)).any())
 
 
 def _degenerate(t: Tensor) -> str | None:
@@ -125,27 +158,13 @@ def _degenerate(t: Tensor) -> str | None:
     for dim, size in enumerate(t.shape):
         slices = t.movedim(dim, 0).flatten(1) if t.ndim > 1 else t.unsqueeze(1)
         # Of the half types' few values even random ones coincide.
+        slices = torch.view_as_real(slices).flatten(1) if t.is_complex() else slices
         if slices.shape[1] * t.dtype.itemsize >= 4 and slices.unique(dim=0).shape[0] < size:
             return f"has equal slices along dim {dim}"
     for i, j in combinations(range(t.ndim), 2):
         if t.shape[i] == t.shape[j] > 1 and torch.equal(t, t.transpose(i, j)):
             return f"is symmetric in dims {i} and {j}"
     return None
-
-
-def check_fake(example: Example) -> None:
-    """Refuse an operator whose results DTensor cannot know the shapes of.
-
-    Raises:
-        ValueError: with what the operator says.
-    """
-    try:
-        example.run([t.to("meta") for t in example.tensors])
-    except Exception as error:
-        raise ValueError(
-            f"{example.op._name} does not work on meta tensors, from which DTensor learns the shapes of results. "
-            f"Give it a fake kernel with register_fake ({first_line(error)})"
-        ) from error
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate
 
 from moesaic.sharding.internals import parts_of
-from moesaic.sharding.proof.examples import first_line
+from moesaic.sharding.proof.examples import first_line, has_fractions
 from moesaic.sharding.proof.placing import join, same
 from moesaic.sharding.proof.trial import Inputs, Trial, show
 from moesaic.sharding.rule import Placements
@@ -39,7 +39,7 @@ class OneProcess:
 
 def one_process(trial: Trial) -> OneProcess | str:
     """The gradients of a call, or why there are none."""
-    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in trial.example.tensors]
+    leaves = [t.detach().clone().requires_grad_(has_fractions(t)) for t in trial.example.tensors]
     generator = torch.Generator().manual_seed(0)
     try:
         with warnings.catch_warnings():
@@ -59,7 +59,8 @@ def one_process(trial: Trial) -> OneProcess | str:
 def _random(like: Tensor, generator: torch.Generator, *, whole: bool) -> Tensor:
     if whole:
         return torch.randint(-3, 4, like.shape, generator=generator).to(like)
-    return torch.randn(like.shape, generator=generator).to(like)
+    kind = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(like.shape, generator=generator, dtype=kind).to(like)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs,
             came_as = f" of a gradient that is {', '.join(map(show, placements))}"
             tensors = zip(trial.example.tensors, inputs, strict=True)
             leaves = [ranks.place(t, p, seed=i) for i, (t, p) in enumerate(tensors)]
-            leaves = [t.requires_grad_(t.is_floating_point()) for t in leaves]
+            leaves = [t.requires_grad_(has_fractions(t)) for t in leaves]
             with _step("the call", moved):
                 results = trial.example.run(leaves)
             for ours, expected, p in zip(results, trial.expected, outputs, strict=True):
@@ -120,11 +121,11 @@ def _compare(name: str, trial: Trial, ours: object, expected: Tensor, placements
     if placements is not None and ours.placements != placements:
         raise _Wrong(f"{name} is {show(ours.placements)}, the rule says {show(placements)}")
     parts = parts_of(ours)
-    atol = trial.atol(expected, parts)
-    value = join(parts, ours.placements, tuple(ours.device_mesh.shape), atol)
+    allowed = trial.tolerance(expected, parts)
+    value = join(parts, ours.placements, tuple(ours.device_mesh.shape), allowed)
     if value is None:
         raise _Wrong(f"{name} says it is {show(ours.placements)}, but its parts are not")
-    if not same(value, expected, atol):
+    if not same(value, expected, allowed):
         off = f"off by {float((value - expected).abs().max()):.4g}" if value.shape == expected.shape else "misshapen"
         raise _Wrong(f"{name} is {off} as {show(ours.placements)}")
 

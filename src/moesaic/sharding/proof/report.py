@@ -42,7 +42,8 @@ class Report:
         wrong: placements that are admitted and give wrong results or gradients: bugs.
         missing: placements that are right in all cases, or in all where sizes divide, and are not admitted.
         hidden: placements for which the inputs are redistributed first.
-        notes: what was not looked at.
+        untried: what the rule admits and no example tried: nothing is known about it.
+        notes: how it was looked at, and what was left out.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Report:
     wrong: list[Record] = field(default_factory=list)
     missing: list[Record] = field(default_factory=list)
     hidden: list[Record] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -62,17 +64,21 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something is admitted, and nothing of it is wrong."""
-        return bool(self.admitted) and not self.wrong
+        """Whether something is admitted, all of it was tried, and nothing of it is wrong."""
+        return bool(self.admitted) and not self.wrong and not self.untried
 
     @property
     def complete(self) -> bool:
         """Whether nothing is missing."""
         return not self.missing
 
+    @property
+    def _failure(self) -> str:
+        return "WRONG" if self.wrong else "NOT ALL TRIED" if self.admitted else "NOTHING ADMITTED"
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("admitted", "wrong", "missing", "hidden"))
-        verdict = "ok" if self.ok else "WRONG" if self.wrong else "NOTHING ADMITTED"
+        verdict = "ok" if self.ok else self._failure
         return f"<Report on {self.op}: {verdict}; {counts}>"
 
     def __str__(self) -> str:
@@ -87,7 +93,8 @@ class Report:
             *self._section(_MOVED, self.hidden),
         ]
         notes = [f"note: {text}" for text in self.notes]
-        verdict = f"{len(self.wrong)} WRONG" if self.wrong else "nothing wrong" if self.ok else "NOTHING ADMITTED"
+        notes += [f"NOT TRIED: {text}" for text in self.untried]
+        verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG" if self.wrong else self._failure
         verdict += ", nothing missing" if self.complete else f", {len(self.missing)} missing"
         return "\n".join([*header, *sections, *notes, verdict])
 
