@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 STANDARD = "-std=c++20"
-SANITIZED = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # The files of an instruction set, and the flags that the build gives them.
 _PER_FILE = re.compile(r"set_source_files_properties\((\S+) PROPERTIES COMPILE_OPTIONS \"([^\"]*)\"\)")
 # What such a file defines before it includes the kernels.
