@@ -92,7 +92,10 @@ def parts_of(attention: nn.Module, plan: dict[str, str]) -> list[Part]:
         if role is None:
             raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not known to the plan")
         if not isinstance(what, _FORMS[role]):
-            raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not a linear layer")
+            raise ValueError(
+                f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not a linear layer; if an adapter "
+                "wraps it, merge it first (of peft: merge_and_unload())"
+            )
         parts.append(Part(name, what, role))
     if not any(part.role == "row" for part in parts):
         raise ValueError(f"{type(attention).__name__} has no output projection that the plan knows")

@@ -19,20 +19,14 @@ from moesaic.parallel.mesh import sequence_slices
 _ATTENTION = "self_attn"
 
 
-def find_decoder(model: nn.Module) -> nn.Module | None:
-    """The backbone of a transformers causal language model, or None where ``model`` is something else."""
-    backbone = getattr(model, "model", model)
-    layers = getattr(backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not any(hasattr(layer, _ATTENTION) for layer in layers):
-        return None
-    return backbone
+def has_attention(module: nn.Module) -> bool:
+    """Whether a module is the backbone of a language model: it has decoder layers with attention."""
+    layers = getattr(module, "layers", None)
+    return isinstance(layers, nn.ModuleList) and any(hasattr(layer, _ATTENTION) for layer in layers)
 
 
-def leaves_shards_alone(model: Any) -> bool:
-    """Whether a model around a decoder, or a bare one, treats what the decoder gives token by token."""
-    decoder = find_decoder(model)
-    if decoder is model:
-        return True
+def leaves_shards_alone(model: Any, decoder: nn.Module) -> bool:
+    """Whether a transformers model around a decoder treats what the decoder gives token by token."""
     is_causal = getattr(model, "loss_type", None) == "ForCausalLM"
     return is_causal and all(child in (decoder, model.get_output_embeddings()) for child in model.children())
 

@@ -1,4 +1,7 @@
-"""The loss of a parallelized transformers causal language model, from ``labels=``."""
+"""The loss of a parallelized transformers causal language model, from ``labels=``.
+
+Every model in a module that takes labels gets it, whatever wraps the model.
+"""
 
 import inspect
 from functools import partial
@@ -7,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.mesh import Meshes
@@ -15,16 +18,54 @@ from moesaic.parallel.mesh import Meshes
 _WHOLE_SEQUENCE = ("logits_to_keep", "past_key_values")
 
 
-def is_language_model(model: Any) -> bool:
-    """Whether ``model`` is one of transformers that can make a loss of labels."""
-    return hasattr(type(model), "loss_function")
+class LossOverRanks:
+    """The ``loss_function`` of language models: :func:`causal_lm_loss` over the ranks of ``meshes``.
 
+    It counts its calls, so that a forward pass that takes labels and does not ask it is not mistaken for one that does.
+    """
 
-def take_loss_over_all_ranks(model: Any, meshes: Meshes, all_ranks: dist.ProcessGroup) -> None:
-    """Give ``model`` a :func:`causal_lm_loss`, and refuse arguments that would not mean what they say."""
-    model.loss_function = partial(causal_lm_loss, meshes=meshes, group=all_ranks)
-    check = partial(_check_arguments, signature=inspect.signature(model.forward), tp=meshes.tp_size)
-    model.register_forward_pre_hook(check, with_kwargs=True)
+    def __init__(self, meshes: Meshes, group: dist.ProcessGroup) -> None:
+        self._meshes, self._group = meshes, group
+        self._calls = 0
+        self._calls_before: dict[nn.Module, int] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._calls += 1
+        return causal_lm_loss(*args, **kwargs, meshes=self._meshes, group=self._group)
+
+    def take_over(self, model: Any) -> None:
+        """Become the loss of a model, and refuse arguments that would not mean what they say."""
+        # A function of the user's own stays where it is, and is refused beside labels.
+        if "_loss_function" not in vars(model):
+            model.loss_function = self
+        check = partial(self._check, signature=inspect.signature(model.forward))
+        model.register_forward_pre_hook(check, with_kwargs=True)
+        model.register_forward_hook(self._check_was_asked)
+
+    def _check(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, signature: inspect.Signature
+    ) -> None:
+        given = signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        _check_arguments(model, given, self._meshes.tp_size)
+        self._calls_before.pop(model, None)
+        if given.get("labels") is None:
+            return
+        self._calls_before[model] = self._calls
+        if model.loss_function is not self:
+            raise ValueError(
+                f"labels: {type(model).__name__} has a loss_function of its own, whose value is not known to be this "
+                "rank's part of a mean over all ranks; leave labels out, and divide your own loss by the number of "
+                "tokens of all ranks"
+            )
+
+    def _check_was_asked(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        if self._calls_before.get(model) == self._calls:
+            raise ValueError(
+                f"labels: the forward of {type(model).__name__} makes its loss without self.loss_function(), so it "
+                "would be a mean over this rank alone; call self.loss_function(logits=, labels=, vocab_size=) there, "
+                "or leave labels out, and divide your own loss by the number of tokens of all ranks"
+            )
 
 
 def causal_lm_loss(
@@ -68,11 +109,7 @@ def causal_lm_loss(
     return loss / num_items_in_batch
 
 
-def _check_arguments(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, signature: inspect.Signature, tp: int
-) -> None:
-    given = signature.bind(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+def _check_arguments(model: Any, given: dict[str, Any], tp: int) -> None:
     if tp > 1:
         for name in _WHOLE_SEQUENCE:
             value = given.get(name)

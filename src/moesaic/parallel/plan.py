@@ -10,22 +10,22 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moesaic import ranks
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.parallel.afterwards import guard
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
     check_decoder,
     decoder_layers,
-    find_decoder,
-    leaves_shards_alone,
 )
 from moesaic.parallel.experts import ComputeOn, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
-from moesaic.parallel.loss import is_language_model, take_loss_over_all_ranks
+from moesaic.parallel.loss import LossOverRanks
 from moesaic.parallel.mesh import Meshes, check_meshes
 from moesaic.parallel.meta import check_resets, is_on_meta, materialize, refuse_offloaded
 from moesaic.parallel.same import check_same, describe
+from moesaic.parallel.wrapped import check_no_other_plan, check_whole_sequences, decoders, language_models
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,15 +49,21 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
 
     * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
       tokens; the result is placed alike. ``token_mask`` is of the same tokens, and placed as they are;
-    * a transformers causal language model: with its dp rank's whole ``input_ids [B, S]``, the same on every tp rank.
-      The logits are those of this rank's shard of the sequence, ``meshes.sequence_slice(S)``. With ``labels=``, its dp
-      rank's whole ``[B, S]`` too, the loss is this rank's part of the mean over the labels of all ranks that are not
-      -100: call backward on it; the sum of it over the ranks is the mean. ``num_items_in_batch=`` takes the place of
-      their number, as for several forward passes before a step. ``attention_mask [B, S]`` is of whole sequences, too.
+    * a transformers causal language model, or a wrapper around one (peft's, or your own): with its dp rank's whole
+      ``input_ids [B, S]``, the same on every tp rank. The logits are those of this rank's shard of the sequence,
+      ``meshes.sequence_slice(S)``. With ``labels=``, its dp rank's whole ``[B, S]`` too, the loss is this rank's part
+      of the mean over the labels of all ranks that are not -100: call backward on it; the sum of it over the ranks is
+      the mean. ``num_items_in_batch=`` takes the place of their number, as for several forward passes before a step.
+      ``attention_mask [B, S]`` is of whole sequences, too. A loss that a wrapper makes of logits itself is not known:
+      divide it by the number of tokens of all ranks.
+
+    Add adapters and other modules before. A parallelized model loads whole tensors (``load_state_dict``) and, with tp
+    1, generates; to copy, pickle or resize it is refused.
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
-            (:func:`moesaic.integrations.transformers.swap_moe`), or, with tp 1, any module with MoE layers.
+            (:func:`moesaic.integrations.transformers.swap_moe`), a wrapper around one that has no parameters of its
+            own, or, with tp 1, any module with MoE layers.
             On the mesh's device: parameters and buffers are taken from the first rank of the meshes. Or with all its
             parameters on the meta device: every rank then gets memory for its shards, uninitialised, and the caller
             fills them, with :func:`moesaic.layers.init_weights_` for a new model; buffers that are not on the meta
@@ -83,14 +89,12 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_meshes(meshes)
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
-    decoder = find_decoder(model)
+    found = decoders(model)
 
     def check() -> None:
         if compute not in ("dtensor", "local"):
             raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
-        _check(model, moes, decoder is not None, meshes)
-        if decoder is not None and meshes.tp_size > 1:
-            check_decoder(decoder, meshes.tp_size)
+        _check(model, moes, found, meshes)
 
     if not meshes.is_distributed:
         check()
@@ -108,24 +112,31 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
-        _distribute_dense(model, tp_mesh, attention_shard_dims(decoder) if decoder is not None else {})
-        if decoder is not None:
+        dims = {p: dim for decoder in found for p, dim in attention_shard_dims(decoder).items()}
+        _distribute_dense(model, tp_mesh, dims)
+        for decoder in found:
             add_sequence_parallelism(decoder, tp_mesh)
-    if is_language_model(model):
-        take_loss_over_all_ranks(model, meshes, all_ranks)
+    takers = language_models(model)
+    loss = LossOverRanks(meshes, all_ranks)
+    for language_model in takers:
+        loss.take_over(language_model)
     if isinstance(model, MoE):
         _accept_dtensors(model)
-    shard_data_parallel(model, decoder_layers(decoder) if decoder is not None else list(moes.values()), meshes)
+    layers = [layer for decoder in found for layer in decoder_layers(decoder)]
+    inside = {module for layer in layers for module in layer.modules()}
+    shard_data_parallel(model, layers + [moe for moe in moes.values() if moe not in inside], meshes)
     check_resets(model)
     if is_empty:
         materialize(model, torch.device(meshes.dense.device_type))
     if meshes.dp_size == 1:
         # On the parameters that stay: memory makes new ones.
         sum_partial_gradients(_dense_parameters(model))
+    guard(model, takers, meshes.tp_size)
     return model
 
 
-def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Meshes) -> None:
+def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshes: Meshes) -> None:
+    check_no_other_plan(model)
     refuse_offloaded(model)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None and not is_on_meta(model):
@@ -152,17 +163,21 @@ def _check(model: nn.Module, moes: dict[str, MoE], is_decoder: bool, meshes: Mes
             "model: it has no moesaic.MoE layer; for a transformers model call "
             "moesaic.integrations.transformers.swap_moe first"
         )
-    if meshes.tp_size > 1 and not is_decoder and not isinstance(model, MoE):
+    if meshes.tp_size > 1 and not isinstance(model, MoE):
+        _check_tensor_parallel(model, moes, found, meshes.tp_size)
+    for name, moe in moes.items():
+        check_experts(name or type(moe).__name__, moe, meshes.layout)
+
+
+def _check_tensor_parallel(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], tp: int) -> None:
+    inside = {module for decoder in found for module in decoder.modules()}
+    if not all(moe in inside for moe in moes.values()):
         raise ValueError(
             f"model: tp > 1 works for a moesaic.MoE or a transformers decoder, not for {type(model).__name__}; use tp=1"
         )
-    if meshes.tp_size > 1 and is_decoder and not leaves_shards_alone(model):
-        raise ValueError(
-            f"model: tp > 1 works for causal language models. {type(model).__name__} may expect hidden states of whole "
-            "sequences, and a rank has only a part of each; use tp=1"
-        )
-    for name, moe in moes.items():
-        check_experts(name or type(moe).__name__, moe, meshes.layout)
+    for decoder in found:
+        check_whole_sequences(model, decoder)
+        check_decoder(decoder, tp)
 
 
 @torch.no_grad()
