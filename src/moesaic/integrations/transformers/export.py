@@ -1,14 +1,9 @@
 """The state of a model with swapped layers, with the names and layouts of transformers."""
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
-from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE
 
@@ -37,6 +32,11 @@ def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True)
             state[name] = tensor.detach().cpu().contiguous()
 
     for prefix, origin in origins.items():
+        if lacking := [name for link in origin.links for name in link.ours if prefix + name not in ours]:
+            raise ValueError(
+                f"model: the layer '{prefix[:-1]}' has no {lacking}; if adapters wrap its experts, merge them first "
+                "(of peft: merge_and_unload())"
+            )
         theirs = origin.block.state_dict()
         for link in origin.links:
             tensor = link.join(*(_whole(ours.pop(prefix + name)) for name in link.ours))
@@ -69,21 +69,3 @@ def origins_of(model: nn.Module) -> dict[str, Origin]:
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def plain_model(model: Any, state: dict[str, Tensor]) -> PreTrainedModel:
-    """A transformers model with its own blocks and a given state."""
-    with torch.device("meta"):
-        plain = architecture_of(model)(copy.deepcopy(model.config))
-    ties.tie_what_is_one(plain, model.state_dict(keep_vars=True))
-    missing, unexpected = plain.load_state_dict(state, strict=False, assign=True)
-    lacking = [name for name in missing if name not in plain.all_tied_weights_keys]
-    if lacking or unexpected:
-        raise ValueError(f"cannot export: missing tensors {lacking}, unknown tensors {unexpected}")
-    plain.generation_config = model.generation_config
-    return plain
-
-
-def architecture_of(model: nn.Module) -> Any:
-    """The transformers class of a model. FSDP gives the model a class that is derived from it."""
-    return next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))

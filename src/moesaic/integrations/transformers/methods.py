@@ -12,15 +12,37 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from moesaic.integrations.transformers.export import architecture_of, original_state, plain_model
+from moesaic.integrations.transformers import ties
+from moesaic.integrations.transformers.export import original_state
 from moesaic.integrations.transformers.origin import origin_of
+from moesaic.integrations.transformers.plain import class_of, has_adapters, plain_on_meta
 
 
-def install(model: PreTrainedModel) -> None:
-    """Make the model write and read checkpoints with the names and layouts of transformers."""
-    for method in _METHODS:
-        setattr(model, method.__name__, MethodType(method, model))
+def install(model: nn.Module) -> None:
+    """Make the models of transformers in it write and read checkpoints with the original names and layouts.
+
+    A wrapper around them, such as peft's, keeps methods of its own: its files have the adapters alone.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(map(origin_of, module.modules())):
+            for method in _METHODS:
+                setattr(module, method.__name__, MethodType(method, module))
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a model, whose blocks are still there, could not be saved. Reads no number."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not has_adapters(model):
+            try:
+                revert_weight_conversion(module, {name: t.to("meta") for name, t in module.state_dict().items()})
+            except Exception as error:
+                raise ValueError(
+                    f"model: transformers cannot make the names of the files of {type(module).__name__}, so it could "
+                    f"not be saved: {type(error).__name__}: {error}"
+                ) from error
+            return
 
 
 def remove(model: nn.Module) -> None:
@@ -34,16 +56,20 @@ def remove(model: nn.Module) -> None:
 def save_pretrained(
     model: Any, save_directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **arguments: Any
 ) -> None:
-    """Save as the model's own method does, with the original names and layouts.
+    """Save as the model's own method does, with the original names and layouts. Of adapters, only those.
 
     Raises:
-        ValueError: the model is parallelized.
+        ValueError: the model is parallelized, or has adapters that transformers does not know of.
     """
     state = model.state_dict() if state_dict is None else state_dict
     placed = next((name for name, tensor in state.items() if isinstance(tensor, DTensor)), None)
     if placed is not None:
         raise ValueError(f"model: '{placed}' is a DTensor; call export_pretrained(model, path) on every rank")
-    plain_model(model, original_state(model, state)).save_pretrained(save_directory, **arguments)
+    writer = model
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        writer, state = plain_on_meta(model), original_state(model, state)
+        ties.tie_what_is_one(writer, model.state_dict(keep_vars=True))
+    type(writer).save_pretrained(writer, save_directory, state_dict=state, **arguments)
 
 
 def load_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -69,7 +95,7 @@ def _names(model: nn.Module) -> set[str]:
 
 def _from_disk(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a file as transformers converts them. Those that it does not know stay as they are."""
-    plain, info = architecture_of(model).from_pretrained(
+    plain, info = class_of(model).from_pretrained(
         None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype, output_loading_info=True
     )
     loaded = {name: tensor for name, tensor in plain.state_dict().items() if name not in info["missing_keys"]}

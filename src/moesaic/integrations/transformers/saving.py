@@ -6,7 +6,6 @@ one at a time. So a rank holds its own shards, the file that it is about to writ
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -29,9 +28,10 @@ from moesaic.checkpoint import folder
 from moesaic.checkpoint.sealed import flush_all
 from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.exchange import Exchange
-from moesaic.integrations.transformers.export import architecture_of, origins_of
+from moesaic.integrations.transformers.export import origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
+from moesaic.integrations.transformers.plain import plain_on_meta
 
 _ERRORS = (OSError, ValueError, SafetensorError)
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
@@ -54,13 +54,14 @@ def export_pretrained(
     earlier export. So a crash never leaves half a checkpoint under that name. All ranks must see the same file system.
 
     Args:
-        model: a model with layers that :func:`swap_moe` made.
+        model: a model with layers that :func:`swap_moe` made. Classifiers, bare models and classes of your own are
+            written under their own class names, as ``save_pretrained`` does.
         path: the folder to write. It may hold an earlier export.
         tokenizer: a tokenizer to save in the same folder.
         max_shard_size: the most bytes that a file may have. A file of a single tensor may have more.
 
     Raises:
-        ValueError: transformers' architecture has no place for some of the model's state, or ``path`` has other files.
+        ValueError: the model has adapters, or a MoE that ``swap_moe`` did not make, or ``path`` has other files.
             All ranks raise it, before anything is written.
         OSError: a rank could not write. All ranks raise it. What was under ``path`` before is still there.
 
@@ -115,17 +116,6 @@ def write_pretrained(
         # For a moment this folder holds what was there before. Never remove the only copy.
         if ranks.is_leader() and own is not None and (final.exists() or not (own / "old").exists()):
             shutil.rmtree(own, ignore_errors=True)
-
-
-def plain_on_meta(model: Any) -> Any:
-    """The transformers architecture of a model, on the meta device, with the config as files have it."""
-    config = copy.deepcopy(model.config)
-    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    with torch.device("meta"):
-        plain = architecture_of(model)(config)
-    plain.config.architectures = [type(plain).__name__]
-    plain.generation_config = model.generation_config
-    return plain
 
 
 def to_original_names(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from moesaic.integrations.transformers import masks, methods, router_logits
+from moesaic.integrations.transformers import hooks, masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
 from moesaic.integrations.transformers.links import Link, without_numbers
 from moesaic.integrations.transformers.origin import Origin, origin_of
+from moesaic.integrations.transformers.plain import has_adapters
 from moesaic.layers import MoE, MoEConfig
 from moesaic.ops import Activation, Implementation
 from moesaic.parallel.meta import refuse_offloaded
@@ -45,12 +46,14 @@ def swap_moe(
 
     The model computes what it did before, up to rounding. In half precision our gate computes scores in fp32, and some
     of theirs do not. ``save_pretrained`` still writes the original names and layouts, also when transformers'
-    ``Trainer`` calls it. ``load_state_dict`` still takes them. Call this function before you make the optimizer, and
+    ``Trainer`` calls it. ``load_state_dict`` still takes them. Hooks on the forward and backward passes of a block stay
+    on its layer. Call this function before you make the optimizer, and
     before :func:`moesaic.parallelize`. To go back, use :func:`unswap_moe` in memory, or :func:`export_pretrained` to
     disk, which takes parallelized models too.
 
     Args:
-        model: a model of transformers. If it is on the meta device, the layers are there too.
+        model: a model of transformers: also a classifier, a bare model or a class of your own. Or a model of peft
+            around one, whose adapters are outside of the blocks. If it is on the meta device, the layers are there too.
             ``docs/transformers.md`` lists the families.
         aux_loss_coef, z_loss_coef: coefficients of the balance losses. :func:`moesaic.balance_losses` collects them.
             If ``aux_loss_coef`` is None the config decides, as in transformers: if it sets ``output_router_logits``,
@@ -87,6 +90,7 @@ def swap_moe(
     for name, block in model.named_modules():
         if (family := family_of(block)) is not None:
             try:
+                _check_block(block)
                 config = _config(block, family, options)
                 if aux_loss == "pooled":
                     config = replace(config, aux_loss_coef=0.0)
@@ -97,6 +101,7 @@ def swap_moe(
     _check_all_are_known(model, swaps)
     if aux_loss == "pooled" and len(sizes := {swap.config.num_experts for swap in swaps}) > 1:
         raise ValueError(f"aux_loss: 'pooled' needs layers of one number of experts, and these have {sorted(sizes)}")
+    methods.check_names(model)
     for swap in swaps:
         parent, _, child = swap.name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
@@ -147,6 +152,12 @@ def _check_model(model: PreTrainedModel) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
             raise ValueError(f"model: '{name}' is a DTensor; call swap_moe before you shard the model")
+
+
+def _check_block(block: nn.Module) -> None:
+    if has_adapters(block):
+        raise ValueError("adapters wrap parts of it; add them after swap_moe, or merge them first")
+    hooks.check(block)
 
 
 def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
@@ -227,6 +238,7 @@ def _layer_for(swap: _Swap, impl: Implementation | None) -> MoE:
             _put(layer, name, part.clone(memory_format=torch.contiguous_format), tensor.requires_grad)
     layer.router.load = torch.zeros_like(layer.router.load, device=device)
     layer.register_load_state_dict_pre_hook(_take_original_names)
+    hooks.carry(block, layer)
     layer.train(block.training)
     # The block is kept for unswap_moe, without its weights.
     layer.origin = Origin(block.to("meta"), links)  # type: ignore[assignment]
@@ -244,6 +256,7 @@ def _block_for(layer: nn.Module, origin: Origin) -> nn.Module:
             tensor = tensor.to(theirs[link.theirs].dtype)
         requires_grad = not parts or any(part.requires_grad for part in parts)
         _put(block, link.theirs, tensor.to(layer.get_parameter("experts.w1").device), requires_grad)
+    hooks.carry(layer, block)
     return block.train(layer.training)
 
 

@@ -1,0 +1,80 @@
+"""The model that transformers would have in place of one with swapped layers: its names, on the meta device.
+
+It is made from the model itself and not by its class, whose constructor may take more than a config: classifiers,
+reward models, bare models and users' subclasses all have their names.
+"""
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from moesaic.integrations.transformers.origin import origin_of
+
+# What a module has of these is its own, and belongs to no copy.
+_HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)]
+
+
+def plain_on_meta(model: Any) -> Any:
+    """A model with the original blocks in place of swapped layers, on the meta device. It may be parallelized.
+
+    Its config is as files have it. It has no hooks, and none of the methods that were set on ``model`` alone.
+
+    Raises:
+        ValueError: ``model`` is no model of transformers, or has adapters.
+    """
+    _check(model)
+    plain = _plain(model, {})
+    plain.config = copy.deepcopy(model.config)
+    plain.config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    plain.config.architectures = [type(plain).__name__]
+    return plain
+
+
+def class_of(module: nn.Module) -> Any:
+    """The class of a module. FSDP gives a module a class that is derived from it."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put adapters into a model, or around it."""
+    return any(hasattr(module, "peft_config") or hasattr(module, "base_layer") for module in model.modules())
+
+
+def _check(model: nn.Module) -> None:
+    if has_adapters(model):
+        raise ValueError(
+            f"model: {type(model).__name__} has adapters, for which the files of transformers have no names; call "
+            "merge_and_unload() before, or save the adapters alone by the PeftModel's save_pretrained()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+        remedy = f"export the one in it, model.{inside[0]}" if inside else "give the model that swap_moe changed"
+        raise ValueError(f"model: {type(model).__name__} is no model of transformers; {remedy}")
+
+
+def _plain(module: nn.Module, known: dict[Tensor, Any]) -> Any:
+    if (origin := origin_of(module)) is not None:
+        return origin.block
+    cls = class_of(module)
+    plain = cls.__new__(cls)
+    own = {name: value for name, value in vars(module).items() if not callable(value)}
+    plain.__dict__.update({name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()})
+    plain.__dict__.update({name: OrderedDict() for name in _HOOKS if name in own})
+    plain._parameters = {name: _on_meta(tensor, known) for name, tensor in module._parameters.items()}
+    plain._buffers = {name: _on_meta(tensor, known) for name, tensor in module._buffers.items()}
+    plain._modules = {name: child and _plain(child, known) for name, child in module._modules.items()}
+    return plain
+
+
+def _on_meta(tensor: Tensor | None, known: dict[Tensor, Any]) -> Any:
+    """Tied weights stay tied."""
+    if tensor is not None and tensor not in known:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        known[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return tensor if tensor is None else known[tensor]
