@@ -7,6 +7,7 @@ and process groups with the model. Whole tensors can be loaded: each rank takes 
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -36,8 +37,11 @@ def guard(model: nn.Module, language_models: list[Any], tp: int) -> None:
 
 
 def _refuse_additions(owners: dict[nn.Module, frozenset[str]], model: nn.Module, args: Any) -> None:
-    for name, module in model.named_modules():
+    if torch.compiler.is_compiling():
+        return
+    for module in model.modules():
         if module._parameters and owners.get(module) != module._parameters.keys():
+            name = next(name for name, other in model.named_modules() if other is module)
             raise ValueError(
                 f"model: '{name}' ({type(module).__name__}) got parameters after parallelize, which are not laid "
                 "over the ranks, and whose gradients nobody would sum; add adapters and other modules before it"

@@ -41,8 +41,9 @@ def class_of(module: nn.Module) -> Any:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether peft has put adapters into a model, or around it."""
-    return any(hasattr(module, "peft_config") or hasattr(module, "base_layer") for module in model.modules())
+    """Whether peft has put adapters into a model."""
+    # Not by peft_config, which a model keeps when its adapters are merged.
+    return any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in model.modules())
 
 
 def _check(model: nn.Module) -> None:
