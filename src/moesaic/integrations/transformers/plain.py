@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.integrations.transformers.origin import origin_of
 
@@ -28,8 +28,9 @@ def plain_on_meta(model: Any) -> Any:
         ValueError: ``model`` is no model of transformers, or has adapters.
     """
     _check(model)
-    plain = _plain(model, {})
-    plain.config = copy.deepcopy(model.config)
+    plain = _plain(model, {}, {})
+    # As in a new model: weights that the config ties may have turned out to differ when they were loaded.
+    plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
     plain.config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     plain.config.architectures = [type(plain).__name__]
     return plain
@@ -58,17 +59,21 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"model: {type(model).__name__} is no model of transformers; {remedy}")
 
 
-def _plain(module: nn.Module, known: dict[Tensor, Any]) -> Any:
+def _plain(module: nn.Module, known: dict[Tensor, Any], configs: dict[int, Any]) -> Any:
     if (origin := origin_of(module)) is not None:
         return origin.block
     cls = class_of(module)
     plain = cls.__new__(cls)
     own = {name: value for name, value in vars(module).items() if not callable(value)}
-    plain.__dict__.update({name: copy.copy(value) if isinstance(value, dict) else value for name, value in own.items()})
+    for name, value in own.items():
+        # Models in models share their configs, and their copies do, too.
+        plain.__dict__[name] = copy.deepcopy(value, configs) if isinstance(value, PreTrainedConfig) else value
     plain.__dict__.update({name: OrderedDict() for name in _HOOKS if name in own})
     plain._parameters = {name: _on_meta(tensor, known) for name, tensor in module._parameters.items()}
     plain._buffers = {name: _on_meta(tensor, known) for name, tensor in module._buffers.items()}
-    plain._modules = {name: child and _plain(child, known) for name, child in module._modules.items()}
+    plain._modules = {
+        name: None if child is None else _plain(child, known, configs) for name, child in module._modules.items()
+    }
     return plain
 
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from moesaic.integrations.transformers import hooks, masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
@@ -22,7 +21,7 @@ from moesaic.layers import MoE, MoEConfig
 from moesaic.ops import Activation, Implementation
 from moesaic.parallel.meta import refuse_offloaded
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 Balance = Literal["batch", "sequence", "pooled"]
 
 
@@ -147,7 +146,7 @@ class _PairMoE(MoE):
         return super().forward(x, token_mask), None
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _check_model(model: nn.Module) -> None:
     refuse_offloaded(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(tensor, DTensor):
@@ -160,7 +159,7 @@ def _check_block(block: nn.Module) -> None:
     hooks.check(block)
 
 
-def _check_all_are_known(model: PreTrainedModel, swaps: list[_Swap]) -> None:
+def _check_all_are_known(model: nn.Module, swaps: list[_Swap]) -> None:
     inside = {module for swap in swaps for module in swap.block.modules()}
     # transformers' experts interface leaves this attribute on every module that uses it.
     unknown = {type(m).__name__ for m in model.modules() if hasattr(m, "has_post_expert_norm") and m not in inside}
