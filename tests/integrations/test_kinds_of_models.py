@@ -73,6 +73,8 @@ def test_names_are_tried_at_the_swap():
     assert not any(isinstance(module, MoE) for module in model.modules())
 
 
+# peft asks for an old name of a property of transformers.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 class TestAdapters:
     IDS = token_ids(2, 9)
 
@@ -94,8 +96,9 @@ class TestAdapters:
         plain = make_model("Qwen3-MoE")
         model = self.drawn(peft.get_peft_model(copy.deepcopy(plain), self.config()))
         expected = model(input_ids=self.IDS).logits
-        swap_moe(model)
-        train(model, tmp_path / "trained", learning_rate=0.0)
+        assert_close(swap_moe(model)(input_ids=self.IDS).logits, expected, "logits")
+        train(model, tmp_path / "trained")
+        expected = model.eval()(input_ids=self.IDS).logits
         # The files are peft's own, and go around plain models.
         again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "trained" / "final").eval()
         assert_close(again(input_ids=self.IDS).logits, expected, "logits")
