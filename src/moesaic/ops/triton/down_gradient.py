@@ -293,8 +293,9 @@ def _down_gradient_kernel(
             sums3=sums3 + number.to(tl.int64) * F,
         )
         parts = subtiles(g, BM, BN, SUBTILES)
-        sums = tl.zeros((BM,), tl.float32)
-        for i in tl.static_range(SUBTILES):
+        # A sum that starts from zeros spilled registers in one form.
+        sums = _finish_columns(parts[0], f, tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, N)
+        for i in tl.static_range(1, SUBTILES):
             sums += _finish_columns(parts[i], f + i * N, tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, N)
         if WANTS_ROUTING:
             tl.store(partial + column.to(tl.int64) * num_slots + slot, sums, mask=inside)
