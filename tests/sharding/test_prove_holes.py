@@ -126,3 +126,18 @@ def test_results_that_could_show_no_error():
     assert report.untried == ["result 1 is 0.0 everywhere: nothing was proved about it"]
     assert "NOT TRIED: result 1" in str(report)
     assert str(report).endswith("NOT ALL TRIED, nothing missing")
+
+
+def test_flags_and_absent_tensors_that_no_example_has_are_noted():
+    op = ruled("(Tensor x, int dim) -> Tensor", lambda x, dim: x.softmax(dim), "m n! -> m n!")
+    options = {"axes": (2,), "meshes": [], "backward": False}
+    assert moesaic.prove(op, x, 1, **options).notes == ["every example has dim=1: no other value was tried"]
+    assert moesaic.prove(op, x, 1, also=[(x, 0)], **options).wrong
+
+    def scaled(x, scale=None):
+        return x.cumsum(0) if scale is None else x * scale[:, None]
+
+    op = ruled("(Tensor x, Tensor? scale=None) -> Tensor", scaled, "m n, m -> m n")
+    scale = random(12)
+    assert moesaic.prove(op, x, scale, **options).notes == ["every example gives scale: nothing was tried without it"]
+    assert moesaic.prove(op, x, scale, also=[(x,)], **options).wrong

@@ -162,12 +162,20 @@ def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
 
 
 def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
-    """Note tensor arguments that no example gives, and lines of the rule that no example uses."""
+    """Note what the rule admits and no example has: tensors given or left out, other flags, lines of the rule."""
     op = examples[0].op
     given = {position for example in examples for position in example.positions}
     for i, argument in enumerate(op._schema.arguments):
         if is_tensor(argument.type) and i not in given:
             report.note(f"no example gives {argument.name}: nothing was tried with it")
+        elif isinstance(argument.type, torch.OptionalType) and all(i in example.positions for example in examples):
+            if is_tensor(argument.type):
+                report.note(f"every example gives {argument.name}: nothing was tried without it")
+        elif not is_tensor(argument.type) and op in RULES:
+            # Examples have positional arguments alone; what is left out is the default.
+            values = [e.args[i] if i < len(e.args) else argument.default_value for e in examples]
+            if all(value == values[0] for value in values):
+                report.note(f"every example has {argument.name}={values[0]!r}: no other value was tried")
     reached = {example.line.text for example in examples if example.line}
     for line in RULES[op].lines if op in RULES else ():
         if line.text not in reached:
