@@ -102,7 +102,7 @@ ERRORS = {
         lambda: sort_by_expert(IDS, 3, num_rows=5),
         r"num_rows: 5 rows cannot hold the 6 routed token copies",
     ),
-    "negative rows": (ValueError, lambda: sort_by_expert(IDS, 3, num_rows=-1), r"num_rows: -1 rows cannot hold"),
+    "negative rows": (ValueError, lambda: sort_by_expert(IDS, 3, num_rows=-1), r"num_rows: must be at least 0, got -1"),
     "x of another length": (
         ValueError,
         lambda: permute(ROWS[:2], HERE),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import PreTrainedConfig
 
 from moesaic.parallel import build_meshes
 from moesaic.train import evaluate
@@ -25,6 +26,8 @@ def bpe():
 class _Uniform(nn.Module):
     """Every token is equally likely."""
 
+    config = PreTrainedConfig()
+
     def __init__(self, vocab_size):
         super().__init__()
         self.vocab_size = vocab_size
@@ -35,6 +38,8 @@ class _Uniform(nn.Module):
 
 class _Next(nn.Module):
     """Thinks the next token is the present one plus one, with probability e^2 against e^0 for each other."""
+
+    config = PreTrainedConfig()
 
     def __init__(self, vocab_size):
         super().__init__()

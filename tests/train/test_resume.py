@@ -17,6 +17,7 @@ from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from moesaic.train.signals import StopRequest
 from moesaic.train.training import save
 from tests.train.conftest import write_corpus
 
@@ -128,7 +129,7 @@ def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
     whole = dataclasses.replace(tiny, out=tmp_path / "whole", **layouts[before])
     _on(ranks, before, _fit, whole, cache)
     part = dataclasses.replace(tiny, out=tmp_path / "part", **layouts[before])
-    _on(ranks, before, _fit, part, cache, {2: [signal.SIGHUP]})
+    _on(ranks, before, _fit, part, cache, {2: [signal.SIGTERM]})
     step, saved = _tensors(part, cache)
     assert step == 3
 
@@ -236,3 +237,15 @@ def test_a_damaged_manifest_is_skipped(tiny, cache, caplog):
     assert finished
     assert f"{newest.name}/manifest.json is damaged" in caplog.text
     assert [row["step"] for row in read_jsonl(tiny.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_closed_terminal_saves_but_not_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, wanted in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with StopRequest(lambda name: None) as request:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert request.wanted == wanted
+    finally:
+        signal.signal(signal.SIGHUP, before)
