@@ -36,6 +36,8 @@ def _compile(commands: list[list[str]]) -> None:
         assert compiler.returncode == 0, errors
 
 
+# `make test-isa` runs it: the sanitizers' code takes long to compile.
+@pytest.mark.long
 def test_random_problems(tmp_path):
     flags = _flags_of_instruction_sets()
     files = [*SOURCES.glob("*.cpp"), ROOT / "tests" / "csrc" / "fuzz.cpp"]
