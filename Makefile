@@ -46,10 +46,11 @@ test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.
+OPERATORS := $(addprefix tests/,$(addsuffix .py,ops/test_experts_mlp ops/test_grouped_mm ops/test_accumulate_weight_grad layers/test_moe))
 test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose, and sanitizers
 	@set -e; for isa in $$($(BIN)/python -m tests.ops.cpu_isa); do \
 	  echo "MOESAIC_CPU_ISA=$$isa"; \
-	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q tests/ops/test_experts_mlp.py tests/layers/test_moe.py; \
+	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OPERATORS); \
 	done
 	$(BIN)/python -m pytest -q -m long tests/ops/test_cpu_sanitized.py
 
