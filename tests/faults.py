@@ -202,12 +202,19 @@ def changed(source: str, fault: Fault) -> str:
     return source.replace(fault.text, fault.replacement)
 
 
+# The finder of an editable install comes before PYTHONPATH: ranks would import the source without the fault.
+_WITHOUT_EDITABLE_INSTALL = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable")]
+"""
+
+
 def is_caught(fault: Fault) -> bool:
     """Whether the fault's tests fail."""
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         shutil.copytree(ROOT / "src", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         file = Path(folder, "moesaic", fault.file)
         file.write_text(changed(file.read_text(), fault))
+        Path(folder, "sitecustomize.py").write_text(_WITHOUT_EDITABLE_INSTALL)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True
