@@ -18,13 +18,6 @@ from tests.integrations.families import FAMILIES, make_model, token_ids
 SWAPPED = [family for family in FAMILIES if family != "Phi-MoE"]
 
 
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixtral")
-    make_model("Mixtral").save_pretrained(folder)
-    return folder
-
-
 def changed(folder, target, change):
     """A copy of a checkpoint of one file with other tensors in it."""
     target.mkdir()

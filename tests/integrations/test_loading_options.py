@@ -24,13 +24,6 @@ MTP = {
 }
 
 
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixtral")
-    make_model("Mixtral").save_pretrained(folder)
-    return folder
-
-
 def assert_same_logits(model, expected):
     ids = token_ids(2, 9)
     torch.testing.assert_close(model(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-4, atol=1e-5)

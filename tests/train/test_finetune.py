@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -25,6 +24,7 @@ from moesaic.train.errors import UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from tests.distributed.parity import whole
 from tests.train.chats import COMMON, FAMILIES, MARKED, write_chats, write_model
 from tests.train.conftest import one_step
 from tests.train.test_resume import _fit, _rows
@@ -53,10 +53,6 @@ def tuned(tmp_path, cache):
     )
 
 
-def _whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def _first_step(config, cache):
     """The loss of the first step, every gradient, and the tokens that the experts of each layer got."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -66,7 +62,7 @@ def _first_step(config, cache):
         grads = {}
 
         def keep(*_):
-            grads.update({name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+            grads.update({name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None})
 
         optimizer.register_step_pre_hook(keep)
         model.train()

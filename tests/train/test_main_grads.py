@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from moesaic.parallel.mesh import resolve_layout
 from moesaic.train.config import TrainConfig
@@ -13,12 +12,8 @@ from moesaic.train.errors import UserError
 from moesaic.train.main_grads import check_main_grads
 from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from tests.distributed.parity import whole
 from tests.train.conftest import one_step
-
-
-def _whole(t):
-    t = t.detach()
-    return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
 
 
 def _two_steps(config, cache):
@@ -28,7 +23,7 @@ def _two_steps(config, cache):
         run = set_up(config, runtime, lambda text: None)
         results = [one_step(run) for _ in range(2)]
         run.close()
-        weights = {name: _whole(p) for name, p in run.training.model.named_parameters()}
+        weights = {name: whole(p) for name, p in run.training.model.named_parameters()}
         return [(r.loss, r.grad_norm) for r in results], weights
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from moesaic.layers import MoE
-from moesaic.sharding.internals import box_at
+from moesaic.sharding.parts import local_part, with_part
 
 
 def guard(model: nn.Module, language_models: list[Any], tp: int) -> None:
@@ -79,13 +79,5 @@ def _take_shards(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
             continue
         # torch tells of another shape.
         if tensor.shape == parameter.shape:
-            state_dict[prefix + name] = _sharded(tensor, parameter)
-
-
-def _sharded(tensor: Tensor, like: DTensor) -> DTensor:
-    place = like.device_mesh.get_coordinate()
-    assert place is not None
-    local = tensor[box_at(like, place)].to(like.to_local().device).contiguous()
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+            local, box = local_part(parameter)
+            state_dict[prefix + name] = with_part(tensor[box].to(local.device).contiguous(), parameter)

@@ -29,18 +29,14 @@ def to_dtensor(
                 'use parallelize(..., compute="local")'
             )
         # The same in torch's own words, which its compiler knows.
-        local = local.contiguous()
-        shape = torch.Size((blocks * local.shape[0], *local.shape[1:]))
-        return DTensor.from_local(
-            local,
-            mesh,
-            placements,
-            run_check=False,
-            shape=shape,
-            stride=local.stride(),
-            grad_placements=grad_placements,
-        )
+        return _in_blocks(local, mesh, placements, blocks, grad_placements=grad_placements)
     return _ToDTensor.apply(local, mesh, placements, grad_placements, blocks)
+
+
+def _in_blocks(local: Tensor, mesh: DeviceMesh, placements: Placements, blocks: int, **options: Any) -> DTensor:
+    local = local.contiguous()
+    shape = torch.Size((blocks * local.shape[0], *local.shape[1:]))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=local.stride(), **options)
 
 
 class _ToDTensor(torch.autograd.Function):
@@ -54,9 +50,7 @@ class _ToDTensor(torch.autograd.Function):
         blocks: int,
     ) -> DTensor:
         ctx.grad_placements = grad_placements
-        local = local.contiguous()
-        shape = torch.Size((blocks * local.shape[0], *local.shape[1:]))
-        return DTensor.from_local(local.detach(), mesh, placements, run_check=False, shape=shape, stride=local.stride())
+        return _in_blocks(local.detach(), mesh, placements, blocks)
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,13 @@ def local_part(t: Tensor) -> tuple[Tensor, Box]:
     return local_of(t), box_at(t, place)
 
 
+def with_part(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor laid out as ``like``, of which ``local`` is this rank's part. Without gradient."""
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def ranks_draw_alone(t: Tensor) -> bool:
     """Whether random numbers for ``t`` are every rank's own, so that shards come out equal and copies different.
 

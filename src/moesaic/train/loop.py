@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -39,17 +40,13 @@ def train(config: TrainConfig) -> None:
     with started(config.device) as runtime:
         screen = open_screen(runtime.leader)
         run = set_up(config, runtime, screen.message)
-        try:
+        with closing(run):
             scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
             screen.message(_introduce(run))
-            try:
+            with closing(run.guard):
                 finished = fit(run, screen, lambda: {scores.name: scores.measure()})
-            finally:
-                run.guard.close()
             if finished:
                 _finish(run, scores, screen)
-        finally:
-            run.close()
 
 
 def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:

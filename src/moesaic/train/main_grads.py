@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.layers import GroupedExperts
 from moesaic.parallel.mesh import MeshLayout
+from moesaic.sharding.parts import local_part, with_part
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 
@@ -42,13 +43,7 @@ class MainGrads:
     def give(self) -> None:
         """Make the buffers the gradients of their weights."""
         for weight, buffer in self._buffers:
-            if isinstance(weight, DTensor):
-                mesh, placements = weight.device_mesh, weight.placements
-                weight.grad = DTensor.from_local(
-                    buffer, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
-                )
-            else:
-                weight.grad = buffer
+            weight.grad = with_part(buffer, weight) if isinstance(weight, DTensor) else buffer
 
     def clear(self) -> None:
         """Zero the buffers, and take them from the weights."""
@@ -59,7 +54,6 @@ class MainGrads:
     def _buffer(self, weight: nn.Parameter | None) -> Tensor | None:
         if weight is None:
             return None
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        buffer = torch.zeros_like(local, requires_grad=False)
+        buffer = torch.zeros_like(local_part(weight)[0], requires_grad=False)
         self._buffers.append((weight, buffer))
         return buffer

@@ -1,6 +1,7 @@
 """What users have put on a block before a swap: hooks on its calls go on with the layer, and the rest is refused."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ _ON_CALLS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# The others only mark which of these are called in another way. Each hook has a number of its own.
+_CALLED = ("_forward_hooks", "_forward_pre_hooks")
 _ON_STATES = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
@@ -40,6 +43,16 @@ def carry(source: nn.Module, target: nn.Module) -> None:
     for kind in _ON_CALLS:
         target.__dict__[kind] = source.__dict__[kind]
     target._is_full_backward_hook = source._is_full_backward_hook
+
+
+def take_off(model: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Remove those hooks on the calls of a model's modules that ``is_ours`` says yes to."""
+    for module in model.modules():
+        own = vars(module)
+        numbers = [n for kind in _CALLED for n, hook in own[kind].items() if is_ours(hook)]
+        for kind in _ON_CALLS:
+            for number in numbers:
+                own[kind].pop(number, None)
 
 
 def _is_of_transformers(hook: Any) -> bool:

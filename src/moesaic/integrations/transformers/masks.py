@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moesaic.integrations.transformers import hooks
 from moesaic.integrations.transformers.calls import bind, models_with_labels, stacks_of
 from moesaic.integrations.transformers.router_logits import wants_router_logits
 from moesaic.layers import MoE
@@ -38,9 +39,8 @@ def install(model: nn.Module) -> None:
 
 def remove(model: nn.Module) -> None:
     """Undo :func:`install`."""
+    hooks.take_off(model, lambda hook: hook in _HOOKS)
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook in _HOOKS]:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
         if (plain := vars(type(module)).get("_without_masks")) is not None:
             module.__class__ = plain
 
@@ -83,11 +83,11 @@ def _taking_masks(plain: type[nn.Module]) -> type[nn.Module]:
         def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "token_mask": token_mask}
 
-        with contextlib.ExitStack() as hooks:
+        with contextlib.ExitStack() as giving:
             # Not on the MoE: what a user has put around it, such as a checkpoint, has to see the argument too.
             for child in self.children() if token_mask is not None else ():
                 if any(isinstance(module, MoE) for module in child.modules()):
-                    hooks.enter_context(child.register_forward_pre_hook(give, with_kwargs=True))
+                    giving.enter_context(child.register_forward_pre_hook(give, with_kwargs=True))
             return plain.forward(self, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:

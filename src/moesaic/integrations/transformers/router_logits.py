@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import output_capturing
 
+from moesaic.integrations.transformers import hooks
 from moesaic.integrations.transformers.calls import bind, models_with_labels, parameter_names, stacks_of
 from moesaic.layers import Routing
 from moesaic.layers.balance import attach_loss, record_loss
@@ -111,12 +112,7 @@ def install(model: Any, aux_loss_coef: float | None, is_pooled: bool) -> None:
 
 def remove(model: Any) -> None:
     """Undo :func:`install`."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Collector)]:
-                hooks.pop(key)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+    hooks.take_off(model, lambda hook: isinstance(getattr(hook, "__self__", None), Collector))
     for inner in _adding_balance_loss(model):
         inner.router_aux_loss_coef = inner.config.get_text_config().router_aux_loss_coef
 
