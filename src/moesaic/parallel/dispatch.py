@@ -12,6 +12,7 @@ rank's R, rounded up).
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
@@ -38,14 +39,15 @@ class MeshDispatcher:
         mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
             experts, or none.
         local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise.
+        everyone: the group of all ranks of the mesh, in its order; None makes one, which is collective.
     """
 
-    def __init__(self, mesh: DeviceMesh, *, local: bool) -> None:
+    def __init__(self, mesh: DeviceMesh, *, local: bool, everyone: dist.ProcessGroup | None = None) -> None:
         self.mesh = mesh
         self.local = local
         self.ep = mesh.get_group("ep")
         self.etp = mesh.get_group("etp")
-        self.all = group_over_all_axes(mesh, "ep_etp")
+        self.all = group_over_all_axes(mesh, "ep_etp") if everyone is None else everyone
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
         experts_per_rank = -(-num_experts // self.ep.size())
