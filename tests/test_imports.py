@@ -2,7 +2,7 @@
 
 import json
 
-OPTIONAL = ["triton", "transformers", "datasets", "tensorboard", "tokenizers", "matplotlib"]
+OPTIONAL = ["triton", "transformers", "datasets", "tensorboard", "tokenizers", "matplotlib", "torchtitan"]
 
 _BLOCK = f"""
 import sys

@@ -22,8 +22,8 @@ from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from moesaic.integrations.torchtitan.products import GptOssProductExperts, ProductExperts
 from moesaic.integrations.torchtitan.routed import GptOssExperts, MeshRoutedExperts, SwiGLUExperts
 from moesaic.integrations.torchtitan.saved import save_our_operators
-from moesaic.ops.experts_mlp.activation import CLAMPED_SWIGLU_LIMIT
 from moesaic.ops.arguments import check_int
+from moesaic.ops.experts_mlp.activation import CLAMPED_SWIGLU_LIMIT
 
 __all__ = ["experts", "routed_experts"]
 
@@ -77,8 +77,8 @@ def routed_experts(config: RoutedExperts.Config, *, etp: int = 1) -> RoutedExper
     dispatcher, inner = config.token_dispatcher, config.inner_experts
     if type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
         raise ValueError(
-            f"routed_experts: would replace {type(dispatcher).__qualname__}, which was chosen for this model; leave "
-            "expert_parallel_comm_backend at its default, or use moesaic.integrations.torchtitan.experts, which keeps "
+            f"routed_experts: would replace {type(dispatcher).__qualname__}, which was chosen for this model; build "
+            "the model with moe_comm_backend='standard', or use moesaic.integrations.torchtitan.experts, which keeps "
             "every dispatcher"
         )
     if inner.hidden_dim % etp:

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from moesaic.integrations.torchtitan.hidden import HiddenAxis
 from moesaic.ops import Activation
-from moesaic.parallel.local import counted_once
 from moesaic.parallel.placements import TERMS, WEIGHTS
 
 
@@ -60,18 +60,18 @@ def local_part(weight: Tensor) -> Tensor:
     return weight.to_local(grad_placements=weight.placements) if isinstance(weight, DTensor) else weight
 
 
-def local_operands(experts: nn.Module, form: Form, tp: DeviceMesh | None) -> dict[str, Tensor]:
+def local_operands(experts: nn.Module, form: Form, hidden: HiddenAxis | None) -> dict[str, Tensor]:
     """The operands of this rank.
 
     Args:
         experts: the module that has the parameters.
         form: what they are.
-        tp: the axis whose ranks have parts of the hidden dim, and whose results are summed; None if they are not cut.
+        hidden: the axis whose ranks have parts of the hidden dim; None if it is not cut.
     """
     operands = form.operands({name: local_part(getattr(experts, name)) for name in form.cuts})
-    if tp is None:
+    if hidden is None:
         return operands
-    return {name: counted_once(t, tp) if name in TERMS else t for name, t in operands.items()}
+    return {name: hidden.counted_once(t) if name in TERMS else t for name, t in operands.items()}
 
 
 def operands_on(mesh: DeviceMesh, experts: nn.Module, form: Form) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """torchtitan's ``ep`` ranks, seen as ep x etp.
 
 FSDP2 puts its ``efsdp`` axis in front of the mesh on which a parameter lies. For that it wants both meshes to number
-all ranks of the world alike. So the mesh made here has torchtitan's axes before its own, and takes their process groups.
+all ranks of the world alike. So the mesh made here has torchtitan's axes before its own, with their process groups.
 """
 
 from typing import NamedTuple
@@ -72,4 +72,6 @@ def _group(ranks: torch.Tensor, everyone: dist.ProcessGroup) -> dist.ProcessGrou
     if len(ranks) == everyone.size():
         return everyone
     # Only these ranks call this: other stages of a pipeline may have no experts.
-    return dist.new_group(ranks.tolist(), use_local_synchronization=True)
+    group = dist.new_group(ranks.tolist(), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, swiglu
 
 import moesaic
 from moesaic.integrations.torchtitan.forms import local_part
-from moesaic.integrations.torchtitan.hidden import check_halves, hidden_axis
-from moesaic.parallel.local import counted_once
+from moesaic.integrations.torchtitan.hidden import HiddenAxis, check_halves, hidden_axis
 
 
 class ProductExperts(GroupedExperts):
@@ -44,7 +42,7 @@ class GptOssProductExperts(GptOssGroupedExperts):
     class Config(GptOssGroupedExperts.Config):
         pass
 
-    _hidden_axis: DeviceMesh | None = None
+    _hidden_axis: HiddenAxis | None = None
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         self._hidden_axis = hidden_axis(parallel_dims)
@@ -55,7 +53,7 @@ class GptOssProductExperts(GptOssGroupedExperts):
         w1, w2 = local_part(self.mlp1_weight_EGD).mT, local_part(self.mlp2_weight_EDF).mT
         b1, b2 = local_part(self.mlp1_bias_EG), local_part(self.mlp2_bias_ED)
         if self._hidden_axis is not None:  # its ranks sum their results, and the bias counts once
-            b2 = counted_once(b2, self._hidden_axis)
+            b2 = self._hidden_axis.counted_once(b2)
         rows, counts_E = x_RD.to(w1.dtype), _counts(num_tokens_per_expert_E)
         h_RG = moesaic.grouped_mm(rows, w1, counts_E) + _a_row_each(b1, counts_E, rows)
         h_RF = swiglu(h_RG, limit=self.swiglu_limit)

@@ -1,7 +1,7 @@
 """Routed experts over ep x etp, inside torchtitan's model, FSDP, optimizers and checkpoints.
 
-Weights keep torchtitan's names, shapes and, without etp, its placements. A token goes once to each rank that has some of
-its experts, and its results come back summed.
+Weights keep torchtitan's names, shapes and, without etp, its placements. A token goes once to each rank that has some
+of its experts, and its results come back summed.
 
 Legend: B batch, L sequence, D model dim, K top-k, T tokens of this rank, E experts.
 """
@@ -9,7 +9,6 @@ Legend: B batch, L sequence, D model dim, K top-k, T tokens of this rank, E expe
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
@@ -17,7 +16,7 @@ from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 import moesaic
 from moesaic.integrations.torchtitan.forms import GPT_OSS, SWIGLU, Form, local_operands, operands_on
-from moesaic.integrations.torchtitan.hidden import check_halves, hidden_axis
+from moesaic.integrations.torchtitan.hidden import HiddenAxis, check_halves, hidden_axis
 from moesaic.integrations.torchtitan.meshes import ExpertMesh, expert_mesh
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.router import Routing
@@ -30,7 +29,7 @@ class _OnMesh(GroupedExperts):
     form: Form
     etp: int
     expert_mesh: ExpertMesh | None = None
-    _hidden_axis: DeviceMesh | None = None
+    _hidden_axis: HiddenAxis | None = None
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         self.expert_mesh = expert_mesh(parallel_dims, self.etp)
@@ -49,11 +48,21 @@ class _OnMesh(GroupedExperts):
     def forward(self, sent: Dispatched) -> Tensor:
         if self.etp > 1:
             assert self.expert_mesh is not None
-            operands = operands_on(self.expert_mesh.mesh, self, self.form)
+            t = operands_on(self.expert_mesh.mesh, self, self.form)
         else:
-            operands = local_operands(self, self.form, self._hidden_axis)
-        x = sent.x.to(operands["w1"].dtype)
-        return moesaic.experts_mlp(x, sent.topk_ids, sent.topk_weights, activation=self.form.activation, **operands)
+            t = local_operands(self, self.form, self._hidden_axis)
+        return moesaic.experts_mlp(
+            sent.x.to(t["w1"].dtype),
+            sent.topk_ids,
+            sent.topk_weights,
+            t["w1"],
+            t["w3"],
+            t["w2"],
+            activation=self.form.activation,
+            b1=t.get("b1"),
+            b3=t.get("b3"),
+            b2=t.get("b2"),
+        )
 
 
 class SwiGLUExperts(_OnMesh):
