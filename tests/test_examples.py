@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,30 +9,22 @@ import pytest
 
 from moesaic.cli import main
 from moesaic.train.tokenizer import train_bpe
+from tests.forked import run_forked, run_forked_ranks
 from tests.integrations.families import make_model
 
 ROOT = Path(__file__).parents[1]
-# A gloo thread that comes too late when Python ends, on a busy machine; after the script did all it does
-# (pytorch/pytorch#190489).
-TORCH_ABORTS_AT_EXIT = "terminate called without an active exception"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(script: Path) -> str:
-    """Run a script, on four ranks if it makes a process group; give back what it printed."""
-    launcher = [sys.executable]
+    """Run a script, on four ranks if it makes a process group; give back what they printed."""
     if "init_process_group" in script.read_text():
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = start([*launcher, str(script)])
-    if TORCH_ABORTS_AT_EXIT in done.stderr:
-        done = start([*launcher, str(script)])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MOESAIC_NO_TYPECHECK": "1"}
-    return subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300)
+        ranks = run_forked_ranks(script, 4)
+    else:
+        ranks = [run_forked(script)]
+    failed = [f"rank {rank}\n{done.stdout}\n{done.stderr}" for rank, done in enumerate(ranks) if done.returncode != 0]
+    assert not failed, "\n".join(failed)
+    return "".join(done.stdout for done in ranks)
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
