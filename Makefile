@@ -14,6 +14,9 @@ ARGS   ?=
 CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 THREADS := $(shell t=$$(( $(CORES) / $(NPROC) )); [ $$t -ge 1 ] && echo $$t || echo 1)
 
+# Tests and ranks are many processes that import the same modules. Each would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Where there is a compiler, an install without the CPU kernels is a mistake.
 KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC_REQUIRE_CPU_KERNELS=1)
 
