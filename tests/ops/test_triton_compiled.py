@@ -23,8 +23,11 @@ FORMS = (*GREEDY, "silu", "silu, no gate", "clamped_swiglu", "clamped_swiglu, bi
 NUMBERS = ("few", "some", "many")
 # In fp32 some and many rows are computed in the same blocks, and a kernel is listed once.
 LISTED = {"bfloat16": NUMBERS, "float16": NUMBERS, "float32": ("few", "some")}
-# ptxas of triton 3.6.0 keeps two of its registers in memory, at 96 of 255.
-SPILLED_BYTES = {("up_projection_kernel", "10.0", "float16", "some", "silu, biases"): 8}
+# ptxas of triton 3.6.0 keeps two registers of the first in memory, at 96 of 255; that of 3.9.0 four of the second.
+SPILLED_BYTES = {
+    ("up_projection_kernel", "10.0", "float16", "some", "silu, biases"): 8,
+    ("down_gradient_kernel", "10.0", "bfloat16", "many", "silu"): 16,
+}
 OF_EXPERTS = {"up_projection_kernel", "down_gradient_kernel"}
 PRODUCTS = OF_EXPERTS | {"grouped_mm_kernel", "weight_grad_kernel"}
 LONG = [pytest.mark.long, pytest.mark.timeout(3600)]

@@ -18,7 +18,6 @@ class Group(NamedTuple):
 
     rows: slice
     expert: int
-    size: int
 
 
 def as_blocks(group_sizes: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ def check_group_sizes(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> Non
 
 
 def iterate_groups(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> Iterator[Group]:
-    """Yield every group that has an expert, empty ones too, in row order. Reads the sizes; checks them first."""
+    """Yield every group that has rows, in row order. Reads the sizes; checks them first."""
     check_group_sizes(num_rows, sizes_BG, num_matrices)
     B, G = sizes_BG.shape
     shared = are_shared(num_matrices, sizes_BG)
@@ -72,18 +71,9 @@ def iterate_groups(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> Iterat
     for b, sizes in enumerate(sizes_BG.tolist()):
         start = b * capacity
         for g, size in enumerate(sizes):
-            expert = g if shared else b * G + g
-            if expert < num_matrices:
-                yield Group(slice(start, start + size), expert, size)
+            if size:
+                yield Group(slice(start, start + size), g if shared else b * G + g)
             start += size
-
-
-def padding_rows(num_rows: int, sizes_BG: Tensor) -> Iterator[slice]:
-    """Yield, block by block, the rows past the last group."""
-    B = sizes_BG.shape[0]
-    capacity = num_rows // B if B else num_rows
-    for b, used in enumerate(sizes_BG.sum(dim=1).tolist() if B else [0]):
-        yield slice(b * capacity + used, (b + 1) * capacity)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

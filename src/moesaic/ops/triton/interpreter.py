@@ -1,4 +1,4 @@
-"""Triton's interpreter (``TRITON_INTERPRET=1``), mended where version 3.6 computes something else than a GPU."""
+"""Triton's interpreter (``TRITON_INTERPRET=1``), mended where version 3.6 or 3.9 does something else than a GPU."""
 
 import functools
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ def mend() -> None:
     _accept_numpy()
     _patch_once()
     _check_overflow_at_once()
+    _splat_masks()
     _convert_bf16()
     _multiply_bf16()
 
@@ -63,6 +64,19 @@ def _check_overflow_at_once() -> None:
         assert is_inside.all(), f"int{integer.int_bitwidth} overflow detected for operation {binary_op.__name__}"
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _splat_masks() -> None:
+    # A comparison of two int32 is kept as int32, and so is its copy for each element. Version 3.9 takes no such mask.
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def splat_masks(self: Any, shape: Any, value: Any) -> Any:
+        result = splat(self, shape, value)
+        if value.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    interpreter.InterpreterBuilder.create_splat = splat_masks
 
 
 def _convert_bf16() -> None:

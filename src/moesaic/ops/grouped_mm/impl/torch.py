@@ -5,13 +5,13 @@ stride and alignment. Elsewhere the sizes must not be read to the host: bf16 on 
 ``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row tiles.
 """
 
-from collections.abc import Callable
+import itertools
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.grouped_mm import tiled
-from moesaic.ops.grouped_mm.groups import accumulation_dtype, are_shared, iterate_groups, padding_rows
+from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
 from moesaic.ops.processor import has_amx
 
 # Limits of torch._grouped_mm's CUDA kernel.
@@ -19,22 +19,44 @@ _MAX_GROUPS = 1023
 _ALIGNMENT_BYTES = 16
 
 
-def product_for(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]:
-    """The function that :func:`forward` calls on the device of ``x``."""
-    return _loop_forward if x.device.type == "cpu" else _forward_without_sizes
+class Products:
+    """torch's products over the groups of one call. On CPU the sizes are read once, when this is made.
+
+    Args:
+        on: any tensor on the device of the operands.
+        num_rows: of all operands that have rows.
+        sizes_BG: the sizes of the groups.
+        num_matrices: how many there are, shared by the blocks or not.
+    """
+
+    def __init__(self, on: Tensor, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
+        self._sizes_BG, self._num_matrices = sizes_BG, num_matrices
+        self._groups: list[Group] | None = None
+        if on.device.type == "cpu":
+            self._groups = list(iterate_groups(num_rows, sizes_BG, num_matrices))
+
+    def forward(self, x_RK: Tensor, w_EKN: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if self._groups is not None:
+            return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
+        if out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
+            return _library_forward(x_RK, w_EKN, self._sizes_BG)
+        return tiled.forward(x_RK, w_EKN, self._sizes_BG, out_dtype)
+
+    def weight_grad(self, x_RK: Tensor, grad_RN: Tensor) -> Tensor:
+        if self._groups is not None:
+            return _loop_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
+        grad_RN = grad_RN.contiguous()
+        if self._sizes_BG.shape[0] == 1 and self._num_matrices > 0 and _library_takes(x_RK, grad_RN, self._sizes_BG):
+            return _library_weight_grad(x_RK, grad_RN, self._sizes_BG, self._num_matrices)
+        return tiled.weight_grad(x_RK, grad_RN, self._sizes_BG, self._num_matrices)
 
 
 def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return product_for(x_RK)(x_RK, w_EKN, sizes_BG, out_dtype)
+    return Products(x_RK, x_RK.shape[0], sizes_BG, w_EKN.shape[0]).forward(x_RK, w_EKN, out_dtype)
 
 
 def weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
-    if x_RK.device.type == "cpu":
-        return _loop_weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
-    grad_RN = grad_RN.contiguous()
-    if sizes_BG.shape[0] == 1 and num_matrices > 0 and _library_takes(x_RK, grad_RN, sizes_BG):
-        return _library_weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
-    return tiled.weight_grad(x_RK, grad_RN, sizes_BG, num_matrices)
+    return Products(x_RK, x_RK.shape[0], sizes_BG, num_matrices).weight_grad(x_RK, grad_RN)
 
 
 def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor) -> None:
@@ -43,7 +65,7 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
     into_EKN += weight_grad(x_RK.to(acc), grad_RN.to(acc), sizes_BG, into_EKN.shape[0])
 
 
-def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _loop_forward(x_RK: Tensor, w_EKN: Tensor, groups: list[Group], out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
     has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]
@@ -51,35 +73,32 @@ def _loop_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torc
         # AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717).
         x_RK = x_RK.contiguous()
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, w_EKN.shape[0]):
-        if group.size:
-            torch.mm(x_RK[group.rows], w_EKN[group.expert], out=y_RN[group.rows])
-    for rows in padding_rows(x_RK.shape[0], sizes_BG):
-        y_RN[rows] = 0
+    written = 0
+    for rows, expert in groups:
+        if rows.start > written:
+            y_RN[written : rows.start] = 0
+        torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
+        written = rows.stop
+    y_RN[written:] = 0
     return y_RN
 
 
-def _forward_without_sizes(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
-    if out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, sizes_BG):
-        return _library_forward(x_RK, w_EKN, sizes_BG)
-    return tiled.forward(x_RK, w_EKN, sizes_BG, out_dtype)
-
-
-def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
-    rows_of: list[list[slice]] = [[] for _ in range(num_matrices)]
-    for group in iterate_groups(x_RK.shape[0], sizes_BG, num_matrices):
-        if group.size:
-            rows_of[group.expert].append(group.rows)
-    gw_EKN = x_RK.new_empty(len(rows_of), x_RK.shape[1], grad_RN.shape[1])
-    for gw_KN, pieces in zip(gw_EKN, rows_of, strict=True):
-        if not pieces:
-            gw_KN.zero_()
-        elif len(pieces) == 1:
-            torch.mm(x_RK[pieces[0]].mT, grad_RN[pieces[0]], out=gw_KN)
+def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_matrices: int) -> Tensor:
+    rows_of: dict[int, list[slice]] = {}
+    for rows, expert in groups:
+        rows_of.setdefault(expert, []).append(rows)
+    gw_EKN = x_RK.new_empty(num_matrices, x_RK.shape[1], grad_RN.shape[1])
+    for expert, pieces in rows_of.items():
+        if len(pieces) == 1:
+            x_rK, grad_rN = x_RK[pieces[0]], grad_RN[pieces[0]]
         else:
             # One product over all blocks' rows, so that half types are rounded once and not once a block.
             x_rK, grad_rN = torch.cat([x_RK[p] for p in pieces]), torch.cat([grad_RN[p] for p in pieces])
-            torch.mm(x_rK.mT, grad_rN, out=gw_KN)
+        torch.mm(x_rK.mT, grad_rN, out=gw_EKN[expert])
+    # One fill for each run of experts without rows.
+    for before, after in itertools.pairwise([-1, *sorted(rows_of), num_matrices]):
+        if after - before > 1:
+            gw_EKN[before + 1 : after] = 0
     return gw_EKN
 
 
