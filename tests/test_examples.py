@@ -18,10 +18,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 def run(script: Path) -> str:
     """Run a script, on four ranks if it makes a process group; give back what they printed."""
-    if "init_process_group" in script.read_text():
-        ranks = run_forked_ranks(script, 4)
-    else:
-        ranks = [run_forked(script)]
+    ranks = run_forked_ranks(script, 4) if "init_process_group" in script.read_text() else [run_forked(script)]
     failed = [f"rank {rank}\n{done.stdout}\n{done.stderr}" for rank, done in enumerate(ranks) if done.returncode != 0]
     assert not failed, "\n".join(failed)
     return "".join(done.stdout for done in ranks)

@@ -52,7 +52,7 @@ def operations_of(num_experts: int, monkeypatch: pytest.MonkeyPatch) -> dict[str
 def test_experts_without_rows_cost_no_operations(monkeypatch):
     few, many = (operations_of(num_experts, monkeypatch) for num_experts in (8, 300))
     assert few == many
-    # A read for the number of copies and those of the check, in each pass; sizes come with one more that is no operation.
+    # A pass reads the number of copies, and three values for its check of the sizes.
     assert sum(count for name, count in few.items() if "_local_scalar_dense" in name) <= 8
     # Three projections forward, three gradients of inputs, three of weights: for two experts.
     assert few["aten.mm.out"] == 2 * 9
