@@ -22,18 +22,19 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-isa test-long test-torch test-references lint format bench bench-gpu clean
+.PHONY: help setup train test test-isa test-long test-torch test-references test-torchtitan lint format bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last: an interrupted or failed install leaves none, so the next call repairs it.
 # The build back end is installed first and used without isolation, so that its version is pinned as well.
-$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/CMakeLists.txt)
+$(STAMP): pyproject.toml constraints.txt tests/torchtitan/package.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/CMakeLists.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
 	$(KERNELS) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip check
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchtitan -r tests/torchtitan/package.txt
 	@touch $@
 
 setup: $(STAMP) ## create or refresh .venv from pyproject.toml and constraints.txt
@@ -78,8 +79,14 @@ REFERENCES := .venv-references
 test-references: ## compare with Megatron-Core and torchtitan, in a venv of their own
 	test -x $(REFERENCES)/bin/python || $(PYTHON) -m venv $(REFERENCES)
 	$(REFERENCES)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(REFERENCES)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/references/megatron.txt -r tests/references/torchtitan.txt
+	$(REFERENCES)/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/references/megatron.txt -r tests/torchtitan/package.txt
 	$(REFERENCES)/bin/python -m pytest $(or $(ARGS),tests/references)
+
+TORCHTITAN := .venv-torchtitan
+test-torchtitan: ## compare with stock torchtitan in its Trainer, in a venv of its own with TORCH=2.15.0 (gigabytes)
+	test -x $(TORCHTITAN)/bin/python || $(PYTHON) -m venv $(TORCHTITAN)
+	$(TORCHTITAN)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH)' -r tests/torchtitan/package.txt -e '.[test,torchtitan]'
+	$(TORCHTITAN)/bin/python -m pytest -W default $(or $(ARGS),tests/torchtitan)
 
 lint: $(STAMP) ## style, format, types and import contracts; changes nothing
 	$(BIN)/ruff check .
@@ -99,5 +106,5 @@ bench-gpu: $(STAMP) ## measure on a GPU; ARGS='--dry-run' where there is none
 
 clean: ## delete .venv and every cache; runs/ stays
 	rm -rf csrc/CMake[CFI]* csrc/cmake_install.cmake csrc/build.ninja csrc/.[a-z]* src/moesaic/ops/*.so
-	rm -rf $(VENV) .venv-torch-* $(REFERENCES) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-torch-* $(REFERENCES) $(TORCHTITAN) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -137,8 +137,8 @@ class Ranks:
             self._folder = None
 
 
-def start_server() -> None:
-    """Start the fork server if it isn't running, with everything the ranks inherit from it."""
+def start_server(*more: str) -> None:
+    """Start the fork server if it isn't running, with everything the ranks inherit from it; ``more`` are modules."""
     if forkserver._forkserver._forkserver_pid is not None:
         return
     settings = {
@@ -156,7 +156,7 @@ def start_server() -> None:
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
-        forkserver.set_forkserver_preload(["tests.distributed.preload"])
+        forkserver.set_forkserver_preload(["tests.distributed.preload", *more])
         forkserver.ensure_running()
     finally:
         for key, value in before.items():
