@@ -7,12 +7,21 @@ every rank makes them, in the same order.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+PATIENT = "moesaic: waits for long"
+"""The description of process groups whose collectives may take long."""
+
+# The process group that calls without a group use. Each thread has its own.
+_talking_in: ContextVar[dist.ProcessGroup | None] = ContextVar("talking_in", default=None)
 
 
 class _NotThere:
@@ -49,10 +58,34 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def talking_in(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """In this thread, calls without a group use this one, of all ranks. None is the default group."""
+    before = _talking_in.set(group)
+    try:
+        yield
+    finally:
+        _talking_in.reset(before)
+
+
+def group_here() -> dist.ProcessGroup | None:
+    """The group of :func:`talking_in`."""
+    return _talking_in.get()
+
+
+def is_current(group: dist.ProcessGroup) -> bool:
+    """Whether a group still is, and has not gone with the default group."""
+    try:
+        return dist.get_world_size(group) == world_size()
+    except (ValueError, KeyError, RuntimeError):
+        return False
+
+
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks, in rank order, on every rank; of those of ``group``, if given. Values are pickled."""
     if not active():
         return [value]
+    group = group or group_here()
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moesaic.checkpoint import CheckpointError, Manifest, checkpoints, latest, read_manifest
+from moesaic.checkpoint import CheckpointError, Manifest, checkpoints, exchange, latest, read_manifest
 from moesaic.checkpoint import folder as folders
 from moesaic.checkpoint.sealed import describe_file
 
@@ -131,5 +131,5 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "notes").write_text("before")
     with pytest.raises(FileNotFoundError):
-        folders.publish(tmp_path / "missing", tmp_path / "final")
+        exchange.publish(tmp_path / "missing", tmp_path / "final")
     assert (tmp_path / "final" / "notes").read_text() == "before"

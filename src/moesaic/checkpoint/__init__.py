@@ -5,6 +5,7 @@ hashed their files. So a folder with such a name is complete, and a crash never 
 Reading checks the hashes first. Layouts may differ between writing and reading.
 """
 
+from moesaic.checkpoint.background import wait
 from moesaic.checkpoint.folder import CheckpointError, Manifest, checkpoints, latest, read_manifest
 from moesaic.checkpoint.state import restore, training_state
 from moesaic.checkpoint.store import load, save
@@ -19,4 +20,5 @@ __all__ = [
     "restore",
     "save",
     "training_state",
+    "wait",
 ]

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.sealed import difference, flush, unseal, write_sealed
+from moesaic.checkpoint import exchange
+from moesaic.checkpoint.exchange import OLD
+from moesaic.checkpoint.sealed import difference, unseal, write_sealed
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
 # Format 1 had no hash of the manifest itself.
 _READABLE = (1, 2)
 _NAME = re.compile(r"step-(\d{8,})")
+# What a checkpoint that is being removed is called.
+_GONE = ".gone"
 
 
 class CheckpointError(Exception):
@@ -45,22 +49,23 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints(root: Path) -> list[Path]:
+def checkpoints(root: str | Path) -> list[Path]:
     """The complete checkpoints in `root`, oldest first."""
+    root = Path(root)
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
     return sorted(found, key=step_of)
 
 
-def latest(root: Path) -> Path | None:
+def latest(root: str | Path) -> Path | None:
     """The newest complete checkpoint in `root`, if there is one."""
     return max(checkpoints(root), key=step_of, default=None)
 
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name.removesuffix(OLD))
     if match is None:
         raise CheckpointError(f"{path} does not have the name of a checkpoint, such as step-00000100")
     return int(match[1])
@@ -80,8 +85,9 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_sealed(path / MANIFEST, dataclasses.asdict(manifest) | {"format": _FORMAT})
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the checkpoint in `path`; `CheckpointError` if it is damaged or of another format."""
+    path = Path(path)
     file = path / MANIFEST
     try:
         text = file.read_bytes().decode()
@@ -135,32 +141,26 @@ def verify_file(path: Path, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} is damaged: it {what}")
 
 
-def publish(work: Path, final: Path, old: Path | None = None) -> None:
-    """Give the complete folder `work` its final name, and flush that to disk.
-
-    A folder cannot be renamed onto another: what has the name already is moved to `old` (by default `<final>.old`),
-    removed once `work` has the name, and put back if `work` cannot have it.
-    """
-    if not final.exists():
-        os.rename(work, final)
-        flush(final.parent)
+def recover(root: Path) -> None:
+    """Bring back checkpoints that a crash has left without their name, while they were written once more."""
+    if not root.is_dir():
         return
-    if old is None:
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-    os.rename(final, old)
+    for old in root.glob(f"step-*{OLD}"):
+        if _NAME.fullmatch(old.stem):
+            exchange.recover(old.with_suffix(""), _is_whole)
+
+
+def _is_whole(old: Path) -> bool:
     try:
-        os.rename(work, final)
-    except OSError:
-        os.rename(old, final)
-        raise
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        check_contents(old, read_manifest(old))
+    except CheckpointError:
+        return False
+    return True
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. If this is interrupted, the rest is not mistaken for a complete checkpoint."""
-    leftover = path.with_name(path.name + ".old")
+    leftover = path.with_name(path.name + _GONE)
     shutil.rmtree(leftover, ignore_errors=True)
     os.rename(path, leftover)
     shutil.rmtree(leftover, ignore_errors=True)
@@ -170,6 +170,7 @@ def prune(root: Path, keep: int, newest: int) -> None:
     """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes have left behind."""
     for path in [path for path in checkpoints(root) if step_of(path) <= newest][:-keep]:
         remove(path)
+    recover(root)
     for path in root.iterdir():
-        if path.name.endswith((".tmp", ".old")) and _NAME.fullmatch(path.stem):
+        if path.name.endswith((".tmp", OLD, _GONE)) and _NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ checkpoints/      step-00000100, ...
 export/           the trained model in Hugging Face format
 result.json       what was measured at the end
 lock              which process writes into the folder
+failures/         rank-0.log, ...: tracebacks, if there were any
 ================  ==============================================
 """
 
@@ -20,3 +21,4 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"
 LOCK = "lock"
+FAILURES = "failures"

@@ -5,6 +5,8 @@ Every rank passes its own shards. Failures are shared: either all ranks return, 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moesaic import ranks
-from moesaic.checkpoint import folder
+from moesaic.checkpoint import background, exchange, folder
 from moesaic.checkpoint.folder import CheckpointError, Manifest
 from moesaic.checkpoint.reader import SafeReader
 from moesaic.checkpoint.sealed import describe_file
@@ -29,25 +31,48 @@ _log = logging.getLogger(__name__)
 
 
 def save(
-    root: Path,
+    root: str | Path,
     step: int,
     state: dict[str, Any],
     info: dict[str, Any],
     *,
     keep: int = 2,
     planner: dcp.SavePlanner | None = None,
+    blocking: bool = True,
 ) -> Path:
     """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
 
     `info` is JSON; that of rank 0 is written. `planner` is for states that are not in memory. All ranks must see
     `root`. If any rank fails, all raise, and earlier checkpoints are unchanged.
 
-    Raises `CheckpointError` if it cannot be written; `ValueError` for a `step` below 0 or a `keep` below 1; `TypeError`
-    or `ValueError` for an `info` that is not JSON.
+    With `blocking=False` it returns when the state is copied to the host's memory, and a thread writes the copy. The
+    tensors of `state` may change then. One save is in the background at a time: the next call of `save`, `load` or
+    `wait` waits for it, and raises if it has failed. So does the end of the process wait.
+
+    Raises `CheckpointError` if it cannot be written; `ValueError` for a `step` below 0, a `keep` below 1, or a
+    `planner` in the background; `TypeError` or `ValueError` for an `info` that is not JSON.
     """
+    root = Path(root)
     if keep < 1:
         raise ValueError(f"keep: must be at least 1, got {keep}; the checkpoint that is written is one of them")
     final = root / folder.folder_name(step)
+    if blocking:
+        background.wait()
+        _write(final, step, state, info, keep, planner)
+        return final
+    if planner is not None:
+        raise ValueError("planner: a state that is not in memory cannot be saved in the background; use blocking=True")
+    ranks.on_leader(lambda: folder.check_info(info))
+    # Copied after the save before is done: so there is one copy in memory.
+    background.wait()
+    copy, note = background.copied(state), json.loads(json.dumps(info))
+    background.start(lambda: _write(final, step, copy, note, keep, None))
+    return final
+
+
+def _write(
+    final: Path, step: int, state: dict[str, Any], info: dict[str, Any], keep: int, planner: dcp.SavePlanner | None
+) -> None:
     work = final.with_name(final.name + ".tmp")
     try:
         ranks.on_leader(lambda: _begin(work, info))
@@ -57,6 +82,7 @@ def save(
                 state,
                 storage_writer=dcp.FileSystemWriter(work, sync_files=True),
                 planner=planner,
+                process_group=ranks.group_here(),
                 no_dist=not ranks.active(),
             )
         described = ranks.together(lambda: _describe_own(work))
@@ -67,10 +93,9 @@ def save(
         if ranks.is_leader():
             shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {final}: {_reason(error)}") from error
-    return final
 
 
-def load(root: Path, state: dict[str, Any], *, check: Callable[[Manifest], None] | None = None) -> Manifest:
+def load(root: str | Path, state: dict[str, Any], *, check: Callable[[Manifest], None] | None = None) -> Manifest:
     """Read the newest sound checkpoint of `root` into the tensors of `state`, in place, whatever layout wrote it.
 
     All files are checked against their hashes before any is read. A damaged checkpoint is skipped, with a warning that
@@ -78,7 +103,9 @@ def load(root: Path, state: dict[str, Any], *, check: Callable[[Manifest], None]
     Raises `CheckpointError` if no checkpoint is left, or if it lacks part of `state` or has it in a dtype of another
     kind.
     """
-    found = ranks.from_leader([path.name for path in folder.checkpoints(root)])
+    root = Path(root)
+    background.wait()
+    found = ranks.on_leader(lambda: _names(root))
     problems = []
     for name in reversed(found):
         try:
@@ -95,11 +122,13 @@ def load(root: Path, state: dict[str, Any], *, check: Callable[[Manifest], None]
     raise CheckpointError("; ".join([f"there is no sound checkpoint in {root}", *problems]))
 
 
-def verify(path: Path) -> Manifest:
+def verify(path: str | Path) -> Manifest:
     """Check all files of the checkpoint in `path`, and give back its manifest.
 
     The ranks share the work. All raise `CheckpointError` if a file is damaged or missing.
     """
+
+    path = Path(path)
 
     def own_part() -> Manifest:
         manifest = folder.read_manifest(path)
@@ -145,8 +174,16 @@ class _SameKinds(dcp.DefaultLoadPlanner):
 
 def _begin(work: Path, info: dict[str, Any]) -> None:
     folder.check_info(info)
+    folder.recover(work.parent)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+
+
+def _names(root: Path) -> list[str]:
+    # A folder that cannot be written to can be read all the same.
+    with contextlib.suppress(OSError):
+        folder.recover(root)
+    return [path.name for path in folder.checkpoints(root)]
 
 
 def _check_shared(work: Path) -> None:
@@ -164,7 +201,7 @@ def _describe_own(work: Path) -> dict[str, dict[str, Any]]:
 
 def _finish(work: Path, final: Path, manifest: Manifest, keep: int) -> None:
     folder.write_manifest(work, manifest)
-    folder.publish(work, final)
+    exchange.publish(work, final)
     folder.prune(final.parent, keep, manifest.step)
 
 

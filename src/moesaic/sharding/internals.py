@@ -4,8 +4,12 @@ DTensor's spec and local tensor, redistribution without autograd, the propagatio
 torch may rename any of these in any release, so everything else in moesaic asks for them here. A test keeps it so.
 """
 
+import contextlib
 import logging
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -21,6 +25,8 @@ from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._redistribute import redistribute_local_tensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
+
+from moesaic.ranks import PATIENT
 
 __all__ = ["DTensorSpec", "LocalTensorMode", "maybe_run_for_local_tensor", "redistribute_local_tensor"]
 
@@ -134,3 +140,38 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def silence_advice_on_redistribution() -> None:
     """Let torch no longer warn on every rank of redistributions that take more steps than others would."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def peers_store() -> dist.Store:
+    """The store through which the ranks found each other, over a connection of its own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
+def limit_waits(limit: timedelta) -> None:
+    """How long collectives of this process wait for other ranks from now on, in every process group but patient ones.
+
+    torch has no public way to change that. It asks the backends one by one, and some do not have such a limit.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group.group_desc == PATIENT:
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Set timeout is now only supported", UserWarning)
+            dist.distributed_c10d._set_pg_timeout(limit, group)
+
+
+def abort_groups() -> None:
+    """Let collectives that wait on a device fail, in every process group. Those of gloo do not notice."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        # A backend without this says so, and what fails here has failed already.
+        with contextlib.suppress(RuntimeError):
+            group.abort()
+
+
+def flight_record() -> str | None:
+    """The last collectives of this process as JSON, where torch has recorded them (``TORCH_FR_BUFFER_SIZE``)."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None or not os.environ.get("TORCH_FR_BUFFER_SIZE"):
+        return None
+    return dump().decode()

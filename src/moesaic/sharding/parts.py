@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesaic.sharding.internals import Box, box_at, local_of
+from moesaic.sharding.internals import Box, box_at, local_of, spec_of, wrap
 
 
 def local_part(t: Tensor) -> tuple[Tensor, Box]:
@@ -14,6 +14,13 @@ def local_part(t: Tensor) -> tuple[Tensor, Box]:
     if place is None:  # not on the mesh
         return local_of(t), tuple(slice(0, 0) for _ in t.shape)
     return local_of(t), box_at(t, place)
+
+
+def copy_to_host(t: Tensor) -> Tensor:
+    """A copy in the host's memory, laid out as ``t``. Without gradient."""
+    if not isinstance(t, DTensor):
+        return t.detach().to("cpu", copy=True)
+    return wrap(local_of(t).detach().to("cpu", copy=True), spec_of(t))
 
 
 def with_part(local: Tensor, like: DTensor) -> DTensor:

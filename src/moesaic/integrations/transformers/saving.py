@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moesaic import ranks
-from moesaic.checkpoint import folder
+from moesaic.checkpoint.exchange import publish, recover
 from moesaic.checkpoint.sealed import flush_all
 from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.exchange import Exchange
@@ -113,8 +113,7 @@ def write_pretrained(
         ranks.share_failure(failure)
         ranks.on_leader(lambda: _finish(plain, tensors, names, work, final, add))
     finally:
-        # For a moment this folder holds what was there before. Never remove the only copy.
-        if ranks.is_leader() and own is not None and (final.exists() or not (own / "old").exists()):
+        if ranks.is_leader() and own is not None:
             shutil.rmtree(own, ignore_errors=True)
 
 
@@ -229,6 +228,7 @@ def _write_file(tensors: dict[str, Tensor], place: Path) -> None:
 
 def _begin(final: Path) -> Path:
     """Check the target. Make a folder beside it for this call alone, and in that the folder ``new`` to write to."""
+    recover_export(final)
     if final.exists():
         if not final.is_dir():
             raise OSError(f"path: {final} is a file; give a folder")
@@ -242,6 +242,11 @@ def _begin(final: Path) -> Path:
     # Only its user may read the folder of mkdtemp. The one that gets the name has the permissions of the umask.
     (own / "new").mkdir()
     return own
+
+
+def recover_export(final: Path) -> None:
+    """Bring back an export that a crash has left without its name, while it was replaced."""
+    recover(final, lambda old: (old / CONFIG_NAME).is_file())
 
 
 def _is_ours(entry: Path) -> bool:
@@ -279,4 +284,4 @@ def _finish(
         plain.generation_config.save_pretrained(work)
     add(work)
     flush_all(work)
-    folder.publish(work, final, old=work.with_name("old"))
+    publish(work, final)
