@@ -71,7 +71,9 @@ def load_exported(folder: Path) -> nn.Module | None:
         nonlocal model
         try:
             with quiet():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, trust_remote_code=False
+                ).eval()
         except Exception as error:
             raise TrainingError(f"transformers cannot load the export in {folder}: {error}") from error
 

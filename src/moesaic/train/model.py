@@ -14,17 +14,19 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moesaic.integrations.transformers import load_pretrained, swap_moe
+from moesaic.integrations.transformers.configs import config_for, read_config
 from moesaic.integrations.transformers.router_logits import balance_coefficient
 from moesaic.layers.experts import GroupedExperts
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, first_line
+from moesaic.train.step import evaluating
 
 # Rows of the embedding come in multiples of this, so that a vocabulary of any size can be split.
 _VOCABULARY_MULTIPLE = 64
@@ -37,7 +39,7 @@ def model_config(values: dict[str, Any], *, vocab_size: int, eos_id: int) -> Any
     values["vocab_size"] = -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     values |= {"bos_token_id": None, "eos_token_id": eos_id, "pad_token_id": eos_id}
     try:
-        config = AutoConfig.for_model(kind, **values)
+        config = config_for({"model_type": kind, **values}, "--model")
         known = {*type(config)().to_dict(), *type(config).attribute_map}
     except Exception as error:
         raise UserError(f"--model: transformers rejects this config: {error}") from error
@@ -62,7 +64,7 @@ def own_aux_loss_coef(source: ModelSource) -> float | None:
     if source.weights is None or not source.text_values.get("output_router_logits"):
         return None
     try:
-        return balance_coefficient(AutoConfig.from_pretrained(source.weights))
+        return balance_coefficient(read_config(source.weights)[0])
     except (ValueError, OSError) as error:
         raise UserError(f"--model {source.weights}: transformers rejects its config: {error}") from error
 
@@ -73,18 +75,30 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     Every rank makes all the weights from the seed, and keeps its shards.
     """
     torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, trust_remote_code=False)
     if not architecture.tie_word_embeddings:
         # transformers draws all weights with one small standard deviation. The output of the first layers would then be
         # much larger than the embedding, and the model needs about a hundred steps to recover from that.
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
+    _check_computes(model, config.model)
     try:
         swap_moe(model, **_balance(config))
         parallelize(model, meshes, compute=config.compute)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     return model
+
+
+def _check_computes(model: nn.Module, name: str) -> None:
+    """Raise `UserError` for a shape that its own code cannot compute, before there is a run folder."""
+    device = next(model.parameters()).device
+    try:
+        # Random numbers stay as they are.
+        with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    except Exception as error:
+        raise UserError(f"--model {name}: a model of this config cannot compute: {first_line(error)}") from error
 
 
 def load_model(

@@ -50,7 +50,7 @@ def load(name: str | Path) -> Any:
         check_is_name("--tokenizer", str(name))
         check_on_hub("--tokenizer", str(name), "model")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:
         raise UserError(f"--tokenizer {name}: transformers cannot load it: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:

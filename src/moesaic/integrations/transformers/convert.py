@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from moesaic import checkpoint
 from moesaic.checkpoint import CheckpointError
@@ -29,6 +28,7 @@ from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
 from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
 from moesaic.checkpoint.store import verify
 from moesaic.integrations.transformers import ties
+from moesaic.integrations.transformers.configs import config_for, damage_is_value_error, read_values
 from moesaic.integrations.transformers.files import (
     TOKENIZER_FILES,
     Files,
@@ -97,7 +97,8 @@ def convert(
 def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
     with open_files(source.path) as files:
         plain = empty_model(source, files)
-        state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+        with damage_is_value_error(source.path):
+            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
         ties.untie(plain, ties.differing(plain, state))
         # Whoever loads the checkpoint into a model asks for all names of the model.
         state = ties.with_copies(plain, state)
@@ -129,7 +130,8 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
             f"source: {place} has adapters beside the weights; use the export of the run, which has them merged"
         )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
-    plain = model_on_meta(config, dtype or own)
+    with damage_is_value_error(run / CONFIG, config.to_dict()):
+        plain = model_on_meta(config, dtype or own)
     plain.config.architectures = [type(plain).__name__]
     swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
     original = to_original_names(swapped, stored, restore_dtypes=False)
@@ -165,12 +167,10 @@ def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
 
 def _config_of(run: Path) -> Any:
     place = run / CONFIG
-    try:
-        values = dict(json.loads(place.read_text())["model"])
-        kind = values.pop("model_type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"source: {place} does not describe a model: {type(error).__name__}: {error}") from error
-    return AutoConfig.for_model(kind, **values)
+    values = read_values(place).get("model")
+    if not isinstance(values, dict):
+        raise ValueError(f"source: {place} does not describe a model: it has no object 'model'")
+    return config_for(values, place)
 
 
 def _tokenizer_of(run: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
+from moesaic.checkpoint.folder import is_plain
+from moesaic.integrations.transformers.configs import read_values
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 
 _DTYPES = {
@@ -57,11 +57,13 @@ class Files:
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     bytes_read: int = 0
 
-    def leaf(self, file: Any, name: str) -> LazyTensor:
-        """A tensor of an open file."""
+    def leaf(self, file: Any, name: str, place: Path) -> LazyTensor:
+        """A tensor of an open file, which lies in ``place``."""
         view = file.get_slice(name)
         if view.get_dtype() not in _DTYPES:
-            raise ValueError(f"'{name}' has the dtype {view.get_dtype()}, which is not one of {', '.join(_DTYPES)}")
+            raise ValueError(
+                f"{place}: '{name}' has the dtype {view.get_dtype()}, which is not one of {', '.join(_DTYPES)}"
+            )
 
         def source(box: Box) -> Tensor:
             # A tensor without dims has no slices.
@@ -94,7 +96,7 @@ def open_files(path: str | Path, revision: str | None = None) -> Iterator[Files]
             for name in file.keys():  # noqa: SIM118, an open file is no dict
                 if name in files.tensors:
                     raise ValueError(f"{place}: another file of the checkpoint also has '{name}'")
-                files.tensors[name] = files.leaf(file, name)
+                files.tensors[name] = files.leaf(file, name, place)
         if listed is not None and (differing := listed ^ files.tensors.keys()):
             raise ValueError(f"{path}: the index and its files do not agree on {sorted(differing)}")
         yield files
@@ -111,12 +113,27 @@ def locate(path: str | Path, revision: str | None = None) -> tuple[list[Path], s
         return [Path(single)], None
     if (index := cached(SAFE_WEIGHTS_INDEX_NAME)) is None:
         raise OSError(f"{name} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save it as safetensors")
-    try:
-        listed = set(json.loads(Path(index).read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
-    places, _ = get_checkpoint_shard_files(name, index, revision=revision)
-    return [Path(place) for place in places or ()], listed
+    places_of = _read_index(Path(index))
+    wanted = sorted(set(places_of.values()))
+    if Path(name).is_dir():
+        places = [Path(name, file) for file in wanted]
+    else:
+        places = [Path(str(cached_file(name, file, revision=revision))) for file in wanted]
+    return places, set(places_of)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor. Raises ``ValueError`` if the index is damaged or leads out of its folder."""
+    values = read_values(index)
+    if "weight_map" not in values:
+        raise ValueError(f"{index} is damaged: KeyError: 'weight_map'")
+    places = values["weight_map"]
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} is damaged: weight_map must be an object, got {type(places).__name__}")
+    for name, file in places.items():
+        if not isinstance(file, str) or not is_plain(file):
+            raise ValueError(f"{index}: weight_map has {file!r} for '{name}', which is no file in its folder")
+    return places
 
 
 def require_new(source: str | Path, target: Path, name: str) -> None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
+from transformers.utils import CONFIG_NAME
 
 from moesaic import ranks
 from moesaic.integrations.transformers import ties
+from moesaic.integrations.transformers.configs import damage_is_value_error, read_config, read_generation_config
 from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
 from moesaic.integrations.transformers.naming import to_model_names
@@ -79,9 +81,10 @@ def load_pretrained(
         The model, in eval mode.
 
     Raises:
-        OSError: there is no such checkpoint.
-        ValueError: the files do not fit the model, or the model cannot be swapped or sharded over the meshes. The
-            message lists all missing and unexpected names and all wrong shapes. No number has been read then.
+        OSError: there is no such checkpoint, or a file is missing.
+        ValueError: a file is damaged, and the message names it and what is wrong in it; the files do not fit the model,
+            or the model cannot be swapped or sharded over the meshes. The message lists all missing and unexpected
+            names and all wrong shapes. No number has been read then.
         TypeError: an option is one of neither :func:`swap_moe` nor the config; ``meshes`` are no meshes of ours.
         NotImplementedError: the files need a conversion that cannot be done slice by slice; the message names it.
 
@@ -144,7 +147,8 @@ def load_and_count(
             nonlocal plain, state, files
             files = stack.enter_context(open_files(source.path, source.revision))
             plain = empty_model(source, files)
-            state = to_model_names(plain, files.tensors, cast=True, ignore_unexpected=source.ignore_unexpected)
+            with damage_is_value_error(source.path):
+                state = to_model_names(plain, files.tensors, cast=True, ignore_unexpected=source.ignore_unexpected)
 
         def build(untied: list[str]) -> None:
             nonlocal model, tensors
@@ -178,18 +182,19 @@ def empty_model(source: Source, files: Files) -> Any:
         raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
     chosen: Any = source.dtype or config.dtype or next(floats, torch.get_default_dtype())
-    model = model_on_meta(config, chosen, source.attn_implementation)
-    with suppress(OSError):
-        # Not every checkpoint has one. Without it the model keeps its default.
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(files.tensors):
+        raise ValueError(f"{path}: num_hidden_layers is {layers}, but the files have {len(files.tensors)} tensors")
+    with damage_is_value_error(f"{path}: {CONFIG_NAME}", config.to_dict()):
+        model = model_on_meta(config, chosen, source.attn_implementation)
+    # Not every checkpoint has one. Without it the model keeps its default.
+    if (generation := read_generation_config(path, revision)) is not None:
+        model.generation_config = generation
     return model
 
 
 def _config_of(source: Source) -> Any:
-    loaded: Any = AutoConfig.from_pretrained(
-        source.path, revision=source.revision, return_unused_kwargs=True, **source.changes
-    )
-    config, unknown = loaded
+    config, unknown = read_config(source.path, source.revision, **source.changes)
     # Where the language model is a part of the whole, its config is a part too.
     text = config.get_text_config()
     if other := sorted(name for name in unknown if not hasattr(text, name)):
@@ -209,7 +214,7 @@ def model_on_meta(config: Any, dtype: torch.dtype, attn_implementation: str | No
     """A causal language model on the meta device. What transformers keeps in fp32 is in fp32 here too."""
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **attention)
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if re.search(pattern.replace("*", ".*"), name):

@@ -144,7 +144,7 @@ def upcycle(
             raise ValueError(f"granularity: {granularity} does not divide the hidden dim {F} of the dense layers")
         config = _moe_config(source.config, target, experts, top_k, F // granularity)
         with torch.device("meta"):
-            plain: Any = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
+            plain: Any = AutoModelForCausalLM.from_config(config, dtype=source.dtype, trust_remote_code=False)
         plain.config.architectures = [type(plain).__name__]
         plain.generation_config = source.generation_config
         state = to_model_names(source, files.tensors)
