@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from moesaic import checkpoint
 from moesaic.checkpoint import checkpoints, read_manifest
+from moesaic.checkpoint.store import verify
 from moesaic.train import loop
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.metrics import read_jsonl
@@ -209,7 +211,7 @@ def test_other_text_or_another_model_is_refused(tiny, cache, tmp_path):
 def test_a_failed_run_says_where_to_go_on(tiny, cache):
     _fit(dataclasses.replace(tiny, steps=2), cache)
     hopeless = dataclasses.replace(tiny, resume=True, lr=1e30, max_grad_norm=0.0)
-    told = r"step \d: .*step-00000002\. To continue from it, use --resume --out .* lower --lr"
+    told = r"step \d: .*step-00000002\. To continue from it, perhaps with a lower --lr: python .* --resume --out "
     with pytest.raises(TrainingError, match=told):
         _fit(hopeless, cache)
 
@@ -227,6 +229,21 @@ def test_a_full_disk_in_the_middle_does_not_end_the_run(tiny, cache, monkeypatch
     assert finished
     assert "No space left on device" in "\n".join(messages)
     assert [path.name for path in checkpoints(tiny.out / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_checkpoints_in_the_background_are_those_of_the_foreground(tiny, cache, tmp_path, monkeypatch):
+    whole = dataclasses.replace(tiny, save_every=2, keep=9)
+    _fit(whole, cache)
+    beside = dataclasses.replace(whole, out=tmp_path / "beside", async_checkpoints=True)
+    blocking = []
+    original = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: blocking.append(k["blocking"]) or original(*a, **k))
+    _fit(beside, cache)
+    assert blocking == [False] * 3
+    for one, other in zip(*(checkpoints(run.out / "checkpoints") for run in (whole, beside)), strict=True):
+        files = [read_manifest(path).files["__0_0.distcp"] for path in (one, other)]
+        assert files[0] == files[1]
+        verify(other)
 
 
 def test_a_damaged_manifest_is_skipped(tiny, cache, caplog):

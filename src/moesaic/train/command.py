@@ -18,7 +18,7 @@ from moesaic.train.errors import TrainingError, UserError
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic train`` and return its exit status. All ranks fail alike, and only the first one says so."""
-    leader = os.environ.get("RANK", "0") == "0"
+    leader = tells = os.environ.get("RANK", "0") == "0"
     try:
         config = parse(arguments, leader)
         from moesaic.train.launch import check_launch
@@ -36,13 +36,15 @@ def run(arguments: Sequence[str]) -> int:
         message, status = error, 2
     except TrainingError as error:
         message, status = error, 1
-    if leader:
+        tells = leader if error.told is None else error.told
+    if tells:
         print(f"moesaic train: {message}", file=sys.stderr, flush=True)
     return status
 
 
 def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:
     """The settings of a call; with ``--resume`` those of the run, but for the flags that are given."""
+    arguments, auto = _without_auto(arguments)
 
     def on_top_of(default: TrainConfig) -> TrainConfig:
         return tyro.cli(
@@ -50,11 +52,28 @@ def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:
         )
 
     config = on_top_of(TrainConfig())
-    if config.resume:
+    if auto:
+        config = dataclasses.replace(config, resume="auto")
+    if config.resume or "TORCHELASTIC_RESTART_COUNT" in os.environ:
         from moesaic.checkpoint.run_folder import CONFIG
-        from moesaic.train.folder import resumable_folder
+        from moesaic.train.folder import resumable_folder, settle_resume
 
-        folder = resumable_folder(config.out)
-        config = dataclasses.replace(on_top_of(read_settings(folder / CONFIG)), out=folder, resume=True)
+        config = settle_resume(config)
+        folder = resumable_folder(config.out) if config.resume is True else config.out
+        if folder is not None and (config.resume is True or (config.resume and (folder / CONFIG).is_file())):
+            settings = read_settings(folder / CONFIG)
+            config = dataclasses.replace(on_top_of(settings), out=folder, resume=config.resume)
     check(config)
     return config
+
+
+def _without_auto(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments with ``--resume`` for ``--resume auto``, and whether that was there: a flag takes no value."""
+    rest: list[str] = []
+    auto = False
+    for argument in arguments:
+        if argument == "--resume=auto" or (argument == "auto" and rest[-1:] == ["--resume"]):
+            rest, auto = [*rest, *(["--resume"] if argument != "auto" else [])], True
+        else:
+            rest.append(argument)
+    return rest, auto

@@ -10,7 +10,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from moesaic.train.errors import UserError
 
@@ -112,13 +114,20 @@ class TrainConfig:
     # --- run folder ---
     out: Path | None = None
     """The run folder. By default a new folder, runs/<date>-<time>."""
-    resume: bool = False
+    resume: Annotated[bool | Literal["auto"], tyro.conf.arg(constructor=bool)] = False
     """Continue from the last checkpoint in --out, or of the latest run in runs/. The settings are those of that run;
-    flags that you give override them."""
+    flags that you give override them. With '--resume auto' it starts if there is no checkpoint yet; this is also what
+    happens when torchrun restarts a run (--max-restarts)."""
     save_every: int = 50
     """Steps between checkpoints. 0: only one, at the end. There is always a checkpoint at the end."""
     keep: int = 2
     """How many checkpoints to keep."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background: training waits only while a copy is made in the host's memory. The last one
+    is written before the program ends."""
+    timeout: int = 300
+    """Seconds that ranks wait in a step for one that does not answer. Then all end, and say which it was. The first
+    step, measurements, checkpoints and the export may take as long as they need."""
 
     # --- what is measured and shown ---
     log_every: int = 10
@@ -140,7 +149,7 @@ class TrainConfig:
 def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that cannot work in any run. Layouts are checked by `resolve_layout`."""
     at_least = {
-        1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes"),
+        1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes", "timeout"),
         2: ("seq_len",),
         0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank"),
     }
@@ -181,6 +190,17 @@ def with_defaults(config: TrainConfig, *, pretrained: bool, own_aux_loss_coef: f
 def flag(name: str) -> str:
     """The flag of a field on the command line: `--dp-shard` for `dp_shard`."""
     return "--" + name.replace("_", "-")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same settings for a process in any directory: names of files and folders that are there become absolute."""
+
+    def absolute(name: str | None) -> str | None:
+        path = None if name in (None, "stdlib") else Path(str(name)).expanduser()
+        return name if path is None or not path.exists() else str(path.absolute())
+
+    paths: dict[str, Any] = {name: absolute(getattr(config, name)) for name in ("data", "model", "tokenizer")}
+    return dataclasses.replace(config, **paths)
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

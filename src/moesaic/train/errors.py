@@ -11,4 +11,13 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainingError(Exception):
-    """Training failed, on every rank: for example, a number is not finite."""
+    """Training failed, on every rank: for example, a number is not finite.
+
+    Args:
+        text: what happened.
+        told: whether this rank is the one to say so. By default rank 0 is.
+    """
+
+    def __init__(self, text: str, *, told: bool | None = None):
+        super().__init__(text)
+        self.told = told

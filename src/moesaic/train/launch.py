@@ -24,7 +24,7 @@ def check_launch(config: TrainConfig) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_main_grads(config, layout)
-    if config.out is not None and not config.resume:
+    if config.out is not None and config.resume is False:
         check_free(config.out)
     source = find_model(config.model)
     check_adapters(config, source, launched_world_size())

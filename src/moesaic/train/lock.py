@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moesaic.checkpoint.run_folder import LOCK
 from moesaic.train.errors import UserError
+from moesaic.train.folder import launch_id
 
 try:
     import fcntl
@@ -50,7 +51,7 @@ class RunLock:
                 # A file system without locks.
                 pass
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        own = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+        own = {"host": socket.gethostname(), "process": os.getpid(), "since": since, "launch": launch_id()}
         # What it says is a help only: a full disk is no reason not to go on.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from moesaic import ranks
-from moesaic.checkpoint import CheckpointError, latest
-from moesaic.checkpoint.run_folder import CHECKPOINTS, EXPORT, METRICS, RESULT, TENSORBOARD
+from moesaic.checkpoint import CheckpointError, wait
+from moesaic.checkpoint.run_folder import EXPORT, METRICS, RESULT, TENSORBOARD
 from moesaic.layers import expert_load, reset_expert_load
 from moesaic.train import finish
 from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, describe, open_screen
-from moesaic.train.errors import TrainingError
+from moesaic.train.errors import TrainingError, UserError
+from moesaic.train.failure import failed, way_back
 from moesaic.train.folder import write_json
 from moesaic.train.metrics import JsonlWriter, LenientWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
@@ -26,7 +27,7 @@ from moesaic.train.run import Run, set_up
 from moesaic.train.runtime import peak_memory, started
 from moesaic.train.schedule import learning_rate
 from moesaic.train.scores import Scores, scores_of
-from moesaic.train.signals import StopRequest
+from moesaic.train.signals import StopRequest, linger_on_sigterm
 from moesaic.train.step import StepResult, train_step
 from moesaic.train.training import Training, save
 
@@ -37,74 +38,53 @@ def train(config: TrainConfig) -> None:
     Raises `UserError`, `CheckpointError` or `TrainingError` on all ranks, with a text for the user. A signal makes it
     save and return.
     """
-    with started(config.device) as runtime:
+    with started(config.device, config.timeout) as runtime:
         screen = open_screen(runtime.leader)
-        run = set_up(config, runtime, screen.message)
-        with closing(run):
-            scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
-            screen.message(_introduce(run))
-            with closing(run.guard):
-                finished = fit(run, screen, lambda: {scores.name: scores.measure()})
-            if finished:
-                _finish(run, scores, screen)
+        run: Run | None = None
+        try:
+            if runtime.peers is not None:
+                linger_on_sigterm()
+            run = set_up(config, runtime, screen.message)
+            with closing(run):
+                scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
+                screen.message(_introduce(run))
+                with closing(run.guard):
+                    finished = fit(run, screen, lambda: {scores.name: scores.measure()})
+                if finished:
+                    _finish(run, scores, screen)
+        except (UserError, CheckpointError, TrainingError):
+            # All ranks have it.
+            raise
+        except Exception as error:
+            raise failed(error, runtime, None if run is None else run.folder, None, config) from error
 
 
 def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = dict) -> bool:
-    """Train to the last step and save. A signal makes it save and stop early; then the result is False."""
-    training, config, device = run.training, run.config, run.runtime.device
+    """Train to the last step and save. A signal makes it save and stop early; then the result is False.
+
+    After an error on any rank all raise `TrainingError`, and have saved the last step if its weights are sound.
+    """
+    training, config, runtime = run.training, run.config, run.runtime
     if training.step >= config.steps:
         return True
-    writers = _open_writers(run.folder, training.step, config.tensorboard, screen) if run.runtime.leader else []
-    if training.step == 0 and run.pretrained and (values := measure()):
-        screen.message(f"before fine-tuning: {describe(values)}")
-        for writer in writers:
-            writer.log(values, 0)
-    screen.start(training.step, config.steps)
-    training.model.train()
-    stopped = False
-    clock, clock_step = time.perf_counter(), training.step
-    try:
-        with StopRequest(lambda name: screen.message(f"{name}: saving after this step, then stopping")) as request:
-            while training.step < config.steps and not stopped:
-                result = train_step(
-                    training,
-                    config,
-                    meshes=run.meshes,
-                    guard=run.guard,
-                    device=device,
-                    stop_wanted=request.wanted,
-                )
-                stopped = result.stop
-                values = None
-                if training.step % config.log_every == 0 or training.step in (1, config.steps):
-                    seconds = (time.perf_counter() - clock) / (training.step - clock_step)
-                    values = _metrics(training, config, device, result, seconds)
-                reset_expert_load(training.model)
-                if config.eval_every and training.step % config.eval_every == 0:
-                    values = (values or {}) | dict(measure())
-                if values is not None:
-                    for writer in writers:
-                        writer.log(values, training.step)
-                    # The time of measurements is not part of the speed.
-                    clock, clock_step = time.perf_counter(), training.step
-                screen.update(training.step, values)
-                last = stopped or training.step == config.steps
-                if last or (config.save_every and training.step % config.save_every == 0):
-                    before = time.perf_counter()
-                    try:
-                        save(training, config, run.folder)
-                    except CheckpointError as error:
-                        # A full disk must not end the training: there may be room again at the next checkpoint.
-                        if last:
-                            raise
-                        screen.message(f"warning: {error}; training continues")
-                    clock += time.perf_counter() - before
-    except TrainingError as error:
-        raise TrainingError(f"{error} {_way_back(run.folder)}") from error
-    finally:
-        screen.stop()
-        for writer in writers:
-            writer.close()
+    runtime.wait_for_long()
+    writers = _open_writers(run.folder, training.step, config.tensorboard, screen) if runtime.leader else []
+    with StopRequest(lambda name: screen.message(f"{name}: saving after this step, then stopping")) as request:
+        try:
+            stopped = _steps(run, screen, measure, writers, request)
+        except UserError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {way_back(run.folder)}") from error
+        except TrainingError as error:
+            raise TrainingError(f"{error} {way_back(run.folder, ', perhaps with a lower --lr')}") from error
+        except BaseException as error:
+            raise failed(error, runtime, run.folder, training, config) from error
+        finally:
+            screen.stop()
+            for writer in writers:
+                writer.close()
+    runtime.wait_for_long()
     if stopped:
         screen.message(
             f"stopped after step {training.step} of {config.steps}; everything is saved. To continue, run the same "
@@ -113,13 +93,70 @@ def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = d
     return not stopped
 
 
-def _way_back(folder: Path) -> str:
-    newest = latest(folder / CHECKPOINTS)
-    if newest is None:
-        return "There is no checkpoint yet."
-    return (
-        f"The last checkpoint is {newest}. To continue from it, use --resume --out {folder}, perhaps with a lower --lr."
-    )
+def _steps(
+    run: Run,
+    screen: Screen,
+    measure: Callable[[], Mapping[str, float]],
+    writers: list[MetricWriter],
+    request: StopRequest,
+) -> bool:
+    """The steps that are left, with measurements and checkpoints. Whether a signal has stopped them."""
+    training, config, runtime = run.training, run.config, run.runtime
+    if training.step == 0 and run.pretrained and (values := measure()):
+        screen.message(f"before fine-tuning: {describe(values)}")
+        for writer in writers:
+            writer.log(values, 0)
+    screen.start(training.step, config.steps)
+    training.model.train()
+    stopped = False
+    clock, clock_step = time.perf_counter(), training.step
+    # The first step compiles and warms up, on each rank in its own time.
+    pace = runtime.slowly
+    while training.step < config.steps and not stopped:
+        with pace():
+            result = train_step(
+                training,
+                config,
+                meshes=run.meshes,
+                guard=run.guard,
+                device=runtime.device,
+                stop_wanted=request.wanted,
+            )
+        pace = nullcontext
+        stopped = result.stop
+        values = None
+        if training.step % config.log_every == 0 or training.step in (1, config.steps):
+            seconds = (time.perf_counter() - clock) / (training.step - clock_step)
+            values = _metrics(training, config, runtime.device, result, seconds)
+        reset_expert_load(training.model)
+        if config.eval_every and training.step % config.eval_every == 0:
+            with runtime.slowly():
+                values = (values or {}) | dict(measure())
+        if values is not None:
+            for writer in writers:
+                writer.log(values, training.step)
+            # The time of measurements is not part of the speed.
+            clock, clock_step = time.perf_counter(), training.step
+        screen.update(training.step, values)
+        last = stopped or training.step == config.steps
+        if last or (config.save_every and training.step % config.save_every == 0):
+            before = time.perf_counter()
+            with runtime.slowly():
+                # A full disk must not end the training: there may be room again at the next checkpoint.
+                try:
+                    wait()
+                except CheckpointError as error:
+                    screen.message(f"warning: {error}; training continues")
+                try:
+                    save(training, config, run.folder)
+                    if last:
+                        wait()
+                except CheckpointError as error:
+                    if last:
+                        raise
+                    screen.message(f"warning: {error}; training continues")
+            clock += time.perf_counter() - before
+    return stopped
 
 
 def _metrics(
@@ -148,13 +185,20 @@ def _metrics(
 
 
 def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) -> list[MetricWriter]:
-    writers: dict[str, MetricWriter] = {METRICS: JsonlWriter(folder / METRICS, step)}
+    # A run that starts again in its folder measures step 0 again, too.
+    last = step or -1
+    kinds: dict[str, type[JsonlWriter | TensorBoardWriter]] = {METRICS: JsonlWriter}
     if tensorboard:
+        kinds[TENSORBOARD] = TensorBoardWriter
+    writers: list[MetricWriter] = []
+    for name, kind in kinds.items():
         try:
-            writers[TENSORBOARD] = TensorBoardWriter(folder / TENSORBOARD, step)
+            writers.append(LenientWriter(kind(folder / name, last), str(folder / name), screen.message))
         except ImportError:
             screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
-    return [LenientWriter(writer, str(folder / name), screen.message) for name, writer in writers.items()]
+        except OSError as error:
+            screen.message(f"warning: cannot write {folder / name}: {error.strerror or error}; training continues")
+    return writers
 
 
 def _finish(run: Run, scores: Scores, screen: Screen) -> None:

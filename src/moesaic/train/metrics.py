@@ -63,7 +63,7 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, last_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record the values of a step."""

@@ -20,9 +20,9 @@ from moesaic.parallel.build import build_meshes
 from moesaic.parallel.mesh import Meshes, sizes_in
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
-from moesaic.train.config import TrainConfig, to_json, with_defaults
+from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
 from moesaic.train.errors import UserError
-from moesaic.train.folder import check_free, new_folder, resumable_folder, write_json
+from moesaic.train.folder import again_folder, check_free, new_folder, resumable_folder, settle_resume, write_json
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lock import RunLock
@@ -61,6 +61,7 @@ class Run:
 
 def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> Run:
     """Build a run in a new folder, or continue from its last checkpoint if `config.resume`. Collective."""
+    config = ranks.on_leader(lambda: settle_resume(config))
     _check_same_on_all_ranks("settings", to_json(config))
     source = find_model(config.model)
     own_coef = models.own_aux_loss_coef(source)
@@ -95,14 +96,25 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     # After all checks, so that a mistake leaves no folder behind.
     folder, lock = _claim_folder(config)
     config = dataclasses.replace(config, out=folder)
-    try:
-        if config.resume:
-            restore(training, folder)
-        if runtime.leader:
-            if config.resume and config.aux_loss_coef:
-                _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
+
+    def describe_run() -> None:
+        if config.resume is True and config.aux_loss_coef:
+            _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
+        try:
             write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
             shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
+
+    try:
+        if config.resume is True:
+            restore(training, folder)
+            if training.step > config.steps:
+                raise UserError(
+                    f"--steps {config.steps}: the run in {folder} has done {training.step} steps already; give more, "
+                    "or leave --steps out"
+                )
+        ranks.on_leader(describe_run)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -117,7 +129,10 @@ def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:
     def claim() -> Path:
         # Not given back: results go to all ranks, and the lock is this process's.
         nonlocal lock
-        folder = resumable_folder(config.out) if config.resume else new_folder(config.out)
+        if config.resume is True:
+            folder = resumable_folder(config.out)
+        else:
+            folder = again_folder(config.out) if config.resume else new_folder(config.out)
         claimed = RunLock(folder)
         try:
             if not config.resume:
@@ -198,7 +213,7 @@ def _check_same_on_all_ranks(what: str, value: Any) -> None:
 
 def _describe(training: Training, config: TrainConfig, train_bytes: int, world_size: int) -> dict[str, Any]:
     return {
-        "settings": to_json(config),
+        "settings": to_json(with_absolute_paths(config)),
         "world_size": world_size,
         "parameters": models.num_parameters(training.model),
         "train_bytes": train_bytes,

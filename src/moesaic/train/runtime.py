@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from moesaic import ranks
 from moesaic.sharding.internals import silence_advice_on_redistribution
 from moesaic.train.errors import UserError
+from moesaic.train.peers import Peers
+
+# Before the first step a process may prepare a large text, or load a large model, while the others wait.
+_START_UP = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Runtime:
     rank: int
     local_rank: int
     world_size: int
+    peers: Peers | None = None
+    """Those that this process watches, if there are others."""
 
     @property
     def leader(self) -> bool:
@@ -32,6 +41,15 @@ class Runtime:
     def host_leader(self) -> bool:
         """Whether this is the first process of its host."""
         return self.local_rank == 0
+
+    def slowly(self) -> AbstractContextManager[None]:
+        """For what may take long on one rank while the others wait. Collective."""
+        return nullcontext() if self.peers is None else self.peers.slowly()
+
+    def wait_for_long(self) -> None:
+        """From now on collectives may wait for long."""
+        if self.peers is not None:
+            self.peers.wait_for_long()
 
 
 def launched_world_size() -> int:
@@ -71,10 +89,10 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def started(device_name: str | None) -> Iterator[Runtime]:
+def started(device_name: str | None, timeout: int | float = 300) -> Iterator[Runtime]:
     """Join the process group of the launcher, if there is more than one process, and leave it at the end.
 
-    A process group that exists already is used, and kept.
+    A process group that exists already is used, and kept. `timeout` is for :class:`Peers`.
     """
     silence_advice_on_redistribution()  # for those who choose placements; here it would only hide what matters
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -85,19 +103,33 @@ def started(device_name: str | None) -> Iterator[Runtime]:
     if joined:
         backend = _backend(device.type) or "gloo"
         # Objects and checkpoints' plans travel between CPUs whatever the device.
-        dist.init_process_group("gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}")
+        _join("gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}", timedelta(seconds=timeout))
+    peers: Peers | None = None
     try:
-        if dist.is_initialized():
-            yield Runtime(device, dist.get_rank(), local_rank, dist.get_world_size())
-        else:
-            yield Runtime(device, 0, local_rank, 1)
+        if ranks.active():
+            peers = Peers(ranks.rank(), ranks.world_size(), timeout)
+        yield Runtime(device, ranks.rank(), local_rank, ranks.world_size(), peers)
         if joined:
             # gloo's threads may hold a tensor for a moment after its collective, and abort the process where they let
             # go of it when Python is ending already (pytorch/pytorch#190489). While this waits, they do.
             dist.barrier()
     finally:
+        if peers is not None:
+            peers.close()
         if joined:
             dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Make the process group of the launch.
+
+    torchrun starts processes again with the store of those before (torch 2.13), in which gloo would find the addresses
+    of dead processes, and wait for them. So names in it carry the number of the start.
+    """
+    timeout = max(_START_UP, timeout)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    own = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+# Seconds that a process has to tell of a lost rank.
+_LINGER = 12.0
 
 
 class StopRequest:
@@ -35,6 +39,23 @@ class StopRequest:
         if not self.wanted:
             self.wanted = True
             self._notify(signal.Signals(number).name)
+
+
+def linger_on_sigterm() -> None:
+    """Let SIGTERM end this process only after a while.
+
+    When a rank is lost, torchrun sends that to all others, and they would have no time to say which one it was.
+    """
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    timer = threading.Timer(_LINGER, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
 
 
 def _heard() -> list[signal.Signals]:

@@ -99,7 +99,25 @@ def train_step(
     """Train on the next batch. Collective.
 
     Raises `TrainingError` on every rank, before any weight has changed, if loss or gradients are not finite on one.
+    A step that fails has taken nothing from the data.
     """
+    sample = training.loader.sample
+    try:
+        return _train_step(training, config, meshes, guard, device, stop_wanted)
+    except BaseException:
+        if training.whole:
+            training.loader.sample = sample
+        raise
+
+
+def _train_step(
+    training: Training,
+    config: TrainConfig,
+    meshes: Meshes,
+    guard: ForwardGuard,
+    device: torch.device,
+    stop_wanted: bool,
+) -> StepResult:
     model, optimizer, step = training.model, training.optimizer, training.step + 1
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(training.step, config)
@@ -127,11 +145,12 @@ def train_step(
         raise TrainingError(_describe_forward(step, loss_value, balance_value, guard.names, flags))
 
     grad_norm = _clip(model, config.max_grad_norm, step)
+    training.whole = False
     optimizer.step()
+    training.step, training.whole = step, True
     optimizer.zero_grad(set_to_none=True)
     if training.main_grads is not None:
         training.main_grads.clear()
-    training.step = step
     return StepResult(loss_value, balance_value, grad_norm, bool(stop))
 
 

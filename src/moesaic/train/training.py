@@ -32,17 +32,25 @@ class Training:
     """Buffers for the gradients of expert weights, if they have any."""
     step: int = 0
     """How many steps are done."""
+    whole: bool = True
+    """Whether all weights are those after this step. They are not while the optimizer changes them."""
+    saved: int = 0
+    """The last step that a checkpoint has. A new model need not be saved."""
 
 
 def save(training: Training, config: TrainConfig, folder: Path) -> Path:
-    """Write a checkpoint into a run folder. Collective."""
+    """Write a checkpoint into a run folder, in the background if `config` says so. Collective."""
     info = {
         "loader": training.loader.state_dict(),
         "identities": training.identities,
         "settings": to_json(config),
     }
     state = checkpoint.training_state(training.model, training.optimizer)
-    return checkpoint.save(folder / CHECKPOINTS, training.step, state, info, keep=config.keep)
+    blocking = not config.async_checkpoints
+    path = checkpoint.save(folder / CHECKPOINTS, training.step, state, info, keep=config.keep, blocking=blocking)
+    if blocking:
+        training.saved = training.step
+    return path
 
 
 def restore(training: Training, folder: Path) -> None:
@@ -65,4 +73,4 @@ def restore(training: Training, folder: Path) -> None:
     manifest = checkpoint.load(folder / CHECKPOINTS, state, check=check)
     training.loader.load_state_dict(manifest.info["loader"])
     checkpoint.restore(training.model, training.optimizer, state)
-    training.step = manifest.step
+    training.step = training.saved = manifest.step
