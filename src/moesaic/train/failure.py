@@ -18,11 +18,10 @@ from torch import Tensor
 
 from moesaic.checkpoint import CheckpointError, latest, wait
 from moesaic.checkpoint.run_folder import CHECKPOINTS, FAILURES
-from moesaic.sharding.internals import flight_record
 from moesaic.sharding.parts import local_part
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError, first_line
-from moesaic.train.peers import Meeting, Report
+from moesaic.train.peers import Meeting, Report, last_collectives
 from moesaic.train.runtime import Runtime
 from moesaic.train.training import Training, save
 
@@ -141,7 +140,7 @@ def _write_log(error: BaseException, folder: Path, rank: int) -> Path | None:
         with open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.write("".join(traceback.format_exception(error)) + "\n")
-        if (record := flight_record()) is not None:
+        if (record := last_collectives()) is not None:
             path.with_suffix(".collectives.json").write_text(record)
         return path
     return None

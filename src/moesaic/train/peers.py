@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moesaic.sharding.internals import abort_groups, limit_waits, peers_store
+from moesaic.sharding.internals import abort_groups, flight_record, limit_waits, peers_store
 
 _TICK = 1.0
 # A rank that has not been heard of for so long, after another one failed, is lost.
@@ -168,6 +168,11 @@ class Peers:
                 self._cut = True
                 abort_groups()
                 _cut_connections(keep=int(os.environ.get("MASTER_PORT", "0")))
+
+
+def last_collectives() -> str | None:
+    """What this process did last with the others, as JSON, where torch has recorded it (TORCH_FR_BUFFER_SIZE)."""
+    return flight_record()
 
 
 class _Alive:
