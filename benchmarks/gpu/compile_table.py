@@ -60,8 +60,9 @@ FORMS = {
     "clamped_swiglu": Form("clamped_swiglu"),
     "clamped_swiglu, biases": Form("clamped_swiglu", is_biased=True),
 }
-# Every form in the largest blocks, the forms that need the most registers in every dtype, the usual one for all GPUs.
-USUAL = dict.fromkeys(TOKENS, ("silu",))
+# For one GPU every form in the largest blocks, and all blocks; the largest of the usual form for the others, and of those
+# that need the most registers in the other dtypes.
+USUAL = {"many": ("silu",)}
 GREEDY = {"many": ("silu, biases", "gelu, biases")}
 SAMPLE = (
     ("9.0", "bfloat16", {"few": ("silu",), "some": ("silu", "silu, biases"), "many": tuple(FORMS)}),
