@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time, in their default configurations, for GPUs that need not be there.
 
-A sample: every form of the experts in bf16 for one GPU, the largest blocks of those that need the most registers in every
-dtype, and of SiLU for all GPUs. The long tests ask the same of all forms in all dtypes and blocks for all GPUs.
+A sample: every form of the experts in bf16 for one GPU, the largest blocks of SiLU for all GPUs, and of the forms that
+need the most registers in every dtype. The long tests ask the same of all forms in all dtypes and blocks for all GPUs.
 """
 
 import itertools
