@@ -60,8 +60,8 @@ FORMS = {
     "clamped_swiglu": Form("clamped_swiglu"),
     "clamped_swiglu, biases": Form("clamped_swiglu", is_biased=True),
 }
-# For one GPU every form in the largest blocks, and all blocks. The largest for the others: in bf16 of the usual form, in
-# the other dtypes of those that need the most registers.
+# For one GPU every form in the largest blocks, and all blocks. For the others the largest blocks: in bf16 of the usual
+# form, in the other dtypes of those that need the most registers.
 USUAL = {"many": ("silu",)}
 GREEDY = {"many": ("silu, biases", "gelu, biases")}
 SAMPLE = (
