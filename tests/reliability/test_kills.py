@@ -26,6 +26,14 @@ def _save(root, same_step, victim, at, exchange, only):
     return events.count
 
 
+def _save_in_the_background(root, same_step, victim, at, exchange, only):
+    checkpoint.save(root, 1, _sharded(1), {}, keep=1)
+    with FileEvents(at if checkpoint.store.ranks.rank() == victim else None, exchange=exchange, only=only) as events:
+        checkpoint.save(root, 1 if same_step else 2, _sharded(2), {}, keep=1, blocking=False)
+        checkpoint.wait()
+    return events.count
+
+
 def _check_checkpoint(root):
     state = _state(0)
     checkpoint.load(root, state)
@@ -89,7 +97,14 @@ def test_every_event_of_a_checkpoint(tmp_path, ranks, world_size, same_step, exc
         pytest.skip("nothing is exchanged")
     kills = _kill_at_each(ranks, tmp_path, _save, _check_checkpoint, world_size, same_step=same_step, exchange=exchange)
     print(f"{kills} kills")
-    assert kills > 10 * world_size
+    assert kills > 15
+
+
+@pytest.mark.long
+def test_every_event_of_a_save_in_the_background(tmp_path, ranks):
+    kills = _kill_at_each(ranks, tmp_path, _save_in_the_background, _check_checkpoint, 2, same_step=False)
+    print(f"{kills} kills")
+    assert kills > 20
 
 
 @pytest.mark.long

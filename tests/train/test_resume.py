@@ -246,6 +246,15 @@ def test_checkpoints_in_the_background_are_those_of_the_foreground(tiny, cache, 
         verify(other)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_a_signal_waits_for_a_save_in_the_background(tiny, cache, number):
+    config = dataclasses.replace(tiny, save_every=1, keep=9, async_checkpoints=True)
+    assert not _fit(config, cache, {2: [number]})[0]
+    found = checkpoints(tiny.out / "checkpoints")
+    assert [verify(path).step for path in found] == [1, 2, 3]
+    assert len(list((tiny.out / "checkpoints").iterdir())) == 3
+
+
 def test_a_damaged_manifest_is_skipped(tiny, cache, caplog):
     _fit(dataclasses.replace(tiny, save_every=2, keep=9), cache)
     newest = checkpoints(tiny.out / "checkpoints")[-1]

@@ -168,9 +168,9 @@ def remove(path: Path) -> None:
 
 def prune(root: Path, keep: int, newest: int) -> None:
     """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes have left behind."""
-    for path in [path for path in checkpoints(root) if step_of(path) <= newest][:-keep]:
-        remove(path)
-    recover(root)
+    # These first: what is left of a checkpoint that was replaced must not outlive the one that replaced it.
     for path in root.iterdir():
         if path.name.endswith((".tmp", OLD, _GONE)) and _NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
+    for path in [path for path in checkpoints(root) if step_of(path) <= newest][:-keep]:
+        remove(path)

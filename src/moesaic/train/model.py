@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.configs import config_for, read_config
 from moesaic.integrations.transformers.router_logits import balance_coefficient
+from moesaic.layers import uncounted
 from moesaic.layers.experts import GroupedExperts
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
@@ -81,9 +82,9 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
         # much larger than the embedding, and the model needs about a hundred steps to recover from that.
         nn.init.normal_(model.get_input_embeddings().weight)
     model = model.to(device)
-    _check_computes(model, config.model)
     try:
         swap_moe(model, **_balance(config))
+        _check_computes(model, config.model)
         parallelize(model, meshes, compute=config.compute)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
@@ -95,7 +96,7 @@ def _check_computes(model: nn.Module, name: str) -> None:
     device = next(model.parameters()).device
     try:
         # Random numbers stay as they are.
-        with evaluating(model), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        with evaluating(model), uncounted(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
     except Exception as error:
         raise UserError(f"--model {name}: a model of this config cannot compute: {first_line(error)}") from error
