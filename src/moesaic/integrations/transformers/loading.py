@@ -182,8 +182,8 @@ def empty_model(source: Source, files: Files) -> Any:
         raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
     chosen: Any = source.dtype or config.dtype or next(floats, torch.get_default_dtype())
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(files.tensors):
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and not 0 < layers <= len(files.tensors):
         raise ValueError(f"{path}: num_hidden_layers is {layers}, but the files have {len(files.tensors)} tensors")
     with damage_is_value_error(f"{path}: {CONFIG_NAME}", config.to_dict()):
         model = model_on_meta(config, chosen, source.attn_implementation)
