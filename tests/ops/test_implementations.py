@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
+from moesaic import info
 from moesaic.ops import Implementation
 from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS as EXPERTS
 from moesaic.ops.fastest import MEASURED, Call
@@ -101,3 +102,39 @@ def test_a_named_one_is_taken_or_says_why_not():
     for refuse in (lambda: choose(TABLE, "cuda", call), lambda: check_name("cuda", TABLE)):
         with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of .* or None"):
             refuse()
+
+
+_KERNELS, _PRODUCTS = "CPU kernels (", "torch's products ("
+
+
+@pytest.mark.parametrize(
+    ("kind", "fp32", "bf16"),
+    [
+        ("Zen 5", {"": _KERNELS}, {"": _KERNELS}),
+        ("no kernels", {"": _PRODUCTS}, {"": _PRODUCTS}),
+        (
+            "Xeon with AMX",
+            {"": _KERNELS},
+            {", up to 16 rows an expert": _KERNELS, ", above 16 rows an expert": _PRODUCTS},
+        ),
+        (
+            "Xeon without bf16",
+            {
+                ", in training and without gradients up to 64 rows an expert": _KERNELS,
+                ", without gradients above 64 rows an expert": _PRODUCTS,
+            },
+            {"": _KERNELS},
+        ),
+    ],
+)
+def test_info_says_what_runs_and_why(kind, fp32, bf16):
+    expected = {
+        f"{dtype} experts on CPU{where}": choice
+        for dtype, choices in (("float32", fp32), ("bfloat16", bf16))
+        for where, choice in choices.items()
+    }
+    said = dict(line.split(": ", 1) for line in info.choices(KINDS[kind][0]))
+    assert said.keys() == expected.keys()
+    for where, choice in said.items():
+        assert choice.startswith(expected[where])
+        assert ("nobody measured" in choice) == (kind == "no kernels")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moesaic.ops.processor import Processor
 
-# Largest average of rows a group.
-_FEW, _SOME = 16, 64
+# Largest average of rows a group, by the name of the shape.
+LARGEST = {"one": 1, "few": 16, "some": 64}
 
 
 class Call(NamedTuple):
@@ -103,23 +103,27 @@ MEASURED = (
 def shape_class(num_rows: int, num_groups: int) -> str:
     """By the average number of rows a group, for on CUDA the numbers themselves are never read to the host."""
     average = num_rows / max(num_groups, 1)
-    return "few" if average <= _FEW else "some" if average <= _SOME else "many"
+    return "few" if average <= LARGEST["few"] else "some" if average <= LARGEST["some"] else "many"
 
 
 def fastest(call: Call, machine: Processor) -> tuple[str, ...]:
     """The names of implementations, the fastest first. The last one takes everything."""
     x = call.operands[0]
     shape = "one" if call.num_rows <= call.num_groups else shape_class(call.num_rows, call.num_groups)
-    return _fastest(call.operator, x.device.type, x.dtype, shape, machine)
+    found = measured_for(call.operator, x.device.type, x.dtype, shape, machine)
+    return (*(entry.fastest for entry in found), "torch")
 
 
 @functools.cache
-def _fastest(operator: str, device: str, dtype: torch.dtype, shape: str, machine: Processor) -> tuple[str, ...]:
+def measured_for(
+    operator: str, device: str, dtype: torch.dtype, shape: str, machine: Processor
+) -> tuple[Measured, ...]:
+    """The entries that fit, the fastest first; none where nobody measured."""
     # Kernels for less than the processor has were compared with torch's products on others.
     on_cpu = machine.kernels if machine.kernels == machine.best else "none"
     kind = on_cpu if device == "cpu" else device
-    found = [
-        entry.fastest
+    return tuple(
+        entry
         for entry in MEASURED
         if kind == entry.kind
         and entry.vendor in (None, machine.vendor)
@@ -127,5 +131,4 @@ def _fastest(operator: str, device: str, dtype: torch.dtype, shape: str, machine
         and (entry.dtypes is None or dtype in entry.dtypes)
         and (entry.operators is None or operator in entry.operators)
         and (entry.shapes is None or shape in entry.shapes)
-    ]
-    return (*found, "torch")
+    )
