@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.integrations.transformers.lazy import LazyTensor
 
@@ -34,6 +35,33 @@ def test_boxes(name):
         ends = [sorted(torch.randint(size + 1, (2,), generator=generator).tolist()) for size in expected.shape]
         box = tuple(slice(start, stop) for start, stop in ends)
         assert torch.equal(lazy.read(box), expected[box]), box
+        for dtype in (lazy.dtype, torch.float64):
+            out = torch.full(expected[box].shape, torch.nan, dtype=dtype)
+            lazy.read_into(out, box)
+            assert torch.equal(out, expected[box].to(dtype)), box
+
+
+def test_every_leaf_is_copied_into_its_place():
+    weights = torch.randn(6, 4, 5)
+    lazy = torch.stack([LazyTensor([4, 5], w.dtype, lambda box, w=w: w[box]).mT for w in weights]).chunk(2, dim=1)[0]
+    out = torch.empty(4, 3, 4)
+    with Allocations() as made:
+        lazy.read_into(out, (slice(1, 5), slice(0, 3), slice(0, 4)))
+    assert torch.equal(out, weights.mT[1:5, :3])
+    assert made.names == []
+
+
+class Allocations(TorchDispatchMode):
+    """The operations that return new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(returned.alias_info for returned in func._schema.returns):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_what_it_does_not_know_is_named():

@@ -9,7 +9,7 @@ They take lazy tensors too, and then return lazy tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -29,6 +29,8 @@ class LazyTensor:
     Args:
         shape, dtype: of the tensor.
         source: returns a box of the tensor. No side of the box is empty.
+        fill: copies a box of it into a tensor of the same shape, without a copy in between. None copies what
+            ``source`` returns.
 
     Raises:
         NotImplementedError: an operation that it does not have; the message names it.
@@ -39,10 +41,17 @@ class LazyTensor:
         True
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, source: Callable[[Box], Tensor]) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        source: Callable[[Box], Tensor],
+        fill: Callable[[Box, Tensor], None] | None = None,
+    ) -> None:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self._source = source
+        self._fill = fill
 
     def __repr__(self) -> str:
         return f"LazyTensor({list(self.shape)}, {self.dtype})"
@@ -65,6 +74,16 @@ class LazyTensor:
         sides = [side.stop - side.start for side in box]
         return self._source(box) if all(sides) else torch.empty(sides, dtype=self.dtype)
 
+    def read_into(self, out: Tensor, box: Box) -> None:
+        """Copy the numbers of a box into ``out``, of any dtype: each leaf into its place, not all into one tensor first."""
+        if out.numel() == 0:
+            return
+        # In another dtype each number is rounded to this one first.
+        if self._fill is None or out.dtype != self.dtype:
+            out.copy_(self.read(box))
+        else:
+            self._fill(box, out)
+
     def transpose(self, dim0: int, dim1: int) -> LazyTensor:
         a, b = dim0 % self.ndim, dim1 % self.ndim
 
@@ -73,7 +92,10 @@ class LazyTensor:
             sides[a], sides[b] = sides[b], sides[a]
             return sides
 
-        return self._derived(swapped(self.shape), lambda box: self.read(tuple(swapped(box))).transpose(a, b))
+        def turned(t: Tensor) -> Tensor:
+            return t.transpose(a, b)
+
+        return self._view(swapped(self.shape), lambda box: tuple(swapped(box)), turned, turned)
 
     @property
     def mT(self) -> LazyTensor:
@@ -82,7 +104,7 @@ class LazyTensor:
     def narrow(self, dim: int, start: int, length: int) -> LazyTensor:
         dim %= self.ndim
         shape = _replaced(self.shape, dim, length)
-        return self._derived(shape, lambda box: self.read(_replaced(box, dim, _shifted(box[dim], start))))
+        return self._view(shape, lambda box: _replaced(box, dim, _shifted(box[dim], start)), _same, _same)
 
     def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[LazyTensor, ...]:
         length = self.shape[dim]
@@ -99,14 +121,21 @@ class LazyTensor:
     def unsqueeze(self, dim: int) -> LazyTensor:
         dim %= self.ndim + 1
         shape = [*self.shape[:dim], 1, *self.shape[dim:]]
-        return self._derived(shape, lambda box: self.read((*box[:dim], *box[dim + 1 :])).unsqueeze(dim))
+        return self._view(
+            shape, lambda box: (*box[:dim], *box[dim + 1 :]), lambda t: t.unsqueeze(dim), lambda t: t.squeeze(dim)
+        )
 
     def squeeze(self, dim: int) -> LazyTensor:
         dim %= self.ndim
         if self.shape[dim] != 1:
             return self
         shape = [*self.shape[:dim], *self.shape[dim + 1 :]]
-        return self._derived(shape, lambda box: self.read((*box[:dim], slice(0, 1), *box[dim:])).squeeze(dim))
+        return self._view(
+            shape,
+            lambda box: (*box[:dim], slice(0, 1), *box[dim:]),
+            lambda t: t.squeeze(dim),
+            lambda t: t.unsqueeze(dim),
+        )
 
     def flatten(self, start_dim: int) -> LazyTensor:
         """The tensor with all dims from ``start_dim`` on as one. Reads whole rows of the last dim."""
@@ -158,6 +187,20 @@ class LazyTensor:
     def _derived(self, shape: Sequence[int], source: Callable[[Box], Tensor]) -> LazyTensor:
         return LazyTensor(shape, self.dtype, source)
 
+    def _view(
+        self,
+        shape: Sequence[int],
+        here: Callable[[Box], Box],
+        view: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor], Tensor],
+    ) -> LazyTensor:
+        """A view of this tensor: ``here`` is where a box of it lies in this tensor, ``back`` undoes ``view``."""
+
+        def fill(box: Box, out: Tensor) -> None:
+            self.read_into(back(out), here(box))
+
+        return LazyTensor(shape, self.dtype, lambda box: view(self.read(here(box))), fill)
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,17 +247,34 @@ def _cat(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
             raise ValueError(f"cannot concatenate {tensor} and {first} along dim {dim}")
     ends = [sum(t.shape[dim] for t in tensors[: i + 1]) for i in range(len(tensors))]
 
-    def source(box: Box) -> Tensor:
+    def pieces(box: Box) -> Iterator[tuple[LazyTensor, Box]]:
         wanted = box[dim]
-        parts = []
         for tensor, end in zip(tensors, ends, strict=True):
             start = end - tensor.shape[dim]
             side = slice(max(wanted.start, start) - start, min(wanted.stop, end) - start)
             if side.start < side.stop:
-                parts.append(tensor.read(_replaced(box, dim, side)))
-        return torch.cat(parts, dim)
+                yield tensor, _replaced(box, dim, side)
 
-    return LazyTensor(_replaced(first.shape, dim, ends[-1]), first.dtype, source)
+    def fill(box: Box, out: Tensor) -> None:
+        at = 0
+        for tensor, part in pieces(box):
+            length = part[dim].stop - part[dim].start
+            tensor.read_into(out.narrow(dim, at, length), part)
+            at += length
+
+    def source(box: Box) -> Tensor:
+        found = list(pieces(box))
+        if len(found) == 1:
+            return found[0][0].read(found[0][1])
+        out = torch.empty([side.stop - side.start for side in box], dtype=first.dtype)
+        fill(box, out)
+        return out
+
+    return LazyTensor(_replaced(first.shape, dim, ends[-1]), first.dtype, source, fill)
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def _replaced(sides: Sequence[Any], dim: int, side: Any) -> tuple[Any, ...]:

@@ -266,7 +266,7 @@ def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors:
             local, box = local_part(tensor)
-            local.copy_(tensors[name].read(box))
+            tensors[name].read_into(local, box)
             filled.add(id(tensor))
     left = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in filled]
     assert not left, f"nothing was read for {left}"
