@@ -75,7 +75,7 @@ class LazyTensor:
         return self._source(box) if all(sides) else torch.empty(sides, dtype=self.dtype)
 
     def read_into(self, out: Tensor, box: Box) -> None:
-        """Copy the numbers of a box into ``out``, of any dtype: each leaf into its place, not all into one tensor first."""
+        """Copy the numbers of a box into ``out``, which has any dtype. Each leaf goes straight into its place."""
         if out.numel() == 0:
             return
         # In another dtype each number is rounded to this one first.
