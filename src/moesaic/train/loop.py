@@ -69,7 +69,13 @@ def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = d
         return True
     runtime.wait_for_long()
     writers = _open_writers(run.folder, training.step, config.tensorboard, screen) if runtime.leader else []
-    with StopRequest(lambda name: screen.message(f"{name}: saving after this step, then stopping")) as request:
+
+    def tell(signal: str) -> None:
+        # torchrun sends one to all ranks when it sees that one is lost.
+        if runtime.peers is None or not runtime.peers.failed:
+            screen.message(f"{signal}: saving after this step, then stopping")
+
+    with StopRequest(tell) as request:
         try:
             stopped = _steps(run, screen, measure, writers, request)
         except UserError:

@@ -79,6 +79,8 @@ class Peers:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._prefix = f"moesaic/{next(_launches)}"
         self._store = dist.PrefixStore(self._prefix, peers_store())
+        self.failed = False
+        """Whether this rank is in or past :meth:`meet`."""
         self._cutting = threading.Lock()
         self._cut = False
         self._ends = threading.Event()
@@ -109,6 +111,7 @@ class Peers:
         Every rank that is left comes here, by itself or because its collectives fail. Collectives do not work any more
         then; :meth:`rejoin` makes new ones. None if the store is gone too: it was rank 0's or the launcher's.
         """
+        self.failed = True
         store = dist.PrefixStore(self._prefix, peers_store())
         try:
             first = self.rank if store.add("failed", 1) == 1 else None
