@@ -26,6 +26,8 @@ import torch.distributed as dist
 from moesaic.sharding.internals import abort_groups, flight_record, limit_waits, peers_store
 
 _TICK = 1.0
+# For the checkpoint after a failure: another one may happen on the way.
+_LAST_SAVE = timedelta(hours=1)
 # A rank that has not been heard of for so long, after another one failed, is lost.
 _PATIENCE = 6.0
 # One that has not been heard of for so long, or for the timeout if that is more, is lost though nobody has failed yet.
@@ -129,7 +131,7 @@ class Peers:
         """Make a new process group of all ranks, in place of those that have failed. Collective."""
         store = dist.PrefixStore(f"{self._prefix}/again", peers_store())
         dist.destroy_process_group()
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=_SLOW)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=_LAST_SAVE)
 
     def _gather(self, store: dist.Store) -> Meeting:
         alive = _Alive(self.world_size)
