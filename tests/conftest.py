@@ -11,9 +11,6 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.distributed.pool import Ranks, run_ranks
-from tests.forked import run_forked
-
 ROOT = Path(__file__).parents[1]
 
 # Has to come before anything imports moesaic. A checked function breaks torch.compile(fullgraph=True): tests
@@ -21,6 +18,13 @@ ROOT = Path(__file__).parents[1]
 if not os.environ.get("MOESAIC_NO_TYPECHECK"):
     assert "moesaic" not in sys.modules, "moesaic was imported before its run-time checks were installed"
     install_import_hook("moesaic", "beartype.beartype")
+
+from moesaic.testing.fixtures import equal_gradients  # noqa: E402, F401
+from moesaic.testing.pool import Ranks, preload, run_ranks  # noqa: E402
+from tests.forked import run_forked  # noqa: E402
+
+# What many tests need on ranks.
+preload("hypothesis", "pytest", "transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 # The same examples in every run. HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)

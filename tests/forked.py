@@ -1,4 +1,4 @@
-"""Run a program in processes forked from the server of `tests.distributed.pool`, which has imported torch and moesaic.
+"""Run a program in processes forked from the server of `moesaic.testing.pool`, which has imported torch and moesaic.
 
 That saves the seconds which a new interpreter takes to import them.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-from tests.distributed.pool import start_server
+from moesaic.testing.pool import start_server
 
 TIMEOUT_S = 300.0
 

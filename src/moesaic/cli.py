@@ -1,7 +1,7 @@
 """The command line: `moesaic train ...`, or `python -m moesaic train ...` under a launcher; and others.
 
-Exit status: 0 success, also when a signal made training save and stop; 1 training or a proof failed; 2 the call cannot
-work. Commands import what they need when they run, so that help is quick.
+Exit status: 0 success, also when a signal made training save and stop; 1 training, a proof or a check failed; 2 the
+call cannot work. Commands import what they need when they run, so that help is quick.
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ def _prove(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def _check(arguments: Sequence[str]) -> int:
+    from moesaic.testing.command import run
+
+    return run(arguments)
+
+
 def _convert(arguments: Sequence[str]) -> int:
     return _checkpoint_command("convert", arguments)
 
@@ -98,6 +104,7 @@ def _checkpoint_command(name: str, arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
+    "check": Command("check that a parallel model's gradients are those of one process", _check),
     "convert": Command("convert a transformers checkpoint to the format of moesaic train, or back", _convert),
     "info": Command("show versions, and the kernels that run on this machine", _info),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moesaic import checkpoint, ranks
 from moesaic.checkpoint import CheckpointError, folder
-from tests.distributed.pool import RankError
+from moesaic.testing.pool import RankError
 
 
 def _state(step, rows=6):

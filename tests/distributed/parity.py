@@ -1,7 +1,7 @@
 """Compare a parallel run with the one-process run: outputs, losses, every gradient, and the weights that follow."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import moesaic
 from moesaic.parallel import Meshes
 from moesaic.parallel.mesh import View, resolve_layout
 
@@ -71,11 +72,16 @@ def _mesh(sizes: tuple[tuple[str, int], ...]) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """As a check asks for it."""
+    return moesaic.clip_grad_norm_(model.parameters(), max_norm)
+
+
 class LocalAdamW:
     """AdamW on the local shards: the same numbers, without DTensor's propagation for every elementwise operation."""
 
-    def __init__(self, model: nn.Module, **options: float):
-        self._parameters = list(model.parameters())
+    def __init__(self, parameters: Iterable[nn.Parameter], **options: float):
+        self._parameters = list(parameters)
         self._locals = [nn.Parameter(_local(p.detach())) for p in self._parameters]
         self._optimizer = torch.optim.AdamW(self._locals, **options)
 
@@ -88,7 +94,7 @@ class LocalAdamW:
             local.grad = _local(p.grad)
         self._optimizer.step()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self._parameters:
             p.grad = None
 

@@ -97,7 +97,7 @@ def check_family(family: str, changes: dict[str, Any], layouts: list[dict[str, i
 
 def step(model: nn.Module) -> None:
     # Without an eps near the size of gradients the first step is their sign, that of rounding errors too.
-    LocalAdamW(model, lr=1e-2, eps=1e-3).step()
+    LocalAdamW(model.parameters(), lr=1e-2, eps=1e-3).step()
 
 
 @pytest.mark.parametrize("family", PLANNED)

@@ -1,6 +1,5 @@
 """A parallelized MoE equals the one-process MoE, on every layout and on routings that leave experts and ranks idle."""
 
-import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -8,19 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moesaic
 from moesaic.layers import update_expert_bias
-from moesaic.parallel import Meshes
-from tests.distributed.parity import (
-    LocalAdamW,
-    assert_close,
-    assert_gradients_close,
-    assert_weights_close,
-    legal_layouts,
-    meshes_of,
-)
+from moesaic.testing import Layout
+from tests.distributed.parity import LocalAdamW, clip, legal_layouts, meshes_of
 
 DIM, BATCH, STEPS = 16, 8, 3
 
@@ -57,18 +49,6 @@ def mask_of(step: int, length: int) -> Tensor | None:
     return (position >= first.unsqueeze(1)) & (position < last.unsqueeze(1)) if step == 1 else None
 
 
-class Reference(NamedTuple):
-    moe: moesaic.MoE
-    inputs: list[Tensor]
-    targets: list[Tensor]
-    outputs: list[Tensor]
-    losses: list[Tensor]
-    input_grads: list[Tensor]
-    grads: list[dict[str, Tensor]]
-    norms: list[Tensor]
-    weights: dict[str, Tensor]
-
-
 def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
     torch.manual_seed(0)
     only_one = routing == "everything on one expert"
@@ -98,88 +78,66 @@ def make_moe(routing: str, sizes: Sizes) -> moesaic.MoE:
     return moe
 
 
-def set_routing(moe: moesaic.MoE, routing: str, step: int) -> None:
-    moe.router.bias.zero_()
-    for expert, bias in ROUTINGS[routing][step].items():
-        moe.router.bias[expert % len(moe.router.bias)] = bias
+class Run(NamedTuple):
+    """One way of computing with one routing; its methods are the functions of a check."""
+
+    routing: str
+    way: str
+    length: int
+    sizes: Sizes
+
+    def inputs(self, rank: int, layout: Layout) -> list[dict[str, object]]:
+        generator = torch.Generator().manual_seed(1)
+        meshes = meshes_of(layout)
+        rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
+        mine = (rows, meshes.sequence_slice(self.length))
+        batches = []
+        for step in range(STEPS):
+            x, target = torch.randn(2, BATCH, self.length, DIM, generator=generator)
+            mask = mask_of(step, self.length)
+            batches.append({"x": x[mine], "target": target[mine], "mask": None if mask is None else mask[mine]})
+            batches[-1]["routing"] = ROUTINGS[self.routing][step]
+        return batches
+
+    def loss(self, moe: moesaic.MoE, batch: dict[str, object]) -> Tensor:
+        moe.router.bias.zero_()
+        for expert, bias in batch["routing"].items():
+            moe.router.bias[expert % len(moe.router.bias)] = bias
+        with moesaic.balance_losses() as losses:
+            y = moe(batch["x"], batch["mask"])
+        return (y - batch["target"]).square().sum() / (BATCH * self.length) + sum(losses)
+
+    def parallelize(self, moe: moesaic.MoE, layout: Layout) -> nn.Module:
+        return moesaic.parallelize(moe, meshes_of(layout), compute=self.way)
 
 
-def loss_of(moe: moesaic.MoE, x: Tensor, target: Tensor, mask: Tensor | None, num_tokens: int) -> tuple[Tensor, Tensor]:
-    with moesaic.balance_losses() as losses:
-        y = moe(x, mask)
-    return y, (y - target).square().sum() / num_tokens + sum(losses)
-
-
-def run_reference(routing: str, length: int, sizes: Sizes) -> Reference:
-    moe = make_moe(routing, sizes)
-    reference = Reference(copy.deepcopy(moe), [], [], [], [], [], [], [], {})
-    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2, foreach=False)
-    for step in range(STEPS):
-        set_routing(moe, routing, step)
-        x, target = torch.randn(BATCH, length, DIM), torch.randn(BATCH, length, DIM)
-        reference.inputs.append(x)
-        reference.targets.append(target)
-        x = x.clone().requires_grad_()
-        y, loss = loss_of(moe, x, target, mask_of(step, length), BATCH * length)
-        loss.backward()
-        reference.outputs.append(y.detach())
-        reference.losses.append(loss.detach())
-        reference.input_grads.append(x.grad)
-        reference.grads.append({n: p.grad.clone() for n, p in moe.named_parameters()})
-        reference.norms.append(torch.nn.utils.clip_grad_norm_(moe.parameters(), torch.inf))
-        optimizer.step()
-        optimizer.zero_grad()
-    update_expert_bias(moe)
-    reference.weights.update({n: p.detach() for n, p in moe.named_parameters()}, bias=moe.router.bias)
-    return reference
-
-
-def check_run(reference: Reference, meshes: Meshes, routing: str, way: str, on_dtensors: bool) -> None:
-    moe = moesaic.parallelize(copy.deepcopy(reference.moe), meshes, compute=way)
-    make_optimizer = functools.partial(torch.optim.AdamW, moe.parameters(), foreach=False)
-    optimizer = make_optimizer(lr=1e-2) if on_dtensors else LocalAdamW(moe, lr=1e-2)
-    batch, length = reference.inputs[0].shape[:2]
-    rows = slice(meshes.dp_rank * batch // meshes.dp_size, (meshes.dp_rank + 1) * batch // meshes.dp_size)
-    mine = (rows, meshes.sequence_slice(length))
-    for step in range(STEPS):
-        set_routing(moe, routing, step)
-        x = reference.inputs[step][mine].clone().requires_grad_()
-        mask = mask_of(step, length)
-        mask = None if mask is None else mask[mine]
-        y, loss = loss_of(moe, x, reference.targets[step][mine], mask, batch * length)
-        loss.backward()
-        torch.distributed.all_reduce(loss := loss.detach())
-        assert_close(f"output, step {step}", y.detach(), reference.outputs[step][mine])
-        assert_close(f"loss, step {step}", loss.detach(), reference.losses[step])
-        assert_close(f"input gradient, step {step}", x.grad, reference.input_grads[step][mine])
-        assert_gradients_close(moe, reference.grads[step])
-        norm = moesaic.clip_grad_norm_(moe.parameters(), torch.inf)
-        assert_close(f"gradient norm, step {step}", norm, reference.norms[step])
-        optimizer.step()
-        optimizer.zero_grad()
-    update_expert_bias(moe)
-    assert_close("bias", moe.router.bias, reference.weights["bias"])
-    assert_weights_close(moe, reference.weights)
-
-
-@functools.cache
-def references(length: int, sizes: Sizes) -> dict[str, Reference]:
-    """Of every routing; the test process makes them once for all layouts and ranks."""
-    with torch.random.fork_rng():
-        return {routing: run_reference(routing, length, sizes) for routing in ROUTINGS}
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
 
 
 def check_layout(
+    equal_gradients,
+    world_size: int,
     layout: dict[str, int],
-    expected: dict[str, Reference],
+    length: int,
+    sizes: Sizes,
     runs: Sequence[tuple[str, str]] = ALL_RUNS,
     on_dtensors: bool = False,
 ) -> None:
     for way, routing in runs:
-        try:
-            check_run(expected[routing], meshes_of(layout), routing, way, on_dtensors)
-        except Exception as error:
-            raise AssertionError(f"{way}, {routing}") from error
+        run = Run(routing, way, length, sizes)
+        equal_gradients(
+            functools.partial(make_moe, routing, sizes),
+            run.inputs,
+            run.parallelize,
+            [layout],
+            world=world_size,
+            loss=run.loss,
+            clip=clip,
+            optimizer=adamw if on_dtensors else functools.partial(LocalAdamW, lr=1e-2),
+            after_step=update_expert_bias,
+            steps=STEPS,
+        )
 
 
 LAYOUTS = [(n, layout) for n in (1, 2, 4, 8) for layout in legal_layouts(n)]
@@ -199,18 +157,18 @@ def name_of(value: int | dict[str, int]) -> str:
 
 # A length that no tp divides.
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_every_layout(same_ranks, world_size, layout):
+def test_every_layout(equal_gradients, world_size, layout):
     runs = some_runs(world_size, layout)
-    same_ranks(check_layout, world_size, layout, references(5, EVEN), runs, on_dtensors=layout in ON_DTENSORS)
+    check_layout(equal_gradients, world_size, layout, 5, EVEN, runs, on_dtensors=layout in ON_DTENSORS)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_every_layout_with_steps_on_dtensors(same_ranks, world_size, layout):
-    same_ranks(check_layout, world_size, layout, references(5, EVEN), on_dtensors=True)
+def test_every_layout_with_steps_on_dtensors(equal_gradients, world_size, layout):
+    check_layout(equal_gradients, world_size, layout, 5, EVEN, on_dtensors=True)
 
 
 # A length shorter than tp.
 @pytest.mark.parametrize("layout", [{"tp": 4, "ep": 2, "etp": 2}, {"tp": 4, "ep": 4}, {"tp": 2, "etp": 4}], ids=name_of)
-def test_ranks_without_a_token(same_ranks, layout):
-    same_ranks(check_layout, 4, layout, references(1, EVEN))
+def test_ranks_without_a_token(equal_gradients, layout):
+    check_layout(equal_gradients, 4, layout, 1, EVEN)

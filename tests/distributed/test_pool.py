@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import pool
-from tests.distributed.pool import RankError
+from moesaic.testing import pool
+from moesaic.testing.pool import RankError
 
 
 def _rank_and_sum(scale, offset=0):

@@ -11,13 +11,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
+from moesaic.testing import Layout
 from tests import policies
-from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
+from tests.distributed.parity import LocalAdamW, clip, meshes_of
 
 VOCAB, BATCH, LENGTH, STEPS = 61, 8, 7, 3
 # AdamW's first steps have the size of the learning rate however small a gradient is, and so blow up the rounding
 # errors of small ones: large weights and a small rate keep that below the tolerance.
-LR, MAX_NORM = 1e-3, 0.5
+LR = 1e-3
 # Where the optimizer steps on DTensors, as users' do; elsewhere on their local shards, which is faster.
 ON_DTENSORS = {"tp": 2, "ep": 2, "etp": 2}
 LAYOUTS = [
@@ -55,71 +56,49 @@ def make_model(*, tied: bool) -> Qwen3MoeForCausalLM:
     return swap_moe(Qwen3MoeForCausalLM(config), aux_loss_coef=0.02, z_loss_coef=0.001)
 
 
-def loss_of(model: nn.Module, ids: Tensor, targets: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    with moesaic.balance_losses() as losses:
-        logits = model(input_ids=ids).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return logits, loss / num_tokens + sum(losses)
+class Run(NamedTuple):
+    """One way of computing, with or without recomputation; its methods are the functions of a check."""
+
+    way: str = "dtensor"
+    recompute: str | None = None
+
+    def parallelize(self, model: Qwen3MoeForCausalLM, layout: Layout) -> nn.Module:
+        model = moesaic.parallelize(model, meshes_of(layout), compute=self.way)
+        if self.recompute:
+            model.gradient_checkpointing_enable(policies.options(self.recompute))
+        return model
 
 
-class Step(NamedTuple):
-    inputs: Tensor
-    targets: Tensor
-    logits: Tensor
-    loss: Tensor
-    grads: dict[str, Tensor]
-    norm: Tensor
-
-
-@functools.cache
-def run_reference(tied: bool) -> tuple[list[Step], dict[str, Tensor]]:
-    """Every step of one process, and the weights that follow; the test process runs it once for all ranks."""
-    steps = []
-    with torch.random.fork_rng():
-        model = make_model(tied=tied).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-        torch.manual_seed(1)  # the same batches, however many random numbers a model takes
-        for _ in range(STEPS):
-            ids = torch.randint(VOCAB, (BATCH, LENGTH + 1))
-            inputs, targets = ids[:, :-1], ids[:, 1:]
-            logits, loss = loss_of(model, inputs, targets, BATCH * LENGTH)
-            loss.backward()
-            grads = {n: p.grad.clone() for n, p in model.named_parameters()}
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-            steps.append(Step(inputs, targets, logits.detach(), loss.detach(), grads, norm))
-            optimizer.step()
-            optimizer.zero_grad()
-    return steps, {n: p.detach() for n, p in model.named_parameters()}
-
-
-def check_model(
-    layout: dict[str, int],
-    reference: tuple[list[Step], dict[str, Tensor]],
-    tied: bool,
-    recompute: str | None,
-    way: str,
-) -> None:
+def inputs(rank: int, layout: Layout) -> list[dict[str, Tensor]]:
     meshes = meshes_of(layout)
-    model = moesaic.parallelize(make_model(tied=tied), meshes, compute=way).train()
-    if recompute:
-        model.gradient_checkpointing_enable(policies.options(recompute))
-    on_dtensors = functools.partial(torch.optim.AdamW, model.parameters(), foreach=False)
-    optimizer = on_dtensors(lr=LR) if layout == ON_DTENSORS else LocalAdamW(model, lr=LR)
     rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
-    mine = meshes.sequence_slice(LENGTH)
-    steps, weights = reference
-    for i, expected in enumerate(steps):
-        logits, loss = loss_of(model, expected.inputs[rows], expected.targets[rows, mine], BATCH * LENGTH)
-        loss.backward()
-        torch.distributed.all_reduce(loss := loss.detach())
-        assert_close(f"logits, step {i}", logits.detach(), expected.logits[rows, mine])
-        assert_close(f"loss, step {i}", loss, expected.loss)
-        assert_gradients_close(model, expected.grads, f", step {i}")
-        norm = moesaic.clip_grad_norm_(model.parameters(), MAX_NORM)
-        assert_close(f"gradient norm, step {i}", norm, expected.norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert_weights_close(model, weights)
+    ids = torch.randint(VOCAB, (STEPS, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))[:, rows]
+    targets = ids[:, :, 1:][:, :, meshes.sequence_slice(LENGTH)]
+    return [{"ids": i, "targets": t} for i, t in zip(ids[:, :, :-1], targets, strict=True)]
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with moesaic.balance_losses() as losses:
+        logits = model(input_ids=batch["ids"]).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+    return loss / (BATCH * LENGTH) + sum(losses)
+
+
+def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LR, foreach=False)
+
+
+def check_layouts(equal_gradients, layouts: list[Layout], run: Run, tied: bool = False, optimizer=None) -> None:
+    equal_gradients(
+        functools.partial(make_model, tied=tied),
+        inputs,
+        run.parallelize,
+        layouts,
+        loss=loss_of,
+        clip=clip,
+        optimizer=optimizer or functools.partial(LocalAdamW, lr=LR),
+        steps=STEPS,
+    )
 
 
 def name_of(value: object) -> str | None:
@@ -127,19 +106,20 @@ def name_of(value: object) -> str | None:
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_layout(same_ranks, world_size, layout):
-    same_ranks(check_model, world_size, layout, run_reference(False), tied=False, recompute=None, way="dtensor")
+def test_layout(equal_gradients, world_size, layout):
+    optimizer = adamw if layout == ON_DTENSORS else None
+    check_layouts(equal_gradients, [Layout(layout, world_size)], Run(), optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
-    ("tied", "recompute", "way"),
+    ("tied", "run"),
     [
-        (True, None, "dtensor"),
-        (False, "plain", "dtensor"),
-        (False, "reentrant", "local"),
-        (False, "torchtitan", "dtensor"),
-        (False, "some", "local"),
+        (True, Run()),
+        (False, Run("dtensor", "plain")),
+        (False, Run("local", "reentrant")),
+        (False, Run("dtensor", "torchtitan")),
+        (False, Run("local", "some")),
     ],
 )
-def test_tied_embeddings_and_recomputation(same_ranks, tied, recompute, way):
-    same_ranks(check_model, 4, ON_DTENSORS, run_reference(tied), tied=tied, recompute=recompute, way=way)
+def test_tied_embeddings_and_recomputation(equal_gradients, tied, run):
+    check_layouts(equal_gradients, [Layout(ON_DTENSORS, 4)], run, tied)

@@ -12,7 +12,7 @@ from moesaic import checkpoint
 from moesaic.checkpoint.state import restore, training_state
 from moesaic.integrations.transformers import swap_moe, to_transformers_state_dict
 from tests.distributed.parity import whole
-from tests.distributed.test_moe_parity import Sizes, check_layout, name_of, references
+from tests.distributed.test_moe_parity import Sizes, check_layout, name_of
 
 FIVE = Sizes(experts=5, hidden=7)
 
@@ -27,14 +27,14 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
-def test_layout(same_ranks, world_size, layout):
+def test_layout(equal_gradients, world_size, layout):
     # FSDP would have to cut the biases unevenly over two axes.
     sizes = FIVE._replace(biases="dp_replicate" not in layout)
-    same_ranks(check_layout, world_size, layout, references(3, sizes))
+    check_layout(equal_gradients, world_size, layout, 3, sizes)
 
 
-def test_layout_without_gate(same_ranks):
-    same_ranks(check_layout, 4, {"tp": 2, "ep": 2, "etp": 2}, references(3, FIVE._replace(gated=False)))
+def test_layout_without_gate(equal_gradients):
+    check_layout(equal_gradients, 4, {"tp": 2, "ep": 2, "etp": 2}, 3, FIVE._replace(gated=False))
 
 
 def make(layout: dict[str, int], seed: int, num_experts: int) -> tuple[moesaic.MoE, moesaic.MoE, AdamW]:

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 import moesaic
 from moesaic.integrations.transformers import load_pretrained, naming, swap_moe
-from tests.distributed.pool import RankError
+from moesaic.testing.pool import RankError
 from tests.integrations.families import FAMILIES, make_model, token_ids
 
 SWAPPED = [family for family in FAMILIES if family != "Phi-MoE"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import moesaic
 from moesaic.integrations.transformers import export_pretrained, load_pretrained, saving, swap_moe
 from moesaic.integrations.transformers.lazy import LazyTensor
-from tests.distributed.pool import RankError
+from moesaic.testing.pool import RankError
 from tests.integrations.families import make_model
 from tests.integrations.test_loading_files import SWAPPED
 

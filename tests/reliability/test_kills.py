@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from moesaic import checkpoint
 from moesaic.integrations.transformers import export_pretrained, swap_moe
 from moesaic.integrations.transformers.saving import recover_export
+from moesaic.testing.pool import RankError
 from moesaic.train.prepare import prepare
 from tests.checkpoint.test_store import _sharded, _state, _values
-from tests.distributed.pool import RankError
 from tests.integrations.families import make_model
 from tests.reliability.file_events import FileEvents
 

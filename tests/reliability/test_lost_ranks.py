@@ -9,9 +9,9 @@ import time
 import pytest
 
 from moesaic.checkpoint import checkpoints
+from moesaic.testing.pool import RankError
 from moesaic.train import loop
 from moesaic.train.errors import TrainingError
-from tests.distributed.pool import RankError
 from tests.train.test_resume import _fit
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from moesaic.testing.pool import Ranks, preload, start_server
 from tests.conftest import ROOT
-from tests.distributed.pool import Ranks, start_server
 
 NEEDS = ("torchtitan", "torchdata", "torch_checkpointing", "spmd_types")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
@@ -19,7 +19,8 @@ collect_ignore = ["test_layouts.py", "test_state.py", "test_ways.py", "test_wire
 def torchtitan_in_the_server() -> None:
     """Ranks are forked from a process that has imported torchtitan."""
     if not MISSING:
-        start_server("tests.torchtitan.preload")
+        preload("tests.torchtitan.preload")
+        start_server()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.pool import RankError
+from moesaic.testing.pool import RankError
 from tests.torchtitan.case import MODELS, Case, merged, run
 from tests.torchtitan.compare import assert_equal, errors
 

@@ -89,7 +89,7 @@ def add(ranks: list[dict[str, int]]) -> Counter[str]:
 
 
 if __name__ == "__main__":  # the table of docs/torchtitan.md
-    from tests.distributed.pool import Ranks
+    from moesaic.testing.pool import Ranks
 
     torch.set_num_threads(1)
     LAYOUTS = ({"ep": 8}, {"ep": 8, "tp": 2}, {"ep": 4, "tp": 4})

@@ -26,6 +26,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moesaic.testing.hangs import where
+
 MAX_WORLD_SIZE = 8
 TIMEOUT_S = 300.0
 # After one rank has failed, its peers get this long to fail too (their errors often tell more) or to finish.
@@ -33,7 +35,7 @@ GRACE_S = 10.0
 
 _STOP = b"all ranks are done"
 
-_ROOT = Path(__file__).parents[2]
+_preloaded: list[str] = []
 
 
 class RankError(AssertionError):
@@ -61,13 +63,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any
 class Ranks:
     """`world_size` gloo ranks, which run one function after another: `ranks(fn, *args, **kwargs)`.
 
-    After a failure they are stopped, and the next call starts new ones.
+    After a failure they are stopped, and the next call starts new ones. A call that takes more than ``timeout_s``
+    seconds fails, and says where each rank was.
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, timeout_s: float | None = None):
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size must be in 1..{MAX_WORLD_SIZE}, got {world_size}")
         self._world_size = world_size
+        self.timeout_s = timeout_s
         self._processes: list[BaseProcess] = []
         self._pipes: list[connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -89,7 +93,7 @@ class Ranks:
                 # A rank that died says so when its answer is read.
                 with contextlib.suppress(BrokenPipeError):
                     pipe.send_bytes(payload)
-            results, failures = _collect(self._processes, self._pipes, folder)
+            results, failures = _collect(self._processes, self._pipes, folder, self.timeout_s or TIMEOUT_S)
         except BaseException:
             self._kill()
             raise
@@ -116,7 +120,7 @@ class Ranks:
                 ours, theirs = context.Pipe()
                 process = context.Process(
                     target=_rank_main,
-                    args=(theirs, rank, self._world_size, self._folder.name),
+                    args=(theirs, rank, self._world_size, self._folder.name, sys.path),
                     name=f"rank{rank}",
                     daemon=True,
                 )
@@ -137,26 +141,32 @@ class Ranks:
             self._folder = None
 
 
-def start_server(*more: str) -> None:
-    """Start the fork server if it isn't running, with everything the ranks inherit from it; ``more`` are modules."""
-    if forkserver._forkserver._forkserver_pid is not None:
+def preload(*modules: str) -> None:
+    """Have the server import modules, so that ranks need not. Says nothing to a server that runs already."""
+    _preloaded.extend(m for m in modules if m not in _preloaded)
+
+
+def start_server() -> None:
+    """Start the fork server if it isn't running, with everything the ranks inherit from it."""
+    if getattr(forkserver._forkserver, "_forkserver_pid", None) is not None:
         return
     settings = {
         # Set before torch and numpy are imported: without threads in the server, forking it is safe.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "MOESAIC_PRELOAD": ",".join(_preloaded),
         # Asking CUDA itself whether it is there would make it unusable in every forked child.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # Before Python 3.12.4 the server does not get our sys.path, and skips what it can't import.
-        "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
     }
     if sys.platform == "linux":
         settings["GLOO_SOCKET_IFNAME"] = "lo"
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
-        forkserver.set_forkserver_preload(["tests.distributed.preload", *more])
+        forkserver.set_forkserver_preload(["moesaic.testing.preload"])
         forkserver.ensure_running()
     finally:
         for key, value in before.items():
@@ -167,12 +177,12 @@ def start_server(*more: str) -> None:
 
 
 def _collect(
-    processes: list[BaseProcess], pipes: list[connection.Connection], folder: Path
+    processes: list[BaseProcess], pipes: list[connection.Connection], folder: Path, timeout_s: float
 ) -> tuple[dict[int, Any], dict[int, str]]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while waiting:
         ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -191,8 +201,9 @@ def _collect(
             if not ok:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
     for rank in waiting.values():
-        limit = f"{GRACE_S:g} s after another rank failed" if failures else f"after {TIMEOUT_S:g} s"
-        failures[rank] = f"still running {limit}, at\n{_stack(processes[rank], folder / f'stack{rank}')}"
+        limit = f"{GRACE_S:g} s after another rank failed" if failures else f"after {timeout_s:g} s"
+        stack = _stack(processes[rank], folder / f"stack{rank}")
+        failures[rank] = f"still running {limit}, {where(stack)}, at\n{stack}"
     return results, failures
 
 
@@ -207,7 +218,9 @@ def _stack(process: BaseProcess, file: Path) -> str:
     return "(it did not say)"
 
 
-def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: str) -> None:
+def _rank_main(pipe: connection.Connection, rank: int, world_size: int, folder: str, path: list[str]) -> None:
+    # What this process can import, its ranks can.
+    sys.path[:] = path
     import torch
     import torch.distributed as dist
 
@@ -246,19 +259,19 @@ def share_gloo_device() -> None:
     """
     from torch.distributed import distributed_c10d
 
-    original = distributed_c10d.ProcessGroupGloo
+    original: Any = distributed_c10d.ProcessGroupGloo
     device = original.create_device(hostname="127.0.0.1")
 
     class ProcessGroupGloo(original):
         # torch 2.15 asks for more, which ranks in tests have no use for.
-        def __init__(self, store: object, rank: int, size: int, *, timeout: timedelta, **others: object):
+        def __init__(self, store: Any, rank: int, size: int, *, timeout: timedelta, **others: object):
             options = original._Options()
             options._devices = [device]
             options._threads = 2
             options._timeout = timeout
             super().__init__(store, rank, size, options)
 
-    distributed_c10d.ProcessGroupGloo = ProcessGroupGloo
+    vars(distributed_c10d)["ProcessGroupGloo"] = ProcessGroupGloo
 
 
 def _receive(pipe: connection.Connection) -> bytes:
@@ -270,7 +283,7 @@ def _receive(pipe: connection.Connection) -> bytes:
 
 def _answer(payload: bytes) -> bytes:
     module, name, args, kwargs = pickle.loads(payload)
-    fn = importlib.import_module(module)
+    fn: Any = importlib.import_module(module)
     for part in name.split("."):
         fn = getattr(fn, part)
     return pickle.dumps((True, fn(*args, **kwargs)))

@@ -1,0 +1,50 @@
+"""What a comparison looks at: one layout's ranks beside the one process."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moesaic.testing.layout import Layout
+from moesaic.testing.record import Check, Index, Run
+from moesaic.testing.reference import Getter, Reference
+from moesaic.testing.routing import MARGIN
+
+# Where a rank's parameter lies: the name and index in the one process, by the rank's own name for it.
+Places = list[dict[str, tuple[str, Index]]]
+
+
+@dataclass
+class Scene:
+    """The runs of a layout's ranks, and what to compare them with.
+
+    Attributes:
+        groups: the ranks that axes join, by the names of those axes.
+        shares: gradients that one process gets from the batch of each rank alone, where they were asked for.
+        places: of each rank, where its parameters lie.
+        notes: what is worth saying though it is no fault.
+        compared: how many values were compared.
+    """
+
+    check: Check
+    layout: Layout
+    reference: Reference
+    runs: list[Run]
+    groups: Mapping[str, list[list[int]]]
+    shares: Sequence[Mapping[str, Tensor | None]] = ()
+    places: Places = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    compared: int = 0
+
+    def tolerance(self, get: Getter) -> float:
+        """See :meth:`Reference.tolerance`."""
+        return self.reference.tolerance(get)
+
+    def of_ranks(self, get: Callable[[Run], object]) -> list:
+        """A value of each rank."""
+        return [get(run) for run in self.runs]
+
+
+def times_noise(error: float, tolerance: float) -> float:
+    """How many times the noise an error is; 0 where there is no noise."""
+    return MARGIN * error / tolerance if tolerance else 0.0
