@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from moesaic.testing import layers
-from moesaic.testing.diagnose import Subject, Verdict, judge
+from moesaic.testing.diagnose import Subject, Verdict
 from moesaic.testing.layout import Layout
 from moesaic.testing.parameters import initial, places_of, subjects
 from moesaic.testing.place import everything, find
@@ -29,7 +29,7 @@ def compare(
     for number in range(check.steps):
         found = found or _step(scene, number)
     found = found or [*_buffers(scene), *_weights(scene)]
-    return LayoutReport(layout, found, scene.notes, compared=scene.compared)
+    return LayoutReport(layout, found, scene.notes, compared=scene.compared, largest=scene.largest)
 
 
 def unsteady(reference: Reference, runs: list[Run], again: list[Run]) -> list[str]:
@@ -86,8 +86,7 @@ def _step(scene: Scene, number: int) -> list[Finding]:
         )
     output = layers.output_subject(scene, number)
     if output is not None:
-        scene.compared += 1
-        verdict = judge(output, scene.layout, scene.groups)
+        verdict = scene.judge(output)
         if verdict is not None:
             found.append(layers.finding(scene, verdict, output, number))
     tolerances = {n: scene.tolerance(lambda run, n=n: run.steps[number].grads[n]) for n in exact.grads}
@@ -96,8 +95,7 @@ def _step(scene: Scene, number: int) -> list[Finding]:
     wrong = []
     shares = () if number else scene.shares
     for name, subject in subjects(scene, exact.grads, of_rank, tolerances, exact.by_term, shares):
-        scene.compared += 1
-        verdict = judge(subject, scene.layout, scene.groups)
+        verdict = scene.judge(subject)
         if verdict is not None:
             wrong.append(_gradient_finding(name, verdict, subject.tolerance, when, order[name]))
     if found:
@@ -170,8 +168,7 @@ def _input_gradients(scene: Scene, number: int) -> list[Finding]:
             parts.append(None if value is None or index is None else (value, index))
         tolerance = scene.tolerance(lambda run, name=name: run.steps[number].input_grads[name])
         subject = Subject(grad.double(), parts, tolerance, {}, [p is not None for p in parts])
-        scene.compared += 1
-        verdict = judge(subject, scene.layout, scene.groups)
+        verdict = scene.judge(subject)
         # A factor, or a share of the sum, is how the loss is cut between the ranks: gradients of weights are right.
         if verdict is not None and verdict.kind not in ("factor", "own part", "own mean", "missing"):
             found.append(
@@ -218,8 +215,7 @@ def _buffers(scene: Scene) -> list[Finding]:
         parts: list[tuple[Tensor, Index] | None] = [(v, everything(whole)) for v in values if v is not None]
         tolerance = scene.tolerance(lambda run, name=name: run.buffers.get(name))
         subject = Subject(whole.double(), parts, tolerance, {}, [True] * len(parts))
-        scene.compared += 1
-        verdict = judge(subject, scene.layout, scene.groups)
+        verdict = scene.judge(subject)
         if verdict is None:
             continue
         if verdict.kind == "own part":
@@ -235,8 +231,7 @@ def _weights(scene: Scene) -> list[Finding]:
     tolerances = {n: scene.tolerance(lambda run, n=n: run.final[n]) for n in whole}
     wrong = []
     for name, subject in subjects(scene, whole, [run.final for run in scene.runs], tolerances):
-        scene.compared += 1
-        verdict = judge(subject, scene.layout, scene.groups)
+        verdict = scene.judge(subject)
         if verdict is not None:
             text = "differs from that of the one process" if verdict.kind != "replicas differ" else verdict.text
             times = times_noise(verdict.error, subject.tolerance)

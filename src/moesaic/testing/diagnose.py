@@ -79,6 +79,12 @@ class _Case(NamedTuple):
         return part[1]
 
 
+def error_of(subject: Subject) -> float:
+    """The largest error of a rank, in units of the tolerance; 0 where there is nothing to compare."""
+    errors = [float((t.double() - take(subject.whole, i)).norm()) for t, i in filter(None, subject.parts)]
+    return max(errors, default=0.0) / subject.tolerance if subject.tolerance else 0.0
+
+
 def judge(subject: Subject, layout: Layout, groups: Mapping[str, list[list[int]]]) -> Verdict | None:
     """The fault, or None where every rank has what it should have."""
     missing = [r for r, part in enumerate(subject.parts) if part is None and subject.has_part[r]]

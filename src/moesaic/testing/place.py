@@ -42,7 +42,8 @@ def _find(part: Tensor, whole: Tensor, dims: list[int]) -> tuple[float, Index]:
     dim, *others = dims
     index: list[Tensor | None] = [None] * whole.ndim
     if not others:
-        index[dim] = _nearest(part.movedim(dim, 0).flatten(1), whole.movedim(dim, 0).flatten(1))
+        rows, among = (t.unsqueeze(-1).movedim(dim, 0).flatten(1) for t in (part, whole))
+        index[dim] = _nearest(rows, among)
         return (part - take(whole, tuple(index))).norm().item(), tuple(index)
     best: tuple[float, Index] | None = None
     for start in range(whole.shape[dim] - part.shape[dim] + 1):

@@ -68,7 +68,13 @@ class Finding:
 
 @dataclass
 class LayoutReport:
-    """What one layout showed. ``error`` is why it could not be compared."""
+    """What one layout showed.
+
+    Attributes:
+        error: why it could not be compared.
+        compared: how many values were.
+        largest: the largest error among those that are equal, in units of noise.
+    """
 
     layout: Layout
     findings: list[Finding] = field(default_factory=list)
@@ -76,6 +82,7 @@ class LayoutReport:
     error: str | None = None
     seconds: float = 0.0
     compared: int = 0
+    largest: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -87,7 +94,9 @@ class LayoutReport:
             return f"{head}: CANNOT BE COMPARED\n{_indented(self.error)}"
         notes = [f"  note: {note}" for note in self.notes]
         if self.ok:
-            return "\n".join([f"{head}: equal, {self.compared} values", *notes])
+            return "\n".join(
+                [f"{head}: equal, {self.compared} values, the largest error {self.largest:.1f} x noise", *notes]
+            )
         lines = [f"{head}: DIFFERS"]
         for finding in self.findings:
             size = f"{finding.times_noise:.1g} x noise" if finding.times_noise else ""

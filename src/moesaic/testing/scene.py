@@ -1,10 +1,11 @@
 """What a comparison looks at: one layout's ranks beside the one process."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moesaic.testing.diagnose import Subject, Verdict, error_of, judge
 from moesaic.testing.layout import Layout
 from moesaic.testing.record import Check, Index, Run
 from moesaic.testing.reference import Getter, Reference
@@ -24,6 +25,7 @@ class Scene:
         places: of each rank, where its parameters lie.
         notes: what is worth saying though it is no fault.
         compared: how many values were compared.
+        largest: the largest error among those that are equal, in units of noise.
     """
 
     check: Check
@@ -35,14 +37,19 @@ class Scene:
     places: Places = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compared: int = 0
+    largest: float = 0.0
 
     def tolerance(self, get: Getter) -> float:
         """See :meth:`Reference.tolerance`."""
         return self.reference.tolerance(get)
 
-    def of_ranks(self, get: Callable[[Run], object]) -> list:
-        """A value of each rank."""
-        return [get(run) for run in self.runs]
+    def judge(self, subject: Subject) -> Verdict | None:
+        """See :func:`judge`."""
+        self.compared += 1
+        verdict = judge(subject, self.layout, self.groups)
+        if verdict is None:
+            self.largest = max(self.largest, MARGIN * error_of(subject))
+        return verdict
 
 
 def times_noise(error: float, tolerance: float) -> float:
