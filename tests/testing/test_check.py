@@ -3,6 +3,7 @@
 import functools
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moesaic.cli import main
 from moesaic.testing import CheckError, Layout, Pools, check_gradients
+from moesaic.testing.worker import default_loss
 from tests.testing import bare
 
 TWO = [{"tp": 2, "ep": 2}]
@@ -209,8 +211,6 @@ def _raise(model, layout):
 
 
 def _no_loss(model, batch):
-    from moesaic.testing.worker import default_loss
-
     return default_loss(model, {"x": batch["x"]})
 
 
@@ -229,6 +229,19 @@ def test_what_cannot_be_run_is_said(pools):
     ]:
         with pytest.raises(CheckError, match=message):
             check_gradients(bare.check(**changes), pools)
+
+
+class _Model(nn.Module):
+    config = SimpleNamespace(router_aux_loss_coef=0.5)
+
+    def forward(self, x):
+        return {"loss": x + 0.5 * x**2, "aux_loss": x**2}
+
+
+def test_a_balance_loss_of_transformers_is_a_term_of_its_own():
+    x = torch.tensor(2.0, requires_grad=True)
+    assert default_loss(_Model(), {"x": x}) == {"main": 2.0, "balance": 2.0}
+    assert default_loss(_Model(), {"x": x.detach()}) == 4.0
 
 
 def test_the_fixture(equal_gradients):

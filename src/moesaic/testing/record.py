@@ -28,7 +28,7 @@ class Check:
             in place. Process groups, meshes and wrappers are its business.
         layouts: the layouts, each a mapping of axes to sizes; see :class:`Layout`.
         loss: ``loss(model, batch)``, a scalar; or a mapping of names to the terms of a sum, which lets a term that is
-            counted twice be named. By default the model's output has to have ``.loss``.
+            counted twice be named. By default the ``.loss`` of the model's output, and its ``aux_loss`` apart.
         backward: ``backward(model, batch, layout)``, for ranks alone: forward and backward as your trainer does them,
             with its accumulation and synchronisation. Returns the loss. By default ``loss`` and its ``backward()``.
         clip: ``clip(model, max_norm)`` as your trainer clips, for ranks alone; returns the norm, or None. The one

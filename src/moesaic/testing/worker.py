@@ -172,16 +172,25 @@ def _by_term(
     return found
 
 
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The ``.loss`` of the model's output."""
+def default_loss(model: nn.Module, batch: Any) -> Tensor | dict[str, Tensor]:
+    """The ``.loss`` of the model's output; the balance loss in it apart, where it is as in transformers."""
     output = call(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    read = output.get if isinstance(output, Mapping) else functools.partial(_attribute, output)
+    loss, balance = read("loss"), read("aux_loss")
     if not isinstance(loss, Tensor):
         raise CheckError(
             f"loss: the output of the model, {type(output).__name__}, has no .loss; give loss=, a function of the "
             "model and the batch that returns a scalar"
         )
-    return loss
+    config = getattr(getattr(model, "module", model), "config", None)
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if not isinstance(balance, Tensor) or not balance.requires_grad or not coefficient:
+        return loss
+    return {"main": loss - coefficient * balance, "balance": coefficient * balance}
+
+
+def _attribute(output: Any, name: str) -> Any:
+    return getattr(output, name, None)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
