@@ -93,6 +93,10 @@ def softmax(x: Tensor) -> Tensor:
     return x.softmax(1)
 
 
+def softmax_along(x: Tensor, dim: int) -> Tensor:
+    return x.softmax(dim)
+
+
 def totals_of_both(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.sum(1), x.sum(0)
 

@@ -33,6 +33,7 @@ MODULE = """
     wrong = define("wrong", "m k, k n -> max: m n", _matmul, linear=["x", "w"])
     rows = define("rows", "m! d, r -> r d", _rows, linear=["x"], preserves={{"max": ["x"], "min": ["x"]}})
     scaled = define("scaled", "m n -> m n", _scaled, linear=["x"])
+    twice = define("twice", "m n -> m n", _scaled, linear=["x"], when={{"times": [2, 3]}})
     without = define("without", "", _matmul)
     lines = moesaic.sharding_rule("m k, k n -> m n", "b! m k, b! k n -> b! m n", "m k, k -> m", linear=["x", "w"])
     lines = lines(define("lines", "", _matmul))
@@ -57,6 +58,9 @@ MODULE = """
 
     def scaled_inputs():
         return torch.randn(7, 5), 3
+
+    def more_scaled_inputs():
+        return [scaled_inputs(), (torch.randn(3, 4), 4)]
 
     def constant_inputs():
         return torch.ones(7, 5), torch.ones(5, 3)
@@ -86,13 +90,17 @@ def module(tmp_path, monkeypatch):
     [
         (":right", 0, "nothing wrong, nothing missing"),
         (":group.right", 0, "nothing wrong, nothing missing"),
+        ("::right", 0, "nothing wrong, nothing missing"),
+        ("::right.default --module {}", 0, "nothing wrong, nothing missing"),
         (":short", 0, "nothing wrong, 1 missing"),
         (":short --complete", 1, "right and not admitted: m! k, k n -> m! n"),
         (":wrong --no-backward", 1, "admitted and WRONG: m k, k n -> max: m n"),
         (":rows --inputs {}:row_inputs", 0, "nothing wrong"),
         (":rows --inputs {}:more_row_inputs", 0, "nothing wrong"),
-        (":strict", 0, "line 'b m k, b k n -> b m n': mine"),
-        (":scaled --inputs {}:scaled_inputs", 0, "[7, 5] on 2 ranks"),
+        (":strict", 1, "line 'b m k, b k n -> b m n': mine"),
+        (":scaled --inputs {}:scaled_inputs", 1, "NOT TRIED: every example has times=3"),
+        (":scaled --inputs {}:more_scaled_inputs", 0, "[7, 5] on 2 ranks"),
+        (":twice", 0, "rule   when times=2 or 3"),
     ],
 )
 def test_exit_status_and_report(module, capsys, arguments, status, said):
@@ -107,6 +115,9 @@ def test_exit_status_and_report(module, capsys, arguments, status, said):
         ("nowhere:op", "there is no module 'nowhere' here or among the installed ones"),
         ("{0}.inner:op", "there is no module '{0}.inner' here"),
         ("{0}", "'{0}': expected module:operator, such as mylib.ops:name"),
+        ("nowhere::op", "there is no module 'nowhere' here or among the installed ones"),
+        ("{0}::left", "{0}::left: the module '{0}' registers no such operator; say which does with --module"),
+        ("aten::add", "aten::add: say which overload: aten::add.Tensor, "),
         ("{0}:left", "{0}:left: {0} has no 'left'"),
         ("{0}:number", "{0}:number: expected an operator: a custom_op"),
         ("{0}:without", "without has no sharding rule to make up inputs from: give --inputs module:function"),
@@ -166,5 +177,5 @@ def test_help(capsys):
         main(["prove", "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    assert "Exit status: 0 nothing is wrong; 1 something is; 2 the call cannot work." in said
+    assert "Exit status: 0 nothing is wrong; 1 something is, or was not tried; 2 the call cannot work." in said
     assert "--inputs" in said

@@ -65,9 +65,14 @@ def test_a_gradient_that_refuses_what_a_sum_brings():
         gw = ruled(TWO, lambda x, w: w.mT @ x, "m n, m k -> k n", **rule)
         return lambda grad, x, w: (gx(grad, w), gw(grad, x))
 
-    wrong = only_wrong(matmul(grads(movable=[])), x, w)
-    assert wrong.keys() == {(S0, R), (R, S1)}
-    assert "the backward of a gradient that is R raised ShardingError" in wrong[S0, R]
+    report = moesaic.prove(matmul(grads(movable=[])), x, w, axes=(2, 3), meshes=[])
+    assert report.wrong == [], "nothing is computed wrongly"
+    assert not report.ok
+    stuck = {tuple(p for (p,) in r.inputs): r.error for r in report.stuck}
+    assert stuck.keys() == {(S0, R), (R, S1)}
+    assert "the backward of a gradient that is R raised ShardingError" in stuck[S0, R]
+    assert "sharding_rule(..., redistribute=['x']) allows it" in str(report)
+    assert str(report).endswith("GRADIENTS REFUSED, nothing missing")
     assert moesaic.prove(matmul(grads(movable=["x"])), x, w, axes=(2, 3), meshes=[]).ok
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import moesaic
 from tests.sharding import planted
@@ -128,16 +129,68 @@ def test_results_that_could_show_no_error():
     assert str(report).endswith("NOT ALL TRIED, nothing missing")
 
 
-def test_flags_and_absent_tensors_that_no_example_has_are_noted():
-    op = ruled("(Tensor x, int dim) -> Tensor", lambda x, dim: x.softmax(dim), "m n! -> m n!")
-    options = {"axes": (2,), "meshes": [], "backward": False}
-    assert moesaic.prove(op, x, 1, **options).notes == ["every example has dim=1: no other value was tried"]
+options = {"axes": (2,), "meshes": [], "backward": False}
+ALONG = "(Tensor x, int dim) -> Tensor"
+
+
+def test_a_flag_of_which_one_value_was_tried():
+    op = ruled(ALONG, planted.softmax_along, "m n! -> m n!")
+    report = moesaic.prove(op, x, 1, **options)
+    assert not report.ok
+    (untried,) = report.untried
+    assert untried.startswith("every example has dim=1: no other value was tried. Give others in also=")
+    assert "sharding_rule(..., when={'dim': 1})" in untried
     assert moesaic.prove(op, x, 1, also=[(x, 0)], **options).wrong
+    assert moesaic.prove(ruled(ALONG, planted.softmax_along, "m! n! -> m! n!"), x, 1, **options).ok, "it cuts nothing"
 
-    def scaled(x, scale=None):
-        return x.cumsum(0) if scale is None else x * scale[:, None]
 
-    op = ruled("(Tensor x, Tensor? scale=None) -> Tensor", scaled, "m n, m -> m n")
-    scale = random(12)
-    assert moesaic.prove(op, x, scale, **options).notes == ["every example gives scale: nothing was tried without it"]
-    assert moesaic.prove(op, x, scale, also=[(x,)], **options).wrong
+@pytest.mark.parametrize("values", [1, [1, -1], {1, -1}])
+def test_a_rule_that_says_for_which_flags_it_stands(values):
+    report = moesaic.prove(ruled(ALONG, planted.softmax_along, "m n! -> m n!", when={"dim": values}), x, 1, **options)
+    assert report.ok, f"{report}"
+    assert report.complete, f"{report}"
+
+
+def test_values_that_a_rule_names_and_no_example_has_are_tried():
+    report = moesaic.prove(ruled(ALONG, planted.softmax_along, "m n! -> m n!", when={"dim": [1, 0]}), x, 1, **options)
+    assert {r.inputs for r in report.wrong} == {((S0,),)}, f"{report}"
+    rules = {"when": [{"dim": [1, -1]}, {"dim": [0, -2]}]}
+    report = moesaic.prove(
+        ruled(ALONG, planted.softmax_along, "m n! -> m n!", "m! n -> m! n", **rules), x, 1, **options
+    )
+    assert report.ok, f"{report}"
+    assert {r.line for r in report.admitted} == {"m n! -> m n! when dim=1 or -1", "m! n -> m! n when dim=0 or -2"}
+
+
+def scaled(x, scale=None):
+    return x.cumsum(0) if scale is None else x * scale[:, None]
+
+
+def test_calls_without_an_optional_tensor_are_tried():
+    schema, scale = "(Tensor x, Tensor? scale=None) -> Tensor", random(12)
+    report = moesaic.prove(ruled(schema, scaled, "m n, m -> m n"), x, scale, **options)
+    assert {r.case.names for r in report.wrong} == {("x",)}, f"{report}"
+    given = ruled(schema, scaled, "m n, m -> m n", linear=["x", "scale"], when={"scale": Tensor})
+    assert moesaic.prove(given, x, scale, **options).ok
+    report = moesaic.prove(ruled(schema, scaled, "m n, m -> m n"), x, **options)
+    assert "no example gives scale: nothing was tried with it" in report.untried
+
+
+@pytest.mark.parametrize(("kind", "value"), [("bool", False), ("float", 0.0), ("bool[]", [False, False])])
+def test_other_flags_are_made_up(kind, value):
+    def function(x, flag):
+        return x.cumsum(0) if flag and flag != value else x * 2
+
+    op = ruled(f"(Tensor x, {kind} flag) -> Tensor", function, "m n -> m n", linear=["x"])
+    assert {r.inputs for r in moesaic.prove(op, x, value, **options).wrong} == {((S0,),)}
+
+
+def test_other_flags_that_the_operator_refuses():
+    def function(x, flag):
+        torch._check(not flag, lambda: "not on this device")
+        return x * 2
+
+    op = ruled("(Tensor x, bool flag) -> Tensor", function, "m n -> m n", linear=["x"], when={"flag": [False, True]})
+    report = moesaic.prove(op, x, False, **options)
+    assert report.ok, f"{report}"
+    assert [note for note in report.notes if note.startswith("not tried with flag=True: ") and "not on this" in note]

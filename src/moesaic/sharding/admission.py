@@ -187,16 +187,25 @@ def explain(rule: Rule, line: Notation, call: Call) -> str:
         f"  {t.name} = {t.name}.redistribute(placements=[{', '.join(map(_code, target))}])" for t, p, target in changed
     ]
     names = [t.name for t, *_ in changed]
-    uneven = [f"'{f}' has {call.sizes[f]} blocks, which are cut between blocks only" for f in sorted(line.blocks)]
+    limits = [_limit(line, factor, call.sizes[factor]) for factor in sorted(line.blocks)]
+    limits += [f"'{f}' is {call.sizes.get(f, 0)}, cut where each rank has {n} or more" for f, n in line.at_least]
     return "\n".join(
         [
             f"{call.op}: no sharding rule admits {given} on the mesh ({mesh}).",
-            f"The rule is '{line}'" + (f"; {'; '.join(uneven)}." if uneven else "."),
+            f"The rule is '{line}'" + (f"; {'; '.join(limits)}." if limits else "."),
             f"Nearest admitted: {wanted}. To get there:",
             *fixes,
             f"Nothing is redistributed silently; sharding_rule(..., redistribute={names}) allows it.",
         ]
     )
+
+
+def _limit(line: Notation, factor: str, size: int) -> str:
+    """Where a factor may be cut that has to divide evenly."""
+    leads = any(d.leading == factor and len(d.factors) > 1 for p in (*line.inputs, *line.outputs) for d in p.dims)
+    if leads:
+        return f"'{factor}' has {size} blocks, which are cut between blocks only"
+    return f"'{factor}' is {size}, cut where it divides evenly"
 
 
 def _show(placements: Placements) -> str:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moesaic.sharding.admission import Call, Decision, ShardingError, admit, explain
-from moesaic.sharding.notation import Notation
+from moesaic.sharding.notation import Notation, with_spaces
 from moesaic.sharding.rule import Placements, Rule
-from moesaic.sharding.sizes import factor_sizes
+from moesaic.sharding.sizes import fit
+from moesaic.sharding.when import as_text, flags_of, keyword, stands
 
 RULES: dict[torch._ops.OpOverload, Rule] = {}
 
@@ -108,7 +109,7 @@ def _call(
     tensors = tensor_arguments(op, args, kwargs)
     results = _results(op, args, kwargs)
     shapes = [None if t is None else tuple(t.shape) for t in tensors]
-    line, sizes = _line_for(op, RULES[op], shapes, [tuple(r.shape) for r in results])
+    line, sizes = _line_for(op, shapes, [tuple(r.shape) for r in results], flags_of(op, args, kwargs))
     call = Call(
         op=op._name,
         axis_names=tuple(axes),
@@ -123,22 +124,45 @@ def _call(
 
 def _line_for(
     op: torch._ops.OpOverload,
-    rule: Rule,
     shapes: Sequence[tuple[int, ...] | None],
     results: Sequence[tuple[int, ...]],
+    flags: Mapping[str, Any],
 ) -> tuple[Notation, dict[str, int]]:
-    """The first line that fits the shapes, and the sizes of its factors."""
+    """The first line that fits the shapes and stands for the flags, and the sizes of its factors."""
+    rule, of_other_flags = RULES[op], []
     # An argument that was not given has no shape to disagree.
     present = [shape is not None for shape in shapes]
     known = [shape for shape in shapes if shape is not None]
     for line in rule.lines:
-        sizes = factor_sizes(line.given(present), known, results)
-        if sizes is not None:
-            return line, sizes
+        fitting = fit(line.given(present), known, results)
+        if fitting is not None:
+            if stands(line, flags):
+                given, sizes = fitting
+                return line.expand(given.num_any), sizes
+            of_other_flags.append(line)
     given = ", ".join(f"{n} {list(s)}" for n, s in zip(rule.tensors, shapes, strict=True) if s is not None)
     made = ", ".join(str(list(shape)) for shape in results)
-    tried = "\n".join(f"  {line}" for line in rule.lines)
-    raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {made}:\n{tried}")
+    tried = "\n".join(f"  {line}" for line in str(rule).splitlines())
+    if of_other_flags:
+        names = dict.fromkeys(n for line in of_other_flags for n, values in line.when if flags[n] not in values)
+        has = ", ".join(as_text(n, flags[n]) for n in names)
+        hint = " or ".join(keyword(n, flags[n]) for n in names)
+        raise ShardingError(
+            f"{op._name}: its sharding rule does not stand for {has}. It has\n{tried}\n"
+            f"Call it as a line says, or add a line that holds for this call: sharding_rule(..., {hint})"
+        )
+    hint = hint_of_spaces(rule, known)
+    raise ShardingError(f"{op._name}: no line of its rule fits the shapes {given} -> {made}:\n{tried}{hint}")
+
+
+def hint_of_spaces(rule: Rule, shapes: Sequence[Sequence[int]]) -> str:
+    """What to write, where a rule has words for dims that tensors have as letters; "" if it has not."""
+    for line in rule.lines:
+        words = ["".join(map(str, p.dims)) for p in line.inputs]
+        apart = with_spaces(line.text)
+        if apart and [len(word) for word in words] == [len(shape) for shape in shapes]:
+            return f"\nA word is one factor; to name a dim by each letter write '{apart}'"
+    return ""
 
 
 def on_meta(value: Any) -> Any:

@@ -7,10 +7,17 @@ import torch
 
 import moesaic.ops  # noqa: F401 -- defines the operators
 from moesaic import on_demand
+from moesaic.ops.experts_mlp.activation import ACTIVATIONS
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS
 from moesaic.sharding.register import sharding_rule
 
 _ops = torch.ops.moesaic
 on_demand.withdraw()
+
+# The flags that the rules stand for.
+_impl = {"impl": [None, *IMPLEMENTATIONS]}
+_fused = _impl | {"activation": [*ACTIVATIONS]}
+_dtypes = [None, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 # A flat group's first row depends on every group before it: rows and experts stay whole, the matrix dims do not.
 # In blocks raggedness lies inside a block, so blocks are a dim like any other: with experts of their own they are
@@ -21,6 +28,7 @@ sharding_rule(
     "(b c) k, (b g)? k n, b g -> (b c) n",
     "(b c) k, g! k n, b g! -> (b c) n",
     linear=["x", "w"],
+    when=_impl | {"out_dtype": _dtypes},
 )(_ops.grouped_mm)
 
 sharding_rule(
@@ -29,6 +37,7 @@ sharding_rule(
     "(b c) n, g! k n, b g! -> (b c) k",
     linear=["grad", "w"],
     redistribute=["grad"],
+    when=_impl,
 )(_ops.grouped_mm_input_grad)
 
 sharding_rule(
@@ -37,6 +46,7 @@ sharding_rule(
     "(b c) k, (b c) n, b g!, ~g! k n -> g! k n",
     linear=["x", "grad"],
     redistribute=["grad"],
+    when=_impl,
 )(_ops.grouped_mm_weight_grad)
 
 # Slots and positions are indices into all rows and all tokens, so both stay whole; a copy `k` of a token does not.
@@ -53,8 +63,8 @@ sharding_rule("r! d, t! d, r!, t! k! -> t! k!", linear=["y", "x"], redistribute=
 _tokens = "b n d!, b n k, b n k, ~b e"
 _projections = "(b e)? d! f, (b e)? d! f, (b e)? f d!, (b e)? f, (b e)? f"
 _operands, _hidden = f"{_tokens}, {_projections}, +f: (b e)? d!", "b n k f, b n k f"
-sharding_rule(f"{_operands} -> b n d!, {_hidden}", redistribute=["experts"])(_ops.experts_mlp)
-sharding_rule(f"{_operands} -> b n d!", linear=["weights", ("w2", "b2")], redistribute=["experts"])(
+sharding_rule(f"{_operands} -> b n d!, {_hidden}", redistribute=["experts"], when=_fused)(_ops.experts_mlp)
+sharding_rule(f"{_operands} -> b n d!", linear=["weights", ("w2", "b2")], redistribute=["experts"], when=_fused)(
     _ops.experts_mlp_inference
 )
 _of_biases = "~(b e)? f, ~(b e)? f, +f: (b e)? d!"
@@ -63,4 +73,5 @@ sharding_rule(
     f"-> b n d!, b n k, {_projections}, same f: (b e)? d!",
     linear=["grad"],
     redistribute=["grad", "experts"],
+    when=_fused,
 )(_ops.experts_mlp_backward)

@@ -7,6 +7,8 @@ of Shardy's sharding rules:
 * a factor on inputs only is summed: shard it on every input that has it, and the outputs are ``Partial``.
   ``max: m`` before the dims of an output says how its parts are reduced instead (``max``, ``min``, ``avg`` or ``sum``);
 * ``k!`` (written once is enough) stays whole;
+* ``k%`` (written once is enough) is cut only where it divides evenly, as a mean of means has to be;
+* ``...`` is any number of dims, none included, the same wherever it stands;
 * ``(b c)`` is one dim of ``b`` blocks of ``c`` rows. It is cut between blocks only, so ``c`` stays whole, and ``b`` is
   sharded only where it divides evenly. ``(b g)?`` may end early, its last blocks incomplete or missing;
 * ``1`` is a dim of size one, never sharded; a tensor without dims is written as nothing;
@@ -19,8 +21,13 @@ of Shardy's sharding rules:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 REDUCTIONS = ("sum", "avg", "max", "min")
+ANY = "..."
+
+# A flag, and the values of it that a line stands for.
+Condition = tuple[str, tuple[Any, ...]]
 
 
 class NotationError(ValueError):
@@ -78,6 +85,11 @@ class Pattern:
     def factors(self) -> frozenset[str]:
         return frozenset(f for dim in self.dims for f in dim.factors)
 
+    def expand(self, factors: Sequence[str]) -> "Pattern":
+        """With these factors, a dim each, in the place of ``...``."""
+        dims = [[Dim((f,)) for f in factors] if dim.factors == (ANY,) else [dim] for dim in self.dims]
+        return replace(self, dims=tuple(dim for some in dims for dim in some))
+
     def dim_led_by(self, factor: str) -> int | None:
         """Which dim a shard of ``factor`` cuts, or None where the tensor does not have it."""
         return next((i for i, dim in enumerate(self.dims) if dim.leading == factor), None)
@@ -85,13 +97,22 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Notation:
-    """A parsed rule. ``str()`` gives it back as it was written."""
+    """A parsed line of a rule. ``str()`` gives it back as it was written.
+
+    Attributes:
+        whole: factors that are never cut.
+        blocks: factors that are cut only where they divide evenly: of blocks, or marked so.
+        when: flags, and the values of them that the line stands for.
+        at_least: factors, and how much of them every rank has to have where they are cut.
+    """
 
     text: str
     inputs: tuple[Pattern, ...]
     outputs: tuple[Pattern, ...]
     whole: frozenset[str]
     blocks: frozenset[str] = field(default=frozenset())
+    when: tuple[Condition, ...] = ()
+    at_least: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -106,6 +127,28 @@ class Notation:
         """The rule without the inputs that a call does not give."""
         inputs = tuple(pattern for pattern, here in zip(self.inputs, present, strict=True) if here)
         return self if all(present) else replace(self, inputs=inputs)
+
+    def spread(self, num_dims: Sequence[int]) -> "Notation | None":
+        """The line with as many factors in the place of ``...`` as tensors of so many dims need; None if none fits."""
+        pairs = zip(self.inputs + self.outputs, num_dims, strict=True)
+        counts = {n - len(pattern.dims) + 1 for pattern, n in pairs if ANY in pattern.factors}
+        if len(counts) > 1 or min(counts, default=0) < 0:
+            return None
+        return self.expand(*counts) if counts else self
+
+    @property
+    def num_any(self) -> int:
+        """How many factors stand in the place of ``...``."""
+        return sum(f.startswith(ANY) for f in self.factors)
+
+    def expand(self, count: int) -> "Notation":
+        """The line with so many factors in the place of ``...``, where it has that."""
+        if ANY not in self.factors:
+            return self
+        factors = tuple(f"{ANY}{i + 1}" for i in range(count))
+        inputs, outputs = (tuple(p.expand(factors) for p in patterns) for patterns in (self.inputs, self.outputs))
+        whole = self.whole - {ANY} | set(factors) if ANY in self.whole else self.whole
+        return replace(self, inputs=inputs, outputs=outputs, whole=frozenset(whole))
 
     @property
     def shardable(self) -> tuple[str, ...]:
@@ -136,11 +179,29 @@ def parse(text: str) -> Notation:
     unbound = frozenset().union(*(p.factors for p in outputs)) - on_inputs - reader.marked - inner
     for factor in sorted(unbound, key=reader.last_seen.__getitem__):
         problem = f"factor '{factor}' is on an output but on no input; a dim of its own stays whole: '{factor}!'"
+        if set(factor) <= set("".join(on_inputs)) and (apart := with_spaces(text)):
+            problem = f"factor '{factor}' is on an output but on no input; to name two dims write '{apart}'"
         raise NotationError(text, reader.last_seen[factor], problem)
     for factor in reader.in_marks.keys() - on_inputs:
         raise NotationError(text, reader.in_marks[factor], f"factor '{factor}' is on no input")
     blocks = {dim.leading for p in inputs + outputs for dim in p.dims if len(dim.factors) > 1 and dim.leading}
-    return Notation(text, inputs, outputs, frozenset(reader.marked | inner), frozenset(blocks))
+    if both := (reader.marked | inner) & reader.even:
+        raise NotationError(text, text.index("%"), f"factor '{min(both)}' stays whole, so it is cut nowhere")
+    return Notation(text, inputs, outputs, frozenset(reader.marked | inner), frozenset(blocks | reader.even))
+
+
+def with_spaces(text: str) -> str | None:
+    """A rule of words with the letters apart, as einsum takes them: ``m k, k n -> m n``; None if it has no such words.
+
+    Example:
+        >>> with_spaces("mk,kn->mn")
+        'm k, k n -> m n'
+    """
+    patterns = [side.split(",") for side in text.split("->")]
+    words = [pattern.strip() for side in patterns for pattern in side]
+    if not all(word.isalpha() or not word for word in words) or max(map(len, words)) < 2:
+        return None
+    return " -> ".join(", ".join(" ".join(pattern.strip()) for pattern in side) for side in patterns)
 
 
 def check_sizes_are_told(line: Notation) -> None:
@@ -166,6 +227,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.marked: set[str] = set()
+        self.even: set[str] = set()
         self.last_seen: dict[str, int] = {}
         self.in_marks: dict[str, int] = {}
 
@@ -255,6 +317,8 @@ class _Reader:
                 i += 1
             else:
                 name, after = self._factor(i, end)
+                if name == ANY and group is not None:
+                    raise NotationError(self.text, i, "'...' inside '('")
                 if name in seen:
                     raise NotationError(self.text, i, f"factor '{name}' stands twice in one tensor")
                 seen.add(name)
@@ -272,10 +336,15 @@ class _Reader:
         while self._is_word(i, end):
             i += 1
         name = self.text[start:i]
-        if not name.isidentifier():
+        if i == start and self.text[start:end].startswith(ANY):
+            name, i = ANY, start + len(ANY)
+        if not name.isidentifier() and name != ANY:
             raise NotationError(self.text, start, f"expected a factor, '(' or ',', not {self.text[start]!r}")
         self.last_seen[name] = start
         if i < end and self.text[i] == "!":
             self.marked.add(name)
+            i += 1
+        elif i < end and self.text[i] == "%":
+            self.even.add(name)
             i += 1
         return name, i

@@ -4,13 +4,14 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.sharding.decide import RULES, is_tensor, overload_of
+from moesaic.sharding.decide import RULES, overload_of
 from moesaic.sharding.formula import operators_of_gradient
 from moesaic.sharding.proof.candidates import on_one_axis
 from moesaic.sharding.proof.deciders import decider_of
@@ -32,6 +33,7 @@ from moesaic.sharding.proof.precision import exact, precise
 from moesaic.sharding.proof.report import Report
 from moesaic.sharding.proof.search import Search
 from moesaic.sharding.proof.trial import EMPTY, Inputs, Trial
+from moesaic.sharding.proof.untried import made_up, note_untried
 from moesaic.sharding.simulated import simulated_ranks
 
 # Names no real mesh has: DTensor and its operators keep decisions by meshes that compare equal.
@@ -103,10 +105,12 @@ def prove(
         raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
     with _one_thread(), _poisoned():
-        examples = [example for args in (example_inputs, *also) for example in _examples(report, op, args)]
+        given = [Example(op, args) for args in (example_inputs, *also)]
+        examples = [example for call in given for example in _examples(report, op, call.args)]
         check_numbers(examples[0])
+        examples += _made_up(report, examples, given)
         _note_silent_results(report, examples)
-        _note_what_no_example_has(report, examples)
+        note_untried(report, examples)
         for of_form in _by_form(report, examples):
             _prove_form(report, of_form, backward, on_progress or (lambda text: None))
     return report
@@ -161,25 +165,21 @@ def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
         report.untried += [f"{name}: nothing was proved about it" for name in silent_results(of_line)]
 
 
-def _note_what_no_example_has(report: Report, examples: Sequence[Example]) -> None:
-    """Note what the rule admits and no example has: tensors given or left out, other flags, lines of the rule."""
-    op = examples[0].op
-    given = {position for example in examples for position in example.positions}
-    for i, argument in enumerate(op._schema.arguments):
-        if is_tensor(argument.type) and i not in given:
-            report.note(f"no example gives {argument.name}: nothing was tried with it")
-        elif isinstance(argument.type, torch.OptionalType) and all(i in example.positions for example in examples):
-            if is_tensor(argument.type):
-                report.note(f"every example gives {argument.name}: nothing was tried without it")
-        elif not is_tensor(argument.type) and op in RULES:
-            # Examples have positional arguments alone; what is left out is the default.
-            values = [e.args[i] if i < len(e.args) else argument.default_value for e in examples]
-            if all(value == values[0] for value in values):
-                report.note(f"every example has {argument.name}={values[0]!r}: no other value was tried")
-    reached = {example.line.text for example in examples if example.line}
-    for line in RULES[op].lines if op in RULES else ():
-        if line.text not in reached:
-            report.note(f"no example uses the line '{line}': it was not tried")
+def _made_up(report: Report, examples: Sequence[Example], given: Sequence[Example]) -> list[Example]:
+    """Examples with other flags, or without a tensor, where the rule admits them and the operator takes them."""
+    found: list[Example] = []
+    for what, args in made_up(given):
+        try:
+            # As precise as can be: what is exact in the dtypes that are given was seen to be.
+            new = _examples(report, examples[0].op, args)[0]
+        except ValueError as error:
+            report.refused.append(what)
+            report.note(f"not tried with {what}: {first_line(error)}")
+            continue
+        # With the line and the tensors of an example it has the same placements: those that are right are looked at.
+        known = {(e.line, tuple(e.positions)) for e in examples}
+        found.append(replace(new, brief=(new.line, tuple(new.positions)) in known))
+    return found
 
 
 def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
@@ -188,7 +188,8 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     forms: dict[Any, list[Run]] = {}
     for example in examples:
         # Whole numbers are held against the same sizes once more, not against all narrower ones.
-        of_example = [example] if example.whole and example is not examples[0] else variants(example, report.meshes)
+        as_given = example.brief or (example.whole and example is not examples[0])
+        of_example = [example] if as_given else variants(example, report.meshes)
         for variant in of_example:
             try:
                 results = variant.run()
@@ -222,10 +223,14 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
             if number > most:
                 report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
         for n, (example, results) in enumerate(runs):
+            if example.brief and len(mesh) > 1:
+                continue
             tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)
             search.judge(trial, choices)
             report.num_cases += 1
+        if search.private:
+            _prove_private(report, search, mesh)
     if backward:
         for mesh in report.meshes:
             tell(f"gradients on {' x '.join(map(str, mesh))} ranks")
@@ -234,6 +239,19 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
     report.wrong += search.records("wrong")
     report.missing += search.missing()
     report.hidden += search.records("hidden")
+    report.stuck += search.records("stuck")
+
+
+def _prove_private(report: Report, search: Search, mesh: tuple[int, ...]) -> None:
+    """Run through DTensor what only its own dispatch of an operator can: it cuts what no placement of ours does."""
+    if dist.is_initialized():
+        report.note("placements of torch's own kinds were not tried: there is a process group already")
+        return
+    with simulated_ranks(*mesh, names=_AXES) as ranks:
+        refused = list(search.judge_private(ranks))
+    if refused:
+        report.note(f"not tried with placements of torch's own kinds: {refused[0]}; {len(refused) - 1} more")
+    report.note("placements of torch's own kinds were run through DTensor, without gradients")
 
 
 def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> None:
@@ -255,6 +273,8 @@ def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> N
             verdict = judge_gradients(ranks, trial, inputs, outputs, expected)
             if verdict.error:
                 search.note("wrong", trial, inputs, outputs, verdict.error)
+            elif verdict.refused:
+                search.note("stuck", trial, inputs, outputs, verdict.refused)
             elif verdict.moved:
                 may_move = _may_move(trial, inputs, of_gradient[id(trial)])
                 search.note("hidden" if may_move else "wrong", trial, inputs, outputs, verdict.moved)

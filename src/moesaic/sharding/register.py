@@ -8,6 +8,7 @@ import torch
 from moesaic.sharding.decide import RULES, is_tensor, overload_of
 from moesaic.sharding.dtensor import run_by_rule
 from moesaic.sharding.rule import Joint, make_rule
+from moesaic.sharding.when import When, conditions
 
 Operator = TypeVar("Operator")
 
@@ -17,6 +18,8 @@ def sharding_rule(
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
     redistribute: bool | Sequence[str] = False,
+    when: When | None = None,
+    at_least: Mapping[str, int] | None = None,
 ) -> Callable[[Operator], Operator]:
     """Make an operator DTensor-aware, in one line of einops-like notation.
 
@@ -39,6 +42,11 @@ def sharding_rule(
             ``preserves={"max": ["x"]}`` passes ``Partial("max")`` through.
         redistribute: tensor arguments that DTensor may bring to the nearest admitted placements: cut where they are
             replicated, else with a collective. For gradients, whose placement autograd chooses. ``True`` means all.
+        when: the values of flags that the rule stands for: ``when={"dim": 1}``, or ``{"dim": [1, -1]}`` for several (a
+            list of lists where the flag is a list itself). Of an optional tensor, ``None`` means calls without it and
+            ``torch.Tensor`` calls with it. A list of mappings has one for each line. Any other call raises.
+        at_least: factors of which every rank has to have so much where they are cut, such as ``{"m": 16}`` for a kernel
+            that takes no fewer rows. It is decided by global sizes.
 
     Returns:
         A decorator for a ``torch.library.custom_op`` or ``triton_op``, an ``OpOverload`` (one of torch's own too, whose
@@ -46,7 +54,8 @@ def sharding_rule(
 
     Raises:
         NotationError: a line does not parse; the message points at the character.
-        ValueError: the rule does not fit the operator's schema.
+        ValueError: the rule does not fit the operator's schema, ``when`` names no flag or no value
+            of it, or ``at_least`` no factor.
 
     Example:
         >>> @moesaic.sharding_rule("m k, k n -> m n", linear=["x", "w"])
@@ -62,7 +71,14 @@ def sharding_rule(
         tensors = [a.name for a in overload._schema.arguments if is_tensor(a.type)]
         results = [r.name or f"out{i}" for i, r in enumerate(overload._schema.returns)]
         RULES[overload] = make_rule(
-            lines, tensors, results, linear=linear, preserves=preserves, redistribute=redistribute
+            lines,
+            tensors,
+            results,
+            linear=linear,
+            preserves=preserves,
+            redistribute=redistribute,
+            when=conditions(overload, when or {}, len(lines)),
+            at_least=at_least,
         )
         run_by_rule(overload)
         return op

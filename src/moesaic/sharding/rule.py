@@ -5,12 +5,13 @@ alike.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-from moesaic.sharding.notation import REDUCTIONS, Notation, Pattern, check_sizes_are_told, parse
+from moesaic.sharding.notation import REDUCTIONS, Condition, Notation, Pattern, check_sizes_are_told, parse
+from moesaic.sharding.when import said
 
 Placements = tuple[Placement, ...]
 Joint = str | tuple[str, ...]
@@ -76,7 +77,10 @@ class Rule:
     redistribute: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.lines))
+        # Where lines differ in them, they say so themselves.
+        flags = {said(line) for line in self.lines}
+        of_all = [f"when {text}" for text in flags if text and len(flags) == 1]
+        return "\n".join([*map(str, self.lines), *of_all])
 
     def placements(self, line: Notation | None = None) -> PlacementTable:
         """Every admitted choice for one mesh axis, under ``line`` (default: the first)."""
@@ -126,13 +130,16 @@ def make_rule(
     linear: Sequence[Joint] = (),
     preserves: Mapping[str, Sequence[Joint]] | None = None,
     redistribute: bool | Sequence[str] = False,
+    when: Sequence[tuple[Condition, ...]] = (),
+    at_least: Mapping[str, int] | None = None,
 ) -> Rule:
     """Parse and check a rule.
 
     Args:
         lines: as written.
         tensors, results: names of the tensor arguments and of the results; by default ``out0``, ``out1``, ...
-        linear, preserves, redistribute: see :func:`moesaic.sharding_rule`.
+        linear, preserves, redistribute, at_least: see :func:`moesaic.sharding_rule`.
+        when: for each line the flags that it stands for; none by default.
 
     Raises:
         NotationError: a line does not parse.
@@ -169,6 +176,19 @@ def make_rule(
     for name in (*chain.from_iterable(chain(linear, *(names for _, names in preserved))), *redistribute):
         if name not in tensors:
             raise ValueError(f"'{name}' is not a tensor argument of the operator: {', '.join(tensors)}")
+    least = dict(at_least or {})
+    for factor, n in least.items():
+        if not any(factor in line.shardable for line in parsed):
+            raise ValueError(f"at_least: no line cuts '{factor}': {', '.join(map(str, parsed))}")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"at_least: '{factor}' is {n!r}; give how much of it every rank has to have, 1 or more")
+    when = when or [()] * len(parsed)
+    parsed = tuple(
+        replace(line, when=flags, at_least=tuple((f, n) for f, n in least.items() if f in line.factors))
+        for line, flags in zip(parsed, when, strict=True)
+    )
+    if len({*when}) > 1:  # lines may differ in them alone
+        parsed = tuple(replace(line, text=f"{line} when {said(line)}") if line.when else line for line in parsed)
     return Rule(parsed, tuple(tensors), tuple(results), linear, preserved, frozenset(redistribute))
 
 

@@ -31,8 +31,23 @@ def factor_sizes(line: Notation, inputs: Shapes, outputs: Shapes) -> dict[str, i
     return sizes if all(_blocks_fit(dim, sizes) for dim in ends_early) else None
 
 
+def fit(line: Notation, inputs: Shapes, outputs: Shapes) -> tuple[Notation, dict[str, int]] | None:
+    """The line for tensors of these numbers of dims, and the size of every factor; None where it does not fit."""
+    spread = line.spread([len(shape) for shape in (*inputs, *outputs)])
+    sizes = None if spread is None else factor_sizes(spread, inputs, outputs)
+    return None if spread is None or sizes is None else (spread, sizes)
+
+
 def divides(line: Notation, sizes: dict[str, int], axis_rules: Sequence[AxisRule], axis_sizes: Sequence[int]) -> bool:
-    """Whether blocks are cut between blocks only: a block factor divides by all the axes it is sharded over."""
+    """Whether factors are cut where they may be.
+
+    Blocks are cut between blocks only: a block factor divides by all the axes it is sharded over. Of others every rank
+    has as much as it has to.
+    """
+    for factor, least in line.at_least:
+        axes = [n for rule, n in zip(axis_rules, axis_sizes, strict=True) if rule.factor == factor and n > 1]
+        if factor in sizes and axes and _smallest_shard(sizes[factor], axes) < least:
+            return False
     for factor in line.blocks:
         axes = [n for rule, n in zip(axis_rules, axis_sizes, strict=True) if rule.factor == factor and n > 1]
         if sizes[factor] % prod(axes):
@@ -41,6 +56,15 @@ def divides(line: Notation, sizes: dict[str, int], axis_rules: Sequence[AxisRule
             if not _cut_between_blocks(sizes[str(dim)], sizes[factor], _block_size(dim, sizes), axes):
                 return False
     return True
+
+
+def _smallest_shard(size: int, axes: Sequence[int]) -> int:
+    """As ``torch.chunk`` cuts, axis by axis."""
+    if not axes:
+        return size
+    step = -(-size // axes[0])
+    last = max(0, size - (axes[0] - 1) * step)
+    return min(_smallest_shard(step, axes[1:]), _smallest_shard(last, axes[1:]))
 
 
 def _solve(composite: list[tuple[tuple[str, ...], int]], sizes: dict[str, int]) -> bool:

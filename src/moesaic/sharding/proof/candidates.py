@@ -36,7 +36,7 @@ def _likely(trial: Trial, rule: Rule | None) -> list[Inputs]:
     if rule is None or line is None:
         return []
     # The example's has no patterns for the tensors that are not given.
-    whole = next(other for other in rule.lines if other.text == line.text)
+    whole = next(other for other in rule.lines if other.text == line.text).expand(line.num_any)
     present = tuple(name in trial.example.names for name in rule.tensors)
     choices = choices_for(rule, replace(whole, whole=frozenset()), present)
     return [tuple((p,) for p in choice.inputs) for choice in choices]

@@ -21,11 +21,14 @@ from moesaic.sharding.prove import prove
 class Options:
     """Prove the sharding rule of an operator on simulated ranks.
 
-    Exit status: 0 nothing is wrong; 1 something is; 2 the call cannot work.
+    Exit status: 0 nothing is wrong; 1 something is, or was not tried; 2 the call cannot work.
     """
 
     op: Annotated[str, tyro.conf.Positional]
-    """The operator, as module:name, such as mylib.ops:my_mm."""
+    """The operator, as module:name, such as mylib.ops:my_mm, or by the name it is registered with, as reports print it:
+    mylib::my_mm."""
+    module: str = ""
+    """The module that registers mylib::my_mm, where that is not mylib."""
     inputs: str = ""
     """A function, as module:name, that returns a tuple of inputs, or a list of such tuples. By default random floating
     tensors of distinct sizes are made up from every line of the rule."""
@@ -47,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic prove`` and return its exit status."""
     options = tyro.cli(Options, prog="moesaic prove", args=list(arguments))
     try:
-        op = _overload(options.op)
+        op = _overload(options.op, options.module)
         (first, *also), notes = (_given_inputs(options.inputs), []) if options.inputs else _made_up_inputs(op)
         with Console(stderr=True).status(f"proving {op._name}") as status:
             report = prove(
@@ -75,12 +78,39 @@ def _mesh(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _overload(path: str) -> torch._ops.OpOverload:
-    found = _find(path, "operator")
+def _overload(path: str, module: str) -> torch._ops.OpOverload:
+    found = _registered(path, module) if "::" in path else _find(path, "operator")
     try:
         return overload_of(found)
     except TypeError as error:
         raise CallError(f"{path}: {error}") from None
+
+
+def _registered(name: str, module: str) -> Any:
+    """An operator by the name that it is registered with; first its module is imported, if that is not torch."""
+    namespace, _, rest = name.partition("::")
+    op, _, overload = rest.partition(".")
+    if module or not hasattr(getattr(torch.ops, namespace), op):
+        module = module or namespace
+        _import(module)
+    if not hasattr(getattr(torch.ops, namespace), op):
+        raise CallError(f"{name}: the module {module!r} registers no such operator; say which does with --module")
+    packet = getattr(getattr(torch.ops, namespace), op)
+    if (overload or "default") not in packet.overloads():
+        raise CallError(f"{name}: say which overload: {', '.join(f'{name}.{o}' for o in packet.overloads())}")
+    return getattr(packet, overload or "default")
+
+
+def _import(module: str) -> Any:
+    # As `python -m` does: what lies in the current folder can be imported.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # a module that it imports itself
+        raise CallError(f"there is no module {error.name!r} here or among the installed ones") from None
 
 
 def _given_inputs(path: str) -> list[tuple[Any, ...]]:
@@ -101,15 +131,7 @@ def _find(path: str, kind: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not colon or not name or not all(module_name.split(".")):
         raise CallError(f"{path!r}: expected module:{kind}, such as mylib.ops:{name or 'name'}")
-    # As `python -m` does: what lies in the current folder can be imported.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # a module that it imports itself
-        raise CallError(f"there is no module {error.name!r} here or among the installed ones") from None
+    found = _import(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
             raise CallError(f"{path}: {found.__name__ if hasattr(found, '__name__') else found} has no {part!r}")
@@ -135,16 +157,19 @@ def _made_up_inputs(op: torch._ops.OpOverload) -> tuple[list[tuple[Any, ...]], l
 
 def _inputs_for(op: torch._ops.OpOverload, line: Notation) -> tuple[Any, ...]:
     """Floating tensors for a line of the rule: factors of distinct sizes, blocks of one that axes divide."""
-    sizes = dict(_sizes(line))
+    sizes, flags = dict(_sizes(line)), dict(line.when)
     generator = torch.Generator().manual_seed(0)
     patterns = iter(line.inputs)
     args: list[Any] = []
     for argument in op._schema.arguments:
         if argument.kwarg_only:
             break
+        values = flags.get(argument.name, ())
         if is_tensor(argument.type):
             shape = [torch.Size([sizes[f] for f in dim.factors]).numel() for dim in next(patterns).dims]
-            args.append(torch.randn(shape, generator=generator))
+            args.append(None if values == (None,) else torch.randn(shape, generator=generator))
+        elif values:
+            args.append(values[0])
         elif argument.has_default_value():
             args.append(argument.default_value)
         else:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.distributed.tensor.placement_types import Partial
+from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from moesaic.sharding.admission import Decision
 from moesaic.sharding.decide import RULES, admits
@@ -26,6 +26,11 @@ def is_local(given: Sequence[Placements], decided: Sequence[Placements]) -> bool
         for before, after in zip(given, decided, strict=True)
         for axis, (a, b) in enumerate(zip(before, after, strict=True))
     )
+
+
+def is_private(placements: Sequence[Placements]) -> bool:
+    """Whether one of them is of a kind that only torch's dispatch of an operator knows, such as ``_MaskPartial``."""
+    return any(type(p) not in (Replicate, Shard, Partial) for of_tensor in placements for p in of_tensor)
 
 
 def _names(mesh: Sequence[int]) -> tuple[str, ...]:

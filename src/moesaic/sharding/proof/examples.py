@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesaic.sharding.decide import is_tensor
+from moesaic.sharding.decide import hint_of_spaces, is_tensor
 from moesaic.sharding.notation import Dim, Notation, Pattern
 from moesaic.sharding.rule import Rule
-from moesaic.sharding.sizes import Shapes, factor_sizes
+from moesaic.sharding.sizes import Shapes, factor_sizes, fit
+from moesaic.sharding.when import flags_of, stands
 
 Op = torch._ops.OpOverload
 
@@ -26,6 +27,7 @@ class Example:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
         whole: whether its floating values are small whole numbers.
+        brief: whether only what is admitted or may be right is looked at: another example has the same form.
         eps: of the rounding inside of the operator, where that is coarser than its dtypes.
         fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors.
     """
@@ -35,6 +37,7 @@ class Example:
     line: Notation | None = None
     narrowed: bool = False
     whole: bool = False
+    brief: bool = False
     eps: float = 0.0
     fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -185,7 +188,11 @@ def with_line(example: Example, rule: Rule | None) -> Example:
         given = ", ".join(f"{n} {list(s)}" for n, s in zip(example.names, example.shapes, strict=True))
         lines = "\n".join(f"  {line}" for line in rule.lines)
         shapes = ", ".join(str(list(r)) for r in results)
-        raise ValueError(f"{example.op._name}: no line of its rule fits the shapes {given} -> {shapes}:\n{lines}")
+        unsaid = replace(rule, lines=tuple(replace(line, when=()) for line in rule.lines))
+        if line_for(example, unsaid, results) is not None:
+            raise ValueError(f"{example.op._name}: its rule does not stand for the flags of the example:\n{rule}")
+        hint = hint_of_spaces(rule, example.shapes)
+        raise ValueError(f"{example.op._name}: no line of its rule fits the shapes {given} -> {shapes}:\n{lines}{hint}")
     by_size = tuple(Pattern(tuple(Dim((f"size{n}",) if n != 1 else ()) for n in shape)) for shape in example.shapes)
     return replace(example, line=Notation("", by_size, (), frozenset()))
 
@@ -195,8 +202,10 @@ def line_for(example: Example, rule: Rule, results: Shapes) -> Notation | None:
     tensors = [a for i, a in enumerate(example.args) if is_tensor(example.op._schema.arguments[i].type)]
     present = [t is not None for t in tensors]
     present += [False] * (len(rule.tensors) - len(tensors))
-    lines = (line.given(present) for line in rule.lines)
-    return next((line for line in lines if factor_sizes(line, example.shapes, results) is not None), None)
+    flags = flags_of(example.op, example.args, {})
+    lines = (line.given(present) for line in rule.lines if stands(line, flags))
+    fitting = (fit(line, example.shapes, results) for line in lines)
+    return next((line for line, _ in filter(None, fitting)), None)
 
 
 def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Example]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate
 
+from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.internals import parts_of
 from moesaic.sharding.proof.examples import first_line, has_fractions
 from moesaic.sharding.proof.placing import join, same
@@ -65,10 +66,17 @@ def _random(like: Tensor, generator: torch.Generator, *, whole: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gradients are like: ``error`` is what is wrong, ``moved`` the collectives that were called."""
+    """What the gradients are like.
+
+    Attributes:
+        error: what is wrong.
+        moved: the collectives that were called.
+        refused: why there is none: the rule of an operator in the gradient does not admit where it arrives.
+    """
 
     error: str = ""
     moved: str = ""
+    refused: str = ""
 
 
 def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs, alone: OneProcess) -> Verdict:
@@ -79,6 +87,7 @@ def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs,
     as_results = [tuple(Replicate() if isinstance(p, Partial) else p for p in outputs[i]) for i in alone.results]
     replicated = [(Replicate(),) * len(trial.mesh)] * len(as_results)
     moved: dict[str, None] = {}
+    refused = ""
     try:
         for placements in [as_results] if as_results == replicated else [as_results, replicated]:
             came_as = f" of a gradient that is {', '.join(map(show, placements))}"
@@ -90,10 +99,17 @@ def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs,
             for ours, expected, p in zip(results, trial.expected, outputs, strict=True):
                 _compare("the result", trial, ours, expected, p)
             grads_in = [ranks.place(g, p) for g, p in zip(alone.grads_in, placements, strict=True)]
-            with _step("the backward" + came_as, moved):
-                grads = torch.autograd.grad(
-                    [results[i] for i in alone.results], _floating(leaves), grads_in, allow_unused=True
-                )
+            try:
+                with _step("the backward" + came_as, moved):
+                    grads = torch.autograd.grad(
+                        [results[i] for i in alone.results], _floating(leaves), grads_in, allow_unused=True
+                    )
+            except _Wrong as error:
+                if not isinstance(error.__cause__, ShardingError):
+                    raise
+                # Nothing is computed wrongly.
+                refused = refused or str(error)
+                continue
             names = [n for n, t in zip(trial.example.names, leaves, strict=True) if t.requires_grad]
             for name, ours, expected in zip(names, grads, alone.grads, strict=True):
                 if expected is not None:
@@ -101,7 +117,31 @@ def judge_gradients(ranks: Ranks, trial: Trial, inputs: Inputs, outputs: Inputs,
                     _compare(whose, trial, ours, expected)
     except _Wrong as error:
         return Verdict(error=str(error))
-    return Verdict(moved="\n".join(moved))
+    return Verdict(moved="\n".join(moved), refused=refused)
+
+
+def judge_through_dtensor(ranks: Ranks, trial: Trial, inputs: Inputs) -> Verdict:
+    """The results of the call on DTensors, replicated: all that DTensor's own dispatch does is done."""
+    tensors = zip(trial.example.tensors, inputs, strict=True)
+    try:
+        results = trial.example.run([ranks.place(t, p, seed=i) for i, (t, p) in enumerate(tensors)])
+        results = [_replicated(r) for r in results]
+    except Exception as error:
+        return Verdict(refused=first_line(error))
+    try:
+        for i, (ours, expected) in enumerate(zip(results, trial.expected, strict=True)):
+            _compare(f"result {i}", trial, ours, expected)
+    except _Wrong as error:
+        return Verdict(error=str(error))
+    return Verdict()
+
+
+def _replicated(t: Tensor) -> Tensor:
+    assert isinstance(t, DTensor)
+    # Sums first: torch's own kind of them does not know of shards that were gathered meanwhile.
+    for axis in sorted(range(t.device_mesh.ndim), key=lambda axis: not t.placements[axis].is_partial()):
+        t = t.redistribute(placements=[*t.placements[:axis], Replicate(), *t.placements[axis + 1 :]])
+    return t
 
 
 @contextlib.contextmanager

@@ -42,7 +42,10 @@ class Report:
         wrong: placements that are admitted and give wrong results or gradients: bugs.
         missing: placements that are right in all cases, or in all where sizes divide, and are not admitted.
         hidden: placements for which the inputs are redistributed first.
+        stuck: placements that are admitted and right, and whose gradient is refused: the rule of an operator in it
+            admits no gradient that lies where it arrives. ``redistribute=`` in that rule lets it be moved.
         untried: what the rule admits and no example tried: nothing is known about it.
+        refused: flags and absent tensors that the operator or the rule does not take, as made up for the proof.
         notes: how it was looked at, and what was left out.
     """
 
@@ -54,7 +57,9 @@ class Report:
     wrong: list[Record] = field(default_factory=list)
     missing: list[Record] = field(default_factory=list)
     hidden: list[Record] = field(default_factory=list)
+    stuck: list[Record] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -62,10 +67,15 @@ class Report:
         if text not in self.notes:
             self.notes.append(text)
 
+    def leave_untried(self, text: str) -> None:
+        """Add what was not tried, once."""
+        if text not in self.untried:
+            self.untried.append(text)
+
     @property
     def ok(self) -> bool:
-        """Whether something is admitted, all of it was tried, and nothing of it is wrong."""
-        return bool(self.admitted) and not self.wrong and not self.untried
+        """Whether something is admitted, all of it was tried, nothing of it is wrong, and no gradient is refused."""
+        return bool(self.admitted) and not self.wrong and not self.untried and not self.stuck
 
     @property
     def complete(self) -> bool:
@@ -74,10 +84,13 @@ class Report:
 
     @property
     def _failure(self) -> str:
-        return "WRONG" if self.wrong else "NOT ALL TRIED" if self.admitted else "NOTHING ADMITTED"
+        if self.wrong or not self.admitted:
+            return "WRONG" if self.wrong else "NOTHING ADMITTED"
+        return "GRADIENTS REFUSED" if self.stuck else "NOT ALL TRIED"
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in ("admitted", "wrong", "missing", "hidden"))
+        kinds = ("admitted", "wrong", "missing", "hidden", *(["stuck"] if self.stuck else []))
+        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in kinds)
         verdict = "ok" if self.ok else self._failure
         return f"<Report on {self.op}: {verdict}; {counts}>"
 
@@ -91,8 +104,13 @@ class Report:
             *self._section("admitted and WRONG", self.wrong),
             *self._section("right and not admitted", self.missing),
             *self._section(_MOVED, self.hidden),
+            *self._section("admitted and right, but the GRADIENT IS REFUSED", self.stuck[:1]),
         ]
         notes = [f"note: {text}" for text in self.notes]
+        if len(self.stuck) > 1:
+            notes.append(
+                f"note: the gradient is refused for {len(self.stuck) - 1} more placements, likely for one reason"
+            )
         notes += [f"NOT TRIED: {text}" for text in self.untried]
         verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG" if self.wrong else self._failure
         verdict += ", nothing missing" if self.complete else f", {len(self.missing)} missing"

@@ -1,14 +1,20 @@
 """Look through all placements of a call: which are right, which are admitted, and where the two disagree."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from moesaic.sharding.proof.deciders import Decider, is_local
+from torch.distributed.tensor.placement_types import Partial
+
+from moesaic.sharding.proof.deciders import Decider, is_local, is_private
+from moesaic.sharding.proof.gradients import judge_through_dtensor
 from moesaic.sharding.proof.report import Record
 from moesaic.sharding.proof.trial import EVEN, Case, Inputs, Trial, plainest, show
 from moesaic.sharding.rule import Placements, has_one_reduction
+from moesaic.sharding.simulated import Ranks
+
+_KINDS = ("admitted", "wrong", "hidden", "stuck")
 
 
 @dataclass
@@ -75,7 +81,9 @@ class Search:
     def __init__(self, decider: Decider, line: str) -> None:
         self.decider, self.line = decider, line
         self.standings: dict[Inputs, Standing] = {}
-        self.found: dict[str, dict[tuple[Inputs, Inputs], Record]] = {"admitted": {}, "wrong": {}, "hidden": {}}
+        self.found: dict[str, dict[tuple[Inputs, Inputs], Record]] = {k: {} for k in _KINDS}
+        # What only DTensor's own dispatch can run.
+        self.private: list[tuple[Trial, Inputs, Inputs]] = []
         self._right: dict[tuple[tuple[int, ...], Inputs, Inputs], dict[str, Trial]] = {}
 
     def judge(self, trial: Trial, choices: Iterable[Inputs]) -> None:
@@ -87,12 +95,15 @@ class Search:
                 self.standings[inputs] = Standing([set(o) for o in outputs], [set(o) for o in outputs], *nothing)
             standing = self.standings[inputs]
             tells = standing.is_open(even=trial.inputs_are_even(inputs))
-            if trial.example.narrowed and not standing.admitted and not tells:
+            if (trial.example.narrowed or trial.example.brief) and not standing.admitted and not tells:
                 # Wrong, and refused for the sizes that were given: other sizes would not be admitted either.
                 continue
             decision = self.decider(trial.example, inputs, trial.mesh)
             if decision is not None and is_local(inputs, decision.inputs):
                 standing.admitted = True
+                if is_private((*decision.inputs, *decision.outputs)):
+                    self.private.append((trial, inputs, decision.outputs))
+                    continue
                 error = trial.error(decision.inputs, decision.outputs)
                 self.note("wrong" if error else "admitted", trial, inputs, decision.outputs, error or "")
                 if not error:
@@ -107,6 +118,18 @@ class Search:
             if tells:
                 standing.update(trial, inputs)
         trial.forget()
+
+    def judge_private(self, ranks: Ranks) -> Iterator[str]:
+        """Run through DTensor what is admitted with placements of torch's own, since the last time; what it refuses."""
+        while self.private:
+            trial, inputs, outputs = self.private.pop()
+            verdict = judge_through_dtensor(ranks, trial, inputs)
+            # Each has its own sizes in it, and means the same.
+            outputs = tuple(map(_plain, outputs))
+            if verdict.refused:
+                yield f"{', '.join(map(show, inputs))} on {trial.case}: torch raises {verdict.refused}"
+            else:
+                self.note("wrong" if verdict.error else "admitted", trial, inputs, outputs, verdict.error)
 
     def missing(self) -> list[Record]:
         """What is right and was refused. Of pairs, those that do not follow from what is missing on one axis."""
@@ -136,7 +159,7 @@ class Search:
         return list(dict.fromkeys([*chosen, *(c for c in others if all(map(has_one_reduction, c)))])), len(of_good)
 
     def note(self, kind: str, trial: Trial, inputs: Inputs, outputs: Inputs, error: str) -> None:
-        """Record ``"admitted"``, ``"wrong"`` or ``"hidden"``: once for all cases."""
+        """Record ``"admitted"``, ``"wrong"``, ``"hidden"`` or ``"stuck"``: once for all cases."""
         known = self.found[kind].get((inputs, outputs))
         record = known or Record(inputs, outputs, trial.case, error, self.line, num_cases=0)
         self.found[kind][inputs, outputs] = replace(record, num_cases=record.num_cases + 1)
@@ -162,6 +185,10 @@ def on_each_axis(inputs: Inputs) -> list[Inputs]:
     """The choices for single axes that a choice for a mesh is made of."""
     num_axes = len(inputs[0]) if inputs else 0
     return [tuple((p[axis],) for p in inputs) for axis in range(num_axes)] if num_axes > 1 else []
+
+
+def _plain(placements: Placements) -> Placements:
+    return tuple(Partial(p.reduce_op) if isinstance(p, Partial) else p for p in placements)
 
 
 def _together(choices: Sequence[Inputs]) -> Inputs:
