@@ -143,6 +143,21 @@ def masked_scores(fill: float) -> Callable[..., Tensor]:
     return scores
 
 
+def within_capacity(x: Tensor, ids: Tensor, capacity: int) -> Tensor:
+    """An expert takes so many tokens; what comes after them is dropped."""
+    if x.device.type == "meta":
+        return torch.empty_like(x)
+    chosen = torch.nn.functional.one_hot(ids, 8)
+    return x * ((chosen.cumsum(0) * chosen).sum(1) <= capacity)[:, None]
+
+
+def in_window(x: Tensor, window: int) -> Tensor:
+    """Sums over the rows before, where there are more than fit into the window."""
+    if x.shape[0] <= window:
+        return x * 1
+    return x + torch.cat([torch.zeros_like(x[:window]), x[:-window]])
+
+
 def inside(dtype: torch.dtype) -> Callable[..., Tensor]:
     """A product computed in this dtype, whatever it is given."""
     return lambda x, w: (x.to(dtype) @ w.to(dtype)).to(x.dtype)

@@ -149,7 +149,7 @@ ERRORS = [
     ("a!! -> a", EXPECTED + "'!'", "  ^"),
     ("(a b)! -> a b", EXPECTED + "'!'", "     ^"),
     ("a * -> a", EXPECTED + "'*'", "  ^"),
-    ("a ... -> a", EXPECTED + "'.'", "  ^"),
+    ("a .. -> a", EXPECTED + "'.'", "  ^"),
     ("a - b -> a", EXPECTED + "'-'", "  ^"),
     ("a 2 -> a", EXPECTED + "'2'", "  ^"),
     ("a 2b -> a", EXPECTED + "'2'", "  ^"),

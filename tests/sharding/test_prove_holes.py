@@ -194,3 +194,23 @@ def test_other_flags_that_the_operator_refuses():
     report = moesaic.prove(op, x, False, **options)
     assert report.ok, f"{report}"
     assert [note for note in report.notes if note.startswith("not tried with flag=True: ") and "not on this" in note]
+
+
+def test_what_holds_until_an_expert_is_full():
+    few = torch.arange(13) % 7
+    op = ruled(
+        "(Tensor x, Tensor ids, int capacity) -> Tensor", planted.within_capacity, "t d, t -> t d", when={"capacity": 4}
+    )
+    report = moesaic.prove(op, random(13, 6), few, 4, **options)
+    (wrong,) = report.wrong
+    assert wrong.inputs == ((S0,), (S0,))
+    assert report.values == ["ids from 0 to 6, 7 values"]
+    assert "values: ids from 0 to 6, 7 values" in str(report)
+
+
+def test_what_holds_within_a_window():
+    op = ruled("(Tensor x, int window) -> Tensor", planted.in_window, "t d -> t d", when={"window": 12})
+    assert moesaic.prove(op, random(13, 6), 12, **options).wrong, "it was tried around the window"
+    op = ruled("(Tensor x, int window) -> Tensor", planted.in_window, "t d -> t d", when={"window": 64})
+    note = "window=64 is more than any size: what changes beyond it was not tried"
+    assert moesaic.prove(op, random(13, 6), 64, **options).notes == [note]

@@ -90,3 +90,17 @@ def test_values_that_the_operator_needs_are_kept():
     report = moesaic.prove(op, x.abs().bfloat16(), axes=(2,), meshes=[], backward=False)
     assert [n for n in report.notes if "its results for whole numbers are not finite: compared with the tolerance" in n]
     assert not [r for r in report.wrong if not isinstance(r.inputs[0][0], Partial)], f"{report}"
+
+
+def test_the_report_says_what_was_exact():
+    options = {"axes": (2, 3), "meshes": [], "backward": False}
+    report = moesaic.prove(ruled(TWO, planted.matmul, "m k, k n -> m n", linear=["x", "w"]), x, w, **options)
+    (found,) = report.certainty
+    assert (found.line, found.exact, found.num_exact) == ("m k, k n -> m n", ("[13, 12], [12, 14] float32",), 2)
+    assert found.num_sampled == report.num_cases - 2
+    assert "exact in 2 cases: [13, 12], [12, 14] float32\n    sampled within rounding in " in str(report)
+    report = moesaic.prove(ruled(ONE, torch.exp, "m n -> m n"), x, **options)
+    assert "exact in no case" in str(report)
+    report = moesaic.prove(ruled(ONE, torch.clone, "m n -> m n"), torch.arange(156).view(13, 12), **options)
+    assert report.certainty[0].num_sampled == 0
+    assert report.certainty[0].num_exact == report.num_cases

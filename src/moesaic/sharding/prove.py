@@ -30,10 +30,11 @@ from moesaic.sharding.proof.fakes import check_fake
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.placing import same
 from moesaic.sharding.proof.precision import exact, precise
-from moesaic.sharding.proof.report import Report
+from moesaic.sharding.proof.report import Report, certainty_of
 from moesaic.sharding.proof.search import Search
 from moesaic.sharding.proof.trial import EMPTY, Inputs, Trial
 from moesaic.sharding.proof.untried import made_up, note_untried
+from moesaic.sharding.proof.values import beyond_all_sizes, constants, described, skewed
 from moesaic.sharding.simulated import simulated_ranks
 
 # Names no real mesh has: DTensor and its operators keep decisions by meshes that compare equal.
@@ -109,6 +110,9 @@ def prove(
         examples = [example for call in given for example in _examples(report, op, call.args)]
         check_numbers(examples[0])
         examples += _made_up(report, examples, given)
+        report.values = described(examples)
+        for text in beyond_all_sizes(examples) if op in RULES else ():
+            report.note(text)
         _note_silent_results(report, examples)
         note_untried(report, examples)
         for of_form in _by_form(report, examples):
@@ -168,7 +172,7 @@ def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
 def _made_up(report: Report, examples: Sequence[Example], given: Sequence[Example]) -> list[Example]:
     """Examples with other flags, or without a tensor, where the rule admits them and the operator takes them."""
     found: list[Example] = []
-    for what, args in made_up(given):
+    for what, args in [*made_up(given), *skewed(examples[0])]:
         try:
             # As precise as can be: what is exact in the dtypes that are given was seen to be.
             new = _examples(report, examples[0].op, args)[0]
@@ -189,7 +193,7 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     for example in examples:
         # Whole numbers are held against the same sizes once more, not against all narrower ones.
         as_given = example.brief or (example.whole and example is not examples[0])
-        of_example = [example] if as_given else variants(example, report.meshes)
+        of_example = [example] if as_given else variants(example, report.meshes, [n for _, n in constants(example)])
         for variant in of_example:
             try:
                 results = variant.run()
@@ -228,6 +232,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
             tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)
             search.judge(trial, choices)
+            search.trials.append(trial)
             report.num_cases += 1
         if search.private:
             _prove_private(report, search, mesh)
@@ -235,6 +240,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
         for mesh in report.meshes:
             tell(f"gradients on {' x '.join(map(str, mesh))} ranks")
             _prove_gradients(report, search, mesh)
+    report.certainty.append(certainty_of(search.line, search.trials))
     report.admitted += search.records("admitted")
     report.wrong += search.records("wrong")
     report.missing += search.missing()

@@ -57,6 +57,13 @@ class Example:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(t.shape) for t in self.tensors)
 
+    def as_text(self) -> str:
+        """Shapes, dtypes and flags."""
+        dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in self.tensors)
+        flags = [a for i, a in enumerate(self.args) if i not in self.positions and a is not None]
+        parts = [f"{', '.join(str(list(shape)) for shape in self.shapes)} {', '.join(dtypes)}", *map(repr, flags)]
+        return ", ".join(parts)
+
     def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """The arguments with other tensors."""
         args = list(self.args)
@@ -208,8 +215,11 @@ def line_for(example: Example, rule: Rule, results: Shapes) -> Notation | None:
     return next((line for line, _ in filter(None, fitting)), None)
 
 
-def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Example]:
-    """The example, and narrower ones: sizes that divide by the axes, that do not, and that are too small for them."""
+def variants(example: Example, meshes: Sequence[Sequence[int]], constants: Sequence[int] = ()) -> Iterator[Example]:
+    """The example, and narrower ones: sizes that divide by the axes, that do not, and that are too small for them.
+
+    Where the operator has constants, such as the size of a window, there are sizes around them as well.
+    """
     yield example
     line, counts = example.line, sorted({n for mesh in meshes for n in mesh})
     assert line is not None
@@ -218,7 +228,7 @@ def variants(example: Example, meshes: Sequence[Sequence[int]]) -> Iterator[Exam
     fixed = _fixed(line, example)
     free = [f for f in sizes if f not in fixed]
     seen = [sizes]
-    for target in _targets({f: sizes[f] for f in free}, counts):
+    for target in _targets({f: sizes[f] for f in free}, counts, constants):
         narrow = sizes | target
         if narrow not in seen:
             seen.append(narrow)
@@ -266,7 +276,7 @@ def _sizes(line: Notation, example: Example) -> dict[str, int]:
     return {f: n for f, n in sizes.items() if f in line.factors}
 
 
-def _targets(sizes: Mapping[str, int], counts: Sequence[int]) -> Iterator[dict[str, int]]:
+def _targets(sizes: Mapping[str, int], counts: Sequence[int], constants: Sequence[int]) -> Iterator[dict[str, int]]:
     """Sizes up to the given ones."""
 
     def divisors(size: int) -> int:
@@ -276,6 +286,8 @@ def _targets(sizes: Mapping[str, int], counts: Sequence[int]) -> Iterator[dict[s
     for n in counts:
         yield {f: s - s % n for f, s in sizes.items() if s >= n}
     yield {f: max(range(1, s + 1), key=lambda t: (-divisors(t), t)) for f, s in sizes.items() if s}
+    for n in sorted({n for constant in constants for n in (constant - 1, constant, constant + 1)}):
+        yield {f: min(s, n) for f, s in sizes.items()}
     # Each factor is once of one, once of two, once of three, and at each time of another than its neighbour.
     for shift in range(3):
         yield {f: min(s, (i + shift) % 3 + 1) for i, (f, s) in enumerate(sizes.items())}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moesaic.sharding.proof.trial import Case, show
+from moesaic.sharding.proof.trial import Case, Trial, show
 from moesaic.sharding.rule import Placements
 
 _MOST_ROWS = 40
@@ -30,6 +30,38 @@ class Record:
     num_cases: int = 1
 
 
+@dataclass(frozen=True)
+class Certainty:
+    """How sure it is what was found out about a line of the rule: at these sizes, flags and values, and no others.
+
+    Attributes:
+        line: of the rule; "" where torch decides.
+        exact: calls of which all results were compared bit for bit, as text: shapes, dtypes, flags.
+        num_exact: in how many cases: calls times meshes.
+        num_sampled: cases in which results were compared within the rounding of the operator.
+        num_shapes: how many shapes these had.
+    """
+
+    line: str
+    exact: tuple[str, ...]
+    num_exact: int
+    num_sampled: int
+    num_shapes: int
+
+    def __str__(self) -> str:
+        exact = [f"exact in {self.num_exact} cases: {'; '.join(self.exact)}"] if self.exact else ["exact in no case"]
+        sampled = f"sampled within rounding in {self.num_sampled} cases of {self.num_shapes} shapes"
+        return "\n".join(f"    {text}" for text in [*exact, *([sampled] if self.num_sampled else [])])
+
+
+def certainty_of(line: str, trials: Sequence[Trial]) -> Certainty:
+    """What the trials of a line amount to."""
+    exact = [trial for trial in trials if trial.is_exact]
+    sampled = [trial for trial in trials if trial.is_exact is False]
+    calls = dict.fromkeys(trial.example.as_text() for trial in exact)
+    return Certainty(line, tuple(calls), len(exact), len(sampled), len({trial.example.shapes for trial in sampled}))
+
+
 @dataclass(repr=False)
 class Report:
     """What :func:`moesaic.prove` found. ``print`` shows it as a table.
@@ -46,6 +78,8 @@ class Report:
             admits no gradient that lies where it arrives. ``redistribute=`` in that rule lets it be moved.
         untried: what the rule admits and no example tried: nothing is known about it.
         refused: flags and absent tensors that the operator or the rule does not take, as made up for the proof.
+        certainty: for each line and kind of call, how results were compared.
+        values: what integer tensors had: of what depends on other values nothing is known.
         notes: how it was looked at, and what was left out.
     """
 
@@ -60,6 +94,8 @@ class Report:
     stuck: list[Record] = field(default_factory=list)
     untried: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    certainty: list[Certainty] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -106,6 +142,7 @@ class Report:
             *self._section(_MOVED, self.hidden),
             *self._section("admitted and right, but the GRADIENT IS REFUSED", self.stuck[:1]),
         ]
+        sections += ["", "certainty", *self._certainty()]
         notes = [f"note: {text}" for text in self.notes]
         if len(self.stuck) > 1:
             notes.append(
@@ -115,6 +152,13 @@ class Report:
         verdict = "nothing wrong" if self.ok else f"{len(self.wrong)} WRONG" if self.wrong else self._failure
         verdict += ", nothing missing" if self.complete else f", {len(self.missing)} missing"
         return "\n".join([*header, *sections, *notes, verdict])
+
+    def _certainty(self) -> list[str]:
+        lines = []
+        for found in self.certainty:
+            lines += [f"  {found.line or 'all calls'}", str(found)]
+        lines += [f"  values: {'; '.join(self.values)}"] if self.values else []
+        return [*lines, "  other sizes, values and flags: not tried"]
 
     def _section(self, title: str, records: Sequence[Record]) -> list[str]:
         lines = []

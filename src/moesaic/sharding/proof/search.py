@@ -82,6 +82,7 @@ class Search:
         self.decider, self.line = decider, line
         self.standings: dict[Inputs, Standing] = {}
         self.found: dict[str, dict[tuple[Inputs, Inputs], Record]] = {k: {} for k in _KINDS}
+        self.trials: list[Trial] = []
         # What only DTensor's own dispatch can run.
         self.private: list[tuple[Trial, Inputs, Inputs]] = []
         self._right: dict[tuple[tuple[int, ...], Inputs, Inputs], dict[str, Trial]] = {}

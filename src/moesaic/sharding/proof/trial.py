@@ -43,7 +43,8 @@ class Trial:
     def __init__(self, example: Example, expected: Sequence[Tensor], mesh: tuple[int, ...]) -> None:
         self.example, self.expected, self.mesh = example, tuple(expected), mesh
         self.case = Case(mesh, tuple(example.names), example.shapes)
-        self.is_exact = True
+        # Whether all that was compared had to be equal; None of what was never compared.
+        self.is_exact: bool | None = None
         self._allowed: dict[int, Tolerance] = {}
         self._split: dict[tuple[int, Placements], list[Tensor]] = {}
         self._last: tuple[Inputs, Parts | Exception] | None = None
@@ -61,7 +62,7 @@ class Trial:
         found = tolerance(expected, parts, self.eps, whole=self.example.whole)
         if any(expected is t for t in self.expected):
             self._allowed[id(expected)] = found
-        self.is_exact = self.is_exact and found == EXACT
+        self.is_exact = self.is_exact is not False and found == EXACT
         return found
 
     @cached_property
