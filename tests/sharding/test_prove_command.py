@@ -117,7 +117,7 @@ def test_exit_status_and_report(module, capsys, arguments, status, said):
         ("{0}", "'{0}': expected module:operator, such as mylib.ops:name"),
         ("nowhere::op", "there is no module 'nowhere' here or among the installed ones"),
         ("{0}::left", "{0}::left: the module '{0}' registers no such operator; say which does with --module"),
-        ("aten::add", "aten::add: say which overload: aten::add."),
+        ("aten::slice", "aten::slice: say which overload: aten::slice.Tensor"),
         ("{0}:left", "{0}:left: {0} has no 'left'"),
         ("{0}:number", "{0}:number: expected an operator: a custom_op"),
         ("{0}:without", "without has no sharding rule to make up inputs from: give --inputs module:function"),

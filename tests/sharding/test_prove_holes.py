@@ -170,6 +170,8 @@ def test_calls_without_an_optional_tensor_are_tried():
     schema, scale = "(Tensor x, Tensor? scale=None) -> Tensor", random(12)
     report = moesaic.prove(ruled(schema, scaled, "m n, m -> m n"), x, scale, **options)
     assert {r.case.names for r in report.wrong} == {("x",)}, f"{report}"
+    assert "x     scale  -> y  cases" in str(report), "a table for calls with it"
+    assert "  x     -> y  cases" in str(report), "and one for calls without"
     given = ruled(schema, scaled, "m n, m -> m n", linear=["x", "scale"], when={"scale": Tensor})
     assert moesaic.prove(given, x, scale, **options).ok
     report = moesaic.prove(ruled(schema, scaled, "m n, m -> m n"), x, **options)

@@ -1,7 +1,7 @@
 """The registry of rules, and what a rule decides about a call. It looks at global metadata alone, without DTensor."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,46 +80,66 @@ def decide(
     Raises:
         ShardingError: the rule does not admit the call. It names the nearest placements that it does.
     """
-    results, line, call = _call(op, args, placements, axes, kwargs or {})
-    decision = admit(RULES[op], line, call)
+    fitting = fitting_line(op, args, kwargs or {})
+    call = _call(op, fitting, placements, axes)
+    decision = admit(RULES[op], fitting.line, call)
     if decision is None:
-        raise ShardingError(explain(RULES[op], line, call))
-    return replace(decision, results=results)
+        raise ShardingError(explain(RULES[op], fitting.line, call))
+    return replace(decision, results=fitting.results)
 
 
 def admits(
-    op: torch._ops.OpOverload, args: Sequence[Any], placements: Sequence[Placements], axes: Mapping[str, int]
+    op: torch._ops.OpOverload, fitting: "Fitting", placements: Sequence[Placements], axes: Mapping[str, int]
 ) -> Decision | None:
     """As :func:`decide`, but None where that raises: making the text of the error takes longest."""
-    try:
-        _, line, call = _call(op, args, placements, axes, {})
-    except ShardingError:
-        return None
-    return admit(RULES[op], line, call)
+    return admit(RULES[op], fitting.line, _call(op, fitting, placements, axes))
 
 
-def _call(
-    op: torch._ops.OpOverload,
-    args: Sequence[Any],
-    placements: Sequence[Placements],
-    axes: Mapping[str, int],
-    kwargs: Mapping[str, Any],
-) -> tuple[tuple[Tensor, ...], Notation, Call]:
-    """The results on global shapes, the line that speaks for a call, and the call as admission sees it."""
+@dataclass(frozen=True)
+class Fitting:
+    """What of a call does not depend on placements.
+
+    Attributes:
+        line: of the rule, which speaks for the call.
+        sizes: of its factors.
+        results: on global shapes, without values.
+        numels, present: of the tensors that are given; for each tensor argument, whether it is.
+    """
+
+    line: Notation
+    sizes: dict[str, int]
+    results: tuple[Tensor, ...]
+    numels: tuple[int, ...]
+    present: tuple[bool, ...]
+
+
+def fitting_line(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Fitting:
+    """The line of the rule that speaks for a call.
+
+    Raises:
+        ShardingError: there is none.
+    """
     tensors = tensor_arguments(op, args, kwargs)
     results = _results(op, args, kwargs)
     shapes = [None if t is None else tuple(t.shape) for t in tensors]
     line, sizes = _line_for(op, shapes, [tuple(r.shape) for r in results], flags_of(op, args, kwargs))
-    call = Call(
+    numels = tuple(t.numel() for t in tensors if t is not None)
+    return Fitting(line, sizes, results, numels, tuple(t is not None for t in tensors))
+
+
+def _call(
+    op: torch._ops.OpOverload, fitting: Fitting, placements: Sequence[Placements], axes: Mapping[str, int]
+) -> Call:
+    """The call as admission sees it."""
+    return Call(
         op=op._name,
         axis_names=tuple(axes),
         axis_sizes=tuple(axes.values()),
         placements=tuple(map(tuple, placements)),
-        numels=tuple(t.numel() for t in tensors if t is not None),
-        present=tuple(t is not None for t in tensors),
-        sizes=sizes,
+        numels=fitting.numels,
+        present=fitting.present,
+        sizes=fitting.sizes,
     )
-    return results, line, call
 
 
 def _line_for(

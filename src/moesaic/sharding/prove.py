@@ -52,6 +52,7 @@ def prove(
     axes: Sequence[int] = (2, 3, 4),
     meshes: Sequence[tuple[int, ...]] = ((2, 2), (2, 3)),
     backward: bool = True,
+    make_up: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Try every placement of every input and result of an operator, and hold its sharding rule against what is right.
@@ -77,6 +78,8 @@ def prove(
         axes: sizes of meshes of one axis.
         meshes: shapes of larger meshes, of at most three axes.
         backward: whether to compare gradients. That needs a process group of its own (nothing is communicated).
+        make_up: whether to try calls that no example has, as far as they can be made up: without an optional tensor,
+            with other flags, with most of an integer tensor's numbers the same.
         on_progress: is told what is being looked at.
 
     Returns:
@@ -109,7 +112,7 @@ def prove(
         given = [Example(op, args) for args in (example_inputs, *also)]
         examples = [example for call in given for example in _examples(report, op, call.args)]
         check_numbers(examples[0])
-        examples += _made_up(report, examples, given)
+        examples += _made_up(report, examples, given) if make_up else []
         report.values = described(examples)
         for text in beyond_all_sizes(examples) if op in RULES else ():
             report.note(text)
@@ -174,15 +177,15 @@ def _made_up(report: Report, examples: Sequence[Example], given: Sequence[Exampl
     found: list[Example] = []
     for what, args in [*made_up(given), *skewed(examples[0])]:
         try:
-            # As precise as can be: what is exact in the dtypes that are given was seen to be.
-            new = _examples(report, examples[0].op, args)[0]
+            new = _examples(report, examples[0].op, args)
         except ValueError as error:
             report.refused.append(what)
             report.note(f"not tried with {what}: {first_line(error)}")
             continue
         # With the line and the tensors of an example it has the same placements: those that are right are looked at.
         known = {(e.line, tuple(e.positions)) for e in examples}
-        found.append(replace(new, brief=(new.line, tuple(new.positions)) in known))
+        brief = (new[0].line, tuple(new[0].positions)) in known
+        found += [replace(e, made_up=True, brief=brief) for e in (new[:1] if brief else new)]
     return found
 
 
@@ -227,7 +230,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
             if number > most:
                 report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
         for n, (example, results) in enumerate(runs):
-            if example.brief and len(mesh) > 1:
+            if example.brief and mesh != report.meshes[0]:
                 continue
             tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)

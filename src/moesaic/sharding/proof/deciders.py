@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
-from moesaic.sharding.admission import Decision
-from moesaic.sharding.decide import RULES, admits
+from moesaic.sharding.admission import Decision, ShardingError
+from moesaic.sharding.decide import RULES, admits, fitting_line
 from moesaic.sharding.internals import make_spec, mesh_without_ranks, propagate
 from moesaic.sharding.proof.examples import Example
 from moesaic.sharding.rule import Placements
@@ -38,7 +38,15 @@ def _names(mesh: Sequence[int]) -> tuple[str, ...]:
 
 
 def _by_rule(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:
-    return admits(example.op, example.args, placements, dict(zip(_names(mesh), mesh, strict=True)))
+    # Narrower examples share what is kept.
+    key = ("line", example.shapes)
+    if key not in example.fakes:
+        try:
+            example.fakes[key] = fitting_line(example.op, example.args, {})
+        except ShardingError:
+            example.fakes[key] = None
+    fitting = example.fakes[key]
+    return fitting and admits(example.op, fitting, placements, dict(zip(_names(mesh), mesh, strict=True)))
 
 
 def _by_torch(example: Example, placements: Sequence[Placements], mesh: Sequence[int]) -> Decision | None:

@@ -27,9 +27,11 @@ class Example:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
         whole: whether its floating values are small whole numbers.
+        made_up: whether the proof made it up: fewer sizes of it are tried.
         brief: whether only what is admitted or may be right is looked at: another example has the same form.
         eps: of the rounding inside of the operator, where that is coarser than its dtypes.
-        fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors.
+        fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors; and the
+            lines of the rule that fit.
     """
 
     op: Op
@@ -37,6 +39,7 @@ class Example:
     line: Notation | None = None
     narrowed: bool = False
     whole: bool = False
+    made_up: bool = False
     brief: bool = False
     eps: float = 0.0
     fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -228,7 +231,9 @@ def variants(example: Example, meshes: Sequence[Sequence[int]], constants: Seque
     fixed = _fixed(line, example)
     free = [f for f in sizes if f not in fixed]
     seen = [sizes]
-    for target in _targets({f: sizes[f] for f in free}, counts, constants):
+    targets = list(_targets({f: sizes[f] for f in free}, counts, constants))
+    # Of a call that is like another in all but a tensor or a flag: uneven sizes, and small ones.
+    for target in targets[-4:-2] if example.made_up else targets:
         narrow = sizes | target
         if narrow not in seen:
             seen.append(narrow)
@@ -285,9 +290,9 @@ def _targets(sizes: Mapping[str, int], counts: Sequence[int], constants: Sequenc
     yield {f: max(range(1, s + 1), key=lambda t: (divisors(t), t)) for f, s in sizes.items() if s}
     for n in counts:
         yield {f: s - s % n for f, s in sizes.items() if s >= n}
-    yield {f: max(range(1, s + 1), key=lambda t: (-divisors(t), t)) for f, s in sizes.items() if s}
     for n in sorted({n for constant in constants for n in (constant - 1, constant, constant + 1)}):
         yield {f: min(s, n) for f, s in sizes.items()}
+    yield {f: max(range(1, s + 1), key=lambda t: (-divisors(t), t)) for f, s in sizes.items() if s}
     # Each factor is once of one, once of two, once of three, and at each time of another than its neighbour.
     for shift in range(3):
         yield {f: min(s, (i + shift) % 3 + 1) for i, (f, s) in enumerate(sizes.items())}

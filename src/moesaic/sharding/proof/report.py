@@ -162,8 +162,9 @@ class Report:
 
     def _section(self, title: str, records: Sequence[Record]) -> list[str]:
         lines = []
-        for text in dict.fromkeys(r.line for r in records):
-            of_line = [r for r in records if r.line == text]
+        # Calls with and without an optional tensor have a table each.
+        for text, names in dict.fromkeys((r.line, r.case.names) for r in records):
+            of_line = [r for r in records if (r.line, r.case.names) == (text, names)]
             lines += ["", f"{title}: {text}" if text else title]
             # Of what is as it should be, pairs say nothing that the choices for one axis do not.
             on_one_axis = [r for r in of_line if len(r.case.mesh) == 1]

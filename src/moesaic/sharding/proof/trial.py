@@ -149,12 +149,12 @@ class Trial:
         return [list(parts) for parts in zip(*results, strict=True)]
 
     def _misfit(self, shapes: Sequence[Sequence[int]]) -> ValueError | None:
-        """Why a rank's shards are no call: a factor has two sizes, and a kernel might read past the end."""
+        """Why a rank's shards are no call: a factor or blocks have two sizes; a kernel might read past the end."""
         line = self.example.line
         sizes: dict[str, int] = {}
         for pattern, shape in zip(line.inputs, shapes, strict=True) if line and line.text else ():
             for dim, size in zip(pattern.dims, shape, strict=True):
-                if len(dim.factors) == 1 and sizes.setdefault(str(dim), size) != size:
+                if dim.factors and sizes.setdefault(str(dim), size) != size:
                     return ValueError(f"shards do not fit together: {dim} is both {sizes[str(dim)]} and {size}")
         return None
 
