@@ -112,23 +112,33 @@ class TopKRouter(nn.Module):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
             if self.logit_bias is not None:
                 logits_TE = logits_TE + self.logit_bias.to(gate_dtype)
-            scores_TE = logits_TE.softmax(-1) if self.config.score == "softmax" else logits_TE.sigmoid()
-            ids_TK = self._choose(scores_TE.detach())
-            weights_TK = scores_TE.gather(1, ids_TK)
-            if self.config.normalize_top_k:
-                weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
-            weights_TK = without_padding(weights_TK * self.config.route_scale, token_mask)
-            if token_mask is not None:
-                ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)
-            if self.training:
-                weights_TK = self._balance(logits_TE, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
-            return Routing(ids_TK, weights_TK, logits_TE)
+            return self.route(logits_TE, self.bias, token_mask, num_sequences)
+
+    def route(
+        self,
+        logits: Float[Tensor, "T E"],
+        bias: Float[Tensor, " E"] | None,
+        token_mask: Bool[Tensor, " T"] | None,
+        num_sequences: int,
+    ) -> Routing:
+        """What follows the gate, for routers that have gates of their own."""
+        scores_TE = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        ids_TK = self._choose(scores_TE.detach(), bias)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.config.normalize_top_k:
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
+        weights_TK = without_padding(weights_TK * self.config.route_scale, token_mask)
+        if token_mask is not None:
+            ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)
+        if self.training:
+            weights_TK = self._balance(logits, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
+        return Routing(ids_TK, weights_TK, logits)
 
     @torch.no_grad()
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def _choose(self, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
         config = self.config
-        if self.bias is not None:
-            scores_TE = scores_TE + self.bias
+        if bias_E is not None:
+            scores_TE = scores_TE + bias_E
         if config.num_groups > 1:
             groups_TGe = scores_TE.unflatten(1, (config.num_groups, -1))
             best_TG = groups_TGe.topk(min(config.group_best, groups_TGe.shape[2]), dim=2).values.sum(2)

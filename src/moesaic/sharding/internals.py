@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_run_for_local_tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -113,6 +114,19 @@ def box_at(t: DTensor, place: Sequence[int]) -> Box:
 def group_over_all_axes(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     """One group of all ranks of a mesh, its axes taken together. Collective on its first call."""
     return mesh._flatten(name).get_group()
+
+
+def group_that_its_ranks_make(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group of some ranks. They call this, and no other rank does.
+
+    torch makes the names of groups from how many there have been, and later ones of more ranks want the same name on
+    all. So this one does not count.
+    """
+    count = c10d._world.group_count
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    c10d._world.group_count = count
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -14,20 +14,32 @@ from moesaic.integrations.torchtitan.seams import check_seams
 
 check_seams()
 
-from torchtitan.config import derive, override
-from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
+from torchtitan.config import override
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
-from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, GptOssMoE
+from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
+from moesaic.integrations.torchtitan.known import derived, is_lora
+from moesaic.integrations.torchtitan.layer import MeshMoE, token_mask
 from moesaic.integrations.torchtitan.products import GptOssProductExperts, ProductExperts
 from moesaic.integrations.torchtitan.routed import GptOssExperts, MeshRoutedExperts, SwiGLUExperts
+from moesaic.integrations.torchtitan.routing import Choice, Gate, Router, UnbiasedChoice
 from moesaic.integrations.torchtitan.saved import save_our_operators
+from moesaic.layers.config import AuxLoss, MoEConfig
 from moesaic.ops.arguments import check_int
 from moesaic.ops.experts_mlp.activation import CLAMPED_SWIGLU_LIMIT
 
-__all__ = ["experts", "routed_experts"]
+__all__ = ["experts", "moe", "routed_experts", "token_mask"]
 
 save_our_operators()
+
+PRODUCTS = {
+    GroupedExperts.Config: ProductExperts.Config,
+    GptOssGroupedExperts.Config: GptOssProductExperts.Config,
+}
+ON_MESH = {GroupedExperts.Config: SwiGLUExperts.Config, GptOssGroupedExperts.Config: GptOssExperts.Config}
 
 
 @override(target=GroupedExperts.Config, description="products of moesaic.grouped_mm, in the dtype of the weights")
@@ -41,11 +53,7 @@ def experts(config: GroupedExperts.Config) -> GroupedExperts.Config:
     Raises:
         ValueError: experts of a class that is not known here, such as those that a converter makes.
     """
-    if type(config) is GroupedExperts.Config:
-        return derive(config, ProductExperts.Config)
-    if type(config) is GptOssGroupedExperts.Config:
-        return derive(config, GptOssProductExperts.Config)
-    raise ValueError(_unknown("experts", config))
+    return derived("experts", config, PRODUCTS)
 
 
 @override(target=RoutedExperts.Config, description="moesaic's exchange of tokens and experts_mlp, over ep x etp")
@@ -72,9 +80,8 @@ def routed_experts(config: RoutedExperts.Config, *, etp: int = 1) -> RoutedExper
     check_int("etp", etp)
     if etp < 1:
         raise ValueError(f"etp: must be at least 1, got {etp}")
-    if type(config) is not RoutedExperts.Config:
-        raise ValueError(_unknown("routed_experts", config))
     dispatcher, inner = config.token_dispatcher, config.inner_experts
+    ours = derived("routed_experts", inner, ON_MESH, etp=etp)
     if type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
         raise ValueError(
             f"routed_experts: would replace {type(dispatcher).__qualname__}, which was chosen for this model; build "
@@ -83,21 +90,92 @@ def routed_experts(config: RoutedExperts.Config, *, etp: int = 1) -> RoutedExper
         )
     if inner.hidden_dim % etp:
         raise ValueError(f"etp: {etp} does not divide the experts' hidden_dim {inner.hidden_dim}; choose a divisor")
-    if type(inner) is GroupedExperts.Config:
-        return derive(config, MeshRoutedExperts.Config, inner_experts=derive(inner, SwiGLUExperts.Config, etp=etp))
-    if type(inner) is GptOssGroupedExperts.Config:
-        if inner.swiglu_limit != CLAMPED_SWIGLU_LIMIT:
-            raise ValueError(
-                f"routed_experts: swiglu_limit {inner.swiglu_limit} is not the {CLAMPED_SWIGLU_LIMIT} of "
-                "moesaic.experts_mlp; use moesaic.integrations.torchtitan.experts, which takes any"
-            )
-        return derive(config, MeshRoutedExperts.Config, inner_experts=derive(inner, GptOssExperts.Config, etp=etp))
-    raise ValueError(_unknown("routed_experts", inner))
+    if isinstance(inner, GptOssGroupedExperts.Config) and inner.swiglu_limit != CLAMPED_SWIGLU_LIMIT:
+        raise ValueError(
+            f"routed_experts: swiglu_limit {inner.swiglu_limit} is not the {CLAMPED_SWIGLU_LIMIT} of "
+            "moesaic.experts_mlp; use moesaic.integrations.torchtitan.experts, which takes any"
+        )
+    return derived("routed_experts", config, {RoutedExperts.Config: MeshRoutedExperts.Config}, inner_experts=ours)
 
 
-def _unknown(override_name: str, config: object) -> str:
-    name = type(config).__qualname__
-    return (
-        f"{override_name}: {type(config).__module__}.{name} is not one of torchtitan's own classes, and what it adds "
-        "would be lost; take the converter or override that made it out, or leave this override out"
+@override(target=MoE.Config, description="moesaic's router, with balance losses and masks, exchange and experts")
+def moe(
+    config: MoE.Config,
+    *,
+    etp: int = 1,
+    aux_loss_coef: float = 0.0,
+    aux_loss: AuxLoss = "batch",
+    z_loss_coef: float = 0.0,
+    forwards_per_step: int = 1,
+) -> MoE.Config:
+    """Route as :class:`moesaic.TopKRouter` does, and all that :func:`routed_experts` does.
+
+    The gate computes in fp32 on every device. The gradients of the balance losses come with those of the layer's
+    output, as with :func:`moesaic.layers.attach_balance_losses`: torchtitan's loss, and what it logs, is the main loss
+    alone. Inside :func:`moesaic.balance_losses` the values are collected. torchtitan's counters of tokens, and its
+    update of the bias by them, work as before. :func:`token_mask` marks padding.
+
+    Args:
+        config: what torchtitan hands over.
+        etp: see :func:`routed_experts`.
+        aux_loss_coef, aux_loss, z_loss_coef: see :class:`moesaic.MoEConfig`. Sums and counts are over the tokens of all
+            ranks, or for ``aux_loss="sequence"`` over all parts of a sequence.
+        forwards_per_step: how many forward passes of the layer a step has: steps of gradient accumulation times
+            microbatches of the pipeline. Each has a balance loss, and they are divided by this number.
+
+    Raises:
+        TypeError, ValueError: as :func:`routed_experts` and :class:`moesaic.MoEConfig`; a gate, router or layer of a
+            class that is not known here. In the first step of an optimizer: another number of forward passes.
+    """
+    router, gate = config.router, config.router.gate
+    check_int("forwards_per_step", forwards_per_step)
+    if forwards_per_step < 1:
+        raise ValueError(f"forwards_per_step: must be at least 1, got {forwards_per_step}")
+    if router.num_expert_groups is not None and router.num_limited_groups is None:
+        raise ValueError("num_limited_groups: None, though there are num_expert_groups; set it in the router's config")
+    ours = MoEConfig(
+        dim=gate.in_features,
+        hidden_dim=config.routed_experts.inner_experts.hidden_dim,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        score=router.score_func,
+        normalize_top_k=router.route_norm,
+        route_scale=router.route_scale,
+        num_groups=router.num_expert_groups or 1,
+        top_groups=router.num_limited_groups or 1,
+        aux_loss_coef=aux_loss_coef,
+        aux_loss=aux_loss,
+        z_loss_coef=z_loss_coef,
+    )
+    choice = (UnbiasedChoice if config.load_balance_coeff is None else Choice).Config(
+        router=ours,
+        force_balance=router._debug_force_load_balance,
+        forwards_per_step=forwards_per_step,
+    )
+    choice.sharding_config = _sharding_of_choice(config)
+    if not is_lora(gate):
+        gate = derived("moe", gate, {Linear.Config: Gate.Config})
+    return derived(
+        "moe",
+        config,
+        dict.fromkeys((MoE.Config, GptOssMoE.Config), MeshMoE.Config),
+        router=derived("moe", router, {TokenChoiceTopKRouter.Config: Router.Config}, gate=gate, choice=choice),
+        routed_experts=routed_experts(config.routed_experts, etp=etp),
+    )
+
+
+def _sharding_of_choice(config: MoE.Config) -> ShardingConfig | None:
+    """Where what follows the gate gets its tensors: where the routed experts get theirs."""
+    routed = config.routed_experts.sharding_config
+    if routed is None or config.sharding_config is None:
+        return None
+    tokens = routed.in_dst_shardings["topk_scores_BLK"]
+    inputs = {"logits_BLE": tokens}
+    if config.load_balance_coeff is not None:
+        inputs["expert_bias_E"] = config.sharding_config.state_shardings["expert_bias_E"]
+    return ShardingConfig(
+        in_src_shardings=inputs,
+        in_dst_shardings=inputs,
+        out_src_shardings=(tokens, tokens, routed.in_dst_shardings["num_local_tokens_per_expert_E"]),
+        local_map=LocalMapConfig(in_grad_placements=(tokens, None)[: len(inputs)]),
     )

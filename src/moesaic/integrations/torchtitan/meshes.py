@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
+from moesaic.sharding.internals import group_that_its_ranks_make
+
 
 class ExpertMesh(NamedTuple):
     """The mesh with axes ``ep, etp``, and the group of all of its ranks."""
@@ -71,7 +73,5 @@ def _make(parallel_dims: ParallelDims, ranks: DeviceMesh, etp: int) -> ExpertMes
 def _group(ranks: torch.Tensor, everyone: dist.ProcessGroup) -> dist.ProcessGroup:
     if len(ranks) == everyone.size():
         return everyone
-    # Only these ranks call this: other stages of a pipeline may have no experts.
-    group = dist.new_group(ranks.tolist(), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    # Only these ranks come here: other stages of a pipeline may have no experts.
+    return group_that_its_ranks_make(ranks.tolist())

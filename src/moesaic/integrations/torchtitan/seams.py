@@ -31,6 +31,8 @@ class Seam(NamedTuple):
 
 
 SEAMS = (
+    Seam("torchtitan.components.lora", "_make_frozen_config", ("cfg",)),
+    Seam("torchtitan.components.lora", "_get_lora_cls", ("parent_cls",)),
     Seam("torchtitan.config", "derive", ("source", "target_cls", "deltas")),
     Seam("torchtitan.config", "override", ("target", "fqns", "description", "exact")),
     Seam("torchtitan.distributed", "ParallelDims", _PARALLEL_DIMS),
@@ -50,6 +52,31 @@ SEAMS = (
         _MOE,
         "RoutedExperts.forward",
         ("self", "x_BLD", "topk_scores_BLK", "topk_expert_ids_BLK", "num_local_tokens_per_expert_E"),
+    ),
+    Seam(
+        _MOE,
+        "TokenChoiceTopKRouter.Config",
+        (
+            "num_experts",
+            "gate",
+            "num_expert_groups",
+            "num_limited_groups",
+            "top_k",
+            "score_func",
+            "route_norm",
+            "route_scale",
+            "_debug_force_load_balance",
+        ),
+    ),
+    Seam(_MOE, "TokenChoiceTopKRouter.forward", ("self", "x_BLD", "expert_bias_E")),
+    Seam(_MOE, "MoE.Config", ("num_experts", "routed_experts", "router", "load_balance_coeff", "shared_experts")),
+    Seam(_MOE, "MoE.forward", ("self", "x_BLD")),
+    Seam("torchtitan.models.common.linear", "Linear.Config", ("in_features", "out_features", "bias")),
+    Seam("torchtitan.protocols.sharding", "LocalMapConfig", ("in_grad_placements",)),
+    Seam(
+        "torchtitan.protocols.sharding",
+        "ShardingConfig",
+        ("state_shardings", "in_src_shardings", "in_dst_shardings", "out_src_shardings", "local_map"),
     ),
     Seam("torchtitan.models.gpt_oss.moe", "GptOssGroupedExperts.Config", ("swiglu_limit",)),
     Seam("torchtitan.models.gpt_oss.moe", "swiglu", ("x", "alpha", "limit")),
