@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
@@ -78,6 +79,7 @@ class Choice(Module):
         has_losses = config.router.aux_loss_coef > 0 or config.router.z_loss_coef > 0
         self.count = ForwardsPerStep(config.forwards_per_step) if has_losses else None
         self.token_mask: Tensor | None = None
+        self.knows_ranks = False
         self._part = (0, 1)
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
@@ -94,7 +96,30 @@ class Choice(Module):
             # What all ranks of tp have alike gets the sum of their gradients there.
             assert isinstance(brain.loss_scale, float)
             brain.loss_scale /= parallel_dims.tp
+        self.knows_ranks = True
         super().parallelize(parallel_dims)
+
+    def look_for_ranks(self, weight: Tensor) -> None:
+        """Without tensor and expert parallelism ``partial_dtensor`` lays out nothing. FSDP's mesh has the ranks then.
+
+        Raises:
+            ValueError: there is no such mesh, or it does not tell which ranks have parts of the same sequences.
+        """
+        if self.knows_ranks or self.count is None or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        brain: TopKRouter = self.__dict__["brain"]
+        if not isinstance(weight, DTensor):
+            raise ValueError(
+                "moe: balance losses are over all ranks, and this model was neither parallelized nor sharded"
+            )
+        if brain.config.aux_loss_coef and brain.config.aux_loss == "sequence":
+            raise ValueError(
+                "aux_loss: for 'sequence' a layer has to know which ranks have parts of a sequence, which "
+                "spmd_backend 'partial_dtensor' tells it only with tensor or expert parallelism; take torchtitan's "
+                "default, --parallelism.spmd_backend spmd_types, or aux_loss 'batch'"
+            )
+        mesh = weight.device_mesh
+        brain.reduce_counts = partial(_sum_over_groups, groups=[mesh.get_group(i) for i in range(mesh.ndim)])
 
     def train(self, mode: bool = True) -> "Choice":
         self.__dict__["brain"].train(mode)
@@ -166,6 +191,7 @@ class Router(TokenChoiceTopKRouter):
         self.choice = config.choice.build()
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.choice.look_for_ranks(self.gate.weight)
         self.choice.start(self.gate.weight.device if buffer_device is None else buffer_device)
 
     def forward(self, x_BLD: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
