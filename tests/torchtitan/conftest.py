@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 NEEDS = ("torchtitan", "torchdata", "torch_checkpointing", "spmd_types")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 # Its Trainer does not come without these. Tests that need torchtitan's layers alone bring it themselves.
-collect_ignore = ["test_layouts.py", "test_state.py", "test_ways.py", "test_wire.py"] if MISSING else []
+collect_ignore = (
+    ["test_balance.py", "test_layouts.py", "test_state.py", "test_ways.py", "test_wire.py"] if MISSING else []
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

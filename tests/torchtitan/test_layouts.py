@@ -9,12 +9,13 @@ from tests.torchtitan.case import MODELS, Case, merged, run
 from tests.torchtitan.compare import assert_equal
 from tests.torchtitan.layouts import cases
 
-# All layouts with one model, and each other one with the others.
+# All layouts with one model, and each other one with the others. `moe` differs before the exchange only.
+EVERY = {"experts": (1, 2, 2), "routed_experts": (1, 2, 2), "moe": (3, 3, 3)}
 TRIED = [
     tried
-    for override in ("experts", "routed_experts")
+    for override, every in EVERY.items()
     for n, model in enumerate(MODELS)
-    for tried in cases(model, override, every=min(n + 1, 2), first=n // 2)
+    for tried in cases(model, override, every=every[n], first=n % every[n])
 ]
 
 
@@ -24,7 +25,7 @@ def test_override_equals_stock(same_ranks, alone, differences, world_size, case)
     differences.append(f"{world_size} {case}: loss {differ.loss:.1e}, gradient {differ.gradient:.1e} ({differ.name})")
 
 
-@pytest.mark.parametrize("override", ["experts", "routed_experts"])
+@pytest.mark.parametrize("override", ["experts", "routed_experts", "moe"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("forced", "losses"), [(True, 1e-4), (False, 1e-2)], ids=["forced", "free"])
 def test_twenty_steps(same_ranks, alone, model, override, forced, losses):
