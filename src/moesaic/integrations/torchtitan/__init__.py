@@ -177,5 +177,5 @@ def _sharding_of_choice(config: MoE.Config) -> ShardingConfig | None:
         in_src_shardings=inputs,
         in_dst_shardings=inputs,
         out_src_shardings=(tokens, tokens, routed.in_dst_shardings["num_local_tokens_per_expert_E"]),
-        local_map=LocalMapConfig(in_grad_placements=(tokens, None)[: len(inputs)]),
+        local_map=LocalMapConfig(in_grad_placements=tuple(inputs.values())),
     )

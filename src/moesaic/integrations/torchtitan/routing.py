@@ -142,7 +142,8 @@ class Choice(Module):
         brain: TopKRouter = self.__dict__["brain"]
         if brain.load.is_meta:
             self.start(logits_BLE.device)
-        if self.count is not None and self.training:
+        # A pipeline asks for shapes by a forward pass without gradients.
+        if self.count is not None and self.training and torch.is_grad_enabled():
             self.count.one_more()
         # Not flatten: it cannot tell what is in a dim of size zero.
         with no_autocast(logits_BLE.device.type):
