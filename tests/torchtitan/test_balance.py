@@ -27,6 +27,7 @@ CASES = [
     (2, Case("deepseek_v3", "moe", BATCH, tp=2, ep=2, backend="full_dtensor")),
     (2, Case("deepseek_v3", "moe", SEQUENCE, tp=2, ep=2, etp=2, ac="full")),
     (2, Case("qwen3", "moe", SEQUENCE, cp=2, ep=2)),
+    (2, Case("qwen3", "moe", BATCH, ep=2, etp=2, more=("--compile.enable", "--compile.backend", "aot_eager"))),
     (2, Case("qwen3", "moe", (*OF_EACH_TOKEN, ("forwards_per_step", 2)), ep=2, accumulate=2)),
     (2, Case("qwen3", "moe", (*OF_EACH_TOKEN, ("forwards_per_step", 8)), pp=2)),
     (4, Case("gpt_oss", "moe", SEQUENCE, tp=2, ep=4, etp=2)),

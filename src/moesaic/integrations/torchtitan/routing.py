@@ -42,7 +42,7 @@ class Gate(Linear):
             return F.linear(input.to(dtype), self.weight.to(dtype), bias_E)
 
 
-class _Brain(TopKRouter):
+class _Chooser(TopKRouter):
     """Our router, without its gate. torchtitan wants its own modules as children, so this is nobody's child."""
 
     def __init__(self, config: MoEConfig, *, force_balance: bool) -> None:
@@ -72,30 +72,33 @@ class Choice(Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        brain = _Brain(config.router, force_balance=config.force_balance)
-        brain.loss_scale = 1 / config.forwards_per_step
-        # Not by assignment, which would make it a child.
-        self.__dict__["brain"] = brain
+        chooser = _Chooser(config.router, force_balance=config.force_balance)
+        chooser.loss_scale = 1 / config.forwards_per_step
+        # In a tuple it is no child.
+        self._held = (chooser,)
         has_losses = config.router.aux_loss_coef > 0 or config.router.z_loss_coef > 0
         self.count = ForwardsPerStep(config.forwards_per_step) if has_losses else None
         self.token_mask: Tensor | None = None
         self.knows_ranks = False
         self._part = (0, 1)
 
+    @property
+    def chooser(self) -> TopKRouter:
+        return self._held[0]
+
     def parallelize(self, parallel_dims: ParallelDims) -> None:
-        brain: TopKRouter = self.__dict__["brain"]
         # With expert parallelism torchtitan cuts sequences over tp, too. Without, all ranks of tp have the same tokens.
         is_cut = parallel_dims.ep > 1 and parallel_dims.tp > 1
         everyone, same_sequences = ["loss", *["tp"] * is_cut], ["cp", *["tp"] * is_cut]
-        brain.reduce_counts = _sum_over(parallel_dims, everyone)
-        brain.reduce_sequences = _sum_over(parallel_dims, same_sequences)
-        brain.sequence_parts = parallel_dims.cp * (parallel_dims.tp if is_cut else 1)
+        self.chooser.reduce_counts = _sum_over(parallel_dims, everyone)
+        self.chooser.reduce_sequences = _sum_over(parallel_dims, same_sequences)
+        self.chooser.sequence_parts = parallel_dims.cp * (parallel_dims.tp if is_cut else 1)
         if is_cut:
             self._part = parallel_dims.get_mesh("tp").get_local_rank(), parallel_dims.tp
         elif parallel_dims.tp > 1 and parallel_dims.spmd_backend == "spmd_types":
             # What all ranks of tp have alike gets the sum of their gradients there.
-            assert isinstance(brain.loss_scale, float)
-            brain.loss_scale /= parallel_dims.tp
+            assert isinstance(self.chooser.loss_scale, float)
+            self.chooser.loss_scale /= parallel_dims.tp
         self.knows_ranks = True
         super().parallelize(parallel_dims)
 
@@ -107,28 +110,26 @@ class Choice(Module):
         """
         if self.knows_ranks or self.count is None or not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        brain: TopKRouter = self.__dict__["brain"]
         if not isinstance(weight, DTensor):
             raise ValueError(
                 "moe: balance losses are over all ranks, and this model was neither parallelized nor sharded"
             )
-        if brain.config.aux_loss_coef and brain.config.aux_loss == "sequence":
+        if self.chooser.config.aux_loss_coef and self.chooser.config.aux_loss == "sequence":
             raise ValueError(
                 "aux_loss: for 'sequence' a layer has to know which ranks have parts of a sequence, which "
                 "spmd_backend 'partial_dtensor' tells it only with tensor or expert parallelism; take torchtitan's "
                 "default, --parallelism.spmd_backend spmd_types, or aux_loss 'batch'"
             )
         mesh = weight.device_mesh
-        brain.reduce_counts = partial(_sum_over_groups, groups=[mesh.get_group(i) for i in range(mesh.ndim)])
+        self.chooser.reduce_counts = partial(_sum_over_groups, groups=[mesh.get_group(i) for i in range(mesh.ndim)])
 
     def train(self, mode: bool = True) -> "Choice":
-        self.__dict__["brain"].train(mode)
+        self.chooser.train(mode)
         return super().train(mode)
 
     def start(self, device: torch.device) -> None:
         """Set all counts to zero, on the device of the tokens."""
-        brain: TopKRouter = self.__dict__["brain"]
-        brain.load = torch.zeros(brain.config.num_experts, dtype=torch.int64, device=device)
+        self.chooser.load = torch.zeros(self.chooser.config.num_experts, dtype=torch.int64, device=device)
         if self.count is not None:
             self.count.start(device)
 
@@ -139,15 +140,14 @@ class Choice(Module):
         """Routing weights ``[B, L, K]``, ids ``[B, L, K]``, -1 for padding, and how many tokens each expert gets."""
         B, L, E = logits_BLE.shape
         mask_T = self._mask(B, L)
-        brain: TopKRouter = self.__dict__["brain"]
-        if brain.load.is_meta:
+        if self.chooser.load.is_meta:
             self.start(logits_BLE.device)
         # A pipeline asks for shapes by a forward pass without gradients.
         if self.count is not None and self.training and torch.is_grad_enabled():
             self.count.one_more()
         # Not flatten: it cannot tell what is in a dim of size zero.
         with no_autocast(logits_BLE.device.type):
-            ids_TK, weights_TK, _ = brain.route(logits_BLE.reshape(B * L, E), bias_E, mask_T, B)
+            ids_TK, weights_TK, _ = self.chooser.route(logits_BLE.reshape(B * L, E), bias_E, mask_T, B)
         ids = ids_TK.flatten()
         # Floats, as torchtitan's own counters are.
         counts_E = logits_BLE.new_zeros(E, dtype=torch.float32)
