@@ -18,6 +18,7 @@ import moesaic
 from moesaic.integrations.torchtitan.forms import GPT_OSS, SWIGLU, Form, local_operands, operands_on
 from moesaic.integrations.torchtitan.hidden import HiddenAxis, check_halves, hidden_axis
 from moesaic.integrations.torchtitan.meshes import ExpertMesh, expert_mesh
+from moesaic.integrations.torchtitan.unchecked import unchecked
 from moesaic.layers.dispatch import Dispatched, Dispatcher, LocalDispatcher
 from moesaic.layers.router import Routing
 from moesaic.parallel.dispatch import MeshDispatcher
@@ -122,7 +123,8 @@ class MeshRoutedExperts(RoutedExperts):
                 f"etp: {experts.etp} splits the ranks of expert_parallel_degree, which is 1; set "
                 f"--parallelism.expert_parallel_degree to ep * etp, at least {experts.etp}"
             )
-        routing = Routing(topk_expert_ids_BLK.flatten(0, 1), topk_scores_BLK.flatten(0, 1))
-        sent = self.dispatcher.dispatch(x_BLD.flatten(0, 1), routing, experts.num_experts)
-        z = self.dispatcher.combine(experts(sent), sent)
-        return z.to(x_BLD.dtype).view_as(x_BLD)
+        with unchecked():
+            routing = Routing(topk_expert_ids_BLK.flatten(0, 1), topk_scores_BLK.flatten(0, 1))
+            sent = self.dispatcher.dispatch(x_BLD.flatten(0, 1), routing, experts.num_experts)
+            z = self.dispatcher.combine(experts(sent), sent)
+            return z.to(x_BLD.dtype).view_as(x_BLD)

@@ -21,6 +21,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from torchtitan.protocols.module import Module
 
 from moesaic.integrations.torchtitan.steps import ForwardsPerStep
+from moesaic.integrations.torchtitan.unchecked import unchecked
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.router import TopKRouter
 from moesaic.ops.autocast import no_autocast
@@ -134,7 +135,8 @@ class Choice(Module):
             self.count.start(device)
 
     def forward(self, logits_BLE: Tensor, expert_bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.choose(logits_BLE, expert_bias_E)
+        with unchecked():
+            return self.choose(logits_BLE, expert_bias_E)
 
     def choose(self, logits_BLE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Routing weights ``[B, L, K]``, ids ``[B, L, K]``, -1 for padding, and how many tokens each expert gets."""
@@ -177,7 +179,8 @@ class UnbiasedChoice(Choice):
 
     # torchtitan reads from the signature which tensors enter the region.
     def forward(self, logits_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyrefly: ignore [bad-override]
-        return self.choose(logits_BLE, None)
+        with unchecked():
+            return self.choose(logits_BLE, None)
 
 
 class Router(TokenChoiceTopKRouter):

@@ -31,6 +31,7 @@ class Seam(NamedTuple):
 
 
 SEAMS = (
+    Seam("spmd_types", "is_type_checking", ()),
     Seam("torchtitan.components.lora", "_make_frozen_config", ("cfg",)),
     Seam("torchtitan.components.lora", "_get_lora_cls", ("parent_cls",)),
     Seam("torchtitan.config", "derive", ("source", "target_cls", "deltas")),
