@@ -132,7 +132,9 @@ class Choice(Module):
         """Set all counts to zero, on the device of the tokens."""
         self.chooser.load = torch.zeros(self.chooser.config.num_experts, dtype=torch.int64, device=device)
         if self.count is not None:
-            self.count.start(device)
+            # A buffer, for a pipeline puts those back after the passes by which it asks for shapes. Not earlier:
+            # torchtitan would ask where it lies.
+            self.register_buffer("forwards", self.count.start(device), persistent=False)
 
     def forward(self, logits_BLE: Tensor, expert_bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with unchecked():
@@ -144,7 +146,7 @@ class Choice(Module):
         mask_T = self._mask(B, L)
         if self.chooser.load.is_meta:
             self.start(logits_BLE.device)
-        # A pipeline asks for shapes by a forward pass without gradients.
+        # A pass without gradients is part of no step.
         if self.count is not None and self.training and torch.is_grad_enabled():
             self.count.one_more()
         # Not flatten: it cannot tell what is in a dim of size zero.

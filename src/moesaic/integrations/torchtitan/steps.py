@@ -27,11 +27,12 @@ class ForwardsPerStep:
         self.expected = expected
         self._seen: Tensor | None = None
 
-    def start(self, device: torch.device | None) -> None:
-        """Count from now on."""
+    def start(self, device: torch.device | None) -> Tensor:
+        """Count from now on, in the tensor that is returned."""
         self._seen, self._one = (make(1, dtype=torch.int64, device=device) for make in (torch.zeros, torch.ones))
         _watch_optimizers()
         _WATCHED.add(self)
+        return self._seen
 
     def one_more(self) -> None:
         if self._seen is not None:
