@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.distributed.pool import Ranks
+from moesaic.testing.pool import Ranks
 from tests.torchtitan.case import Case, Record, merged, run
 from tests.torchtitan.compare import assert_equal
 
