@@ -100,11 +100,13 @@ def deepseek_v3_muon() -> Any:
     from torchtitan.distributed.flex_shard import BucketConfig, ComputeLayout
 
     config = _small(deepseek_v3_debugmodel)
+    muon = {"lr": 8e-4, "foreach": False, "adjust_lr_fn": "match_rms_adamw"}
     names = [f"layers.1.moe.routed_experts.inner_experts.{w}" for w in ("w1_EFD", "w2_EDF", "w3_EFD")]
     layout = ComputeLayout(shardings_by_mesh_axis=dict.fromkeys(("dp_shard", "efsdp", "ep"), Shard(0)))
     config.optimizer = OptimizersContainer.Config(
+        implementation="foreach",
         param_groups=[
-            ParamGroupConfig(pattern="inner_experts", optimizer_name="DistMuon", optimizer_kwargs={"lr": 8e-4}),
+            ParamGroupConfig(pattern="inner_experts", optimizer_name="DistMuon", optimizer_kwargs=muon),
             ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 8e-4}),
         ],
         optimizer_factory_kwargs_by_name={

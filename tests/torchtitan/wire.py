@@ -7,12 +7,12 @@ and an all-to-all what its sizes say. How a network carries them is its own affa
 from collections import Counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from benchmarks.wire_bytes import SENDS_NOTHING
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moesaic.testing.pool import Ranks
 from tests.torchtitan.case import Case, fresh, set_weights, trainer_of
 
 
@@ -37,7 +37,7 @@ class Count(TorchDispatchMode):
 
 
 def _bytes(name: str, args: dict[str, Any]) -> tuple[str, int]:
-    group = args.get("process_group") or args.get("group_name") or args.get("group")
+    [group] = (args[key] for key in ("process_group", "group_name", "group") if key in args)
     group = _resolve_process_group(group) if isinstance(group, str) else dist.ProcessGroup.unbox(group)
     others, ranks = group.size() - 1, group.size()
     match name:
@@ -88,15 +88,11 @@ def add(ranks: list[dict[str, int]]) -> Counter[str]:
     return total
 
 
-if __name__ == "__main__":  # the table of docs/torchtitan.md
-    from moesaic.testing.pool import Ranks
-
-    torch.set_num_threads(1)
-    LAYOUTS = ({"ep": 8}, {"ep": 8, "tp": 2}, {"ep": 4, "tp": 4})
+def table() -> None:
+    """What docs/torchtitan.md says: `python -c 'import tests.torchtitan.wire as w; w.table()'`."""
+    layouts: tuple[dict[str, int], ...] = ({"ep": 8}, {"tp": 2, "ep": 8}, {"tp": 2, "ep": 4})
     with Ranks(8) as eight:
-        for layout in LAYOUTS:
-            for override in ("", "routed_experts"):
-                case = Case("qwen3_64", override, steps=2, **layout)
+        for layout in layouts:
+            for override, etp in (("", 1), ("routed_experts", 1), ("routed_experts", 2)):
+                case = Case("qwen3_64", override, steps=2, etp=etp, **layout)
                 print(case, dict(sorted(add(eight(sent_in_a_step, case)).items())), flush=True)
-            case = Case("qwen3_64", "routed_experts", steps=2, etp=2, **layout)
-            print(case, dict(sorted(add(eight(sent_in_a_step, case)).items())), flush=True)
