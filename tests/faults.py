@@ -42,6 +42,20 @@ _NORM = ("tests/distributed/test_gradients.py::test_norm_over_all_meshes[2.0-Non
 
 FAULTS = (
     Fault(
+        "a check does not add up what ranks have",
+        "testing/diagnose.py",
+        "return torch.stack([self.values[r] for r in group]).sum(0)",
+        "return self.values[group[0]]",
+        ("tests/testing/test_diagnose.py",),
+    ),
+    Fault(
+        "a tie of the routing is a fault to a check",
+        "testing/routing.py",
+        "mine.ids = torch.where(tied[:, None], theirs, chosen)",
+        "mine.ids = chosen",
+        ("tests/testing/test_check.py::test_ties_of_the_routing_are_no_fault",),
+    ),
+    Fault(
         "a replicated parameter's gradient is not summed over tp",
         "parallel/local.py",
         "grads = [Partial() if p.is_replicate() else p for p in parameter.placements]",
