@@ -1,5 +1,6 @@
 """Damaged files of a model: one documented kind of error, which names the file; and nothing in them loads code."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -142,7 +143,7 @@ def _survives(folder, tmp_path):
         assert said is None or str(folder) in said or "model" in said or "config" in said, said
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [2, pytest.param(200, marks=pytest.mark.long)])
 def test_any_value_in_a_config(whole, tmp_path, examples):
     names = sorted(json.loads((whole / "config.json").read_text()))
 
@@ -152,6 +153,23 @@ def test_any_value_in_a_config(whole, tmp_path, examples):
         folder = _copy(whole, tmp_path / "m")
         _change(folder, "config.json", lambda config: config.update({name: value}))
         _survives(folder, tmp_path)
+
+    check()
+
+
+@pytest.mark.parametrize("examples", [2, pytest.param(200, marks=pytest.mark.long)])
+def test_any_value_in_the_config_of_a_run(whole, tmp_path, examples):
+    run = tmp_path / "run"
+    convert(whole, run)
+    good = json.loads((run / "config.json").read_text())
+
+    @hypothesis.settings(max_examples=examples)
+    @hypothesis.given(st.sampled_from(sorted(good["model"])), _JSON)
+    def check(name, value):
+        (run / "config.json").write_text(json.dumps({"model": good["model"] | {name: value}}))
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with contextlib.suppress(*_DOCUMENTED):
+            convert(run, tmp_path / "out")
 
     check()
 

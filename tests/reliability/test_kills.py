@@ -79,9 +79,8 @@ def _kill_at_each(ranks, root, work, check, world_size, *, same_step=True, excha
     return sum(counts)
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
-def test_a_checkpoint_that_is_written_again(tmp_path, ranks, exchange):
-    assert _kill_at_each(ranks, tmp_path, _save, _check_checkpoint, 1, exchange=exchange, only=_RENAMES) >= 2
+def test_a_checkpoint_that_is_written_again(tmp_path, ranks):
+    assert _kill_at_each(ranks, tmp_path, _save, _check_checkpoint, 1, exchange=False, only=_RENAMES) >= 3
 
 
 def test_an_export_over_an_export(tmp_path, ranks):

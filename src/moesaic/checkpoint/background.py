@@ -26,7 +26,7 @@ class _Save:
 
     def __init__(self, write: Callable[[], Any], group: dist.ProcessGroup | None):
         self._write, self._group = write, group
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         # Python waits for it at the end of the process.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=False)
         self._thread.start()
@@ -35,7 +35,7 @@ class _Save:
         try:
             with ranks.talking_in(self._group):
                 self._write()
-        except Exception as error:
+        except BaseException as error:
             self._error = error
 
     def wait(self) -> None:

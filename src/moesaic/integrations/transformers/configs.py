@@ -16,6 +16,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from moesaic.checkpoint import CheckpointError
+
 # Attention that torch and transformers bring along. Others may be kernels that transformers would fetch.
 _BUILT_IN = (None, "eager", "sdpa", "flex_attention")
 _SIZES = ("size", "dim", "num_", "heads", "layers", "experts", "rank", "position", "_k", "step")
@@ -27,12 +29,12 @@ _log = logging.getLogger(__name__)
 def damage_is_value_error(place: str | Path, values: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Turn what a damaged file makes transformers or torch raise into ``ValueError`` that names the file.
 
-    ``OSError``, ``NotImplementedError`` and ``ValueError`` pass; the text of the last gets the file's name if it lacks
-    it. ``values`` are those of a config: sizes among them that cannot be are named.
+    ``OSError``, ``NotImplementedError``, ``CheckpointError`` and ``ValueError`` pass; the text of the last gets the
+    file's name if it lacks it. ``values`` are those of a config: sizes among them that cannot be are named.
     """
     try:
         yield
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError, CheckpointError):
         raise
     except Exception as error:
         text = str(error).strip().partition("\n\n")[0].replace("\n", " ")

@@ -132,10 +132,10 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     with damage_is_value_error(run / CONFIG, config.to_dict()):
         plain = model_on_meta(config, dtype or own)
-    plain.config.architectures = [type(plain).__name__]
-    swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
-    original = to_original_names(swapped, stored, restore_dtypes=False)
-    tensors = to_file_names(plain, _cast(original, plain if dtype else None))
+        plain.config.architectures = [type(plain).__name__]
+        swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
+        original = to_original_names(swapped, stored, restore_dtypes=False)
+        tensors = to_file_names(plain, _cast(original, plain if dtype else None))
     write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, _tokenizer_of(run)))
     with open_files(target) as files:
         meant = _cast(original, plain if dtype else None)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
+from moesaic.integrations.transformers.configs import damage_is_value_error
 from moesaic.integrations.transformers.files import copy_tokenizer, open_files, require_new
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.loading import Source, empty_model
@@ -138,20 +139,21 @@ def upcycle(
     require_new(dense, Path(out), "out")
     with open_files(dense) as files:
         source = empty_model(Source(dense), files)
-        target = _target(source.config)
-        F = source.config.intermediate_size
-        if F % granularity:
-            raise ValueError(f"granularity: {granularity} does not divide the hidden dim {F} of the dense layers")
-        config = _moe_config(source.config, target, experts, top_k, F // granularity)
-        with torch.device("meta"):
-            plain: Any = AutoModelForCausalLM.from_config(config, dtype=source.dtype, trust_remote_code=False)
-        plain.config.architectures = [type(plain).__name__]
-        plain.generation_config = source.generation_config
-        state = to_model_names(source, files.tensors)
-        recipe = _Recipe(experts, granularity, noise, seed, config.initializer_range, source.dtype)
-        for layer in range(config.num_hidden_layers):
-            recipe.apply(state, f"model.layers.{layer}.mlp", has_shared=target.config is Qwen2MoeConfig)
-        _check_shapes(state, plain)
+        with damage_is_value_error(dense, source.config.to_dict()):
+            target = _target(source.config)
+            F = source.config.intermediate_size
+            if F % granularity:
+                raise ValueError(f"granularity: {granularity} does not divide the hidden dim {F} of the dense layers")
+            config = _moe_config(source.config, target, experts, top_k, F // granularity)
+            with torch.device("meta"):
+                plain: Any = AutoModelForCausalLM.from_config(config, dtype=source.dtype, trust_remote_code=False)
+            plain.config.architectures = [type(plain).__name__]
+            plain.generation_config = source.generation_config
+            state = to_model_names(source, files.tensors)
+            recipe = _Recipe(experts, granularity, noise, seed, config.initializer_range, source.dtype)
+            for layer in range(config.num_hidden_layers):
+                recipe.apply(state, f"model.layers.{layer}.mlp", has_shared=target.config is Qwen2MoeConfig)
+            _check_shapes(state, plain)
         tensors = (progress or Progress()).watch("writing", to_file_names(plain, state))
         write_pretrained(plain, tensors, out, add=lambda folder: copy_tokenizer(dense, folder))
 
