@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -96,7 +98,7 @@ import moesaic.cli
 from moesaic.checkpoint import store
 from moesaic.train import finish, loop, run, step
 
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 places = [
     (run, "_claim_folder", 1),
     (step, "sum_of_losses", 2),
@@ -115,7 +117,7 @@ def deadly(module, name, calls):
         return original(*args, **kwargs)
     setattr(module, name, call)
 
-if os.environ["RANK"] == "1" and attempt < len(places):
+if os.environ["RANK"] == os.environ["VICTIM"] and attempt < len(places):
     deadly(*places[attempt])
 raise SystemExit(moesaic.cli.main())
 """
@@ -128,7 +130,7 @@ def _under_torchrun(config, tmp_path, places):
     at = command.index("-m", 3)
     command[at : at + 2] = [str(program)]
     command.insert(at, "--max-restarts=3")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PLACES": ",".join(map(str, places))}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PLACES": ",".join(map(str, places)), "VICTIM": "1"}
     return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, timeout=300)
 
 
@@ -145,3 +147,23 @@ def test_restarts_end_as_the_uninterrupted_run(tiny, cache, tmp_path, places):
     fitted = dataclasses.replace(tiny, steps=6, batch_size=2, seq_len=15, save_every=2)
     _assert_equal(_tensors(fitted, cache)[1], _tensors(dataclasses.replace(fitted, out=whole.out), cache)[1])
     assert [row["step"] for row in read_jsonl(tiny.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.long
+def test_rank_0_is_lost_and_with_it_the_store(tiny, cache, tmp_path):
+    """Without torchrun it is rank 0 that holds the store."""
+    program = tmp_path / "deadly.py"
+    program.write_text(_DEADLY)
+    command = _command(tiny, "--steps", "6", "--no-tensorboard")
+    call = [sys.executable, str(program), *command[command.index("train") :]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PLACES": "2", "VICTIM": "0", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(call, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [-9, 1]
+    assert "moesaic train: the launcher or rank 0 was lost after step 2" in said[1]
+    assert "Traceback" not in said[1]

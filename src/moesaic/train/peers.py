@@ -80,7 +80,8 @@ class Peers:
     def __init__(self, rank: int, world_size: int, timeout: int | float):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self._prefix = f"moesaic/{next(_launches)}"
-        self._store = dist.PrefixStore(self._prefix, peers_store())
+        # Two connections, made now: to a store that is gone, a new one would be tried for long.
+        self._store, self._own = (dist.PrefixStore(self._prefix, peers_store()) for _ in range(2))
         self.failed = False
         """Whether this rank is in or past :meth:`meet`."""
         self._cutting = threading.Lock()
@@ -114,7 +115,7 @@ class Peers:
         then; :meth:`rejoin` makes new ones. None if the store is gone too: it was rank 0's or the launcher's.
         """
         self.failed = True
-        store = dist.PrefixStore(self._prefix, peers_store())
+        store = self._own
         try:
             first = self.rank if store.add("failed", 1) == 1 else None
             if first is not None:
@@ -145,6 +146,11 @@ class Peers:
         # One rank says who is there: a late one must not see more than the others.
         if self.rank == there[0] and store.add("decided", 1) == 1:
             store.set("meeting", json.dumps(there))
+        end = time.monotonic() + 2 * _PATIENCE
+        while not store.check(["meeting"]):
+            if time.monotonic() > end:
+                raise RuntimeError("the rank that was to decide is lost, too")
+            time.sleep(0.05)
         there = json.loads(store.get("meeting"))
         reports = {rank: Report(**json.loads(store.get(f"report/{rank}"))) for rank in there}
         lost = [rank for rank in range(self.world_size) if rank not in reports]
