@@ -195,6 +195,48 @@ FAULTS = (
         '"r! k!, e! k! n, e! -> r! n"',
         ("tests/sharding/test_admission.py", "tests/sharding/test_placing.py"),
     ),
+    Fault(
+        "reliability: weights in the middle of an update are saved",
+        "train/step.py",
+        "    training.whole = False\n",
+        "",
+        ("tests/reliability/test_errors_on_a_rank.py", "-k", "weights"),
+    ),
+    Fault(
+        "reliability: a step that failed has used its data",
+        "train/step.py",
+        "            training.loader.sample = sample\n",
+        "            pass\n",
+        ("tests/reliability/test_errors_on_a_rank.py", "-k", "forward"),
+    ),
+    Fault(
+        "reliability: what is saved in the background is not a copy",
+        "checkpoint/store.py",
+        "background.copied(state)",
+        "state",
+        ("tests/reliability/test_background.py",),
+    ),
+    Fault(
+        "reliability: a replacement that was interrupted is not undone",
+        "checkpoint/exchange.py",
+        "if not final.exists() and old.is_dir() and is_whole(old):",
+        "if False:",
+        ("tests/reliability/test_kills.py",),
+    ),
+    Fault(
+        "reliability: an index may lead out of its folder",
+        "integrations/transformers/files.py",
+        "if not isinstance(file, str) or not is_plain(file):",
+        "if not isinstance(file, str):",
+        ("tests/reliability/test_damaged_models.py", "-k", "index"),
+    ),
+    Fault(
+        "reliability: a config may name a kernel of the hub",
+        "integrations/transformers/configs.py",
+        "        only_built_in(config, file or path)\n",
+        "",
+        ("tests/reliability/test_damaged_models.py", "-k", "kernel"),
+    ),
 )
 
 
