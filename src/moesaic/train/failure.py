@@ -85,7 +85,7 @@ def _what(meeting: Meeting | None, own: Report, runtime: Runtime) -> str:
     step = min((report.step for report in reports if report.step is not None), default=None)
     where = "" if step is None else f" after step {step}"
     if meeting is None:
-        return f"the launcher or rank 0 was lost{where}, and with it the way to the other ranks ({own.error})."
+        return f"the launcher or a rank was lost{where}, and with it the way to the other ranks ({own.error})."
     if meeting.lost:
         names = ("rank " if len(meeting.lost) == 1 else "ranks ") + ", ".join(map(str, meeting.lost))
         verb = "was" if len(meeting.lost) == 1 else "were"

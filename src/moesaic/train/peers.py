@@ -117,12 +117,15 @@ class Peers:
         self.failed = True
         store = self._own
         try:
-            first = self.rank if store.add("failed", 1) == 1 else None
-            if first is not None:
-                store.set("first", str(first))
+            is_first = store.add("failed", 1) == 1
+            if is_first:
+                store.set("first", str(self.rank))
             store.set(f"report/{self.rank}", json.dumps(asdict(report)))
             self._stop_collectives()
-            return self._gather(store)
+            # One rank counts: the store has many to serve, and a late rank must not see more than the others.
+            if is_first:
+                store.set("meeting", json.dumps(self._who_comes(store)))
+            return self._meeting(store)
         except (RuntimeError, OSError):
             # torch's errors of a store are RuntimeErrors.
             self._stop_collectives()
@@ -134,28 +137,32 @@ class Peers:
         dist.destroy_process_group()
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=_LAST_SAVE)
 
-    def _gather(self, store: dist.Store) -> Meeting:
+    def _limit(self) -> float:
+        """Seconds in which all ranks should come."""
+        return max(min(self.timeout, 60.0), 2 * _PATIENCE)
+
+    def _who_comes(self, store: dist.Store) -> list[int]:
+        """The ranks that report, once all others have been silent for long."""
         alive = _Alive(self.world_size)
-        end = time.monotonic() + max(min(self.timeout, 60.0), 2 * _PATIENCE)
+        end = time.monotonic() + self._limit()
+        there: set[int] = set()
         waiting = set(range(self.world_size))
-        while waiting and time.monotonic() < end and not store.check(["meeting"]):
-            waiting -= {rank for rank in waiting if store.check([f"report/{rank}"])}
+        while waiting and time.monotonic() < end:
+            there |= {rank for rank in waiting if store.check([f"report/{rank}"])}
+            waiting -= there
             waiting -= {rank for rank in waiting if alive.silence(rank, _beat(store, rank)) > _PATIENCE}
             time.sleep(0.05)
-        there = [rank for rank in range(self.world_size) if store.check([f"report/{rank}"])]
-        # One rank says who is there: a late one must not see more than the others.
-        if self.rank == there[0] and store.add("decided", 1) == 1:
-            store.set("meeting", json.dumps(there))
-        end = time.monotonic() + 2 * _PATIENCE
+        return sorted(there)
+
+    def _meeting(self, store: dist.Store) -> Meeting:
+        end = time.monotonic() + self._limit() + 2 * _PATIENCE
         while not store.check(["meeting"]):
             if time.monotonic() > end:
-                raise RuntimeError("the rank that was to decide is lost, too")
+                raise RuntimeError("the rank that failed first is lost, too")
             time.sleep(0.05)
-        there = json.loads(store.get("meeting"))
-        reports = {rank: Report(**json.loads(store.get(f"report/{rank}"))) for rank in there}
+        reports = {rank: Report(**json.loads(store.get(f"report/{rank}"))) for rank in json.loads(store.get("meeting"))}
         lost = [rank for rank in range(self.world_size) if rank not in reports]
-        first = int(store.get("first"))
-        return Meeting(reports, None if lost else first, lost)
+        return Meeting(reports, None if lost else int(store.get("first")), lost)
 
     def _watch(self) -> None:
         """The thread's work."""
