@@ -27,6 +27,7 @@ from moesaic import ranks
 from moesaic.checkpoint.exchange import publish, recover
 from moesaic.checkpoint.sealed import flush_all
 from moesaic.integrations.transformers import ties
+from moesaic.integrations.transformers.configs import damage_is_value_error
 from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
@@ -279,9 +280,12 @@ def _finish(
             "weight_map": {name: place for (rank, file), place in numbers.items() for name in names[rank][file]},
         }
         (work / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    plain.config.save_pretrained(work)
+    # Both check their values once more.
+    with damage_is_value_error(CONFIG_NAME, plain.config.to_dict()):
+        plain.config.save_pretrained(work)
     if plain.can_generate():
-        plain.generation_config.save_pretrained(work)
+        with damage_is_value_error(GENERATION_CONFIG_NAME):
+            plain.generation_config.save_pretrained(work)
     add(work)
     flush_all(work)
     publish(work, final)
