@@ -49,6 +49,13 @@ FAULTS = (
         ("tests/testing/test_diagnose.py",),
     ),
     Fault(
+        "a tie of the routing is a fault to a check",
+        "testing/routing.py",
+        "mine.ids = torch.where(tied[:, None], theirs, chosen)",
+        "mine.ids = chosen",
+        ("tests/testing/test_check.py::test_ties_of_the_routing_are_no_fault",),
+    ),
+    Fault(
         "a replicated parameter's gradient is not summed over tp",
         "parallel/local.py",
         "grads = [Partial() if p.is_replicate() else p for p in parameter.placements]",
