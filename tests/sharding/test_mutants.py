@@ -29,7 +29,7 @@ def proofs(name, most=None):
     op = overload_of(op)
     whole = replace(rule_of(op), redistribute=frozenset())
     # Nothing is redistributed: what is admitted is what a line says. Of blocks there are sizes that an axis cuts amiss.
-    options = OPTIONS | {"axes": (2, 3) if "grad" in name or "grouped" in name else (3,)}
+    options = OPTIONS | {"axes": (3,) if name in permuting() else (2, 3)}
     with ruled_by(op, whole):
         report = moesaic.prove(op, *args, **options)
     (text,) = {record.line for record in report.admitted}
