@@ -32,7 +32,8 @@ def grouped() -> dict:
     calls = {}
     for form, (sizes, rows, num_weights) in forms.items():
         x, w, grad = random(rows, K), random(num_weights, K, N), random(rows, N)
-        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, None), {"meshes": [(2, 2)]}
+        axes = {"own": (2, 3, 4), "fewer": (2,)}.get(form, (2, 3))
+        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, None), {"axes": axes, "meshes": [(2, 2)]}
         if form == "fewer":
             continue  # its gradients have the rules of "own"
         # The gradients of gradients are tested with those of the operators they are made of.
