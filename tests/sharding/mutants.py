@@ -30,16 +30,16 @@ def ruled_by(op: torch._ops.OpOverload, rule: Rule) -> Iterator[None]:
 def rows(rule: Rule, present: tuple[bool, ...]) -> set[Row]:
     """What a rule of one line admits on one axis; of what is read for its shape alone also parts of sums."""
     (line,) = rule.lines
-    found = {(choice.inputs, choice.outputs) for choice in choices_for(rule, line, present)}
-    for i, pattern in enumerate(line.given(present).inputs):
-        if pattern.shape_only:
-            found |= {
-                ((*inputs[:i], Partial(reduction), *inputs[i + 1 :]), outputs)
-                for inputs, outputs in found
-                if inputs[i].is_replicate()
-                for reduction in REDUCTIONS
-            }
-    return found
+    free = [i for i, pattern in enumerate(line.given(present).inputs) if pattern.shape_only]
+    found: dict[tuple[Placement, ...], tuple[Placement, ...]] = {}
+    for choice in choices_for(rule, line, present):
+        same = [choice.inputs]
+        for i in free:
+            parts = [Partial(r) for r in REDUCTIONS] if choice.inputs[i].is_replicate() else []
+            same += [(*inputs[:i], part, *inputs[i + 1 :]) for inputs in same for part in parts]
+        for inputs in same:
+            found.setdefault(inputs, choice.outputs)  # of two that fit alike the first is taken
+    return set(found.items())
 
 
 def mutants(rule: Rule) -> Iterator[tuple[str, Rule]]:

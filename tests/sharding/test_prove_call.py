@@ -112,7 +112,7 @@ def test_lines_that_no_example_reaches_are_noted():
     op = ruled(TWO, planted.matmul, "m k, k n -> m n", "b m k, b k n -> b m n", linear=["x", "w"])
     options = {"axes": (2,), "meshes": [], "backward": False}
     note = "no example uses the line 'b m k, b k n -> b m n': it was not tried"
-    assert moesaic.prove(op, x, w, **options).untried == [note]
+    assert moesaic.prove(op, x, w, **options).notes == [note]
     assert moesaic.prove(op, x, w, also=[(random(2, 3, 4), random(2, 4, 3))], **options).ok
 
 

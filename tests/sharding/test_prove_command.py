@@ -97,7 +97,7 @@ def module(tmp_path, monkeypatch):
         (":wrong --no-backward", 1, "admitted and WRONG: m k, k n -> max: m n"),
         (":rows --inputs {}:row_inputs", 0, "nothing wrong"),
         (":rows --inputs {}:more_row_inputs", 0, "nothing wrong"),
-        (":strict", 1, "line 'b m k, b k n -> b m n': mine"),
+        (":strict", 0, "line 'b m k, b k n -> b m n': mine"),
         (":scaled --inputs {}:scaled_inputs", 1, "NOT TRIED: every example has times=3"),
         (":scaled --inputs {}:more_scaled_inputs", 0, "[7, 5] on 2 ranks"),
         (":twice", 0, "rule   when times=2 or 3"),

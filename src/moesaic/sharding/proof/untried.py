@@ -69,7 +69,8 @@ def note_untried(report: Report, examples: Sequence[Example]) -> None:
     reached = {example.line.text for example in examples if example.line}
     for line in rule.lines if rule else ():
         if line.text not in reached:
-            say(f"no example uses the line '{line}': it was not tried")
+            # A form at a time is a way to go about it.
+            report.note(f"no example uses the line '{line}': it was not tried")
 
 
 def _note_flag(report: Report, rule: Rule, name: str, tried: Sequence[Any], *, of_keyword: bool) -> None:
