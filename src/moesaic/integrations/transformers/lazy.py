@@ -263,12 +263,7 @@ def _cat(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
             at += length
 
     def source(box: Box) -> Tensor:
-        found = list(pieces(box))
-        if len(found) == 1:
-            return found[0][0].read(found[0][1])
-        out = torch.empty([side.stop - side.start for side in box], dtype=first.dtype)
-        fill(box, out)
-        return out
+        return torch.cat([tensor.read(part) for tensor, part in pieces(box)], dim)
 
     return LazyTensor(_replaced(first.shape, dim, ends[-1]), first.dtype, source, fill)
 
