@@ -124,7 +124,7 @@ def only_built_in(config: Any, place: str | Path) -> None:
 def _odd_sizes(values: Mapping[str, Any]) -> str:
     """The sizes that are no positive numbers, as a hint."""
     texts = values.get("text_config")
-    both = {**values, **(texts if isinstance(texts, dict) else {})}
+    both = {**values, **(texts if isinstance(texts, dict) else getattr(texts, "__dict__", {}))}
     odd = [
         f"{name} is {value!r}"
         for name, value in both.items()

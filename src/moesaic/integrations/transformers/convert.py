@@ -130,7 +130,7 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
             f"source: {place} has adapters beside the weights; use the export of the run, which has them merged"
         )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
-    with damage_is_value_error(run / CONFIG, config.to_dict()):
+    with damage_is_value_error(run / CONFIG, vars(config)):
         plain = model_on_meta(config, dtype or own)
         plain.config.architectures = [type(plain).__name__]
         swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))

@@ -185,7 +185,7 @@ def empty_model(source: Source, files: Files) -> Any:
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and not 0 < layers <= len(files.tensors):
         raise ValueError(f"{path}: num_hidden_layers is {layers}, but the files have {len(files.tensors)} tensors")
-    with damage_is_value_error(f"{path}: {CONFIG_NAME}", config.to_dict()):
+    with damage_is_value_error(f"{path}: {CONFIG_NAME}", vars(config)):
         model = model_on_meta(config, chosen, source.attn_implementation)
     # Not every checkpoint has one. Without it the model keeps its default.
     if (generation := read_generation_config(path, revision)) is not None:

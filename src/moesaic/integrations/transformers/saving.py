@@ -281,7 +281,7 @@ def _finish(
         }
         (work / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     # Both check their values once more.
-    with damage_is_value_error(CONFIG_NAME, plain.config.to_dict()):
+    with damage_is_value_error(CONFIG_NAME, vars(plain.config)):
         plain.config.save_pretrained(work)
     if plain.can_generate():
         with damage_is_value_error(GENERATION_CONFIG_NAME):

@@ -139,7 +139,7 @@ def upcycle(
     require_new(dense, Path(out), "out")
     with open_files(dense) as files:
         source = empty_model(Source(dense), files)
-        with damage_is_value_error(dense, source.config.to_dict()):
+        with damage_is_value_error(dense, vars(source.config)):
             target = _target(source.config)
             F = source.config.intermediate_size
             if F % granularity:
