@@ -61,11 +61,11 @@ FORMS = {
     "clamped_swiglu, biases": Form("clamped_swiglu", is_biased=True),
 }
 # For one GPU every form in the largest blocks, and all blocks. For the others the largest blocks: in bf16 of the usual
-# form, in the other dtypes of those that need the most registers.
+# form, in the other dtypes of the one that needs the most registers.
 USUAL = {"many": ("silu",)}
-GREEDY = {"many": ("silu, biases", "gelu, biases")}
+GREEDY = {"many": ("gelu, biases",)}
 SAMPLE = (
-    ("9.0", "bfloat16", {"few": ("silu",), "some": ("silu", "silu, biases"), "many": tuple(FORMS)}),
+    ("9.0", "bfloat16", {"few": ("silu",), "some": ("silu",), "many": tuple(FORMS)}),
     ("8.0", "bfloat16", USUAL),
     ("10.0", "bfloat16", USUAL),
     ("8.0", "float16", GREEDY),

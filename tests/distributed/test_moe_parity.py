@@ -121,10 +121,10 @@ def check_layout(
     layout: dict[str, int],
     length: int,
     sizes: Sizes,
-    runs: Sequence[tuple[str, str]] = ALL_RUNS,
+    runs: Sequence[tuple[str, str]] | None = None,
     on_dtensors: bool = False,
 ) -> None:
-    for way, routing in runs:
+    for way, routing in runs or some_runs(world_size, layout):
         run = Run(routing, way, length, sizes)
         equal_gradients(
             functools.partial(make_moe, routing, sizes),
@@ -145,10 +145,16 @@ assert all(layout in legal_layouts(8) for layout in ON_DTENSORS)
 
 
 def some_runs(world_size: int, layout: dict[str, int]) -> Sequence[tuple[str, str]]:
-    """On 8 ranks one way with one routing, the pairs taking turns; `long` tests have all."""
-    if world_size < 8:
+    """On 4 ranks each way with one routing and each routing with one way, on 8 one pair, which take turns.
+
+    The long tests have all pairs.
+    """
+    if world_size < 4:
         return ALL_RUNS
-    return [ALL_RUNS[legal_layouts(8).index(layout) % len(ALL_RUNS)]]
+    turn = legal_layouts(world_size).index(layout) if layout in legal_layouts(world_size) else 0
+    if world_size < 8:
+        return [ALL_RUNS[turn % 2], ALL_RUNS[3 - turn % 2]]
+    return [ALL_RUNS[turn % len(ALL_RUNS)]]
 
 
 def name_of(value: int | dict[str, int]) -> str:
@@ -158,14 +164,13 @@ def name_of(value: int | dict[str, int]) -> str:
 # A length that no tp divides.
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout(equal_gradients, world_size, layout):
-    runs = some_runs(world_size, layout)
-    check_layout(equal_gradients, world_size, layout, 5, EVEN, runs, on_dtensors=layout in ON_DTENSORS)
+    check_layout(equal_gradients, world_size, layout, 5, EVEN, on_dtensors=layout in ON_DTENSORS)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout_with_steps_on_dtensors(equal_gradients, world_size, layout):
-    check_layout(equal_gradients, world_size, layout, 5, EVEN, on_dtensors=True)
+    check_layout(equal_gradients, world_size, layout, 5, EVEN, ALL_RUNS, on_dtensors=True)
 
 
 # A length shorter than tp.

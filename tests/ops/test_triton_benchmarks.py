@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+# The kernels have tests of their own in the interpreter.
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_dry_run_of_all():
     pytest.importorskip("transformers")

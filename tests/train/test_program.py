@@ -47,6 +47,8 @@ def _wait_for_steps(config, process, count):
     pytest.fail(f"no step {count}: {process.communicate()[0]}")
 
 
+# The short tests send signals to ranks without a launcher, and lose a rank under torchrun.
+@pytest.mark.long
 def test_ctrl_c_and_going_on_under_torchrun(tiny, cache):
     process = _start(tiny, "--steps", "100000")
     _wait_for_steps(tiny, process, 3)
