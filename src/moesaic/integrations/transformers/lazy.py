@@ -92,10 +92,10 @@ class LazyTensor:
             sides[a], sides[b] = sides[b], sides[a]
             return sides
 
-        def turned(t: Tensor) -> Tensor:
+        def transposed(t: Tensor) -> Tensor:
             return t.transpose(a, b)
 
-        return self._view(swapped(self.shape), lambda box: tuple(swapped(box)), turned, turned)
+        return self._view(swapped(self.shape), lambda box: tuple(swapped(box)), transposed, transposed)
 
     @property
     def mT(self) -> LazyTensor:

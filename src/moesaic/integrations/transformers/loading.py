@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME
 
@@ -21,7 +20,7 @@ from moesaic import ranks
 from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.configs import damage_is_value_error, read_config, read_generation_config
 from moesaic.integrations.transformers.files import Files, open_files
-from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
+from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.swap import swap_moe
@@ -31,7 +30,7 @@ from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.mesh import check_meshes
 from moesaic.parallel.meta import materialize
-from moesaic.sharding.internals import box_at
+from moesaic.sharding.parts import local_part
 
 # No buffer of transformers holds it.
 _UNSET = -77
@@ -270,14 +269,3 @@ def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
             filled.add(id(tensor))
     left = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in filled]
     assert not left, f"nothing was read for {left}"
-
-
-def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """This rank's part of a tensor, and its box in the whole tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), whole(tensor.shape)
-    here = tensor.device_mesh.get_coordinate()
-    assert here is not None, "every rank is on the mesh"
-    box, local = box_at(tensor, here), tensor.to_local().detach()
-    assert local.shape == torch.Size(side.stop - side.start for side in box)
-    return local, box
