@@ -1,5 +1,6 @@
 """What arguments are: errors that name the argument, what it got, and what to give instead."""
 
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,6 +32,48 @@ def check_floats(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.dtype not in FLOATS:
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; use one of {FLOATS}")
+
+
+def check_fit(operator: str, operands: Iterable[tuple[str, Tensor | None, Sequence[str]]]) -> dict[str, int]:
+    """Raise ``ValueError`` unless operands fit each other: a size for each letter of their dims, and one device.
+
+    For operators, which may be called without the public function that checks more: kernels take sizes from one
+    operand and read the others by them.
+
+    Args:
+        operator: its name, for the message.
+        operands: of each its name, the tensor, and a letter for each dim; None is not given.
+
+    Returns:
+        the size of each letter.
+    """
+    sizes: dict[str, int] = {}
+    device = None
+    for name, t, dims in operands:
+        if t is None:
+            continue
+        if t.ndim != len(dims):
+            raise ValueError(f"{operator}: {name}: expected [{', '.join(dims)}], got {list(t.shape)}")
+        for dim, size in zip(dims, t.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                expected = [sizes.get(d, d) for d in dims]
+                raise ValueError(
+                    f"{operator}: {name}: expected [{', '.join(map(str, expected))}] to match the arguments before it "
+                    f"([{', '.join(dims)}]), got {list(t.shape)}"
+                )
+        device = device or t.device
+        if t.device != device:
+            raise ValueError(
+                f"{operator}: {name}: is on {t.device}, the arguments before it on {device}; move it there"
+            )
+    return sizes
+
+
+def check_dtype_of(operator: str, dtype: torch.dtype, operands: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise ``TypeError`` for an operand of another dtype: a kernel would read its memory as this one."""
+    for name, t in operands:
+        if t is not None and t.dtype != dtype:
+            raise TypeError(f"{operator}: {name}: expected {dtype}, got {t.dtype}; cast it")
 
 
 def check_int(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from moesaic.ops.library import load
 from moesaic.ops.processor import INSTRUCTION_SETS, processor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-OK, BAD_GROUPS, OUT_OF_MEMORY = 0, 1, 2  # of `enum moesaic_status`
+OK, BAD_GROUPS, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2, 3  # of `enum moesaic_status`
 
 
 MAX_PROJECTIONS = 2
@@ -160,6 +160,11 @@ def check_status(operator: str, status: int) -> None:
     """Raise unless a call of the library went well."""
     if status == OUT_OF_MEMORY:
         raise torch.OutOfMemoryError(f"{operator}: no memory for the kernels' buffers")
+    if status == BAD_ARGUMENT:
+        raise RuntimeError(
+            f"{operator}: the CPU kernels have no such dtype, activation or instruction set; "
+            'build them again, or use impl="torch"'
+        )
     if status != OK:
         raise RuntimeError(f"{operator}: the CPU kernels returned status {status}")
 

@@ -7,9 +7,15 @@ of all blocks.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from moesaic.ops.arguments import check_dtype_of, check_fit
+from moesaic.ops.dtypes import FLOATS, INDICES
+from moesaic.ops.experts_mlp.activation import check_activation
+from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
 
 class Operand(NamedTuple):
@@ -49,6 +55,8 @@ SCHEMA = ", ".join(f"Tensor{'?' * operand.optional} {operand.name}" for operand 
 UP = (("w1", "b1"), ("w3", "b3"))
 DOWN = ("w2", "b2")
 
+_DIMS = {operand.name: tuple(operand.dims.split()) for operand in OPERANDS}
+
 Given = Mapping[str, Tensor | None]
 
 
@@ -65,6 +73,51 @@ def shapes(given: Given) -> dict[str, tuple[Any, ...]]:
         if t is not None:
             sizes.update(zip(operand.dims.split(), t.shape, strict=True))
     return {operand.name: tuple(sizes[dim] for dim in operand.dims.split()) for operand in OPERANDS}
+
+
+_GRAD, _HIDDEN = ("B", "N", "D"), ("B", "N", "K", "F")
+
+
+def check_operands(
+    operator: str,
+    given: Given,
+    activation: str,
+    backward: Mapping[str, Tensor | None] = MappingProxyType({}),
+    buffers: Mapping[str, Tensor | None] = MappingProxyType({}),
+) -> None:
+    """Raise unless the operands of an operator fit: sizes, device, dtypes, the activation.
+
+    Args:
+        backward: what a backward operator takes besides, ``grad``, ``h1`` and ``h3``.
+        buffers: what gradients of weights are added to, by the names of these.
+
+    Raises:
+        ValueError: shapes, devices, activation, or a buffer that is neither contiguous nor the ``.mT`` of what is.
+        TypeError: dtypes.
+    """
+    check_activation(activation, given["w3"] is not None)
+    own = [(operand.name, given[operand.name], _DIMS[operand.name]) for operand in OPERANDS]
+    others = [(name, t, _GRAD if name == "grad" else _HIDDEN) for name, t in backward.items()]
+    into = [(f"the buffer for {name}", t, _DIMS[name]) for name, t in buffers.items()]
+    check_fit(operator, [*own, *others, *into])
+    x, ids, weights = given["x"], given["ids"], given["weights"]
+    assert x is not None
+    assert ids is not None
+    assert weights is not None
+    check_dtype_of(operator, x.dtype, [(name, t) for name, t, _ in (*own[4:], *others)])
+    if ids.dtype not in INDICES or weights.dtype not in FLOATS:
+        raise TypeError(
+            f"{operator}: ids, weights: expected int32 or int64 and floats, got {ids.dtype}, {weights.dtype}"
+        )
+    check_dtype_of(operator, accumulation_dtype(x.dtype), [(name, t) for name, t, _ in into])
+    for name, t, _ in into:
+        if t is not None and not (t.is_contiguous() or t.mT.is_contiguous()):
+            raise ValueError(
+                f"{operator}: {name}: has strides {t.stride()}; give a contiguous tensor, or the .mT of one"
+            )
+    for weight, bias in UP:
+        if given[weight] is None and given[bias] is not None:
+            raise ValueError(f"{operator}: {bias}: given without {weight}; leave it out")
 
 
 def by_name(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ from moesaic.ops.experts_mlp.operands import (
     WITH_GRADIENT,
     Given,
     by_name,
+    check_operands,
     named,
     shapes,
 )
@@ -50,7 +51,9 @@ WEIGHTS = tuple(weight for weight, _ in (*UP, DOWN))
 @torch.library.impl("moesaic::experts_mlp", "default")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, activation, impl = args
-    problem = one_block(named((x, *tensors)), activation)
+    given = named((x, *tensors))
+    check_operands("experts_mlp", given, activation)
+    problem = one_block(given, activation)
     with no_autocast(x.device.type):
         z_TD, kept = module_for("experts_mlp", impl, problem).forward(problem, save=True)
     pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
@@ -60,7 +63,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("moesaic::experts_mlp_inference", "default")
 def _inference(x: Tensor, *args: Any) -> Tensor:
     *tensors, activation, impl = args
-    problem = one_block(named((x, *tensors)), activation)
+    given = named((x, *tensors))
+    check_operands("experts_mlp_inference", given, activation)
+    problem = one_block(given, activation)
     with no_autocast(x.device.type):
         z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, save=False).z_TD
     return _like_x(z_TD, x)
@@ -89,6 +94,7 @@ def _all_gradients(
 ) -> tuple[Tensor, ...]:
     *operands, h1, h3 = tensors
     given = named(tuple(operands))
+    check_operands(operator, given, activation, {"grad": grad, "h1": h1, "h3": h3}, buffers)
     problem = one_block(given, activation)
     wants = dict(zip(WITH_GRADIENT, needs, strict=True))
     targets = {

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moesaic.ops.arguments import check_given
+from moesaic.ops.arguments import check_fit, check_given
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.grouped_mm.api import check_dtypes, check_shapes
-from moesaic.ops.grouped_mm.groups import as_blocks
+from moesaic.ops.grouped_mm.groups import accumulation_dtype, as_blocks, check_operands
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation, module_for
 from moesaic.ops.implementations import check_name
 
@@ -15,9 +15,14 @@ from moesaic.ops.implementations import check_name
 # No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
 @torch.library.custom_op("moesaic::grouped_mm_accumulate_weight_grad", mutates_args=("into",))
 def _accumulate(into: Tensor, x: Tensor, grad: Tensor, group_sizes: Tensor, impl: str | None) -> None:
+    operator = "grouped_mm_accumulate_weight_grad"
+    check_operands(operator, (("x", x, "RK"), ("grad", grad, "RN")), group_sizes)
+    check_fit(operator, (("x", x, "RK"), ("grad", grad, "RN"), ("into", into, "EKN")))
+    if not into.is_contiguous() or into.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
+        raise ValueError(f"{operator}: into: give a contiguous tensor of the dtype of x, or fp32 for half types")
     sizes_BG = as_blocks(group_sizes)
     with no_autocast(x.device.type):
-        module = module_for("grouped_mm_accumulate_weight_grad", impl, (x, grad), sizes_BG, into.shape[0])
+        module = module_for(operator, impl, (x, grad), sizes_BG, into.shape[0])
         module.weight_grad_into(into, x, grad, sizes_BG)
 
 

@@ -6,11 +6,13 @@ experts than groups; the last groups then have none, and are empty.
 Legend: R rows, B blocks, C rows a block (R = B * C), G groups a block, E experts, a matrix each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moesaic.ops.arguments import check_dtype_of, check_fit
 
 
 class Group(NamedTuple):
@@ -29,6 +31,21 @@ def are_shared(num_matrices: int, group_sizes: Tensor) -> bool:
     """Whether the blocks share their experts (E is G) or each has its own (E is at most B * G)."""
     blocks = as_blocks(group_sizes)
     return blocks.shape[0] != 1 and num_matrices == blocks.shape[1]
+
+
+def check_operands(operator: str, operands: Sequence[tuple[str, Tensor, str]], group_sizes: Tensor) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless the operands of an operator fit: sizes, blocks, device, dtype.
+
+    Args:
+        operands: of each its name, the tensor, and its dims by the letters of the legend, of which ``R`` is the first.
+    """
+    # Of flat sizes there may be more than matrices.
+    sizes = check_fit(operator, [*operands, ("group_sizes", group_sizes, "G" if group_sizes.ndim == 1 else "BG")])
+    name, first, _ = operands[0]
+    check_dtype_of(operator, first.dtype, [(n, t) for n, t, _ in operands[1:]])
+    B = sizes.get("B", 1)
+    if (sizes["R"] % B if B else sizes["R"]) != 0:
+        raise ValueError(f"{operator}: {name}: {sizes['R']} rows are not {B} equal blocks; pad every block to one size")
 
 
 def check_group_sizes(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import untouched_by_autocast
-from moesaic.ops.grouped_mm.groups import as_blocks
+from moesaic.ops.grouped_mm.groups import as_blocks, check_operands
 from moesaic.ops.grouped_mm.implementations import module_for
 from moesaic.ops.layout import empty_gradient, is_transposed
 
@@ -44,6 +44,7 @@ torch.library.define(
 def _forward(
     x: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
+    check_operands("grouped_mm", (("x", x, "RK"), ("w", w, "EKN")), group_sizes)
     sizes_BG = as_blocks(group_sizes)
     module = module_for("grouped_mm", impl, (x, w), sizes_BG, w.shape[0])
     return module.forward(x, w, sizes_BG, out_dtype or x.dtype)
@@ -52,6 +53,7 @@ def _forward(
 @torch.library.impl("moesaic::grouped_mm_input_grad", "default")
 @untouched_by_autocast
 def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None) -> Tensor:
+    check_operands("grouped_mm_input_grad", (("grad", grad, "RN"), ("w", w, "EKN")), group_sizes)
     sizes_BG = as_blocks(group_sizes)
     module = module_for("grouped_mm_input_grad", impl, (grad, w), sizes_BG, w.shape[0])
     return module.forward(grad, w.mT, sizes_BG, grad.dtype)
@@ -60,6 +62,7 @@ def _input_grad(grad: Tensor, w: Tensor, group_sizes: Tensor, impl: str | None) 
 @torch.library.impl("moesaic::grouped_mm_weight_grad", "default")
 @untouched_by_autocast
 def _weight_grad(x: Tensor, grad: Tensor, group_sizes: Tensor, w: Tensor, impl: str | None) -> Tensor:
+    check_operands("grouped_mm_weight_grad", (("x", x, "RK"), ("grad", grad, "RN"), ("w", w, "EKN")), group_sizes)
     sizes_BG = as_blocks(group_sizes)
     module = module_for("grouped_mm_weight_grad", impl, (x, grad), sizes_BG, w.shape[0])
     if is_transposed(w):

@@ -8,11 +8,15 @@ Legend: T tokens, K copies a token (top-k), R rows, D model dim, E experts.
 import torch
 from torch import Tensor
 
+from moesaic.ops.arguments import check_fit
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
 
 def sort_by_expert(ids: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_fit("sort_by_expert", [("ids", ids, "TK")])
+    if num_experts < 0 or num_rows < 0:
+        raise ValueError(f"sort_by_expert: num_experts and num_rows: at least 0, got {num_experts} and {num_rows}")
     flat = ids.flatten().to(torch.int64)
     valid = (flat >= 0) & (flat < num_experts)
     key = torch.where(valid, flat, num_experts)
@@ -30,6 +34,7 @@ def sort_by_expert(ids: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor
 
 
 def permute(x: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+    _check("permute", ("x", x, "TD"), slots, positions, weights)
     K = positions.shape[1]
     if x.shape[0] == 0 or K == 0:
         return x.new_zeros(slots.shape[0], x.shape[1])
@@ -42,6 +47,7 @@ def permute(x: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None 
 
 
 def combine(y: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+    _check("combine", ("y", y, "RD"), slots, positions, weights)
     acc = accumulation_dtype(y.dtype)
     z_TD = y.new_zeros(positions.shape[0], y.shape[1], dtype=acc)
     if y.shape[0] == 0:
@@ -56,6 +62,9 @@ def combine(y: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None 
 
 
 def combine_weight_grad(y: Tensor, x: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    check_fit(
+        "combine_weight_grad", [("y", y, "RD"), ("x", x, "TD"), ("slots", slots, "R"), ("positions", positions, "TK")]
+    )
     acc = accumulation_dtype(y.dtype)
     gw_TK = y.new_zeros(positions.shape, dtype=acc)
     if y.shape[0] == 0:
@@ -65,3 +74,9 @@ def combine_weight_grad(y: Tensor, x: Tensor, slots: Tensor, positions: Tensor) 
         dot_T = (y.index_select(0, position_T.clamp(min=0)).to(acc) * x).sum(1)
         gw_TK[:, k] = dot_T.masked_fill_(position_T < 0, 0)
     return gw_TK
+
+
+def _check(
+    operator: str, rows: tuple[str, Tensor, str], slots: Tensor, positions: Tensor, weights: Tensor | None
+) -> None:
+    check_fit(operator, [rows, ("slots", slots, "R"), ("positions", positions, "TK"), ("weights", weights, "TK")])
