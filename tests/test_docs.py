@@ -188,6 +188,18 @@ def test_the_plan_of_the_experts_is_read_from_the_rules():
     assert {name for name, *_ in rows} == {*gradients}
 
 
+def test_the_plan_of_adapters_is_read_from_the_rules():
+    from moesaic.parallel.placements import FACTORS, GRADIENTS
+    from moesaic.sharding.rule import short
+
+    table = (ROOT / "docs" / "design.md").read_text().split("<!-- factors -->")[1].partition("\n#")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.*)` \| `(.*)` \|$", table, re.MULTILINE)
+    expected = [
+        tuple(f"[{', '.join(map(short, places[name]))}]" for places in (FACTORS, GRADIENTS)) for name in FACTORS
+    ]
+    assert rows == [(name, *places) for name, places in zip(FACTORS, expected, strict=True)]
+
+
 def test_the_tables_are_those_of_the_rules():
     import torch
 

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moesaic.layers.initial import check_generators
-from moesaic.ops import Activation, Implementation, experts_mlp
+from moesaic.layers.lora import WEIGHTS, active_adapter
+from moesaic.ops import Activation, Implementation, experts_lora, experts_mlp
 from moesaic.ops.arguments import check_int
 
 MainGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -48,6 +49,8 @@ class GroupedExperts(nn.Module):
             (``parallelize(..., compute="local")``) the buffers have the shapes of this rank's weights,
             ``w1.to_local()``. If ``edp`` ranks share weights, the buffers have the shapes of the shared weights, and
             each rank's buffers hold its part of the sum.
+        adapters, active_adapter: low-rank adapters by name, and the name of the one that is used; both None if there
+            are none: see :mod:`moesaic.layers.lora`.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
@@ -81,6 +84,8 @@ class GroupedExperts(nn.Module):
             check_int(name, size)
         self.num_experts, self.activation, self.impl = num_experts, activation, impl
         self.main_grads: MainGrads | None = None
+        self.adapters: nn.ModuleDict | None = None
+        self.active_adapter: str | None = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -108,20 +113,15 @@ class GroupedExperts(nn.Module):
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
         """Send each token through its experts, and sum their results with the weights ``topk_weights``."""
-        return experts_mlp(
-            x,
-            topk_ids,
-            topk_weights,
-            self.w1,
-            self.w3,
-            self.w2,
-            activation=self.activation,
-            b1=self.b1,
-            b3=self.b3,
-            b2=self.b2,
-            main_grads=self.main_grads,
-            impl=self.impl,
-        )
+        operands = (x, topk_ids, topk_weights, self.w1, self.w3, self.w2)
+        options: Any = {"activation": self.activation, "b1": self.b1, "b3": self.b3, "b2": self.b2, "impl": self.impl}
+        adapter = active_adapter(self)
+        if adapter is None:
+            return experts_mlp(*operands, main_grads=self.main_grads, **options)
+        if self.main_grads is not None:
+            raise ValueError("main_grads: experts with adapters are frozen; set main_grads to None")
+        lora1, lora3, lora2 = (adapter.factors(weight, self.w1.dtype) for weight in WEIGHTS)
+        return experts_lora(*operands, lora1=lora1, lora3=lora3, lora2=lora2, **options)
 
     def extra_repr(self) -> str:
         E, D, hidden = self.w1.shape

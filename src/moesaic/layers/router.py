@@ -14,6 +14,7 @@ from moesaic.layers.balance import attach_loss, load_balancing_loss, record_loss
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.initial import check_generators
+from moesaic.layers.lora import active_adapter
 from moesaic.layers.recompute import count_once
 from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
 from moesaic.ops.autocast import no_autocast
@@ -57,6 +58,8 @@ class TopKRouter(nn.Module):
             its argument; a parallel plan replaces it.
         reduce_sequences: does the same over the processes that hold parts of the same sequences. ``sequence_parts`` is
             the number of these processes.
+        adapters, active_adapter: low-rank adapters of ``weight`` by name, and the name of the one that is used; both
+            None if there are none: see :mod:`moesaic.layers.lora`.
 
     Example:
         >>> router = TopKRouter(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -84,6 +87,8 @@ class TopKRouter(nn.Module):
         self.reduce_counts: Callable[[Tensor], Tensor] = _identity
         self.reduce_sequences: Callable[[Tensor], Tensor] = _identity
         self.sequence_parts = 1
+        self.adapters: nn.ModuleDict | None = None
+        self.active_adapter: str | None = None
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
@@ -110,6 +115,8 @@ class TopKRouter(nn.Module):
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
+            if (adapter := active_adapter(self)) is not None:
+                logits_TE = logits_TE + adapter(x, gate_dtype)
             if self.logit_bias is not None:
                 logits_TE = logits_TE + self.logit_bias.to(gate_dtype)
             return self.route(logits_TE, self.bias, token_mask, num_sequences)

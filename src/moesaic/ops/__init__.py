@@ -1,6 +1,7 @@
 """Operators on plain tensors. They know nothing of DTensor, modules or process groups."""
 
 from moesaic.ops.debug import debug_checks
+from moesaic.ops.experts_lora import experts_lora
 from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, experts_mlp, gated
 from moesaic.ops.grouped_mm import Implementation, accumulate_weight_grad, grouped_mm, grouped_mm_weight_grad
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
@@ -13,6 +14,7 @@ __all__ = [
     "accumulate_weight_grad",
     "combine",
     "debug_checks",
+    "experts_lora",
     "experts_mlp",
     "gated",
     "grouped_mm",

@@ -13,12 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.layers.lora import ExpertsAdapter
 from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.parallel.placements import TERMS, WEIGHTS
+from moesaic.parallel.placements import FACTORS, GRADIENTS, TERMS, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -37,6 +38,16 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
             f"ep: {layout.ep} does not divide the {moe.config.num_experts} experts of '{name}', whose biases FSDP over "
             f"edp {layout.edp} could then not cut; choose ep to divide them, or edp 1"
         )
+    if layout.edp > 1 and moe.config.num_experts % layout.ep:
+        adapters = [m for m in moe.experts.modules() if isinstance(m, ExpertsAdapter)]
+        for adapter in adapters:
+            odd = sorted({rank.r for rank in adapter.ranks.values() if rank.r % layout.edp})
+            if odd:
+                raise ValueError(
+                    f"ep: {layout.ep} does not divide the {moe.config.num_experts} experts of '{name}', so FSDP over "
+                    f"edp {layout.edp} cuts the ranks of its adapters, which it cannot for {odd}; choose ep to divide "
+                    f"the experts, edp 1, or ranks that {layout.edp} divides"
+                )
 
 
 def distribute_experts(
@@ -46,10 +57,12 @@ def distribute_experts(
 
     The ranks of ``tp`` have parts of the same sequences; None where a rank has them whole.
     """
-    for name, weight in list(moe.experts.named_parameters()):
-        # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
-        shard = distribute_tensor(weight.detach(), mesh, WEIGHTS[name], src_data_rank=None).clone()
-        setattr(moe.experts, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
+    places = WEIGHTS | FACTORS
+    for owner in moe.experts.modules():
+        for name, weight in list(owner.named_parameters(recurse=False)):
+            # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
+            shard = distribute_tensor(weight.detach(), mesh, places[name], src_data_rank=None).clone()
+            setattr(owner, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
@@ -58,12 +71,24 @@ def distribute_experts(
         _compute_with_local_weights(moe.experts, mesh["etp"])
 
 
+def adapter_parameters(experts: GroupedExperts) -> list[nn.Parameter]:
+    """The parameters of all adapters."""
+    return [] if experts.adapters is None else list(experts.adapters.parameters())
+
+
 def _compute_with_local_weights(experts: GroupedExperts, etp: DeviceMesh) -> None:
+    places, gradients = WEIGHTS | FACTORS, GRADIENTS
+
     def to_local(experts: GroupedExperts, args: tuple[Tensor, ...]) -> None:
-        for name, weight in experts.named_parameters():
-            local = from_dtensor(weight, WEIGHTS[name], grad_placements=WEIGHTS[name])
-            # An entry of the instance's own dict is found before a parameter is.
-            experts.__dict__[name] = counted_once(local, etp) if name in TERMS else local
+        for owner in experts.modules():
+            for name, weight in owner.named_parameters(recurse=False):
+                local = from_dtensor(weight, places[name], grad_placements=gradients[name])
+                # An entry of the instance's own dict is found before a parameter is.
+                owner.__dict__[name] = counted_once(local, etp) if name in TERMS else local
+
+    def to_dtensors(experts: GroupedExperts, args: tuple[Tensor, ...], output: Tensor) -> None:
+        for owner in experts.modules():
+            unshadow_parameters(owner, args, output)
 
     experts.register_forward_pre_hook(to_local)
-    experts.register_forward_hook(unshadow_parameters, always_call=True)
+    experts.register_forward_hook(to_dtensors, always_call=True)

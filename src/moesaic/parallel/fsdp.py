@@ -32,7 +32,7 @@ def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: M
     if meshes.layout.edp > 1:
         for module in experts:
             uneven = module.num_experts % meshes.layout.ep != 0
-            _shard(module, meshes.expert["edp"], dims=_uncut_dim if uneven else None)
+            _shard(module, meshes.expert["edp"], dims=partial(_uncut_dim, ranks=meshes.layout.edp) if uneven else None)
     if meshes.dp_size > 1:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
@@ -54,11 +54,11 @@ def _of_another_dtype(model: nn.Module, ignored: set[nn.Parameter]) -> list[nn.M
     return [module for module, parameters in own.items() if any(p.dtype != common for p in parameters)]
 
 
-def _uncut_dim(weight: nn.Parameter) -> Shard:
-    """The dim of an expert weight that neither ep nor etp cuts: the model dim."""
+def _uncut_dim(weight: nn.Parameter, ranks: int) -> Shard:
+    """The dim of an expert weight that neither ep nor etp cuts: the model dim. Of a factor, its rank or the same."""
     assert isinstance(weight, DTensor)
     cut = {p.dim for p in weight.placements if isinstance(p, Shard)}
-    return Shard(next(dim for dim in range(weight.ndim) if dim not in cut))
+    return Shard(next(dim for dim in range(weight.ndim) if dim not in cut and weight.shape[dim] % ranks == 0))
 
 
 def _shard(

@@ -7,14 +7,18 @@ the reduce-scatters of the dispatcher.
 
 import torch
 
+from moesaic.ops.experts_lora.operands import FACTOR_NAMES
 from moesaic.sharding import on
 from moesaic.sharding.decide import rule_of
 
 _ops = torch.ops.moesaic
-
 # By the names in the operators' schemas: x, ids, weights, w1, ..., the result z, its gradient grad, and grad_x, ...
 PLACES = on(_ops.experts_mlp, ep="b", etp="f") | on(_ops.experts_mlp_backward, ep="b", etp="f")
 # A weight lies as its gradient does.
 WEIGHTS = {name: PLACES[f"grad_{name}"] for name in ("w1", "w3", "w2", "b1", "b3", "b2")}
+# So do the factors of adapters, but for sums: those that etp does not cut have gradients that are Partial over it.
+_lora = on(_ops.experts_lora, ep="b", etp="f") | on(_ops.experts_lora_backward, ep="b", etp="f")
+FACTORS = {name: _lora[name] for name in FACTOR_NAMES}
+GRADIENTS = WEIGHTS | {name: _lora[f"grad_{name}"] for name in FACTOR_NAMES}
 # Every rank of etp has the bias b2, and it counts once.
 TERMS = rule_of(_ops.experts_mlp).terms()

@@ -17,7 +17,7 @@ from moesaic.parallel.decoder import (
     check_decoder,
     decoder_layers,
 )
-from moesaic.parallel.experts import ComputeOn, check_experts, distribute_experts
+from moesaic.parallel.experts import ComputeOn, adapter_parameters, check_experts, distribute_experts
 from moesaic.parallel.fsdp import shard_data_parallel
 from moesaic.parallel.gradients import sum_partial_gradients
 from moesaic.parallel.local import compute_on_local
@@ -131,6 +131,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     if meshes.dp_size == 1:
         # On the parameters that stay: memory makes new ones.
         sum_partial_gradients(_dense_parameters(model))
+    if meshes.layout.edp == 1:
+        # Where etp cuts a weight, one factor of its adapter is whole, and meets a part of the hidden dim on every rank.
+        sum_partial_gradients(p for moe in moes.values() for p in adapter_parameters(moe.experts))
     guard(model, takers, meshes.tp_size)
     return model
 
@@ -197,9 +200,10 @@ def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _distribute_dense(model: nn.Module, mesh: DeviceMesh, shard_dims: dict[nn.Parameter, int]) -> None:
     """Make every parameter but the experts' a DTensor on tp, and let its module compute with the local part."""
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+    of_experts = {m for experts in model.modules() if isinstance(experts, GroupedExperts) for m in experts.modules()}
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, GroupedExperts) or not own:
+        if module in of_experts or not own:
             continue
         for name, parameter in own.items():
             if parameter not in made:

@@ -75,3 +75,21 @@ sharding_rule(
     redistribute=["grad", "experts"],
     when=_fused,
 )(_ops.experts_mlp_backward)
+
+# Adapters, of ranks `p`, `q` and `s`, have the letters of their weights. A factor without `f` is whole where `f` is
+# cut, and its gradient is then a sum over `f`. The weights are frozen: no gradient lies as they do.
+_factors = "(b e)? d! p!, (b e)? p! f, (b e)? d! q!, (b e)? q! f, (b e)? f s!, (b e)? s! d!"
+sharding_rule(f"{_operands}, {_factors} -> b n d!, {_hidden}", redistribute=["experts"], when=_fused)(_ops.experts_lora)
+sharding_rule(
+    f"{_operands}, {_factors} -> b n d!",
+    linear=["weights"],
+    redistribute=["experts"],
+    when=_fused,
+)(_ops.experts_lora_inference)
+sharding_rule(
+    f"b n d!, {_tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_factors}, {_hidden} "
+    f"-> b n d!, b n k, {_factors}",
+    linear=["grad"],
+    redistribute=["grad", "experts"],
+    when=_fused,
+)(_ops.experts_lora_backward)

@@ -106,8 +106,8 @@ def experts_mlp(
     floating = {"x": x, "w1": w1, "w3": w3, "w2": w2, "b1": b1, "b3": b3, "b2": b2}
     given = {name: t for name, t in floating.items() if t is not None}
     given = dict(zip(given, autocast(*given.values()), strict=True))
-    _check_dtypes(given, topk_ids, topk_weights)
-    _check_shapes(given, topk_ids, topk_weights)
+    check_dtypes(given, topk_ids, topk_weights)
+    check_shapes(given, topk_ids, topk_weights)
     if main_grads is not None:
         check_main_grads(main_grads, given)
 
@@ -132,7 +132,8 @@ def experts_mlp(
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
 
-def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+def check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+    """Raise ``TypeError`` unless the floating operands have one dtype that is supported."""
     x = given["x"]
     if x.dtype not in FLOATS:
         raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {FLOATS}")
@@ -147,7 +148,8 @@ def _check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> Non
         raise TypeError(f"topk_ids: dtype {ids.dtype} is not supported; use int32 or int64")
 
 
-def _check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+def check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+    """Raise ``ValueError`` unless shapes and devices fit."""
     x, w1 = given["x"], given["w1"]
     if x.ndim not in (2, 3):
         raise ValueError(

@@ -16,7 +16,7 @@ from moesaic.ops.grouped_mm.impl import torch as grouped
 from moesaic.ops.permute import kernels as permuting
 
 
-class _Rows:
+class Rows:
     """The copies of all tokens as rows sorted by expert."""
 
     def __init__(self, problem: Problem) -> None:
@@ -71,7 +71,7 @@ class _Rows:
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    rows = _Rows(problem)
+    rows = Rows(problem)
     product = rows.products.forward
     x_RD = rows.of_tokens(problem.x_TD)
     pre = []
@@ -85,7 +85,7 @@ def forward(problem: Problem, save: bool) -> Forward:
 
 
 def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
-    rows, down = _Rows(problem), problem.down
+    rows, down = Rows(problem), problem.down
     product = rows.products.forward
     dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
     pre_RF = [rows.of_slots(h_TKF) for h_TKF in pre]

@@ -1,0 +1,133 @@
+"""Adapters on the experts and the router of a parallelized MoE: gradients and weights are those of one process."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moesaic
+from moesaic.layers.lora import ExpertsAdapter, Rank, RouterAdapter, add_adapter
+from moesaic.parallel import experts as of_experts
+from moesaic.testing import Layout
+from tests.distributed.parity import LocalAdamW, clip, legal_layouts, meshes_of
+
+DIM, BATCH, LENGTH, STEPS = 16, 8, 5, 3
+
+
+def make_moe(experts: int = 8, gated: bool = True, share: bool = False) -> moesaic.MoE:
+    """A layer whose weights are frozen, with adapters that are not zero. One expert gets no token."""
+    torch.manual_seed(0)
+    form = {"gated": gated, "activation": "silu" if gated else "relu2", "expert_biases": gated, "logit_bias": True}
+    moe = moesaic.MoE(
+        moesaic.MoEConfig(dim=DIM, hidden_dim=12, num_experts=experts, top_k=3, shared_hidden_dim=10, **form)
+    )
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3).requires_grad_(False)
+    nn.init.constant_(moe.router.logit_bias[-1:], -20.0)
+    ranks = {"w1": Rank(4, 0.5), "w3": Rank(4 if share else 2, 2.0), "w2": Rank(6, 1.0)}
+    ranks = ranks if gated else {"w2": ranks["w2"]}
+    add_adapter(moe.experts, "default", ExpertsAdapter(moe.experts, ranks, share=share))
+    add_adapter(moe.router, "default", RouterAdapter(moe.router, Rank(2, 0.7)))
+    for name, parameter in moe.named_parameters():
+        if "adapters" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return moe
+
+
+def inputs(rank: int, layout: Layout) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    meshes = meshes_of(layout)
+    rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
+    mine = (rows, meshes.sequence_slice(LENGTH))
+    steps = [torch.randn(2, BATCH, LENGTH, DIM, generator=generator) for _ in range(STEPS)]
+    return [{"x": x[mine], "target": target[mine]} for x, target in steps]
+
+
+def loss(moe: moesaic.MoE, batch: dict[str, Tensor]) -> Tensor:
+    return (moe(batch["x"]) - batch["target"]).square().sum() / (BATCH * LENGTH)
+
+
+def parallelize(way: Any, moe: moesaic.MoE, layout: Layout) -> nn.Module:
+    return moesaic.parallelize(moe, meshes_of(layout), compute=way)
+
+
+def trained_adamw(parameters: Sequence[nn.Parameter]) -> LocalAdamW:
+    return LocalAdamW([p for p in parameters if p.requires_grad], lr=1e-2)
+
+
+def check(equal_gradients: Any, world: int, layout: dict[str, int], way: str, **form: Any) -> Any:
+    return equal_gradients(
+        functools.partial(make_moe, **form),
+        inputs,
+        functools.partial(parallelize, way),
+        [layout],
+        world=world,
+        loss=loss,
+        clip=clip,
+        optimizer=trained_adamw,
+        steps=STEPS,
+    )
+
+
+def name_of(value: Any) -> str:
+    return " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+LAYOUTS = [(n, layout) for n in (1, 2, 4, 8) for layout in legal_layouts(n)]
+# Those that differ in kind: an axis alone, ep and etp together, FSDP of experts around each of them.
+SOME = [
+    (2, {"tp": 2, "etp": 2}, "dtensor", {"share": True}),
+    (2, {"ep": 2}, "local", {"gated": False}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {}),
+    (4, {"tp": 2, "etp": 2}, "local", {"share": True}),
+    (4, {"ep": 2}, "dtensor", {"experts": 7, "gated": False}),
+]
+
+
+@pytest.mark.parametrize(("world", "layout", "way", "form"), SOME, ids=name_of)
+def test_some_layouts(equal_gradients, world, layout, way, form):
+    check(equal_gradients, world, layout, way, **form)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["dtensor", "local"])
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=name_of)
+def test_every_layout(equal_gradients, world, layout, way):
+    for form in ({}, {"share": True}, {"gated": False}):
+        check(equal_gradients, world, layout, way, **form)
+
+
+def without_sums(moe: moesaic.MoE, layout: Layout) -> nn.Module:
+    """As if a factor that etp does not cut had its whole gradient on every rank."""
+    before = of_experts.GRADIENTS
+    of_experts.GRADIENTS = before | of_experts.FACTORS
+    try:
+        return parallelize("local", moe, layout)
+    finally:
+        of_experts.GRADIENTS = before
+
+
+def test_a_missing_sum_over_etp_is_seen(equal_gradients):
+    options = {"loss": loss, "clip": clip, "optimizer": trained_adamw, "steps": STEPS}
+    with pytest.raises(
+        AssertionError, match=r"gradient of experts.adapters.default.w\d_\w and 2 more: .* not summed over tp or etp"
+    ):
+        equal_gradients(make_moe, inputs, without_sums, [{"etp": 2, "tp": 2}], world=2, **options)
+
+
+def check_what_is_frozen() -> None:
+    for layout in ({"ep": 2}, {"etp": 2, "tp": 2}, {}):
+        moe = moesaic.parallelize(make_moe(), meshes_of(layout))
+        optimizer = torch.optim.AdamW([p for p in moe.parameters() if p.requires_grad], lr=0.1, foreach=False)
+        moe(torch.randn(6, DIM)).square().sum().backward()
+        trained = {name for name, p in moe.named_parameters() if p.grad is not None}
+        assert trained == {name for name, _ in moe.named_parameters() if "adapters" in name}
+        optimizer.step()
+        assert len(optimizer.state) == len(trained)
+
+
+def test_frozen_weights_have_neither_gradient_nor_optimizer_state(same_ranks):
+    same_ranks(check_what_is_frozen, 2)
