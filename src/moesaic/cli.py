@@ -74,6 +74,12 @@ def _info(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _tune(arguments: Sequence[str]) -> int:
+    from moesaic.tune.command import run
+
+    return run(arguments)
+
+
 def _prove(arguments: Sequence[str]) -> int:
     from moesaic.sharding.proof.command import run
 
@@ -109,5 +115,6 @@ COMMANDS = {
     "info": Command("show versions, and the kernels that run on this machine", _info),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
     "train": Command("train a mixture-of-experts language model on one process or many", _train),
+    "tune": Command("measure what is the fastest on this machine, and keep it", _tune),
     "upcycle": Command("turn a dense checkpoint into a mixture-of-experts checkpoint", _upcycle),
 }

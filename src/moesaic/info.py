@@ -5,9 +5,12 @@ from importlib.metadata import version
 
 import torch
 
-from moesaic.ops import native, pool
-from moesaic.ops.fastest import LARGEST, measured_for
+from moesaic.ops import native, pool, tuned
+from moesaic.ops.choices import CASES, LARGEST, SHAPES, Case, Choices, dtype_name
+from moesaic.ops.fastest import Reason, explain, in_force
+from moesaic.ops.native import DTYPES
 from moesaic.ops.processor import INSTRUCTION_SETS, Processor, cpuinfo, has_amx, processor
+from moesaic.ops.tuned import Tuned
 
 _MB = 1 << 20
 _OPERATORS = {"in training": "experts_mlp", "without gradients": "experts_mlp_inference"}
@@ -23,6 +26,7 @@ def lines() -> list[str]:
         f"processor: {cpuinfo().get('model name', platform.processor()) or 'unknown'}{_amx()}",
         f"CPU kernels: {_cpu_kernels()}",
         *choices(processor()),
+        *_tuning(),
         f"pool of large CPU results: {_pool()}",
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
     ]
@@ -30,19 +34,20 @@ def lines() -> list[str]:
 
 def choices(machine: Processor) -> list[str]:
     """What computes experts on CPU without ``impl=``, for each dtype of the kernels, and the numbers that say why."""
-    return [line for dtype in native.DTYPES for line in _choices_of(dtype, machine)]
+    reasons = explain(machine, torch.get_num_threads())
+    return [line for dtype in DTYPES for line in _choices_of(dtype, reasons)]
 
 
-def _choices_of(dtype: torch.dtype, machine: Processor) -> list[str]:
+def _choices_of(dtype: torch.dtype, reasons: dict[Case, Reason]) -> list[str]:
     # For each choice, in which passes it is taken, and there for which numbers of rows an expert.
     found: dict[str, dict[str, list[str]]] = {}
-    shapes = [*LARGEST, "many"]
+    shapes = list(SHAPES)
     for name, operator in _OPERATORS.items():
         for shape in shapes:
-            entries = measured_for(operator, "cpu", dtype, shape, machine)
-            choice = f"{_LABELS[entries[0].fastest]} (see {entries[0].numbers})" if entries else _UNMEASURED
+            reason = reasons.get(Case(operator, dtype, shape))
+            choice = _UNMEASURED if reason is None else f"{_LABELS[reason.fastest]} ({_why(reason)})"
             found.setdefault(choice, {}).setdefault(name, []).append(shape)
-    title = f"{str(dtype).removeprefix('torch.')} experts on CPU"
+    title = f"{dtype_name(dtype)} experts on CPU"
     if len(found) == 1:
         return [f"{title}: {choice}" for choice in found]
     lines = []
@@ -54,19 +59,58 @@ def _choices_of(dtype: torch.dtype, machine: Processor) -> list[str]:
     return lines
 
 
+def _why(reason: Reason) -> str:
+    if isinstance(reason.why, Tuned):
+        return f"measured here by moesaic tune, {reason.why.measured}"
+    return f"see benchmarks/results/{reason.why.numbers}"
+
+
+def _tuning() -> list[str]:
+    """What `moesaic tune` has kept, or could do."""
+    machine, path = processor(), tuned.file()
+    if machine.kernels == "none" or path is None:
+        return []
+    if tuned.found(machine, torch.get_num_threads()) is not None:
+        return [f"moesaic tune: measured this machine, see {path}; --forget forgets it"]
+    if len(explain(machine, torch.get_num_threads())) < len(CASES):
+        return ["moesaic tune: measures what is the fastest here, in half a minute at most, and keeps it"]
+    return []
+
+
 def _rows(taken: list[str], shapes: list[str]) -> str:
+    """Of shapes that need not be next to each other: each run of them."""
     if taken == shapes:
         return ""
-    first, last = shapes.index(taken[0]), taken[-1]
-    if last == "many":
-        return f"above {LARGEST[shapes[first - 1]]} rows an expert"
-    above = f"above {LARGEST[shapes[first - 1]]} and " if first else ""
-    return f"{above}up to {LARGEST[last]} rows an expert"
+    runs: list[list[int]] = []
+    for place in map(shapes.index, taken):
+        if runs and runs[-1][-1] == place - 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return " and ".join(_rows_of_run(shapes, run[0], run[-1]) for run in runs) + " rows an expert"
+
+
+def _rows_of_run(shapes: list[str], first: int, last: int) -> str:
+    above = f"above {LARGEST[shapes[first - 1]]}" if first else ""
+    if shapes[last] == "many":
+        return above
+    return f"{above} and up to {LARGEST[shapes[last]]}" if first else f"up to {LARGEST[shapes[last]]}"
 
 
 def _cpu_kernels() -> str:
     loaded = native.kernels()
-    return f"none, {loaded}" if isinstance(loaded, str) else INSTRUCTION_SETS[loaded.isa]
+    if isinstance(loaded, str):
+        return f"none, {loaded}"
+    return _where_they_run(INSTRUCTION_SETS[loaded.isa], in_force())
+
+
+def _where_they_run(isa: str, choices: Choices) -> str:
+    """The instruction set, and for which dtypes its kernels are taken without being asked for, if not for all."""
+    taken = {dtype: {name == "cpu" for case, name in choices.items() if case.dtype == dtype} for dtype in DTYPES}
+    if all(found == {True} for found in taken.values()):
+        return isa
+    dtypes = [dtype_name(d) + " in part" * (False in found) for d, found in taken.items() if True in found]
+    return f"{isa}, for {' and '.join(dtypes)}" if dtypes else f'none without impl="cpu"; {isa} with it'
 
 
 def _amx() -> str:

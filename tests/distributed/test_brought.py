@@ -10,7 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moesaic
+from moesaic.ops import fastest, native
+from moesaic.ops.choices import CASES
 from moesaic.parallel import build_meshes, parallelize
+from tests.ops.cpu_isa import needs_kernels
 
 CONFIG = moesaic.MoEConfig(dim=8, hidden_dim=6, num_experts=4, top_k=2)
 
@@ -150,3 +153,35 @@ def check_different_models() -> None:
 
 def test_different_models_are_told_apart_before_one_overwrites_the_other(same_ranks):
     same_ranks(check_different_models, 2)
+
+
+KERNELS, PRODUCTS = (dict.fromkeys(CASES, name) for name in ("cpu", "torch"))
+
+
+def _parallelize(own: dict, kernels_are_here: bool = True) -> None:
+    fastest.use(own)
+    there, native.kernels = native.kernels, native.kernels if kernels_are_here else lambda: "they were not built"
+    try:
+        parallelize(moesaic.MoE(CONFIG), build_meshes(ep=2, device_type="cpu"))
+    finally:
+        native.kernels = there
+
+
+def check_choices() -> None:
+    first = dist.get_rank() == 0
+    try:
+        for of_first in (KERNELS, PRODUCTS):
+            other = PRODUCTS if of_first is KERNELS else KERNELS
+            _parallelize(of_first if first else other)
+            assert fastest.in_force() == of_first
+        told = "rank 0 computes experts with the CPU kernels, and there are none here: they were not built"
+        with pytest.raises(RuntimeError, match=told):
+            _parallelize(KERNELS if first else PRODUCTS, kernels_are_here=first)
+        assert fastest.in_force() == (KERNELS if first else PRODUCTS)
+    finally:
+        fastest.use(None)
+
+
+@needs_kernels
+def test_the_choice_is_that_of_the_first_rank(same_ranks):
+    same_ranks(check_choices, 2)

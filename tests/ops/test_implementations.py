@@ -1,5 +1,8 @@
 """The choice among an operator's implementations: what None is on each kind of processor, and what a name refuses."""
 
+import json
+import statistics
+from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
@@ -8,8 +11,9 @@ import torch
 
 from moesaic import info
 from moesaic.ops import Implementation
+from moesaic.ops.choices import OPERATORS, SHAPES, Case, shape_on_cpu
 from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS as EXPERTS
-from moesaic.ops.fastest import MEASURED, Call
+from moesaic.ops.fastest import MEASURED, Call, in_force
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS as GROUPED
 from moesaic.ops.implementations import Row, check_name, choose, takes_all
 from moesaic.ops.native import DTYPES
@@ -17,16 +21,7 @@ from moesaic.ops.processor import INSTRUCTION_SETS, Processor
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 ONE, FEW, SOME, MANY = 1, 16, 64, 65
-OPERATORS = (
-    "grouped_mm",
-    "grouped_mm_input_grad",
-    "grouped_mm_weight_grad",
-    "grouped_mm_accumulate_weight_grad",
-    "experts_mlp",
-    "experts_mlp_inference",
-    "experts_mlp_backward",
-    "experts_mlp_backward_into",
-)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ADDING, WITHOUT_GRADIENT = {"grouped_mm_accumulate_weight_grad"}, {"grouped_mm", "experts_mlp_inference"}
 
 
@@ -52,13 +47,25 @@ KINDS = {
         of("Intel", "avx512"),
         lambda operator, dtype, rows: not (dtype == FP32 and rows == MANY and operator in WITHOUT_GRADIENT),
     ),
-    "AMD without bf16": (of("AMD", "avx512"), lambda operator, dtype, rows: False),
+    # In fp32 the kernels are those of Zen 5.
+    "AMD without bf16": (of("AMD", "avx512"), lambda operator, dtype, rows: dtype == FP32),
     "Zen 3": (
         of("AMD", "avx2"),
         lambda operator, dtype, rows: not (dtype == FP32 and rows == ONE and operator in WITHOUT_GRADIENT),
     ),
     "Intel with AVX2": (of("Intel", "avx2"), lambda operator, dtype, rows: False),
+    "Zen 5, bf16 not chosen": (
+        of("AMD", "avx512_bf16", kernels="avx512"),
+        lambda operator, dtype, rows: dtype == FP32,
+    ),
     "Zen 5, less chosen": (of("AMD", "avx512_bf16", kernels="avx2"), lambda operator, dtype, rows: False),
+    "Xeon with AMX hidden": (
+        of("Intel", "avx512_bf16"),
+        lambda operator, dtype, rows: (
+            (dtype == FP32 and not (rows == MANY and operator in WITHOUT_GRADIENT))
+            or (dtype == BF16 and (rows <= FEW or operator in ADDING))
+        ),
+    ),
     "no kernels": (of("AMD", "none"), lambda operator, dtype, rows: False),
 }
 
@@ -85,8 +92,37 @@ def test_every_entry_is_of_something_that_there_is():
         assert entry.fastest in get_args(Implementation)
         assert entry.kind in (*INSTRUCTION_SETS, "cuda")
         assert set(entry.operators or ()) <= set(OPERATORS)
-        assert set(entry.shapes or ()) <= {"one", "few", "some", "many"}
+        assert set(entry.shapes or ()) <= set(SHAPES)
+        assert (RESULTS / entry.numbers).is_file()
     assert all(hasattr(torch.ops.moesaic, operator) for operator in OPERATORS)
+
+
+# The passes that `benchmarks/fastest_cpu.py` times, and the operators that they are made of.
+PASSES = {
+    "experts_mlp, forward": ("experts_mlp_inference",),
+    "experts_mlp, forward+backward": ("experts_mlp", "experts_mlp_backward"),
+    "grouped_mm, forward": ("grouped_mm",),
+    "grouped_mm, forward+backward": ("grouped_mm_input_grad", "grouped_mm_weight_grad"),
+}
+
+
+@pytest.mark.parametrize("kind", ["Zen 5", "Xeon with AMX", "Zen 3"])
+def test_the_numbers_say_so(kind):
+    """Of a pass and rows a group, on average over the shapes of experts, no choice is much slower than the other."""
+    machine, _ = KINDS[kind]
+    (file,) = {
+        entry.numbers for entry in MEASURED if entry.fits(Case("experts_mlp", BF16, "one"), machine, machine.best)
+    }
+    ratios: dict[tuple[str, Case], list[float]] = {}
+    for row in json.loads((RESULTS / file).read_text())["rows"]:
+        for operator in PASSES[row["what"]]:
+            case = Case(operator, getattr(torch, row["dtype"]), shape_on_cpu(row["rows"], 1))
+            ratios.setdefault((row["what"], case), []).append(row["ratio"])
+    assert len(ratios) == 6 * 2 * 4
+    for (_, case), found in ratios.items():
+        chosen = in_force(machine)[case]
+        gain = statistics.geometric_mean(found) ** (1 if chosen == "cpu" else -1)
+        assert gain > 0.9, (case, chosen, found)
 
 
 @pytest.mark.parametrize("table", [GROUPED, EXPERTS])

@@ -21,7 +21,7 @@ def test_json_form_gives_the_same_settings_back():
     config = TrainConfig(tp=2, dp_shard=3, betas=(0.8, 0.9), out=Path("somewhere"), data="x", tokenizer="y")
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     # Whether to resume is up to each call.
-    assert from_json(to_json(dataclasses.replace(config, resume=True))) == config
+    assert from_json(to_json(dataclasses.replace(config, resume=True, choose_again=True))) == config
 
 
 def test_a_run_of_an_older_version_is_resumed(tmp_path):
@@ -136,6 +136,7 @@ def test_only_the_first_rank_speaks(launched, capsys):
         (["--data", "/no/such/place"], "--data /no/such/place: there is no such file or folder"),
         (["--tokenizer", "/no/such/place"], "--tokenizer /no/such/place"),
         (["--resume"], "--resume: no run in runs/ has a checkpoint; give its folder with --out"),
+        (["--choose-again"], "--choose-again: a new run chooses anyway; add --resume to continue one"),
         (["--resume", "--out", "nowhere"], "--resume: there is no run in nowhere"),
         (["--out", "full"], "--out full is not empty. Add --resume to continue the run in it, or choose"),
     ],

@@ -53,6 +53,11 @@ def processor() -> Processor:
     return Processor(_VENDORS.get(vendor, vendor), has_amx(), here[-1], wanted)
 
 
+def kernels_for(isa: str, dtype: torch.dtype) -> str:
+    """The instruction set whose kernels for a dtype those of ``isa`` are: bf16 instructions do nothing for fp32."""
+    return "avx512" if isa == "avx512_bf16" and dtype == torch.float32 else isa
+
+
 @functools.cache
 def has_amx() -> bool:
     """Whether torch's half-precision products run on AMX tiles."""

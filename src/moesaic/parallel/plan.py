@@ -24,7 +24,7 @@ from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.loss import LossOverRanks
 from moesaic.parallel.mesh import Meshes, check_meshes
 from moesaic.parallel.meta import check_resets, is_on_meta, materialize, refuse_offloaded
-from moesaic.parallel.same import check_same, describe
+from moesaic.parallel.same import check_same, describe, share_choices
 from moesaic.parallel.wrapped import check_no_other_plan, check_whole_sequences, decoders, language_models
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,6 +41,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     Gradients are sums over all ranks. Divide the loss once, by the number of tokens of *all* ranks, and call backward
     on this rank's part; after it every gradient is that of the whole. No other factor is applied anywhere. Gradients
     of gradients are refused.
+
+    Without ``impl=`` all ranks compute with the same implementations: on the CPU the choice of the first rank is that
+    of all, where ``moesaic tune`` or another kind of processor would make it another.
 
     All ranks run the same passes, in the same mode, on inputs that alike do or do not require gradients: each pass is
     a sequence of collectives, and a rank that leaves one out keeps the others waiting.
@@ -80,6 +83,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         ValueError: sizes that cannot be laid over the axes, with the legal ones; a model that the plan does not know;
             ranks of the meshes that bring models of other names, shapes, dtypes or configs. On all ranks of the meshes,
             before anything of the model is sent.
+        RuntimeError: the first rank computes with the CPU kernels, and a rank has none. On all ranks.
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)
@@ -104,6 +108,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     # A rank that raised alone would leave the others waiting.
     ranks.together(check, group=all_ranks)
     check_same(describe(model), all_ranks)
+    if meshes.device_type in (None, "cpu"):
+        share_choices(all_ranks)
     is_empty = is_on_meta(model)
     if not is_empty:
         _take_from_first_rank(model, all_ranks)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moesaic import ranks
 from moesaic.layers import MoE
 from moesaic.layers.lora import ExpertsAdapter, RouterAdapter
+from moesaic.ops import fastest
 
 # What stands under a name, in words, in the order of the model.
 Description = list[tuple[str, str]]
@@ -58,3 +59,20 @@ def _difference(one: Description, two: Description, first: int, second: int) -> 
             return f"{name} is {here} on rank {first}, and {there} on rank {second}"
     here, there = next((a, b) for (a, _), (b, _) in zip(one, two, strict=True) if a != b)
     return f"where rank {first} has {here}, rank {second} has {there}"
+
+
+def share_choices(group: dist.ProcessGroup) -> None:
+    """All ranks of ``group`` go by the first one's choice of implementations on the CPU. Collective.
+
+    Raises:
+        RuntimeError: on all of them, where one has no kernels for that.
+    """
+    choices = ranks.gather(fastest.in_force(), group)
+    if all(theirs == choices[0] for theirs in choices):
+        return
+
+    def take() -> None:
+        fastest.check_runs(choices[0], f"rank {dist.get_global_rank(group, 0)}")
+        fastest.use(choices[0])
+
+    ranks.together(take, group=group)

@@ -118,6 +118,9 @@ class TrainConfig:
     """Continue from the last checkpoint in --out, or of the latest run in runs/. The settings are those of that run;
     flags that you give override them. With '--resume auto' it starts if there is no checkpoint yet; this is also what
     happens when torchrun restarts a run (--max-restarts)."""
+    choose_again: bool = False
+    """With --resume on CPU: compute the experts with what is the fastest on this machine now. By default the run keeps
+    the implementations that it began with, so that its numbers stay the same in every bit."""
     save_every: int = 50
     """Steps between checkpoints. 0: only one, at the end. There is always a checkpoint at the end."""
     keep: int = 2
@@ -163,6 +166,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{flag(name)} must be a number, 0 or more, not {value}")
+    if config.choose_again and not config.resume:
+        raise UserError("--choose-again: a new run chooses anyway; add --resume to continue one")
     if config.lr == 0:
         raise UserError("--lr must be more than 0")
     if not 0 <= config.min_lr_ratio <= 1:
@@ -208,8 +213,8 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["out"] = None if config.out is None else str(config.out)
     values["betas"] = list(config.betas)
-    # Every call decides for itself whether to resume.
-    del values["resume"]
+    # Every call decides for itself whether to resume, and how.
+    del values["resume"], values["choose_again"]
     return values
 
 

@@ -16,8 +16,10 @@ import torch
 
 from moesaic import ranks
 from moesaic.checkpoint.run_folder import CONFIG, TOKENIZER
+from moesaic.ops import fastest
 from moesaic.parallel.build import build_meshes
 from moesaic.parallel.mesh import Meshes, sizes_in
+from moesaic.train import implementations
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
@@ -53,8 +55,9 @@ class Run:
     """On the leader."""
 
     def close(self) -> None:
-        """Let go of the model's hooks and of the folder."""
+        """Let go of the model's hooks, of the run's choice of implementations and of the folder."""
         self.guard.close()
+        fastest.use(None)
         if self.lock is not None:
             self.lock.release()
 
@@ -108,14 +111,18 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
 
     try:
         if config.resume is True:
-            restore(training, folder)
+            manifest = restore(training, folder)
             if training.step > config.steps:
                 raise UserError(
                     f"--steps {config.steps}: the run in {folder} has done {training.step} steps already; give more, "
                     "or leave --steps out"
                 )
+            if not config.choose_again:
+                implementations.take_up(manifest.info.get(implementations.KEY), runtime.device, folder, notify)
+        training.implementations = implementations.settle(runtime.device)
         ranks.on_leader(describe_run)
     except BaseException:
+        fastest.use(None)
         if lock is not None:
             lock.release()
         raise
@@ -217,6 +224,7 @@ def _describe(training: Training, config: TrainConfig, train_bytes: int, world_s
         "world_size": world_size,
         "parameters": models.num_parameters(training.model),
         "train_bytes": train_bytes,
+        implementations.KEY: training.implementations,
         "versions": {
             "moesaic": metadata.version("moesaic"),
             "torch": torch.__version__,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from moesaic import checkpoint
 from moesaic.checkpoint.run_folder import CHECKPOINTS
+from moesaic.train import implementations
 from moesaic.train.config import TrainConfig, to_json
 from moesaic.train.errors import UserError
 from moesaic.train.loader import BatchLoader
@@ -30,6 +32,8 @@ class Training:
     """A hash each of the data, the tokenizer and the model. A checkpoint with other hashes is refused."""
     main_grads: MainGrads | None = None
     """Buffers for the gradients of expert weights, if they have any."""
+    implementations: dict[str, Any] | None = None
+    """What computes this run on the CPU: see :func:`moesaic.train.implementations.settle`."""
     step: int = 0
     """How many steps are done."""
     whole: bool = True
@@ -44,6 +48,7 @@ def save(training: Training, config: TrainConfig, folder: Path) -> Path:
         "loader": training.loader.state_dict(),
         "identities": training.identities,
         "settings": to_json(config),
+        implementations.KEY: training.implementations,
     }
     state = checkpoint.training_state(training.model, training.optimizer)
     blocking = not config.async_checkpoints
@@ -53,8 +58,8 @@ def save(training: Training, config: TrainConfig, folder: Path) -> Path:
     return path
 
 
-def restore(training: Training, folder: Path) -> None:
-    """Go on where the last sound checkpoint in a run folder was written. Collective.
+def restore(training: Training, folder: Path) -> checkpoint.Manifest:
+    """Go on where the last sound checkpoint in a run folder was written, whose manifest it returns. Collective.
 
     Raises `UserError` if that was with other data, another tokenizer or another model.
     """
@@ -74,3 +79,4 @@ def restore(training: Training, folder: Path) -> None:
     training.loader.load_state_dict(manifest.info["loader"])
     checkpoint.restore(training.model, training.optimizer, state)
     training.step = training.saved = manifest.step
+    return manifest

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.ops.fastest import shape_class
+from moesaic.ops.choices import shape_class
 from moesaic.ops.triton import device, tuner
 from moesaic.ops.triton.maps import Groups
 
