@@ -4,7 +4,7 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
-Legend: T this rank's tokens, K top-k, D model dim, E experts, e experts a rank (the last ranks may have fewer), S rows
+Legend: T this rank's tokens, K top-k, P ep ranks, Q ranks that a token goes to at most, D model dim, E experts, e experts a rank (the last ranks may have fewer), S rows
 sent, M rows received over ep, N rows gathered over etp, R routed copies among them, C capacity of a block (the largest
 rank's R, rounded up).
 """
@@ -53,13 +53,13 @@ class MeshDispatcher:
         experts_per_rank = -(-num_experts // self.ep.size())
         # Copies of padding, whose ids are -1, belong to a rank past the last.
         owner_TK = torch.where(routing.ids < 0, self.ep.size(), routing.ids // experts_per_rank)
-        sent = _one_copy_a_rank(owner_TK, self.ep.size())
+        sent, ranks_TQ = _one_copy_a_rank(owner_TK, self.ep.size())
         traffic = exchange_counts(sent.group_sizes, self.ep, self.etp, self.all)
 
         # Not slices: a compiler does not know that there are so many rows.
         slots_S = sent.slots.narrow(0, 0, sum(traffic.send))
         sent = Permutation(slots_S, sent.positions, sent.group_sizes)
-        local_ids_SK = _local_ids(routing.ids, owner_TK, sent, experts_per_rank)
+        local_ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
         x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
         ids_NK = self._to_experts(local_ids_SK.to(torch.int32), traffic).to(local_ids_SK.dtype)
 
@@ -91,16 +91,24 @@ class MeshDispatcher:
         return all_gather_rows(t, traffic.gather, self.etp)
 
 
-def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> Permutation:
-    """Sort tokens by the ranks they go to, once a rank however many of its experts they go to."""
-    goes_TQ = torch.zeros(owner_TK.shape[0], num_ranks + 1, dtype=torch.bool, device=owner_TK.device)
-    goes_TP = goes_TQ.scatter(1, owner_TK, True)[:, :num_ranks]
-    ranks_TP = torch.where(goes_TP, torch.arange(num_ranks, device=owner_TK.device), -1)
-    return sort_by_expert(ranks_TP, num_ranks)
+def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> tuple[Permutation, Tensor]:
+    """Sort tokens by the ranks they go to, once a rank however many of its experts they go to.
+
+    A token goes to at most ``Q = min(K, P)`` ranks, so it has that many slots.
+
+    Returns:
+        The permutation, and the rank of each slot ``[T, Q]``; P for a slot that is not used.
+    """
+    ranks_TK = owner_TK.sort(dim=1).values
+    is_again = torch.zeros_like(ranks_TK, dtype=torch.bool)
+    is_again[:, 1:] = ranks_TK[:, 1:] == ranks_TK[:, :-1]
+    ranks_TQ = ranks_TK.masked_fill(is_again, num_ranks)
+    if num_ranks < ranks_TQ.shape[1]:
+        ranks_TQ = ranks_TQ.sort(dim=1).values[:, :num_ranks]
+    return sort_by_expert(ranks_TQ, num_ranks), ranks_TQ
 
 
-def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, experts_per_rank: int) -> Tensor:
+def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, ranks_TQ: Tensor, experts_per_rank: int) -> Tensor:
     """For every row sent, its token's experts by their number on the receiving rank; -1 for those elsewhere."""
-    num_ranks = sent.positions.shape[1]
-    token_S, rank_S1 = sent.slots // num_ranks, (sent.slots % num_ranks).unsqueeze(1)
+    token_S, rank_S1 = sent.slots // ranks_TQ.shape[1], ranks_TQ.flatten()[sent.slots].unsqueeze(1)
     return torch.where(owner_TK[token_S] == rank_S1, ids_TK[token_S] - rank_S1 * experts_per_rank, -1)

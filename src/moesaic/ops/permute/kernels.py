@@ -48,17 +48,39 @@ def permute(x: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None 
 
 def combine(y: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     _check("combine", ("y", y, "RD"), slots, positions, weights)
+    if y.numel() == 0 or positions.numel() == 0:
+        return y.new_zeros(positions.shape[0], y.shape[1])
+    is_here = positions >= 0
+    rows = _compact(positions, is_here)
+    if weights is None:
+        return _sum_of_bags(y, rows, is_here)
+    # torch's bags have weights of the rows' dtype: rows of half types are summed as fp32 ones.
     acc = accumulation_dtype(y.dtype)
-    z_TD = y.new_zeros(positions.shape[0], y.shape[1], dtype=acc)
-    if y.shape[0] == 0:
-        return z_TD.to(y.dtype)
-    for k, position_T in enumerate(positions.unbind(1)):
-        y_TD = y.index_select(0, position_T.clamp(min=0)).to(acc)
-        if weights is not None:
-            y_TD = y_TD * weights[:, k].to(acc).unsqueeze(1)
-        # Filled and not multiplied by zero: the row read for an absent copy may hold an Inf.
-        z_TD += y_TD.masked_fill_((position_T < 0).unsqueeze(1), 0)
-    return z_TD.to(y.dtype)
+    return _sum_of_bags(y.to(acc), rows, is_here, _compact(weights.to(acc), is_here)).to(y.dtype)
+
+
+def _sum_of_bags(y: Tensor, rows: Tensor, is_here: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each token the sum over its rows: one pass that reads every row once, in the order of k.
+
+    Half types are accumulated in fp32 and rounded once. Deterministic: a token's sum is made by one thread.
+    """
+    firsts = torch.nn.functional.pad(is_here.sum(1).cumsum(0), (1, 0))
+    sums, *_ = torch.ops.aten._embedding_bag_forward_only(
+        y, rows, firsts, mode=0, per_sample_weights=weights, include_last_offset=True
+    )
+    return sums
+
+
+def _compact(t_TK: Tensor, is_here: Tensor) -> Tensor:
+    """The values of the copies that are here, in the order of slots; on CPU no others.
+
+    Elsewhere zeros follow, which belong to no bag: how many are here is not read to the host.
+    """
+    flat, is_here = t_TK.flatten(), is_here.flatten()
+    if t_TK.is_cpu:
+        return flat[is_here]
+    place = torch.where(is_here, is_here.cumsum(0) - 1, flat.numel())
+    return flat.new_zeros(flat.numel() + 1).scatter_(0, place, flat)[:-1]
 
 
 def combine_weight_grad(y: Tensor, x: Tensor, slots: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Launches and bytes of device memory of torch's own operations, counted without a device: on meta or fake tensors.
+
+    with Moved() as moved:
+        combine(y, slots, positions)
+    print(moved.launches, moved.bytes)
+
+Bytes are what an operation has to read and write once: of a tensor that is expanded its memory, of a table that is
+gathered from the rows that are gathered. Views and allocations cost nothing. What a matrix product moves depends on its
+tiles, so those are counted apart, under ``products``.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm"}
+# Of these the first tensor is a table, and as much of it is read as there are rows in the third argument's place.
+_GATHERS = {"index_select": 2, "gather": 2, "_embedding_bag_forward_only": 1, "index": 1}
+
+
+class Moved(TorchDispatchMode):
+    """Counts what runs inside of it.
+
+    Attributes:
+        by_name: bytes by the name of the operation, products left out.
+        count: launches by the name of the operation, products among them.
+        products: bytes of operands and results of matrix products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
+        self.products = 0
+
+    @property
+    def launches(self) -> int:
+        return self.count.total()
+
+    @property
+    def bytes(self) -> int:
+        return self.by_name.total()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name in _ALLOCATIONS or name == "_unsafe_view":
+            return result
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.count[name] += 1
+        if name in _PRODUCTS:
+            self.products += sum(map(memory, [*given, *made]))
+            return result
+        if name in _GATHERS:
+            table, *given = given
+            rows = made[:1] if name != "_embedding_bag_forward_only" else [table[:1].expand(len(args[1]), -1)]
+            made = made[:1]
+            self.by_name[name] += sum(t.numel() * t.element_size() for t in rows)
+        if name == "masked_fill_" or name == "fill_" or name == "zero_":
+            made = []  # at most the memory itself, once
+        self.by_name[name] += sum(map(memory, [*given, *made]))
+        return result
+
+
+def memory(t: Tensor) -> int:
+    """Bytes that a tensor has, those of an expanded one once."""
+    elements = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return elements * t.element_size()
