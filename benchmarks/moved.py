@@ -4,8 +4,8 @@
         combine(y, slots, positions)
     print(moved.launches, moved.bytes)
 
-Bytes are what an operation has to read and write once: of a tensor that is expanded its memory, of a table that is
-gathered from the rows that are gathered. Views and allocations cost nothing. What a matrix product moves depends on its
+Bytes are what an operation has to read and write, each once: of an expanded tensor its memory, of a table the rows that
+are gathered from it. Views and allocations cost nothing. What a matrix product moves depends on its
 tiles, so those are counted apart, under ``products``.
 """
 
@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 _aten = torch.ops.aten
 _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm"}
-# Of these the first tensor is a table, and as much of it is read as there are rows in the third argument's place.
-_GATHERS = {"index_select": 2, "gather": 2, "_embedding_bag_forward_only": 1, "index": 1}
+# The first tensor of these is a table, of which what they give back is read.
+_GATHERS = {"index_select", "gather", "index"}
+_FILLS = {"fill_", "zero_"}
 
 
 class Moved(TorchDispatchMode):
@@ -62,12 +63,11 @@ class Moved(TorchDispatchMode):
             self.products += sum(map(memory, [*given, *made]))
             return result
         if name in _GATHERS:
-            table, *given = given
-            rows = made[:1] if name != "_embedding_bag_forward_only" else [table[:1].expand(len(args[1]), -1)]
-            made = made[:1]
-            self.by_name[name] += sum(t.numel() * t.element_size() for t in rows)
-        if name == "masked_fill_" or name == "fill_" or name == "zero_":
-            made = []  # at most the memory itself, once
+            given[:1] = made
+        elif name == "_embedding_bag_forward_only":
+            made = made[:1]  # the others say what the backward pass of other modes needs
+        elif name in _FILLS:
+            given = []
         self.by_name[name] += sum(map(memory, [*given, *made]))
         return result
 

@@ -4,9 +4,9 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
-Legend: T this rank's tokens, K top-k, P ep ranks, Q ranks that a token goes to at most, D model dim, E experts, e experts a rank (the last ranks may have fewer), S rows
-sent, M rows received over ep, N rows gathered over etp, R routed copies among them, C capacity of a block (the largest
-rank's R, rounded up).
+Legend: T this rank's tokens, K top-k, P ep ranks, Q ranks that a token goes to at most, D model dim, E experts,
+e experts a rank (the last ranks may have fewer), S rows sent, M rows received over ep, N rows gathered over etp, R
+routed copies among them, C capacity of a block (the largest rank's R, rounded up).
 """
 
 from typing import NamedTuple
@@ -100,8 +100,7 @@ def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> tuple[Permutation, Ten
         The permutation, and the rank of each slot ``[T, Q]``; P for a slot that is not used.
     """
     ranks_TK = owner_TK.sort(dim=1).values
-    is_again = torch.zeros_like(ranks_TK, dtype=torch.bool)
-    is_again[:, 1:] = ranks_TK[:, 1:] == ranks_TK[:, :-1]
+    is_again = pad(ranks_TK[:, 1:] == ranks_TK[:, :-1], (1, 0), value=False)
     ranks_TQ = ranks_TK.masked_fill(is_again, num_ranks)
     if num_ranks < ranks_TQ.shape[1]:
         ranks_TQ = ranks_TQ.sort(dim=1).values[:, :num_ranks]
