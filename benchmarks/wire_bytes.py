@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -33,7 +34,8 @@ EXPERTS, TOP_K, HIDDEN = 64, 8, 16  # the hidden dim of an expert never travels
 RANKS = (2, 4)
 DTYPES = (torch.float32, torch.bfloat16)
 SENDS_NOTHING = ("wait_tensor", "_wrap_tensor_autograd")
-OURS, THEIRS = "moesaic", "all_to_all"
+# Ours is counted twice: as `parallelize` uses it, and as transformers does with ep_implementation="moesaic".
+OURS, UNDER_TRANSFORMERS, THEIRS = "parallelize", "moesaic", "all_to_all"
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,13 @@ def ours(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
-def theirs(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """transformers' `AllToAllEP` around this rank's experts; every rank has its own tokens, as in data parallelism."""
+def under_transformers(problem: Problem, implementation: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its expert parallelism around this rank's experts; every rank has its own tokens, as in data parallelism."""
     from transformers import Qwen3MoeConfig
-    from transformers.distributed.expert_parallel import AllToAllEP
+    from transformers.distributed.expert_parallel import EPImplementationInterface
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    from moesaic.integrations.transformers import register
 
     ranks = dist.get_world_size()
     local = EXPERTS // ranks
@@ -154,7 +158,8 @@ def theirs(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
         experts.gate_up_proj.copy_(torch.cat([w1, w3], 1))
         experts.down_proj.copy_(w2)
     mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
-    dispatch = AllToAllEP(experts, mesh["ep"], mesh["tp"])
+    register()
+    dispatch = EPImplementationInterface()[implementation](experts, mesh["ep"], mesh["tp"])
     return lambda x, weights: dispatch(x, problem.routing.ids, weights).to(x.dtype)
 
 
@@ -167,9 +172,9 @@ def count_rank(dim: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
         "copies": int((owners != dist.get_rank()).sum()),
     }
     results: dict[str, Tensor] = {}
-    # Theirs first: ours takes the layer apart.
-    for name, make in ((THEIRS, theirs), (OURS, ours)):
-        run = make(problem)
+    # `parallelize` last, for it takes the layer apart.
+    for name in (THEIRS, UNDER_TRANSFORMERS, OURS):
+        run = ours(problem) if name == OURS else under_transformers(problem, name)
         x = problem.x.clone().requires_grad_()
         weights = problem.routing.weights.clone().requires_grad_()
         passes: list[Sent] = []
@@ -179,17 +184,17 @@ def count_rank(dim: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
             y.float().square().sum().backward()
         found[name], results[name] = passes, y.detach().double()
         results[f"{name}, gradient"] = torch.cat([x.grad.double(), weights.grad.double()], 1)
-    for what in ("", ", gradient"):
-        mine, other = results[OURS + what], results[THEIRS + what]
+    for name, what in product((OURS, UNDER_TRANSFORMERS), ("", ", gradient")):
+        mine, other = results[name + what], results[THEIRS + what]
         error = ((mine - other).norm() / other.norm()).item()
-        assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"moesaic{what} is not what theirs is: {error:.2g}"
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), f"{name}{what} is not what theirs is: {error:.2g}"
     return found
 
 
 def add_ranks(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over ranks."""
     total: dict[str, Any] = {name: sum(found[name] for found in by_rank) for name in ("bound", "copies")}
-    for name in (OURS, THEIRS):
+    for name in (OURS, UNDER_TRANSFORMERS, THEIRS):
         passes = zip(*(found[name] for found in by_rank), strict=True)
         total[name] = [Sent(*map(sum, zip(*one, strict=True))) for one in passes]
     return total

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moesaic import ranks
 from moesaic.parallel.brought import axes_of, distinct_slices, mesh_over_slices
 from moesaic.parallel.mesh import Meshes, MeshLayout, View, axis_names, resolve_layout
-from moesaic.sharding.internals import group_over_all_axes
+from moesaic.sharding.internals import group_over_all_axes, group_that_its_ranks_make
 
 
 def build_meshes(
@@ -86,6 +86,16 @@ def build_meshes(
     meshes.all_ranks()
     group_over_all_axes(meshes.expert["ep", "etp"], "ep_etp")
     return meshes
+
+
+def experts_over(ep: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """A mesh with axes ``ep, etp`` over a group that somebody else has made; etp is 1.
+
+    Its ranks call this, and no other rank does.
+    """
+    alone = group_that_its_ranks_make([dist.get_rank()])
+    ranks = torch.tensor(dist.get_process_group_ranks(ep)).unsqueeze(1)
+    return DeviceMesh.from_group([ep, alone], device_type, ranks, mesh_dim_names=("ep", "etp"))
 
 
 class _Claim(NamedTuple):

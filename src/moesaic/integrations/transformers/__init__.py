@@ -4,15 +4,22 @@ Needs the extra: ``pip install moesaic[transformers]``.
 """
 
 try:
-    import transformers.integrations.moe  # noqa: F401
+    from transformers.distributed.expert_parallel import EPImplementationInterface  # noqa: F401
 except ImportError as error:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = f"this is {version('transformers')}"
+    except PackageNotFoundError:
+        found = "it is not installed"
     raise ImportError(
-        "moesaic.integrations.transformers needs transformers 5: pip install 'moesaic[transformers]'"
+        f"moesaic.integrations.transformers needs transformers 5.23 or a later 5, and {found}: "
+        "pip install 'moesaic[transformers]'"
     ) from error
 
-from moesaic.integrations.transformers.experts import register
 from moesaic.integrations.transformers.export import to_transformers_state_dict
 from moesaic.integrations.transformers.loading import load_pretrained
+from moesaic.integrations.transformers.registry import register
 from moesaic.integrations.transformers.saving import export_pretrained
 from moesaic.integrations.transformers.swap import swap_moe, unswap_moe
 

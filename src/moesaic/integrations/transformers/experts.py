@@ -11,36 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import moe
-from transformers.integrations.moe import ExpertsInterface
 
 from moesaic.integrations.transformers.activations import activation_name, own_gate_name
 from moesaic.ops import Activation, combine, experts_mlp, grouped_mm, permute, sort_by_expert
-
-NAME = "moesaic"
-
-
-def register() -> None:
-    """Make ``experts_implementation="moesaic"`` known to transformers, for this process. A second call does nothing.
-
-    It supports all that the interface describes: concatenated or interleaved gate and up projections, transposed
-    weights, biases, a module's own ``_apply_gate``, experts without a gate, a norm after the experts, and the ids that
-    transformers' expert parallelism gives to experts of other ranks. Weights are read in place, through strided views.
-
-    Experts with the common gate ``act(gate) * up`` or with none, and with an activation of :func:`moesaic.experts_mlp`,
-    run as that one operator. So do the experts of gpt-oss. Other experts run as two :func:`moesaic.grouped_mm` and the
-    module's own functions. In gpt-oss the columns of gate and up projection alternate in one matrix. The ``cpu`` and
-    ``triton`` kernels read them in place; ``triton`` then has half the speed that it has on adjacent columns.
-    ``torch`` copies them in every call.
-
-    Models whose experts do not use the interface (Llama-4) ignore ``experts_implementation``, ours as well as those of
-    transformers. Use :func:`swap_moe` for them.
-
-    Example:
-        >>> moesaic.integrations.transformers.register()
-        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", experts_implementation="moesaic")
-        >>> model.set_experts_implementation("eager")  # and back
-    """
-    ExpertsInterface.register(NAME, experts_forward)
 
 
 class _Weights(NamedTuple):
@@ -139,12 +112,17 @@ def _linear(x_RK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, group_sizes: Te
     return y_RN + grouped_mm(x_RK.new_ones(x_RK.shape[0], 1), bias_EN.unsqueeze(1), group_sizes)
 
 
-def _weights(experts: nn.Module) -> _Weights:
+def check_follows_interface(experts: nn.Module, instead: str) -> None:
+    """Raise ``TypeError`` unless the module says of itself what transformers' experts interface wants to know."""
     if not all(hasattr(experts, flag) for flag in ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")):
         raise TypeError(
             f"experts: {type(experts).__name__} does not follow transformers' experts interface; decorate its class "
-            "with transformers.integrations.moe.use_experts_implementation"
+            f"with transformers.integrations.moe.use_experts_implementation, or use {instead}"
         )
+
+
+def _weights(experts: nn.Module) -> _Weights:
+    check_follows_interface(experts, 'experts_implementation="eager"')
     first, down = "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
     first_w, down_w = _parameter(experts, first), _parameter(experts, down)
     return _Weights(
