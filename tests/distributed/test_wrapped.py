@@ -57,7 +57,7 @@ WRAPPERS = {
     "shell": (Shell, LAYOUTS[1:]),
     "shell in a shell": (lambda lm: Shell(Shell(lm)), LAYOUTS[:1]),
     "own head": (WithHead, LAYOUTS[:1]),
-    "peft": (adapted, LAYOUTS[:1]),
+    "peft": (adapted, LAYOUTS),
     "peft in a shell": (lambda lm: Shell(adapted(lm)), LAYOUTS[:1]),
 }
 
@@ -143,8 +143,11 @@ def check_refused_wrappers() -> None:
     tp = meshes_of({"tp": 2})
     with pytest.raises(ValueError, match=r"tp > 1 works for causal .*WithHead has other parameters.*use tp=1"):
         moesaic.parallelize(WithHead(make_model(tied=False)), tp)
-    with pytest.raises(ValueError, match=r"'q_proj' \(Linear\) of Qwen3MoeAttention is not a linear layer.*merge"):
-        moesaic.parallelize(adapted(make_model(tied=False)), tp)
+    for settings, problem in (({"use_dora": True}, "DoRA"), ({"lora_dropout": 0.1}, "lora_dropout to 0")):
+        config = pytest.importorskip("peft").LoraConfig(target_modules=["q_proj"], **settings)
+        model = pytest.importorskip("peft").get_peft_model(make_model(tied=False), config)
+        with pytest.raises(ValueError, match=rf"the adapter on 'q_proj' of Qwen3MoeAttention .*{problem}"):
+            moesaic.parallelize(model, tp)
     with pytest.raises(ValueError, match=r"'module' is a DistributedDataParallel, which sums gradients .*\(.module\)"):
         moesaic.parallelize(Shell(nn.parallel.DistributedDataParallel(make_model(tied=False))), meshes_of({"ep": 2}))
 

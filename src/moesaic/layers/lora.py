@@ -83,12 +83,19 @@ class ExpertsAdapter(nn.Module):
             else:
                 nn.init.zeros_(factor)
 
-    def factors(self, weight: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """``a`` and ``scale * b`` of a weight in ``dtype``, or None."""
+    def factors(self, weight: str) -> tuple[Tensor, Tensor] | None:
+        """``a`` and ``b`` of a weight, or None."""
         b = getattr(self, f"{weight}_b")
         a = getattr(self, "w1_a" if weight == "w3" and self.share else f"{weight}_a")
         if a is None or b is None:
             return None
+        return a, b
+
+    def scaled(self, weight: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """``a`` and ``scale * b`` of a weight in ``dtype``, or None."""
+        if (factors := self.factors(weight)) is None:
+            return None
+        a, b = factors
         return a.to(dtype), (b * self.ranks[weight].scale).to(dtype)
 
     def extra_repr(self) -> str:

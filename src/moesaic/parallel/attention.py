@@ -14,6 +14,9 @@ its bias        Replicate       Partial: every         added once, to the rank's
 ``"whole"``     Replicate       Partial: every         a norm of a single head, or what comes before heads
                                 rank's heads
 ==============  ==============  =====================  ===================================================
+
+A projection may have low-rank adapters of peft. The factor that meets the dim that is cut is cut with it: of a column
+projection ``lora_B``, ``Shard(0)``, and of a row projection ``lora_A``, ``Shard(1)``. The other factor is whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.parallel.adapted import base_of, factors, tensor_parallel_problem
 from moesaic.parallel.collectives import sum_over_ranks
 
 Role = Literal["column", "row", "wide norm", "whole"]
@@ -91,11 +95,13 @@ def parts_of(attention: nn.Module, plan: dict[str, str]) -> list[Part]:
         role = roles.get(name)
         if role is None:
             raise ValueError(f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not known to the plan")
-        if not isinstance(what, _FORMS[role]):
+        if not isinstance(base_of(what), _FORMS[role]):
             raise ValueError(
                 f"'{name}' ({type(what).__name__}) of {type(attention).__name__} is not a linear layer; if an adapter "
                 "wraps it, merge it first (of peft: merge_and_unload())"
             )
+        if problem := tensor_parallel_problem(what):
+            raise ValueError(f"the adapter on '{name}' of {type(attention).__name__} {problem}")
         parts.append(Part(name, what, role))
     if not any(part.role == "row" for part in parts):
         raise ValueError(f"{type(attention).__name__} has no output projection that the plan knows")
@@ -125,10 +131,11 @@ def shard_dims(parts: list[Part]) -> dict[nn.Parameter, int]:
     """Which dim of each parameter is sharded over tp; all others are replicated."""
     dims: dict[nn.Parameter, int] = {}
     for _, what, role in parts:
+        base = base_of(what)
         if role == "row":
-            dims[what.get_parameter("weight")] = 1
+            dims |= dict.fromkeys([base.weight, *factors(what, "lora_A")], 1)
         elif role != "whole":
-            own = [what] if isinstance(what, nn.Parameter) else what.parameters()
+            own = [what] if isinstance(what, nn.Parameter) else [*base.parameters(), *factors(what, "lora_B")]
             dims |= dict.fromkeys(own, 0)
     return dims
 
@@ -142,7 +149,9 @@ def split_by_heads(parts: list[Part], scatter: Callable[[Tensor], Tensor], group
         group: the tp ranks.
     """
     for _, what, role in parts:
-        if role == "row":
+        if role == "row" and base_of(what) is not what:
+            _sum_with_adapters(what, scatter, group)
+        elif role == "row":
             _sum_then_add_bias(what, scatter)
         elif role == "wide norm":
             _normalize_over_ranks(what, group)
@@ -154,6 +163,20 @@ def _sum_then_add_bias(linear: Any, scatter: Callable[[Tensor], Tensor]) -> None
         return y if linear.bias is None else y + linear.bias
 
     linear.forward = forward
+
+
+def _sum_with_adapters(layer: Any, scatter: Callable[[Tensor], Tensor], group: dist.ProcessGroup) -> None:
+    """What an adapter adds is a part of the sum, too. So its layer sums, and the base adds its bias on one rank."""
+    base, whole = layer.base_layer, layer.forward
+
+    def product(x: Tensor) -> Tensor:
+        y = F.linear(x, base.weight)
+        return y if base.bias is None else y + base.bias * (group.rank() == 0)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return scatter(whole(x, *args, **kwargs))
+
+    base.forward, layer.forward = product, forward
 
 
 def _normalize_over_ranks(norm: Any, group: dist.ProcessGroup) -> None:

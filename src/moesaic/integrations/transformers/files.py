@@ -18,7 +18,7 @@ from moesaic.checkpoint.folder import is_plain
 from moesaic.integrations.transformers.configs import read_values
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -60,9 +60,9 @@ class Files:
     def leaf(self, file: Any, name: str, place: Path) -> LazyTensor:
         """A tensor of an open file, which lies in ``place``."""
         view = file.get_slice(name)
-        if view.get_dtype() not in _DTYPES:
+        if view.get_dtype() not in DTYPES:
             raise ValueError(
-                f"{place}: '{name}' has the dtype {view.get_dtype()}, which is not one of {', '.join(_DTYPES)}"
+                f"{place}: '{name}' has the dtype {view.get_dtype()}, which is not one of {', '.join(DTYPES)}"
             )
 
         def source(box: Box) -> Tensor:
@@ -71,7 +71,7 @@ class Files:
             self.bytes_read += part.nbytes
             return part
 
-        return LazyTensor(view.get_shape(), _DTYPES[view.get_dtype()], source)
+        return LazyTensor(view.get_shape(), DTYPES[view.get_dtype()], source)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -23,6 +25,7 @@ from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
+from moesaic.integrations.transformers.plain import is_of_adapter, name_without_wrappers
 from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.ops import Implementation
 from moesaic.ops.arguments import nearest
@@ -49,6 +52,7 @@ def load_pretrained(
     ignore_unexpected: bool = False,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    adapter: Any = None,
     **options: Any,
 ) -> Any:
     """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
@@ -73,6 +77,9 @@ def load_pretrained(
             all the same.
         revision: a branch, a tag or a commit on the hub.
         attn_implementation: as for ``from_pretrained``.
+        adapter: low-rank adapters to put on the model: a ``peft.LoraConfig`` for new ones, or the folder of some. See
+            :func:`moesaic.integrations.peft.add_adapters` and :func:`moesaic.integrations.peft.load_adapters`. They are
+            active and called ``"default"``, and the rest of the model is frozen.
         options: those of :func:`swap_moe`, such as ``aux_loss_coef``; and values of the config that take the place of
             those in ``config.json``, such as ``rope_parameters``.
 
@@ -106,7 +113,9 @@ def load_pretrained(
         changes={name: value for name, value in options.items() if name not in of_swap},
     )
     moe_options = {name: value for name, value in options.items() if name in of_swap}
-    return load_and_count(source, meshes, compute=compute, impl=impl, device=device, moe_options=moe_options)[0]
+    return load_and_count(
+        source, meshes, compute=compute, impl=impl, device=device, moe_options=moe_options, adapter=adapter
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ def load_and_count(
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
     moe_options: Mapping[str, Any] | None = None,
+    adapter: Any = None,
 ) -> tuple[Any, int]:
     """The result of :func:`load_pretrained`, and the number of bytes that this rank has read from the files."""
     place = torch.device(device or meshes.device_type or "cpu")
@@ -155,6 +165,8 @@ def load_and_count(
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
             tensors = to_our_names(model, ties.without_copies(plain, state))
+            if adapter is not None:
+                _adapters().prepare_adapters(model, adapter)
 
         # A failure is shared, so that no rank waits for one that cannot read the files.
         ranks.together(describe)
@@ -164,6 +176,8 @@ def load_and_count(
         if not meshes.is_distributed:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors))
+        if adapter is not None:
+            _adapters().finish_adapters(model, adapter)
         _log.info("%s: rank %d read %d bytes", source.path, ranks.rank(), files.bytes_read)
         return model.eval(), files.bytes_read
 
@@ -258,14 +272,23 @@ def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str,
     return ours
 
 
+def _adapters() -> Any:
+    """The integration of peft, which is optional and knows this one."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("adapter: this needs the package peft: pip install 'moesaic[lora]'")
+    return importlib.import_module("moesaic.integrations.peft.load")
+
+
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
-    """Read this rank's part of every parameter and every persistent buffer."""
+    """Read this rank's part of every parameter and every persistent buffer. Adapters are left as they are."""
     filled: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in tensors:
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        plain = name_without_wrappers(name)
+        if plain in tensors:
             local, box = local_part(tensor)
-            tensors[name].read_into(local, box)
+            tensors[plain].read_into(local, box)
             filled.add(id(tensor))
-    left = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) not in filled]
+    left = [n for n, t in state.items() if id(t) not in filled and not is_of_adapter(n)]
     assert not left, f"nothing was read for {left}"

@@ -14,21 +14,28 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moesaic.integrations.transformers.origin import origin_of
+from moesaic.layers.lora import ExpertsAdapter, RouterAdapter
 
 # What a module has of these is its own, and belongs to no copy.
 _HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)]
 
 
-def plain_on_meta(model: Any) -> Any:
+def plain_on_meta(model: Any, *, without_adapters: bool = False) -> Any:
     """A model with the original blocks in place of swapped layers, on the meta device. It may be parallelized.
 
-    Its config is as files have it. It has no hooks, and none of the methods that were set on ``model`` alone.
+    Its config is as files have it. It has no hooks, and none of the methods that were set on ``model`` alone. With
+    ``without_adapters`` the model may have adapters, the result has none, and what is in it may be changed.
 
     Raises:
         ValueError: ``model`` is no model of transformers, or has adapters.
     """
-    _check(model)
+    _check(model, without_adapters)
     plain = _plain(model, {}, {})
+    if without_adapters:
+        for name in [name for name, module in model.named_modules() if origin_of(module)]:
+            # The layers keep the blocks that are in it.
+            path = name_without_wrappers(f"{name}.").removesuffix(".")
+            plain.set_submodule(path, copy.deepcopy(plain.get_submodule(path)))
     # As in a new model: weights that the config ties may have turned out to differ when they were loaded.
     plain.all_tied_weights_keys = plain.get_expanded_tied_weights_keys(all_submodels=True)
     plain.config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -44,14 +51,35 @@ def class_of(module: nn.Module) -> Any:
 def has_adapters(model: nn.Module) -> bool:
     """Whether peft has put adapters into a model."""
     # Not by peft_config, which a model keeps when its adapters are merged.
-    return any(hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in model.modules())
+    return any(
+        (hasattr(module, "base_layer") and not _is_empty_wrapper(module))
+        or hasattr(module, "modules_to_save")
+        or isinstance(module, ExpertsAdapter | RouterAdapter)
+        for module in model.modules()
+    )
 
 
-def _check(model: nn.Module) -> None:
-    if has_adapters(model):
+def name_without_wrappers(name: str) -> str:
+    """The name of a parameter in a model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of this name is one of an adapter: ours, or peft's."""
+    return ".adapters." in name or ".lora_" in name
+
+
+def _is_empty_wrapper(module: nn.Module) -> bool:
+    """Whether it is a layer of peft whose factors were merged in a parallelized model."""
+    return getattr(module, "lora_A", None) is not None and not len(module.lora_A)  # type: ignore[arg-type]
+
+
+def _check(model: nn.Module, without_adapters: bool) -> None:
+    if has_adapters(model) and not without_adapters:
         raise ValueError(
-            f"model: {type(model).__name__} has adapters, for which the files of transformers have no names; call "
-            "merge_and_unload() before, or save the adapters alone by the PeftModel's save_pretrained()"
+            f"model: {type(model).__name__} has adapters, for which the files of transformers have no names; merge "
+            "them before, by merge_adapters() or, of a PeftModel, merge_and_unload(); or save the adapters alone, by "
+            "save_adapters() or the PeftModel's save_pretrained()"
         )
     if not isinstance(model, PreTrainedModel):
         inside = [name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
@@ -59,9 +87,11 @@ def _check(model: nn.Module) -> None:
         raise ValueError(f"model: {type(model).__name__} is no model of transformers; {remedy}")
 
 
-def _plain(module: nn.Module, known: dict[Tensor, Any], configs: dict[int, Any]) -> Any:
+def _plain(module: Any, known: dict[Tensor, Any], configs: dict[int, Any]) -> Any:
     if (origin := origin_of(module)) is not None:
         return origin.block
+    if hasattr(module, "base_layer"):
+        return _plain(module.base_layer, known, configs)
     cls = class_of(module)
     plain = cls.__new__(cls)
     own = {name: value for name, value in vars(module).items() if not callable(value)}

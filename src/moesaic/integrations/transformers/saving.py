@@ -32,7 +32,7 @@ from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
-from moesaic.integrations.transformers.plain import plain_on_meta
+from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
 
 _ERRORS = (OSError, ValueError, SafetensorError)
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
@@ -72,7 +72,7 @@ def export_pretrained(
     """
     exchange = Exchange()
     plain = plain_on_meta(model)
-    state = model.state_dict(keep_vars=True)
+    state = {name_without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     ties.tie_what_is_one(plain, state)
     # Tied weights are one parameter, and become one lazy tensor.
     leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
