@@ -70,6 +70,8 @@ int moesaic_cpu_abi(void) { return MOESAIC_CPU_ABI; }
 
 int moesaic_cpu_isa(void) { return moesaic::best_isa(); }
 
+int moesaic_cpu_has_isa(int isa) { return moesaic::has_isa(isa); }
+
 const char *moesaic_cpu_isa_name(int isa) { return moesaic::isa_name(isa); }
 
 int moesaic_cpu_grouped_mm(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix w, int64_t w_stride, void *y,
@@ -89,6 +91,13 @@ int moesaic_cpu_weight_grad(const moesaic_groups *groups, moesaic_matrix x, moes
   return moesaic::weight_grad(*groups, x, grad, gw, inner, columns, gw_dtype, accumulate != 0, *k, threads);
 } catch (const std::bad_alloc &) {
   return MOESAIC_OUT_OF_MEMORY;
+}
+
+int moesaic_cpu_tile_product(const void *a, const void *b, float *c, int isa) {
+  const moesaic::TileKernels *k = moesaic::tile_kernels(isa);
+  if (!k) return MOESAIC_BAD_ARGUMENT;
+  k->product(a, b, c);
+  return MOESAIC_OK;
 }
 
 double moesaic_cpu_spin(int64_t rounds, int dtype, int isa) {

@@ -78,13 +78,14 @@ template <class Kind>
 static void up(const Up &u, Counter &counter, char *scratch) {
   float *first = reinterpret_cast<float *>(scratch + kProductScratch<Kind>);
   float *const sums[MOESAIC_MAX_PROJECTIONS] = {first, first + kKeptSums};
+  TilesOf<Kind> tiles;
   for (int64_t i = counter.next(), after; i < u.num_tasks; i = after) {
     after = counter.next();
     const ProductTask &t = u.products[0].tasks[i];
     const ProductTask *next = after < u.num_tasks ? &u.products[0].tasks[after] : nullptr;
     for (int p = 0; p < u.num_projections; ++p) {
       const bool last = p + 1 == u.num_projections;
-      product_task<Kind>(u.products[p], t, u.products[last ? 0 : p + 1], last ? next : &t, sums[p], scratch);
+      product_task<Kind>(tiles, u.products[p], t, u.products[last ? 0 : p + 1], last ? next : &t, sums[p], scratch);
     }
     finish_up<Kind>(u, t, sums);
   }
@@ -135,10 +136,12 @@ static void down(const Down &d, Counter &counter, char *scratch) {
   float *sums = reinterpret_cast<float *>(scratch + kProductScratch<Kind>);
   const Product &p = d.product;
   const bool has_product = p.num_terms > 0;
+  TilesOf<Kind> tiles;
   for (int64_t i = counter.next(), after; i < d.num_tasks; i = after) {
     after = counter.next();
     const ProductTask &t = p.tasks[i];
-    if (has_product) product_task<Kind>(p, t, p, after < d.num_tasks ? &p.tasks[after] : nullptr, sums, scratch);
+    const ProductTask *next = after < d.num_tasks ? &p.tasks[after] : nullptr;
+    if (has_product) product_task<Kind>(tiles, p, t, p, next, sums, scratch);
     finish_down<Kind>(d, t, has_product ? sums : nullptr);
   }
 }

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "experts.hpp"
-#include "gradient.hpp"
+#include "gradient_tasks.hpp"
 #include "problem.hpp"
+#ifdef MOESAIC_TILES
+#include MOESAIC_TILES
+#endif
 
 namespace moesaic::MOESAIC_ISA {
 
@@ -22,9 +25,39 @@ static double spin(int64_t rounds) {
   return 2.0 * static_cast<double>(rounds) * kChains * kLanes * Kind::kStep;
 }
 
+#ifdef MOESAIC_TILES
+struct TiledBF16 : PairsOfBF16 {
+  using Tiles = MOESAIC_ISA::Tiles;
+};
+
+// One instruction: c [16, 16] += a [16, 16] @ b [16, 16] of words.
+static void one_tile_product(const void *a, const void *b, float *c) {
+  TilesOf<TiledBF16> tiles;
+  tiles.load<0>(c, kTileSide * kWord);
+  tiles.load<1>(a, kTileSide * kWord);
+  tiles.load<2>(b, kTileSide * kWord);
+  tiles.add_product<0, 1, 2>();
+  tiles.store<0>(c, kTileSide * kWord);
+}
+
+template <>
+double spin<TiledBF16>(int64_t rounds) {
+  TilesOf<TiledBF16> tiles;
+  each<0, 8>([&]<int T>() { tiles.zero<T>(); });
+  for (int64_t i = 0; i < rounds; ++i) {
+    each<0, 4>([&]<int T>() { tiles.add_product<T, 4, 6>(); });
+  }
+  return 2.0 * static_cast<double>(rounds) * 4 * kTileSide * kTileSide * kTileSide * TiledBF16::kStep;
+}
+#endif
+
 template <class Kind>
-constexpr int64_t kGradientScratch =
+constexpr int64_t kVectorGradientScratch =
     kGradientWords<Kind> * (kGradientRows * kWord + kPanelBytes) + kGradientRows * kGradientColumns * kWord;
+template <class Kind>
+constexpr int64_t kGradientScratch = kHasTiles<Kind> && kTileGradientScratch > kVectorGradientScratch<Kind>
+                                         ? kTileGradientScratch
+                                         : kVectorGradientScratch<Kind>;
 template <class Kind>
 constexpr int64_t kUpScratch = kProductScratch<Kind> + 2 * kKeptSums * kWord;
 
@@ -34,6 +67,7 @@ constexpr Kernels table() {
           .height = kHeight,
           .step = Kind::kStep,
           .widens = Kind::kWidens,
+          .has_tiles = kHasTiles<Kind>,
           .block_words = kProductWords<Kind>,
           .scratch_bytes = kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,
           .product = product<Kind>,
@@ -47,9 +81,14 @@ constexpr Kernels table() {
           .spin = spin<Kind>};
 }
 
-// Named in the table of instruction sets.
+// Named in the table of instruction sets. Tiles are of bf16 alone.
+#ifdef MOESAIC_TILES
+extern const TileKernels tiled;
+const TileKernels tiled = {.bf16 = table<TiledBF16>(), .product = one_tile_product};
+#else
 extern const Kernels f32, bf16;
 const Kernels f32 = table<F32>();
 const Kernels bf16 = table<BF16>();
+#endif
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 7
+#define MOESAIC_CPU_ABI 8
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -42,8 +42,13 @@ typedef struct {
 MOESAIC_API int moesaic_cpu_abi(void);
 
 /* Instruction sets are numbered from 1 on, from worst to best. This is the best one that this build and this machine
-   have; 0 is none. */
+   have; 0 is none. After the best that there is come those that nobody gets without asking: "amx", whose bf16 kernels
+   use AMX's tiles, and "amx_emulated", the same kernels with tiles in memory, for tests. */
 MOESAIC_API int moesaic_cpu_isa(void);
+
+/* Whether this build and this machine have an instruction set. Asked for "amx", the process gets the operating system's
+   permission to use tiles, if it gives one. */
+MOESAIC_API int moesaic_cpu_has_isa(int isa);
 
 /* The name of an instruction set; NULL for a number that is none's. */
 MOESAIC_API const char *moesaic_cpu_isa_name(int isa);
@@ -122,6 +127,10 @@ typedef struct {
 MOESAIC_API int moesaic_cpu_experts_backward(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x,
                                  moesaic_matrix grad, const void *const pre[MOESAIC_MAX_PROJECTIONS],
                                  const moesaic_experts_grads *grads, int isa, int threads);
+
+/* One product of tiles: c += a @ b, with a [16, 32] bf16, b [16, 16] pairs of bf16, each the elements of two rows, and
+   c [16, 16], as the instruction TDPBF16PS has it. An instruction set without tiles is a bad argument. */
+MOESAIC_API int moesaic_cpu_tile_product(const void *a, const void *b, float *c, int isa);
 
 /* Multiply-adds of registers alone, to measure the machine's peak: the floating-point operations that it did. */
 MOESAIC_API double moesaic_cpu_spin(int64_t rounds, int dtype, int isa);

@@ -14,6 +14,17 @@ INLINE const ElementOf<Kind> *element(const moesaic_matrix &m, int64_t row, int6
   return static_cast<const ElementOf<Kind> *>(m.data) + row * m.row_stride + column * m.column_stride;
 }
 
+// A vector of words of the columns from `p` on, of which `n` are there, and of those of the next row, `q`, if there is one.
+template <class Kind>
+INLINE Reg words_of_columns(const ElementOf<Kind> *p, const ElementOf<Kind> *q, int64_t column_stride, int64_t n) {
+  if (column_stride == 1) return Kind::columns(p, q, n);
+  ElementOf<Kind> a[kLanes], b[kLanes];
+  const int64_t here = least<int64_t>(kLanes, n);
+  for (int64_t i = 0; i < here; ++i) a[i] = p[i * column_stride];
+  for (int64_t i = 0; q && i < here; ++i) b[i] = q[i * column_stride];
+  return Kind::columns(a, q ? b : nullptr, here);
+}
+
 // The summed dim is that of the rows: `numbers[0..n)`, or `first..first + n`. Columns `column..column + width` of them
 // become rows of words, zero up to the next whole vector.
 template <class Kind>
@@ -25,23 +36,16 @@ static void pack_rows(const moesaic_matrix &m, const int64_t *numbers, int64_t f
     const Element *p = element<Kind>(m, numbers ? numbers[r] : first + r, column);
     const Element *q = has_second ? element<Kind>(m, numbers ? numbers[r + 1] : first + r + 1, column) : nullptr;
     int64_t c = 0;
-    if (m.column_stride == 1) {
-      if (q) {
-        for (; c + kPanel <= width; c += kPanel) {
-          Reg words[kVectors];
-          Kind::panel_row(p + c, q + c, words);
-          for (int v = 0; v < kVectors; ++v) store(out + (c + v * kLanes) * kWord, words[v]);
-        }
+    if (m.column_stride == 1 && q) {
+      for (; c + kPanel <= width; c += kPanel) {
+        Reg words[kVectors];
+        Kind::panel_row(p + c, q + c, words);
+        for (int v = 0; v < kVectors; ++v) store(out + (c + v * kLanes) * kWord, words[v]);
       }
-      for (; c < width; c += kLanes) store(out + c * kWord, Kind::columns(p + c, q ? q + c : nullptr, width - c));
-      continue;
     }
     for (; c < width; c += kLanes) {
-      Element a[kLanes], b[kLanes];
-      const int64_t here = least<int64_t>(kLanes, width - c);
-      for (int64_t i = 0; i < here; ++i) a[i] = p[(c + i) * m.column_stride];
-      for (int64_t i = 0; q && i < here; ++i) b[i] = q[(c + i) * m.column_stride];
-      store(out + c * kWord, Kind::columns(a, q ? b : nullptr, here));
+      const int64_t at = c * m.column_stride;
+      store(out + c * kWord, words_of_columns<Kind>(p + at, q ? q + at : nullptr, m.column_stride, width - c));
     }
   }
 }

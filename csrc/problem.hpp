@@ -130,6 +130,7 @@ struct Kernels {
   int height;    // rows of the register tile
   int step;      // elements of the summed dim in a word
   bool widens;   // words are fp32 although the elements are bf16
+  bool has_tiles;  // groups of more rows than `height` are multiplied on AMX's tiles
   int64_t block_words;  // of the summed dim, in a packed panel
   int64_t scratch_bytes;
   void (*product)(const Product &, Counter &, char *scratch);
@@ -145,6 +146,13 @@ struct Kernels {
   double (*spin)(int64_t rounds);
 };
 
+// Those of an instruction set with tiles, and one product of tiles as such: c [16, 16] += a [16, 32] @ b [32, 16], where
+// b is pairs of rows.
+struct TileKernels {
+  Kernels bf16;
+  void (*product)(const void *a, const void *b, float *c);
+};
+
 // Limits that the task lists keep, and that scratch memory is laid out for.
 constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
@@ -152,6 +160,7 @@ constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one p
 constexpr int64_t kWideWords = 96;
 constexpr int64_t kOneTileWords = 8;     // likewise, of twice the panels, where one tile has all the rows
 constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
+constexpr int64_t kTileTaskRows = 192;   // rows of a product task on AMX's tiles, of as many panels as of kWideRows
 constexpr int64_t kKeptPanels = 4;       // likewise where the sums of two products are kept until both are there
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task
 constexpr int64_t kGradientColumns = 512;

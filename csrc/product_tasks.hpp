@@ -1,6 +1,7 @@
 // The tasks of a product, each done in the way that suits its rows and the layout of its weights.
 #pragma once
 
+#include "amx_product.hpp"
 #include "product.hpp"
 #include "transposed.hpp"
 
@@ -10,7 +11,10 @@ constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProdu
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>
-constexpr int64_t kProductScratch = kPanelScratch<Kind> > kTransposedScratch ? kPanelScratch<Kind> : kTransposedScratch;
+constexpr int64_t kVectorScratch = kPanelScratch<Kind> > kTransposedScratch ? kPanelScratch<Kind> : kTransposedScratch;
+template <class Kind>
+constexpr int64_t kProductScratch = kHasTiles<Kind> && kTileScratch > kVectorScratch<Kind> ? kTileScratch
+                                                                                           : kVectorScratch<Kind>;
 
 // The task's part of the result where there is nothing to sum.
 static void zero_task(const Place &out, const ProductTask &t) {
@@ -24,10 +28,13 @@ static void zero_task(const Place &out, const ProductTask &t) {
 
 // One task, into `keep` if that is given. `next` of `next_product` is the task that follows.
 template <class Kind>
-static void product_task(const Product &p, const ProductTask &t, const Product &next_product, const ProductTask *next,
-                         float *keep, char *scratch) {
+static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTask &t, const Product &next_product,
+                         const ProductTask *next, float *keep, char *scratch) {
   const Place out = place(p, t, keep);
   if (t.matrix < 0 || !p.inner) return zero_task(out, t);
+  if constexpr (kHasTiles<Kind>) {
+    if (takes_tiles(t)) return tile_product_task<Kind>(tiles, p, t, next_product, next, keep, scratch);
+  }
   if (takes_dots(p, t)) {
     switch (t.rows) {
       case 1: return dots<Kind, 1>(p, t, out);
@@ -52,10 +59,11 @@ static void product_task(const Product &p, const ProductTask &t, const Product &
 
 template <class Kind>
 static void product(const Product &p, Counter &counter, char *scratch) {
+  TilesOf<Kind> tiles;
   // A task is claimed one ahead, so that its panel can be brought in.
   for (int64_t i = counter.next(), next; i < p.num_tasks; i = next) {
     next = counter.next();
-    product_task<Kind>(p, p.tasks[i], p, next < p.num_tasks ? &p.tasks[next] : nullptr, nullptr, scratch);
+    product_task<Kind>(tiles, p, p.tasks[i], p, next < p.num_tasks ? &p.tasks[next] : nullptr, nullptr, scratch);
   }
 }
 

@@ -41,16 +41,22 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
   int64_t most_rows = limits.rows, most_panels = limits.wide_panels;
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
-  auto is_wide = [&](const Group &g) { return (in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows; };
+  auto on_tiles = [&](const Group &g) { return k.has_tiles && g.rows > k.height; };
+  auto is_wide = [&](const Group &g) {
+    return on_tiles(g) || ((in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows);
+  };
   auto words = [&](const Group &g) {
-    if (!in_rows || !is_wide(g)) return k.block_words;
+    if (on_tiles(g) || !in_rows || !is_wide(g)) return k.block_words;
     return g.rows <= k.height ? kOneTileWords : kWideWords;
   };
   // Where one tile has all the rows their weights are read once, best in long pieces.
   auto width = [&](const Group &g) { return !is_wide(g) ? 1 : g.rows <= k.height ? 2 * most_panels : most_panels; };
+  auto parts = [&](const Group &g) {
+    return ceil_div(g.rows, on_tiles(g) ? std::min(most_rows, kTileTaskRows) : most_rows);
+  };
   auto count = [&] {
     int64_t n = 0;
-    for (const Group &g : groups) n += ceil_div(g.rows, most_rows) * ceil_div(panels, width(g));
+    for (const Group &g : groups) n += parts(g) * ceil_div(panels, width(g));
     return n;
   };
   while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
@@ -63,18 +69,18 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   std::vector<ProductTask> tasks;
   tasks.reserve(count() + padding.size());
   for (const Group &g : groups) {
-    const int64_t parts = ceil_div(g.rows, most_rows);
-    const int64_t step = width(g) * panel;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = part * g.rows / parts, end = (part + 1) * g.rows / parts;
-      for (int64_t c = 0; c < columns; c += step) {
-        tasks.push_back({.first_row = g.first_row + begin,
-                         .rows = end - begin,
-                         .matrix = g.matrix,
-                         .column = c,
-                         .columns = std::min(step, columns - c),
-                         .block_words = words(g)});
-      }
+    const int64_t rows_in_parts = parts(g), step = width(g) * panel, steps = ceil_div(columns, step);
+    for (int64_t i = 0; i < rows_in_parts * steps; ++i) {
+      // On tiles all rows meet some columns before the next ones, which then are in the cache.
+      const int64_t part = on_tiles(g) ? i % rows_in_parts : i / steps;
+      const int64_t c = (on_tiles(g) ? i / rows_in_parts : i % steps) * step;
+      const int64_t begin = part * g.rows / rows_in_parts, end = (part + 1) * g.rows / rows_in_parts;
+      tasks.push_back({.first_row = g.first_row + begin,
+                       .rows = end - begin,
+                       .matrix = g.matrix,
+                       .column = c,
+                       .columns = std::min(step, columns - c),
+                       .block_words = words(g)});
     }
   }
   for (const Group &g : padding) {

@@ -20,8 +20,14 @@ int best_isa();
 // NULL for a number that is none's.
 const char *isa_name(int isa);
 
+// Whether this build and this machine have an instruction set.
+bool has_isa(int isa);
+
 // NULL where this build or this machine does not have them.
 const Kernels *kernels(int dtype, int isa);
+
+// NULL where an instruction set has no tiles, likewise.
+const TileKernels *tile_kernels(int isa);
 
 struct Group {
   int64_t first_row, rows, matrix;

@@ -10,7 +10,7 @@ constexpr int64_t kWord = 4;
 constexpr int64_t kPanelBytes = kPanel * kWord;
 
 template <class T>
-INLINE T least(T a, T b) {
+INLINE constexpr T least(T a, T b) {
   return b < a ? b : a;
 }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -21,6 +21,22 @@ template <class Kind>
 constexpr int64_t kProductWords = sizeof(typename Kind::Element) == 4 ? 256 : 512;
 template <class Kind>
 constexpr int64_t kGradientWords = sizeof(typename Kind::Element) == 4 ? 128 : 256;
+
+// Kinds of elements that AMX multiplies name the class of its tiles, which lives as long as a thread works on a call.
+struct NoTiles {};
+template <class Kind>
+constexpr bool kHasTiles = requires { typename Kind::Tiles; };
+template <class Kind>
+struct TilesOfKind {
+  using Type = NoTiles;
+};
+template <class Kind>
+  requires kHasTiles<Kind>
+struct TilesOfKind<Kind> {
+  using Type = typename Kind::Tiles;
+};
+template <class Kind>
+using TilesOf = typename TilesOfKind<Kind>::Type;
 
 // Memory that the next tile will read, brought in a few lines at a time while this one multiplies: a burst would
 // stop the loads of the tile itself.

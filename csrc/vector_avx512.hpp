@@ -147,13 +147,18 @@ struct WideBF16 {
   INLINE Reg along(const uint16_t *p, int64_t n) { return widen(load_16(p, n)); }
 };
 
-#ifdef __AVX512BF16__
-// Pairs of bf16, multiplied and summed in fp32 by one instruction.
-struct BF16 {
+// Pairs of bf16, multiplied and summed in fp32 by one instruction where there is one.
+struct PairsOfBF16 {
   using Element = uint16_t;
   static constexpr int kStep = 2;
   static constexpr bool kWidens = false;
-  INLINE Reg fma(Reg sum, Reg a, Reg b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+  INLINE Reg fma(Reg sum, Reg a, Reg b) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    return _mm512_fmadd_ps(first(a), first(b), _mm512_fmadd_ps(second(a), second(b), sum));
+#endif
+  }
   // The second row may be missing at the end of an odd dim.
   INLINE Reg columns(const uint16_t *p, const uint16_t *q, int64_t n) {
     __m512i low = _mm512_cvtepu16_epi32(load_16(p, n));
@@ -176,7 +181,14 @@ struct BF16 {
   INLINE Reg along(const uint16_t *p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first32(n), p));
   }
+
+ private:
+  INLINE Reg first(Reg pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+  INLINE Reg second(Reg pairs) { return _mm512_and_ps(pairs, _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000))); }
 };
+
+#ifdef __AVX512BF16__
+using BF16 = PairsOfBF16;
 #else
 using BF16 = WideBF16;
 #endif

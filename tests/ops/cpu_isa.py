@@ -1,6 +1,6 @@
 """The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have.
 
-`python -m tests.ops.cpu_isa` prints those below the best, which is the default.
+`python -m tests.ops.cpu_isa` prints all but the best, which is the default.
 """
 
 import pytest
@@ -13,12 +13,20 @@ from moesaic.ops.processor import INSTRUCTION_SETS, processor
 from tests.ops import strategies
 
 _LOADED = kernels()
-HERE = INSTRUCTION_SETS[1 : INSTRUCTION_SETS.index(processor().best) + 1] if isinstance(_LOADED, Kernels) else ()
+HERE = tuple(
+    name for i, name in enumerate(INSTRUCTION_SETS) if isinstance(_LOADED, Kernels) and _LOADED.library.moesaic_cpu_has_isa(i)
+)
+TILED = tuple(name for name in HERE if name.startswith("amx"))
 
 # For tests that run every implementation: its name where the kernels are.
 CPU = ("cpu",) if HERE else ()
 
 each_isa = pytest.mark.parametrize("isa", HERE)
+# Tiles are of bf16: in fp32 these instruction sets have another's kernels.
+each_isa_in_fp32 = pytest.mark.parametrize("isa", [isa for isa in HERE if isa not in TILED])
+each_isa_and_dtype = pytest.mark.parametrize(
+    ("isa", "dtype"), [(isa, dtype) for isa in HERE for dtype in DTYPES if isa not in TILED or dtype is torch.bfloat16]
+)
 # The fixture only says which instruction set all examples use.
 same_for_all_examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -42,4 +50,4 @@ def skip_unless_supported(impl: str | None, dtype: torch.dtype, device: str = "c
 
 
 if __name__ == "__main__":
-    print("none", *HERE[:-1])
+    print("none", *(name for name in HERE if name != processor().best))

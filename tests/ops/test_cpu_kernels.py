@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moesaic.ops import grouped_mm, native
 from moesaic.ops.grouped_mm.impl import cpu
-from tests.ops.cpu_isa import each_isa, needs_kernels, same_for_all_examples, use
+from tests.ops.cpu_isa import each_isa, each_isa_and_dtype, needs_kernels, same_for_all_examples, use
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, STRIDES, layout, problem, problems
 
@@ -21,9 +21,9 @@ pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.bfloat16)
 BF16 = torch.bfloat16
 
-# Around the sizes at which the kernels change their ways: rows of a tile, groups that are few rows, small or large;
-# columns of a vector, a panel, several panels; words of a block of the summed dim, in both types.
-ROWS = (0, 1, 2, 4, 5, 6, 7, 12, 13, 191, 192, 193, 260)
+# Around the sizes at which the kernels change their ways: rows of a tile of vectors and of AMX, groups that are few rows,
+# small or large; columns of a vector, a panel, several panels; words of a block of the summed dim, in both types.
+ROWS = (0, 1, 2, 4, 5, 6, 7, 12, 13, 16, 17, 33, 191, 192, 193, 260)
 COLUMNS = (1, 15, 16, 17, 31, 64, 65, 127, 200, 257, 513)
 INNER = (1, 2, 7, 16, 95, 96, 97, 191, 192, 193, 289, 513, 1025)
 
@@ -43,8 +43,7 @@ def check_large(p):
         assert torch.equal(ours, true)
 
 
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa_and_dtype
 @settings(same_for_all_examples, max_examples=25)
 @given(data=st.data())
 def test_exact_values_where_the_kernels_change(isa, dtype, data, monkeypatch):
@@ -57,8 +56,7 @@ def test_exact_values_where_the_kernels_change(isa, dtype, data, monkeypatch):
     check_large(problem(groups, K, N, dtype, strides=strides, seed=data.draw(st.integers(0, 99))))
 
 
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa_and_dtype
 @pytest.mark.parametrize("form", FORMS)
 def test_accuracy_of_long_sums(isa, form, dtype, monkeypatch):
     use(monkeypatch, isa)
@@ -79,8 +77,7 @@ def test_rows_longer_than_a_page_in_both_directions(dtype):
     check_large(p)
 
 
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa_and_dtype
 def test_same_bits_with_any_number_of_threads(isa, dtype, threads, monkeypatch):
     # Tasks are cut smaller where there are more threads, down to a panel and a few rows.
     use(monkeypatch, isa)
@@ -129,8 +126,7 @@ def test_fork_after_use(threads):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-@each_isa
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_isa_and_dtype
 @pytest.mark.parametrize("orientation", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rows", [3, 70])
 def test_nan_and_inf_propagate_as_in_torch(isa, dtype, orientation, rows, monkeypatch):

@@ -17,7 +17,7 @@ from moesaic.ops.experts_mlp.impl import torch as torch_impl
 from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.problem import Problem, Projection
 from moesaic.ops.processor import Processor
-from tests.ops.cpu_isa import each_isa, needs_kernels, same_for_all_examples, use
+from tests.ops.cpu_isa import each_isa, each_isa_and_dtype, each_isa_in_fp32, needs_kernels, same_for_all_examples, use
 from tests.ops.experts_oracle import any_experts, cast, check, experts, run
 
 pytestmark = needs_kernels
@@ -46,8 +46,7 @@ SIZES = (
 )
 
 
-@each_isa
-@each_dtype
+@each_isa_and_dtype
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed"])
 def test_where_the_kernels_change(isa, dtype, size, strides, monkeypatch):
@@ -56,7 +55,7 @@ def test_where_the_kernels_change(isa, dtype, size, strides, monkeypatch):
     check(p, run("cpu", p))
 
 
-@each_isa
+@each_isa_in_fp32
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_from_one_end_to_the_other(isa, activation, monkeypatch):
     # Products with 1 alone: what is left is the error of the activation, and of its derivative.
@@ -136,8 +135,7 @@ def test_fork_after_threads(threads):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-@each_isa
-@each_dtype
+@each_isa_and_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", [3, 60])
 def test_nan_and_inf_propagate_as_in_torch(isa, dtype, activation, tokens, monkeypatch):

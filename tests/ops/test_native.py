@@ -11,6 +11,7 @@ import pytest
 from moesaic.ops import library
 from moesaic.ops.native import Kernels, kernels
 from moesaic.ops.processor import INSTRUCTION_SETS, processor
+from tests.ops.cpu_isa import HERE
 
 needs_kernels = pytest.mark.skipif(not isinstance(kernels(), Kernels), reason=f"no CPU kernels: {kernels()}")
 
@@ -25,8 +26,8 @@ def test_the_kernels_are_here_where_they_are_insisted_on():
 
 @needs_kernels
 def test_info_names_the_instruction_set(fresh_python, monkeypatch):
-    *others, best = INSTRUCTION_SETS[1 : INSTRUCTION_SETS.index(processor().best) + 1]
-    for name in (*others[:1], best):
+    best = processor().best
+    for name in (HERE[0], best, HERE[-1]):
         monkeypatch.setenv("MOESAIC_CPU_ISA", name)
         (kernels,) = re.findall(r"^CPU kernels: (.*)$", fresh_python(_INFO).stdout, re.MULTILINE)
         # Those of less than the processor has run only where they are asked for.
@@ -86,3 +87,8 @@ def test_instruction_sets_have_the_kernels_names():
     assert [name(isa).decode() for isa in numbers] == list(INSTRUCTION_SETS[1:])
     assert name(0) is None
     assert name(len(INSTRUCTION_SETS)) is None
+
+
+def test_arm_is_declined_by_name(monkeypatch):
+    monkeypatch.setattr(library.platform, "machine", lambda: "aarch64")
+    assert kernels.__wrapped__() == "there are none for Arm yet"

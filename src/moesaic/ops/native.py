@@ -115,7 +115,7 @@ def kernels() -> Kernels | str:
         return library
     best, used = processor().best, processor().kernels
     if best == "none":
-        return f"this processor has none of {', '.join(INSTRUCTION_SETS[1:])}"
+        return "this processor has no AVX2 with FMA"
     if used == "none":
         return "MOESAIC_CPU_ISA is none"
     return Kernels(_declare(library), INSTRUCTION_SETS.index(used))
@@ -174,6 +174,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     groups, routing, experts, grads = (ctypes.POINTER(t) for t in (CGroups, CRouting, CExperts, CExpertsGrads))
     signatures = {
         "moesaic_cpu_isa_name": (ctypes.c_char_p, i32),
+        "moesaic_cpu_has_isa": (i32, i32),
+        "moesaic_cpu_tile_product": (i32, address, address, address, i32),
         "moesaic_cpu_grouped_mm": (i32, groups, CMatrix, CMatrix, i64, address, i64, i64, i32, i32, i32, i32),
         "moesaic_cpu_weight_grad": (i32, groups, CMatrix, CMatrix, address, i64, i64, i32, i32, i32, i32, i32),
         "moesaic_cpu_experts": (i32, routing, experts, CMatrix, address, CPreActivations, i32, i32),

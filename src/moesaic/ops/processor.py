@@ -1,7 +1,7 @@
 """What is known of this machine's processor. Nothing else asks for it, and only this names instruction sets.
 
-``MOESAIC_CPU_ISA`` names an instruction set below the best one for the CPU kernels, or ``none`` to do without them. It
-is read once, when the processor is first asked for.
+``MOESAIC_CPU_ISA`` names the instruction set for the CPU kernels in place of the best one, or ``none`` to do without
+them. It is read once, when the processor is first asked for.
 """
 
 import functools
@@ -13,8 +13,10 @@ import torch
 
 from moesaic.ops import library
 
-# What the CPU kernels have code for, from worst to best. The order is that of `csrc/instruction_sets.cpp`.
-INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16")
+# What the CPU kernels have code for, from worst to best, and after the best what nobody gets without asking: AMX's
+# tiles, of which no processor was at hand to measure them, and the same kernels with tiles in memory, for tests. The
+# order is that of `csrc/instruction_sets.cpp`.
+INSTRUCTION_SETS = ("none", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 _VENDORS = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
 
@@ -46,11 +48,13 @@ def processor() -> Processor:
     loaded = library.load()
     if isinstance(loaded, str):
         return Processor(_VENDORS.get(vendor, vendor), has_amx(), "none", "none")
-    here = INSTRUCTION_SETS[: loaded.moesaic_cpu_isa() + 1]
-    wanted = os.environ.get("MOESAIC_CPU_ISA", here[-1])
-    if wanted not in here:
-        raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {here}")
-    return Processor(_VENDORS.get(vendor, vendor), has_amx(), here[-1], wanted)
+    best = INSTRUCTION_SETS[loaded.moesaic_cpu_isa()]
+    wanted = os.environ.get("MOESAIC_CPU_ISA", best)
+    if wanted not in (best, "none"):
+        here = tuple(name for i, name in enumerate(INSTRUCTION_SETS) if name == "none" or loaded.moesaic_cpu_has_isa(i))
+        if wanted not in here:
+            raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {here}")
+    return Processor(_VENDORS.get(vendor, vendor), has_amx(), best, wanted)
 
 
 def kernels_for(isa: str, dtype: torch.dtype) -> str:
