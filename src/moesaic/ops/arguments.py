@@ -34,7 +34,7 @@ def check_floats(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: dtype {t.dtype} is not supported; use one of {FLOATS}")
 
 
-def check_fit(operator: str, operands: Iterable[tuple[str, Tensor | None, Sequence[str]]]) -> dict[str, int]:
+def check_fit(operator: str, operands: Iterable[tuple[str, Any, Sequence[str]]]) -> dict[str, int]:
     """Raise ``ValueError`` unless operands fit each other: a size for each letter of their dims, and one device.
 
     For operators, which may be called without the public function that checks more: kernels take sizes from one
@@ -42,7 +42,7 @@ def check_fit(operator: str, operands: Iterable[tuple[str, Tensor | None, Sequen
 
     Args:
         operator: its name, for the message.
-        operands: of each its name, the tensor, and a letter for each dim; None is not given.
+        operands: of each its name, the tensor or quantised weight, and a letter for each dim; None is not given.
 
     Returns:
         the size of each letter.
@@ -69,7 +69,7 @@ def check_fit(operator: str, operands: Iterable[tuple[str, Tensor | None, Sequen
     return sizes
 
 
-def check_dtype_of(operator: str, dtype: torch.dtype, operands: Iterable[tuple[str, Tensor | None]]) -> None:
+def check_dtype_of(operator: str, dtype: torch.dtype, operands: Iterable[tuple[str, Any]]) -> None:
     """Raise ``TypeError`` for an operand of another dtype: a kernel would read its memory as this one."""
     for name, t in operands:
         if t is not None and t.dtype != dtype:

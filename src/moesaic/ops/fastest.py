@@ -13,11 +13,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from moesaic.ops import native, tuned
 from moesaic.ops.choices import CASES, Case, Choices, shape_on_cpu
 from moesaic.ops.processor import Processor, kernels_for, processor
+from moesaic.ops.quantized.weight import Weight
 
 
 class Call(NamedTuple):
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     """
 
     operator: str
-    operands: tuple[Tensor, ...]
+    operands: tuple[Weight, ...]
     num_rows: int
     num_groups: int
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesaic.ops.library import load
 from moesaic.ops.processor import INSTRUCTION_SETS, processor
+from moesaic.ops.quantized.weight import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 OK, BAD_GROUPS, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2, 3  # of `enum moesaic_status`
@@ -151,8 +152,9 @@ def matrix(t: Tensor | None) -> CMatrix:
     return CMatrix() if t is None else CMatrix(t.data_ptr(), t.stride(-2), t.stride(-1))
 
 
-def projection(w: Tensor, b: Tensor | None) -> CProjection:
+def projection(w: Weight, b: Tensor | None) -> CProjection:
     """What every expert multiplies rows by, ``w [experts, inner, columns]``, and adds to them."""
+    assert isinstance(w, Tensor), "the kernels refuse quantised weights"
     return CProjection(CWeights(matrix(w), w.stride(0)), matrix(b))
 
 

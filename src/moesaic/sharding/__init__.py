@@ -1,6 +1,6 @@
 """Sharding rules: one line of notation makes an operator DTensor-aware."""
 
-from moesaic.sharding import library  # noqa: F401 -- registers the rules of our own operators
+from moesaic.sharding import library, quantized  # noqa: F401 -- register the rules of our own operators
 from moesaic.sharding.admission import ShardingError
 from moesaic.sharding.decide import rule_of
 from moesaic.sharding.notation import NotationError, parse

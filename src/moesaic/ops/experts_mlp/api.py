@@ -1,5 +1,8 @@
 """The public function ``experts_mlp``: its contract and its checks."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,15 +17,18 @@ from moesaic.ops.experts_mlp.operands import NAMES, OPERANDS, UP
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import Implementation
 from moesaic.ops.implementations import check_name
+from moesaic.ops.quantized.check import quantized_among
+from moesaic.ops.quantized.experts import experts_op
+from moesaic.ops.quantized.weight import QuantizedWeight, Weight
 
 
 def experts_mlp(
     x: Float[Tensor, "*B T D"],
     topk_ids: Int[Tensor, "*B T K"],
     topk_weights: Float[Tensor, "*B T K"],
-    w1: Float[Tensor, "W D F"],
-    w3: Float[Tensor, "W D F"] | None,
-    w2: Float[Tensor, "W F D"],
+    w1: Float[Tensor, "W D F"] | QuantizedWeight,
+    w3: Float[Tensor, "W D F"] | QuantizedWeight | None,
+    w2: Float[Tensor, "W F D"] | QuantizedWeight,
     *,
     activation: Activation = "silu",
     b1: Float[Tensor, "W F"] | None = None,
@@ -53,7 +59,8 @@ def experts_mlp(
         topk_weights: of any float dtype.
         w1, w3: gate and up projections, of the dtype of ``x``, any strides: an ``[E, F, D]`` checkpoint is used as
             ``w.mT``, and every second column of a matrix that has both interleaved as ``w[..., ::2]``. ``w3=None``
-            for an MLP without gate.
+            for an MLP without gate. Or all weights quantised (:func:`moesaic.ops.quantize`), which are frozen: there
+            are gradients of everything else.
         w2: down projections.
         activation: one of ``moesaic.ops.ACTIVATIONS``; ``"silu"`` with ``w3`` is SwiGLU. ``moesaic.ops.gated`` computes
             it alone.
@@ -83,7 +90,8 @@ def experts_mlp(
 
     Raises:
         ValueError: shapes that do not fit, an unknown ``impl`` or ``activation``, or one that needs ``w3`` without it.
-        TypeError: dtypes that do not fit, or that the named ``impl`` does not have; ``main_grads`` with DTensors.
+        TypeError: dtypes that do not fit, or that the named ``impl`` does not have; ``main_grads`` with DTensors or
+            quantised weights; some weights quantised and others not.
         RuntimeError: ``impl="cpu"`` where the kernels were not built or the processor cannot run them;
             ``impl="triton"`` without triton, or off CUDA; ``main_grads`` under
             ``torch.compile(fullgraph=True)``.
@@ -98,17 +106,25 @@ def experts_mlp(
     The expert of Mixtral and its successors (Shazeer 2020, arXiv 2002.05202, for gated MLPs); the question is
     pytorch/torchtitan issue 434.
     """
-    check_given(x=x, topk_ids=topk_ids, topk_weights=topk_weights, w1=w1, w2=w2)
-    check_tensors(w3=w3, b1=b1, b3=b3, b2=b2)
-    refuse_forward_ad("experts_mlp", x, topk_weights, w1, w3, w2, b1, b3, b2)
+    weights: dict[str, Any] = {"w1": w1, "w3": w3, "w2": w2}
+    quantized = quantized_among(weights)
+    weights |= dict.fromkeys(quantized)
+    check_given(
+        x=x, topk_ids=topk_ids, topk_weights=topk_weights, **{n: weights[n] for n in ("w1", "w2") if not quantized}
+    )
+    check_tensors(w3=weights["w3"], b1=b1, b3=b3, b2=b2)
+    floating = {"x": x, **weights, "b1": b1, "b3": b3, "b2": b2}
+    given: dict[str, Any] = {name: t for name, t in floating.items() if t is not None}
+    refuse_forward_ad("experts_mlp", topk_weights, *given.values())
     check_activation(activation, w3 is not None)
     check_name(impl, IMPLEMENTATIONS)
-    floating = {"x": x, "w1": w1, "w3": w3, "w2": w2, "b1": b1, "b3": b3, "b2": b2}
-    given = {name: t for name, t in floating.items() if t is not None}
     given = dict(zip(given, autocast(*given.values()), strict=True))
+    given |= {name: w.to(given["x"].dtype) for name, w in quantized.items()}
     check_dtypes(given, topk_ids, topk_weights)
     check_shapes(given, topk_ids, topk_weights)
     if main_grads is not None:
+        if quantized:
+            raise TypeError("main_grads: quantised weights are frozen and have no gradients; leave it out")
         check_main_grads(main_grads, given)
 
     tokens = given["x"], topk_ids, topk_weights
@@ -119,10 +135,14 @@ def experts_mlp(
         "x": x_BTD,
         "ids": ids_BTK,
         "weights": weights_BTK,
-        "experts": w1.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype),
+        "experts": (w1.data if isinstance(w1, QuantizedWeight) else w1).new_empty(
+            B, -(-W // max(B, 1)), dtype=topk_ids.dtype
+        ),
     }
     operands = tuple(map(given.get, NAMES))
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given.values())):
+    if quantized:
+        z_BTD = experts_op(given, quantized["w1"].format, w1.shape[2], activation, impl)
+    elif not (torch.is_grad_enabled() and any(t.requires_grad for t in given.values())):
         z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation, impl)
     elif main_grads is None:
         z_BTD, *_ = torch.ops.moesaic.experts_mlp(*operands, activation, impl)
@@ -132,7 +152,7 @@ def experts_mlp(
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
 
-def check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+def check_dtypes(given: Mapping[str, Any], ids: Tensor, weights: Tensor) -> None:
     """Raise ``TypeError`` unless the floating operands have one dtype that is supported."""
     x = given["x"]
     if x.dtype not in FLOATS:
@@ -148,7 +168,7 @@ def check_dtypes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None
         raise TypeError(f"topk_ids: dtype {ids.dtype} is not supported; use int32 or int64")
 
 
-def check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None:
+def check_shapes(given: Mapping[str, Any], ids: Tensor, weights: Tensor) -> None:
     """Raise ``ValueError`` unless shapes and devices fit."""
     x, w1 = given["x"], given["w1"]
     if x.ndim not in (2, 3):
@@ -181,7 +201,7 @@ def check_shapes(given: dict[str, Tensor], ids: Tensor, weights: Tensor) -> None
             raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
 
 
-def _check_shape(name: str, t: Tensor, shape: list[int]) -> None:
+def _check_shape(name: str, t: Weight, shape: list[int]) -> None:
     if list(t.shape) != shape:
         hint = f"; {name} looks transposed, pass {name}.mT" if t.ndim == 3 and list(t.mT.shape) == shape else ""
         raise ValueError(f"{name}: expected {shape} to match x and w1, got {list(t.shape)}{hint}")

@@ -80,7 +80,7 @@ _GRAD, _HIDDEN = ("B", "N", "D"), ("B", "N", "K", "F")
 
 def check_operands(
     operator: str,
-    given: Given,
+    given: Mapping[str, Any],
     activation: str,
     backward: Mapping[str, Tensor | None] = MappingProxyType({}),
     buffers: Mapping[str, Tensor | None] = MappingProxyType({}),

@@ -3,21 +3,23 @@
 Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.experts_mlp.activation import Activation
-from moesaic.ops.experts_mlp.operands import DOWN, UP, Given
+from moesaic.ops.experts_mlp.operands import DOWN, UP
 from moesaic.ops.layout import is_transposed
+from moesaic.ops.quantized.weight import Weight
 
 
 class Projection(NamedTuple):
     """``x w[e] + b[e]``: a weight ``[E, in, out]``, and a bias ``[E, out]`` or None."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None = None
 
 
@@ -109,13 +111,13 @@ class Gradients(NamedTuple):
     weights_TK: Tensor | None
 
 
-def one_block(given: Given, activation: Activation) -> Problem:
+def one_block(given: Mapping[str, Any], activation: Activation) -> Problem:
     """The operands of an operator, of all blocks together: ids count the matrices of all blocks."""
-    x_BND, ids_BNK, weights_BNK, experts_BG = (_there(given[name]) for name in ("x", "ids", "weights", "experts"))
+    x_BND, ids_BNK, weights_BNK, experts_BG = (given[name] for name in ("x", "ids", "weights", "experts"))
     ids_BNK = number_by_matrix(ids_BNK, experts_BG.shape[1])
     x_TD, ids_TK, weights_TK = (t.flatten(0, 1) for t in (x_BND, ids_BNK, weights_BNK))
     up = tuple(Projection(w, given[bias]) for weight, bias in UP if (w := given[weight]) is not None)
-    return Problem(x_TD, ids_TK, weights_TK, up, Projection(_there(given[DOWN[0]]), given[DOWN[1]]), activation)
+    return Problem(x_TD, ids_TK, weights_TK, up, Projection(given[DOWN[0]], given[DOWN[1]]), activation)
 
 
 def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:
@@ -128,8 +130,3 @@ def number_by_matrix(ids_BTK: Tensor, G: int) -> Tensor:
         return ids_BTK
     first_B11 = (torch.arange(B, device=ids_BTK.device) * G)[:, None, None]
     return torch.where((ids_BTK >= 0) & (ids_BTK < G), ids_BTK + first_B11, -1)
-
-
-def _there(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t

@@ -11,11 +11,13 @@ from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation
 from moesaic.ops.grouped_mm.ops import grouped_mm_op
 from moesaic.ops.implementations import check_name
+from moesaic.ops.quantized.ops import product_op
+from moesaic.ops.quantized.weight import QuantizedWeight
 
 
 def grouped_mm(
     x: Float[Tensor, "R K"],
-    w: Float[Tensor, "W K N"],
+    w: Float[Tensor, "W K N"] | QuantizedWeight,
     group_sizes: Int[Tensor, " E"] | Int[Tensor, "B G"],
     *,
     impl: Implementation | None = None,
@@ -38,7 +40,8 @@ def grouped_mm(
 
     Args:
         x: rows, fp64, fp32, bf16 or fp16, any strides.
-        w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``.
+        w: one matrix a group, of the same dtype; any strides, so an ``[E, N, K]`` checkpoint is used as ``w.mT``. Or a
+            quantised weight (:func:`moesaic.ops.quantize`), which is frozen: only ``x`` has a gradient.
         group_sizes: how many rows each group has (counts, not offsets), int32 or int64, on the device of ``x``.
             On CUDA the values are never read to the host; :func:`moesaic.debug_checks` checks them.
         impl: one of :data:`moesaic.ops.Implementation`, which never falls back to another. ``None`` picks the fastest
@@ -66,6 +69,8 @@ def grouped_mm(
 
     The semantics are those of ``jax.lax.ragged_dot``; the question is pytorch/torchtitan issue 434.
     """
+    if isinstance(w, QuantizedWeight):
+        return _quantized(x, w, group_sizes, impl, out_dtype)
     check_given(x=x, w=w, group_sizes=group_sizes)
     refuse_forward_ad("grouped_mm", x, w)
     x, w = autocast(x, w)
@@ -76,7 +81,21 @@ def grouped_mm(
     return grouped_mm_op(x, w, group_sizes, impl, out_dtype)
 
 
-def check_dtypes(x: Tensor, other: Tensor, group_sizes: Tensor, name: str = "w") -> None:
+def _quantized(
+    x: Tensor, w: QuantizedWeight, group_sizes: Tensor, impl: Implementation | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    check_given(x=x, group_sizes=group_sizes)
+    refuse_forward_ad("grouped_mm", x)
+    (x,) = autocast(x)
+    weight = w.to(x.dtype)
+    check_dtypes(x, weight, group_sizes)
+    _check_out_dtype(x, out_dtype)
+    check_shapes(x, weight, group_sizes)
+    check_name(impl, IMPLEMENTATIONS)
+    return product_op(x, weight, group_sizes, impl, out_dtype)
+
+
+def check_dtypes(x: Tensor, other: Tensor | QuantizedWeight, group_sizes: Tensor, name: str = "w") -> None:
     """Raise ``TypeError`` unless operands have one dtype that is supported; ``name`` is that of ``other``."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: dtype {x.dtype} is not supported; use one of {FLOATS}")
@@ -95,7 +114,7 @@ def _check_out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> None:
         raise TypeError("out_dtype: torch.float32 would lose the precision of torch.float64 operands; omit it")
 
 
-def check_shapes(x: Tensor, w: Tensor, group_sizes: Tensor, name: str = "w") -> None:
+def check_shapes(x: Tensor, w: Tensor | QuantizedWeight, group_sizes: Tensor, name: str = "w") -> None:
     """Raise ``ValueError`` unless shapes and devices fit; ``name`` is that of ``w`` in messages."""
     if x.ndim != 2:
         raise ValueError(f"x: expected [R, K], got {list(x.shape)}; flatten leading dims with x.flatten(0, -2)")

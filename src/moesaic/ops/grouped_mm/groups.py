@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.arguments import check_dtype_of, check_fit
+from moesaic.ops.quantized.weight import Weight
 
 
 class Group(NamedTuple):
@@ -33,7 +34,7 @@ def are_shared(num_matrices: int, group_sizes: Tensor) -> bool:
     return blocks.shape[0] != 1 and num_matrices == blocks.shape[1]
 
 
-def check_operands(operator: str, operands: Sequence[tuple[str, Tensor, str]], group_sizes: Tensor) -> None:
+def check_operands(operator: str, operands: Sequence[tuple[str, Weight, str]], group_sizes: Tensor) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless the operands of an operator fit: sizes, blocks, device, dtype.
 
     Args:

@@ -17,6 +17,7 @@ from moesaic.ops.grouped_mm.impl import cpu, reference
 from moesaic.ops.grouped_mm.impl import torch as torch_impl
 from moesaic.ops.grouped_mm.impl import triton as triton_impl
 from moesaic.ops.implementations import Row, choose, takes_all
+from moesaic.ops.quantized.weight import Weight
 from moesaic.ops.triton import available
 
 # Every operator has these. What an argument `impl` can be, beside None.
@@ -31,7 +32,7 @@ IMPLEMENTATIONS: dict[str, Row] = {
 
 
 def module_for(
-    operator: str, impl: str | None, operands: tuple[Tensor, Tensor], sizes_BG: Tensor, num_matrices: int
+    operator: str, impl: str | None, operands: tuple[Tensor, Weight], sizes_BG: Tensor, num_matrices: int
 ) -> ModuleType:
     """What computes this call of an operator; under ``debug_checks`` the sizes are checked first."""
     num_rows = operands[0].shape[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.grouped_mm.groups import accumulation_dtype, are_shared
+from moesaic.ops.quantized.weight import Weight
 
 TILE = 64
 # Bytes of weight copies alive at a time.
@@ -47,7 +48,7 @@ def tile_map(num_rows: int, sizes_BG: Tensor, num_matrices: int) -> TileMap:
     return TileMap(rows_SM, groups_S % G if shared else groups_S)
 
 
-def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+def forward(x_RK: Tensor, w_EKN: Weight, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     R, N = x_RK.shape[0], w_EKN.shape[2]
     # Tiles read zeros from, and write to, one row more than there is where they have no row.
     y_RN = x_RK.new_zeros(R + 1, N, dtype=out_dtype)

@@ -13,6 +13,7 @@ from moesaic.ops.experts_mlp.impl import reference
 from moesaic.ops.experts_mlp.problem import Forward, Problem, Projection, Target, Targets
 from moesaic.ops.experts_mlp.problem import Wanted as BaseWanted
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
+from moesaic.ops.quantized.weight import decoded
 
 
 def forward(adapted: Adapted, save: bool, impl: str | None) -> Forward:
@@ -21,8 +22,8 @@ def forward(adapted: Adapted, save: bool, impl: str | None) -> Forward:
 
 def backward(grad_TD: Tensor, adapted: Adapted, pre: tuple[Tensor, ...], wanted: Wanted, impl: str | None) -> Gradients:
     problem = _summed(adapted)
-    up = tuple(Targets(Target(p.weight), None) for p in problem.projections)
-    down = Targets(Target(problem.down.weight), None)
+    up = tuple(_targets(p, factors) for p, factors in zip(problem.projections, adapted.up, strict=True))
+    down = _targets(problem.down, adapted.down)
     found = reference.backward(grad_TD, problem, pre, BaseWanted(wanted.x, wanted.weights, up, down))
     of_up = tuple(_of_factors(target, factors) for target, factors in zip(up, adapted.up, strict=True))
     return Gradients(found.x_TD, found.weights_TK, of_up, _of_factors(down, adapted.down))
@@ -38,8 +39,14 @@ def _add(projection: Projection, factors: LowRank | None) -> Projection:
     if factors is None:
         return projection
     acc = accumulation_dtype(projection.weight.dtype)
-    total = projection.weight.to(acc) + factors.a.to(acc) @ factors.b.to(acc)
+    total = decoded(projection.weight).to(acc) + factors.a.to(acc) @ factors.b.to(acc)
     return projection._replace(weight=total.to(projection.weight.dtype))
+
+
+def _targets(projection: Projection, factors: LowRank | None) -> Targets:
+    """Where the gradient of the sum goes, which those of the factors are made of."""
+    weight = projection.weight
+    return Targets(Target(weight) if factors is not None and isinstance(weight, Tensor) else None, None)
 
 
 def _of_factors(targets: Targets, factors: LowRank | None) -> FactorGradients | None:

@@ -13,6 +13,7 @@ from moesaic.ops.experts_mlp.impl.torch import Rows
 from moesaic.ops.experts_mlp.problem import Forward, Problem, Projection
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.implementations import module_for
+from moesaic.ops.quantized.weight import Weight
 
 
 class _Products:
@@ -22,11 +23,11 @@ class _Products:
         self.rows, self.impl = Rows(problem), impl
         self._sizes_1E, self._num_matrices = self.rows.sizes_E.unsqueeze(0), problem.num_experts
 
-    def forward(self, x_RI: Tensor, w_EIO: Tensor) -> Tensor:
+    def forward(self, x_RI: Tensor, w_EIO: Weight) -> Tensor:
         module = module_for("grouped_mm", self.impl, (x_RI, w_EIO), self._sizes_1E, self._num_matrices)
         return module.forward(x_RI, w_EIO, self._sizes_1E, x_RI.dtype)
 
-    def input_grad(self, grad_RO: Tensor, w_EIO: Tensor) -> Tensor:
+    def input_grad(self, grad_RO: Tensor, w_EIO: Weight) -> Tensor:
         module = module_for("grouped_mm_input_grad", self.impl, (grad_RO, w_EIO), self._sizes_1E, self._num_matrices)
         return module.forward(grad_RO, w_EIO.mT, self._sizes_1E, grad_RO.dtype)
 

@@ -35,7 +35,8 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
     x, weights_TK, acc = problem.x_TD, problem.weights_TK, accumulation_dtype(problem.x_TD.dtype)
     gx_TD = torch.zeros_like(x, dtype=acc)
     gweights_TK = torch.zeros_like(weights_TK, dtype=acc)
-    down, projections = _Sums(problem.down), [_Sums(p) for p in problem.projections]
+    down = _Sums(problem.down, wanted.down)
+    projections = [_Sums(p, targets) for p, targets in zip(problem.projections, wanted.projections, strict=True)]
     for e, t, k in _copies(problem):
         grad_rD = grad_TD[t].to(acc)
         a_rF = hidden(problem.activation, [h_TKF[t, k] for h_TKF in pre])
@@ -44,8 +45,8 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
         slopes_rF = slopes(problem.activation, [h_TKF[t, k].to(acc) for h_TKF in pre])
         for projection, slope_rF in zip(projections, slopes_rF, strict=True):
             gx_TD[t] += projection.add(x[t], ga_rF * slope_rF, e)
-    for sums, targets in zip((*projections, down), (*wanted.projections, wanted.down), strict=True):
-        sums.write(targets)
+    for sums in (*projections, down):
+        sums.write()
     return Gradients(
         gx_TD.to(x.dtype) if wanted.x else None, gweights_TK.to(weights_TK.dtype) if wanted.weights else None
     )
@@ -59,22 +60,32 @@ def _project(x_rI: Tensor, projection: Projection, e: int) -> Tensor:
 
 
 class _Sums:
-    """The gradients of a projection, summed in the accumulation dtype."""
+    """The gradients of a projection that are wanted, summed in the accumulation dtype."""
 
-    def __init__(self, projection: Projection) -> None:
-        self.weight_EIO, self.acc = projection.weight, accumulation_dtype(projection.weight.dtype)
-        self.weight_sum_EIO = torch.zeros_like(self.weight_EIO, dtype=self.acc)
-        self.bias_sum_EO = self.weight_sum_EIO.new_zeros(self.weight_EIO.shape[0], self.weight_EIO.shape[2])
+    def __init__(self, projection: Projection, targets: Targets) -> None:
+        self.weight_EIO, self.targets, self.acc = (
+            projection.weight,
+            targets,
+            accumulation_dtype(projection.weight.dtype),
+        )
+        (E, I, O), device = self.weight_EIO.shape, self.weight_EIO.device  # noqa: E741
+        self.sums = tuple(
+            None if target is None else torch.zeros(shape, dtype=self.acc, device=device)
+            for target, shape in zip(targets, ((E, I, O), (E, O)), strict=True)
+        )
 
     def add(self, x_rI: Tensor, grad_rO: Tensor, e: int) -> Tensor:
         """Add what some rows contribute. Returns the gradient of the rows."""
-        self.weight_sum_EIO[e] += x_rI.to(self.acc).mT @ grad_rO
-        self.bias_sum_EO[e] += grad_rO.sum(0)
+        of_weight_EIO, of_bias_EO = self.sums
+        if of_weight_EIO is not None:
+            of_weight_EIO[e] += x_rI.to(self.acc).mT @ grad_rO
+        if of_bias_EO is not None:
+            of_bias_EO[e] += grad_rO.sum(0)
         return grad_rO @ self.weight_EIO[e].to(self.acc).mT
 
-    def write(self, targets: Targets) -> None:
-        for target, total in zip(targets, (self.weight_sum_EIO, self.bias_sum_EO), strict=True):
-            if target is not None:
+    def write(self) -> None:
+        for target, total in zip(self.targets, self.sums, strict=True):
+            if target is not None and total is not None:
                 target.take(total)
 
 

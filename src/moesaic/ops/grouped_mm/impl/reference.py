@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.grouped_mm.groups import accumulation_dtype, iterate_groups
+from moesaic.ops.quantized.weight import Weight
 
 
-def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+def forward(x_RK: Tensor, w_EKN: Weight, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     """``y[rows of group e] = x[rows of group e] @ w[e]``; every other row is zero."""
     acc = accumulation_dtype(x_RK.dtype)
     y_RN = x_RK.new_zeros(x_RK.shape[0], w_EKN.shape[2], dtype=out_dtype)

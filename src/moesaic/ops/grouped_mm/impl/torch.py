@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.ops.grouped_mm import tiled
 from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
 from moesaic.ops.processor import has_amx
+from moesaic.ops.quantized.weight import Weight
 
 # Limits of torch._grouped_mm's CUDA kernel.
 _MAX_GROUPS = 1023
@@ -35,10 +36,10 @@ class Products:
         if on.device.type == "cpu":
             self._groups = list(iterate_groups(num_rows, sizes_BG, num_matrices))
 
-    def forward(self, x_RK: Tensor, w_EKN: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
             return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
-        if out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
+        if isinstance(w_EKN, Tensor) and out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
             return _library_forward(x_RK, w_EKN, self._sizes_BG)
         return tiled.forward(x_RK, w_EKN, self._sizes_BG, out_dtype)
 
@@ -51,7 +52,7 @@ class Products:
         return tiled.weight_grad(x_RK, grad_RN, self._sizes_BG, self._num_matrices)
 
 
-def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+def forward(x_RK: Tensor, w_EKN: Weight, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     return Products(x_RK, x_RK.shape[0], sizes_BG, w_EKN.shape[0]).forward(x_RK, w_EKN, out_dtype)
 
 
@@ -65,7 +66,7 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
     into_EKN += weight_grad(x_RK.to(acc), grad_RN.to(acc), sizes_BG, into_EKN.shape[0])
 
 
-def _loop_forward(x_RK: Tensor, w_EKN: Tensor, groups: list[Group], out_dtype: torch.dtype) -> Tensor:
+def _loop_forward(x_RK: Tensor, w_EKN: Weight, groups: list[Group], out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
     has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]

@@ -1,0 +1,204 @@
+"""torch.library definitions of experts_mlp with quantised weights, in the manner of ``experts_mlp/ops.py``.
+
+``hidden`` is F; it is read where the data of w1 and w3 is flat and that of w2 does not tell either. Then no rank has a
+part of it.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.autocast import no_autocast
+from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
+from moesaic.ops.experts_mlp.operands import DOWN, UP, check_operands
+from moesaic.ops.experts_mlp.problem import Problem, Target, Targets, Wanted, one_block
+from moesaic.ops.fastest import Call
+from moesaic.ops.implementations import choose
+from moesaic.ops.quantized.formats import Format, is_flat, sizes_of
+from moesaic.ops.quantized.implementations import for_quantized
+from moesaic.ops.quantized.ops import weight_of
+
+WEIGHTS = ("w1", "w3", "w2")
+# In their order in the schema: data of a weight is under the weight's name.
+NAMES = ("x", "ids", "weights", "experts", "w1", "s1", "w3", "s3", "w2", "s2", "b1", "b3", "b2")
+WITH_GRADIENT = ("x", "weights", "b1", "b3", "b2")
+_OPTIONAL = ("w3", "s3", "b1", "b3", "b2")
+_SCHEMA = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in NAMES)
+_FLAGS = "str format, SymInt hidden, str activation, str? impl"
+_GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
+torch.library.define("moesaic::quantized_experts_mlp", f"({_SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::quantized_experts_mlp_inference", f"({_SCHEMA}, {_FLAGS}) -> Tensor")
+torch.library.define(
+    "moesaic::quantized_experts_mlp_backward",
+    f"(Tensor grad, {_SCHEMA}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+)
+
+
+_TABLE = for_quantized(IMPLEMENTATIONS)
+
+
+def experts_op(
+    given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None
+) -> Tensor:
+    """The result, from the operands that are given, weights among them."""
+    tensors: dict[str, Tensor | None] = dict.fromkeys(NAMES) | {n: given.get(n) for n in NAMES if n not in WEIGHTS}
+    for name in WEIGHTS:
+        if (w := given.get(name)) is not None:
+            tensors[name], tensors[f"s{name[1]}"] = w.data, w.scales
+    operands, flags = tuple(tensors.values()), (format, hidden, activation, impl)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
+        return torch.ops.moesaic.quantized_experts_mlp_inference(*operands, *flags)
+    return torch.ops.moesaic.quantized_experts_mlp(*operands, *flags)[0]
+
+
+@torch.library.impl("moesaic::quantized_experts_mlp", "default")
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    problem, impl = _problem("quantized_experts_mlp", (x, *args))
+    with no_autocast(x.device.type):
+        z_TD, kept = _module_for("quantized_experts_mlp", impl, problem).forward(problem, save=True)
+    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
+    return _like_x(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(len(UP) - len(pre)))
+
+
+@torch.library.impl("moesaic::quantized_experts_mlp_inference", "default")
+def _inference(x: Tensor, *args: Any) -> Tensor:
+    problem, impl = _problem("quantized_experts_mlp_inference", (x, *args))
+    with no_autocast(x.device.type):
+        module = _module_for("quantized_experts_mlp_inference", impl, problem)
+        return _like_x(module.forward(problem, save=False).z_TD, x)
+
+
+@torch.library.impl("moesaic::quantized_experts_mlp_backward", "default")
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, h1, h3 = args[: len(NAMES) + 2]
+    *flags, needs = args[len(NAMES) + 2 :]
+    kept = {"grad": grad, "h1": h1, "h3": h3}
+    problem, impl = _problem("quantized_experts_mlp_backward", (*tensors, *flags), kept)
+    given = dict(zip(NAMES, tensors, strict=True))
+    wants = dict(zip(WITH_GRADIENT, needs, strict=True))
+    targets = {name: Target(given[name]) for name in ("b1", "b3", "b2") if given[name] is not None and wants[name]}
+    up = tuple(Targets(None, targets.get(bias)) for weight, bias in UP if given[weight] is not None)
+    wanted = Wanted(wants["x"], wants["weights"], up, Targets(None, targets.get(DOWN[1])))
+    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(up)])
+    with no_autocast(grad.device.type):
+        module = _module_for("quantized_experts_mlp_backward", impl, problem)
+        gx, gweights = module.backward(grad.flatten(0, 1), problem, pre, wanted)
+    found = {"x": gx, "weights": gweights} | {name: target.buffer for name, target in targets.items()}
+    return _in_order(given, found, h1)
+
+
+def _problem(
+    operator: str, args: tuple[Any, ...], kept: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[Problem, str | None]:
+    """What an implementation is given, and its name.
+
+    Args:
+        kept: what a backward operator takes besides.
+    """
+    *tensors, format, hidden, activation, impl = args
+    t = dict(zip(NAMES, tensors, strict=True))
+    D, F = t["x"].shape[-1], _hidden(t, format, hidden)
+    sizes = {"w1": (D, F), "w3": (D, F), "w2": (F, D)}
+    given = {name: t[name] for name in NAMES if name[0] != "s"}
+    for name, (I, O) in sizes.items():  # noqa: E741
+        if t[name] is not None:
+            given[name] = weight_of(t[name], t[f"s{name[1]}"], format, t["x"].dtype, I, O)
+    check_operands(operator, given, activation, kept)
+    return one_block(given, activation), impl
+
+
+def _module_for(operator: str, impl: str | None, problem: Problem) -> ModuleType:
+    return choose(_TABLE, impl, Call(operator, (problem.x_TD,), problem.ids_TK.numel(), problem.num_experts))
+
+
+def _hidden(t: Mapping[str, Any], format: Format, hidden: Any) -> Any:
+    """F of this rank."""
+    if not is_flat(format, t["w1"]):
+        return sizes_of(format, t["w1"])[1]
+    return hidden if is_flat(format, t["w2"]) else sizes_of(format, t["w2"])[0]
+
+
+def _in_order(given: Mapping[str, Any], found: Mapping[str, Tensor | None], h1: Tensor) -> tuple[Tensor, ...]:
+    W, F, D = given["w1"].shape[0], h1.shape[-1], given["x"].shape[-1]
+    of = {"x": given["x"].shape, "weights": given["weights"].shape, "b1": (W, F), "b3": (W, F), "b2": (W, D)}
+    results = []
+    for name in WITH_GRADIENT:
+        t, like = found.get(name), given[name] if given[name] is not None else given["x"]
+        results.append(_zeros(like, of[name]) if t is None else t.view(of[name]))
+    return tuple(results)
+
+
+def _zeros(like: Tensor, shape: Any) -> Tensor:
+    """Zeros without memory, in the place of what is not given or not wanted."""
+    return like.new_zeros(1).expand(shape)
+
+
+def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
+    # Not a view: an in-place operation on a view of what an operator made is an error.
+    return torch.ops.aten._unsafe_view(z_TD, x.shape)
+
+
+@torch.library.register_fake("moesaic::quantized_experts_mlp")
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, format, hidden, _, _ = args
+    t = dict(zip(NAMES, tensors, strict=True))
+    h1 = t["x"].new_empty(*t["ids"].shape, _hidden(t, format, hidden))
+    return t["x"].new_empty(t["x"].shape), h1, _zeros(h1, h1.shape) if t["w3"] is None else torch.empty_like(h1)
+
+
+@torch.library.register_fake("moesaic::quantized_experts_mlp_inference")
+def _inference_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("moesaic::quantized_experts_mlp_backward")
+def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    given, h1, needs = dict(zip(NAMES, args, strict=False)), args[len(NAMES)], args[-1]
+    found = {
+        name: given[name].new_empty(given[name].shape)
+        for name, wanted in zip(WITH_GRADIENT, needs, strict=True)
+        if wanted and given[name] is not None
+    }
+    return _in_order(given, found, h1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.flags = inputs[: len(NAMES)], inputs[len(NAMES) :]
+    _, *pre = output
+    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*pre)
+    ctx.save_for_backward(*tensors, *pre)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    flags = (None,) * len(ctx.flags)
+    if grad is None:
+        return (*[None] * len(NAMES), *flags)
+    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
+    needs = [needed[name] for name in WITH_GRADIENT]
+    found = torch.ops.moesaic.quantized_experts_mlp_backward(grad, *ctx.saved_tensors, *ctx.flags, needs)
+    of = {name: t for name, t, wanted in zip(WITH_GRADIENT, found, needs, strict=True) if wanted}
+    return (*(of.get(name) for name in NAMES), *flags)
+
+
+def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "quantized_experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp"
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
+        "which can be differentiated any number of times"
+    )
+
+
+torch.library.register_autograd("moesaic::quantized_experts_mlp", _gradients, setup_context=_save)
+torch.library.register_autograd("moesaic::quantized_experts_mlp_inference", _nothing_is_kept)
+torch.library.register_autograd("moesaic::quantized_experts_mlp_backward", _no_second_derivative)
