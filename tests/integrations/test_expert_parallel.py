@@ -90,6 +90,8 @@ def test_ranks_compute_what_one_process_does(same_ranks, saved, layout):
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt-oss"])
 def test_other_families(same_ranks, saved, family, layout, implementation):
     same_ranks(check_equals_one_process, 4, family, saved(family), implementation, LAYOUTS[layout])
+
+
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss"])
 def test_two_ranks_compute_what_one_does(ranks, tmp_path, family):
     make_model(family).save_pretrained(tmp_path)
@@ -162,15 +164,13 @@ def trained(folder: Path, layout: dict[str, int]) -> tuple[list[float], dict[str
 
 
 # Over tp, accelerate refuses processes on CPU.
-def test_trainer(ranks, saved):
-    check_three_steps(ranks, "Qwen3-MoE", saved("Qwen3-MoE"), {"fsdp_size": 2, "ep_size": 2})
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("layout", ["fsdp4 ep4", "fsdp4 ep2"])
+@pytest.mark.parametrize(
+    "layout", [{"fsdp_size": 2, "ep_size": 2}, LAYOUTS["fsdp4 ep4"], LAYOUTS["fsdp4 ep2"]], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trainer_on_four_ranks(ranks, saved, family, layout):
-    check_three_steps(ranks, family, saved(family), LAYOUTS[layout])
+def test_trainer(ranks, saved, family, layout):
+    check_three_steps(ranks, family, saved(family), layout)
 
 
 def check_refusals() -> None:

@@ -14,7 +14,9 @@ from tests.ops import strategies
 
 _LOADED = kernels()
 HERE = tuple(
-    name for i, name in enumerate(INSTRUCTION_SETS) if isinstance(_LOADED, Kernels) and _LOADED.library.moesaic_cpu_has_isa(i)
+    name
+    for i, name in enumerate(INSTRUCTION_SETS)
+    if isinstance(_LOADED, Kernels) and _LOADED.library.moesaic_cpu_has_isa(i)
 )
 TILED = tuple(name for name in HERE if name.startswith("amx"))
 

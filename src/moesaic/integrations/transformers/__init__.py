@@ -22,5 +22,14 @@ from moesaic.integrations.transformers.loading import load_pretrained
 from moesaic.integrations.transformers.registry import register
 from moesaic.integrations.transformers.saving import export_pretrained
 from moesaic.integrations.transformers.swap import swap_moe, unswap_moe
+from moesaic.integrations.transformers.trainer import MeshTrainerMixin
 
-__all__ = ["export_pretrained", "load_pretrained", "register", "swap_moe", "to_transformers_state_dict", "unswap_moe"]
+__all__ = [
+    "MeshTrainerMixin",
+    "export_pretrained",
+    "load_pretrained",
+    "register",
+    "swap_moe",
+    "to_transformers_state_dict",
+    "unswap_moe",
+]

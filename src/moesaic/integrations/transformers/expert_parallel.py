@@ -1,7 +1,7 @@
 """Our exchange of tokens and our experts under transformers' own expert parallelism: ``ep_implementation="moesaic"``.
 
-transformers lays out the weights, cuts attention, applies FSDP2 and loads the files. Only what lies between a router and
-the residual is ours. A token goes once to each rank that has some of its experts, and its results come back summed.
+transformers lays out the weights, cuts attention, applies FSDP2 and loads the files. Only what lies between a router
+and the residual is ours. A token goes once to each rank that has some of its experts, and its results come back summed.
 transformers' ``"all_to_all"`` sends a copy for each expert, there and back.
 
 Legend: T tokens, D model dim, K top-k, E experts.
