@@ -8,6 +8,7 @@ from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.initial import init_weights_
 from moesaic.layers.load import expert_load, reset_expert_load, update_expert_bias
 from moesaic.layers.moe import MoE
+from moesaic.layers.quantized import quantize_
 from moesaic.layers.router import Routing, TopKRouter
 from moesaic.layers.uncounted import uncounted
 
@@ -24,6 +25,7 @@ __all__ = [
     "balance_losses",
     "expert_load",
     "init_weights_",
+    "quantize_",
     "reset_expert_load",
     "uncounted",
     "update_expert_bias",

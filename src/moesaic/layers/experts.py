@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.initial import check_generators
 from moesaic.layers.lora import WEIGHTS, active_adapter
+from moesaic.layers.packed import unpacked
 from moesaic.ops import Activation, Implementation, experts_lora, experts_mlp
 from moesaic.ops.arguments import check_int
 
@@ -42,7 +43,8 @@ class GroupedExperts(nn.Module):
 
     Attributes:
         w1, w3: ``[E, D, F]``, gate and up projections. Without a gate ``w1`` is the up projection and ``w3`` is None.
-        w2: ``[E, F, D]``, down projection.
+        w2: ``[E, F, D]``, down projection. :func:`moesaic.layers.quantize_` puts modules in the place of the three,
+            which hold them in 8 or 4 bits.
         b1, b3, b2: biases of the three, ``[E, F]``, ``[E, F]`` and ``[E, D]``; None where there are none.
         main_grads: None, or a buffer for each of ``w1``, ``w3`` and ``w2``. The backward pass adds the gradients to
             the buffers, and the weights get no ``.grad``: see :func:`moesaic.experts_mlp`. In a parallel layer
@@ -113,7 +115,7 @@ class GroupedExperts(nn.Module):
         topk_weights: Float[Tensor, "*B T K"],
     ) -> Float[Tensor, "*B T D"]:
         """Send each token through its experts, and sum their results with the weights ``topk_weights``."""
-        operands = (x, topk_ids, topk_weights, self.w1, self.w3, self.w2)
+        operands = (x, topk_ids, topk_weights, *(unpacked(w) for w in (self.w1, self.w3, self.w2)))
         options: Any = {"activation": self.activation, "b1": self.b1, "b3": self.b3, "b2": self.b2, "impl": self.impl}
         adapter = active_adapter(self)
         if adapter is None:

@@ -23,7 +23,7 @@ def guard(model: nn.Module, language_models: list[Any], tp: int) -> None:
         entry.register_forward_pre_hook(partial(_refuse_additions, owners), prepend=True)
     for module in dict.fromkeys([model, *language_models, *(m for m in model.modules() if isinstance(m, MoE))]):
         module.__dict__["__deepcopy__"] = module.__dict__["__reduce_ex__"] = _refuse_copies
-    for module in owners:
+    for module in dict.fromkeys([*owners, *(m for m in model.modules() if m._buffers)]):
         module.register_load_state_dict_pre_hook(_take_shards)
     for language_model in language_models:
         language_model.resize_token_embeddings = _refuse_to_resize
@@ -73,7 +73,7 @@ def _refuse_to_generate(*_: Any, **__: Any) -> NoReturn:
 
 def _take_shards(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Of whole tensors under the names of DTensors, this rank's parts."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in {**module._parameters, **module._buffers}.items():
         tensor = state_dict.get(prefix + name)
         if not isinstance(parameter, DTensor) or not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
             continue

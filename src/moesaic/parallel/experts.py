@@ -19,12 +19,13 @@ from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
+from moesaic.parallel.packed import check_packed, distribute_packed, local_weights, packed_weights
 from moesaic.parallel.placements import FACTORS, GRADIENTS, TERMS, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
 
-def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
+def check_experts(name: str, moe: MoE, layout: MeshLayout, compute: ComputeOn) -> None:
     """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
     if not isinstance(moe.experts, GroupedExperts):
         raise ValueError(
@@ -38,6 +39,7 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout) -> None:
             f"ep: {layout.ep} does not divide the {moe.config.num_experts} experts of '{name}', whose biases FSDP over "
             f"edp {layout.edp} could then not cut; choose ep to divide them, or edp 1"
         )
+    check_packed(name, moe.experts, layout, compute == "local")
     if layout.edp > 1 and moe.config.num_experts % layout.ep:
         adapters = [m for m in moe.experts.modules() if isinstance(m, ExpertsAdapter)]
         for adapter in adapters:
@@ -63,6 +65,7 @@ def distribute_experts(
             # Cloned, for a shard would otherwise keep the storage of the whole weight alive.
             shard = distribute_tensor(weight.detach(), mesh, places[name], src_data_rank=None).clone()
             setattr(owner, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
+    distribute_packed(moe.experts, mesh)
     moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
@@ -85,10 +88,13 @@ def _compute_with_local_weights(experts: GroupedExperts, etp: DeviceMesh) -> Non
                 local = from_dtensor(weight, places[name], grad_placements=gradients[name])
                 # An entry of the instance's own dict is found before a parameter is.
                 owner.__dict__[name] = counted_once(local, etp) if name in TERMS else local
+        experts.__dict__ |= local_weights(experts)
 
     def to_dtensors(experts: GroupedExperts, args: tuple[Tensor, ...], output: Tensor) -> None:
         for owner in experts.modules():
             unshadow_parameters(owner, args, output)
+        for name in packed_weights(experts):
+            experts.__dict__.pop(name, None)
 
     experts.register_forward_pre_hook(to_local)
     experts.register_forward_hook(to_dtensors, always_call=True)

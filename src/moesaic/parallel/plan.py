@@ -98,7 +98,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     def check() -> None:
         if compute not in ("dtensor", "local"):
             raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
-        _check(model, moes, found, meshes)
+        _check(model, moes, found, meshes, compute)
 
     if not meshes.is_distributed:
         check()
@@ -144,7 +144,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     return model
 
 
-def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshes: Meshes) -> None:
+def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshes: Meshes, compute: ComputeOn) -> None:
     check_no_other_plan(model)
     refuse_offloaded(model)
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
@@ -175,7 +175,7 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
     if meshes.tp_size > 1 and not isinstance(model, MoE):
         _check_tensor_parallel(model, moes, found, meshes.tp_size)
     for name, moe in moes.items():
-        check_experts(name or type(moe).__name__, moe, meshes.layout)
+        check_experts(name or type(moe).__name__, moe, meshes.layout, compute)
 
 
 def _check_tensor_parallel(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], tp: int) -> None:
