@@ -42,7 +42,6 @@ def python_of(page: str) -> list[str]:
 
 LAYER, OPERATOR = python_of("README.md")
 ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md", "docs/pipelines.md"]
-ALONE = ["docs/training.md"]
 
 
 def test_readme_trains_a_layer_on_ranks(tmp_path):
@@ -75,7 +74,7 @@ def models(tmp_path_factory):
     """A folder with the models that the pages name."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = train_bpe(["to be or not to be"], 257)
-    for path in ("path/to/model", "runs/adapted/export"):
+    for path in ("path/to/model",):
         make_model("Qwen3-MoE").save_pretrained(folder / path)
         tokenizer.save_pretrained(folder / path)
     return folder
@@ -94,13 +93,7 @@ def test_pages_run_on_ranks(ranks, models):
     assert (models / "out" / "model.safetensors.index.json").is_file()
 
 
-def test_pages_run_alone(models, monkeypatch):
-    monkeypatch.chdir(models)
-    run_pages(models, ALONE)
-    assert (models / "adapted-bf16" / "tokenizer.json").is_file()
-
-
 def test_no_page_is_forgotten():
     run_elsewhere = ["README.md", "docs/sharding_rules.md", "docs/check.md"]
     pages = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
-    assert {page for page in pages if python_of(page)} == {*run_elsewhere, *ON_RANKS, *ALONE}
+    assert {page for page in pages if python_of(page)} == {*run_elsewhere, *ON_RANKS}

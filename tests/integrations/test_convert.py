@@ -38,6 +38,21 @@ def test_there_and_back(tmp_path, capsys, family, tied):
     assert all(torch.equal(loaded[name].to(tensor), tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3"])
+def test_casting(tmp_path, capsys, family):
+    model = make_model(family)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    call = ("convert", tmp_path / "hf", tmp_path / "cast", "--to", "hf")
+    assert "already has this format; give --dtype to cast it" in run(capsys, *call, status=2)
+    assert "written and verified" in run(capsys, *call, "--dtype", "bfloat16")
+    # In DeepSeek-V3 the correction bias stays in fp32.
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    assert_same_tensors(tmp_path / "cast", tensors_of(tmp_path / "theirs"))
+    assert json.loads((tmp_path / "cast/config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "cast/tokenizer.json").read_text() == "{}"
+
+
 def test_the_checkpoint_is_one_that_training_reads(tmp_path, capsys):
     make_model("Mixtral").save_pretrained(tmp_path / "hf")
     run(capsys, "convert", tmp_path / "hf", tmp_path / "dcp", "--to", "dcp")

@@ -24,8 +24,11 @@ from moesaic.integrations.peft.add import factors_of  # noqa: E402
 from moesaic.integrations.peft.files import in_files  # noqa: E402
 from moesaic.integrations.peft.switch import adapters_of  # noqa: E402
 
-# peft asks for an old name of a property of transformers.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# peft asks for an old name of a property of transformers, and warns of a pattern that it has made itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following \\w+_pattern keys did not match:RuntimeWarning"),
+]
 
 FILE = "adapter_model.safetensors"
 # The block's name in a layer, the router's in the block, and that of the first projection.
@@ -172,6 +175,32 @@ def test_names_of_every_expert(tmp_path):
     load_adapters(model, tmp_path)
     expected = torch.func.functional_call(base, weights, kwargs={"input_ids": ids}).logits
     assert_close(model(input_ids=ids).logits, expected, "logits")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", pytest.param("Qwen3-MoE", marks=pytest.mark.long)])
+def test_a_pair_of_tensors_for_each_expert(tmp_path, family):
+    base, ids = make_model(family), token_ids(2, 9)
+    plain = by_peft(base, config_of(family))
+    plain.save_pretrained(tmp_path / "theirs")
+    model = swap_moe(copy.deepcopy(base))
+    load_adapters(model, tmp_path / "theirs")
+    save_adapters(model, tmp_path / "each", each_expert=True)
+    tensors = load_file(tmp_path / "each" / FILE)
+    experts = [tensor for name, tensor in tensors.items() if ".experts." in name]
+    assert {tensor.ndim for tensor in experts} == {2}
+    assert len(experts) == 2 * 2 * 8 * 3  # two layers, a and b, of three weights
+    # peft puts them together again, and so do we. A factor of both gate and up projection is there twice.
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "each")
+    assert_close(back(input_ids=ids).logits, plain(input_ids=ids).logits, "peft's logits")
+    other = swap_moe(copy.deepcopy(base))
+    load_adapters(other, tmp_path / "each")
+    assert_close(other(input_ids=ids).logits, plain(input_ids=ids).logits, "our logits")
+
+
+def test_a_family_without_a_tensor_for_each_expert(tmp_path):
+    model = add_adapters(swap_moe(make_model("gpt-oss")), config_of("gpt-oss"))
+    with pytest.raises(ValueError, match="GptOssForCausalLM has no tensor for each expert in its files; leave it out"):
+        save_adapters(model, tmp_path, each_expert=True)
 
 
 def test_loading_a_checkpoint_with_adapters(tmp_path):

@@ -1,26 +1,33 @@
-"""Low-rank adapters by peft: gradients are those of weights with the product added, whatever it is put into."""
+"""Low-rank adapters in the program, and peft's own on models with our layers.
+
+Gradients are those of weights with the product added.
+"""
 
 import dataclasses
 import json
+import os
 import re
 import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.cli import main
-from moesaic.integrations.transformers import register, swap_moe, unswap_moe
+from moesaic.integrations.transformers import register, swap_moe
 from moesaic.parallel import build_meshes, parallelize
-from moesaic.train import lora
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
+from moesaic.train.loop import train
 from tests.train.chats import FAMILIES, PLAIN, write_chats, write_model
 from tests.train.test_resume import _fit, _rows
 
 peft = pytest.importorskip("peft")
+# peft asks for an old name of a property of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.randint(300, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -61,23 +68,17 @@ def _by_hand(model, plain, scale=2.0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("depth", [1, 2])
-def test_gradients_are_those_of_merged_weights(tmp_path, depth, family):
+def test_gradients_are_those_of_merged_weights(tmp_path, family):
+    """Of plain peft around a plain model whose experts run on our kernels."""
     register()
     folder = write_model(tmp_path, family)
-
-    def load():
-        model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesaic").double()
-        return swap_moe(model) if depth == 2 else model
-
-    model, plain = load(), load()
-    if depth == 2:
-        adapters = lora.add_adapters(model, TrainConfig(lora_rank=3))
-    else:
-        attention = [name for name, module in model.named_modules() if "attn" in name and isinstance(module, nn.Linear)]
-        experts = ["experts.gate_up_proj", "experts.down_proj"]
-        settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=attention, target_parameters=experts)
-        adapters = peft.LoraModel(model, settings, "default")
+    model, plain = (
+        AutoModelForCausalLM.from_pretrained(folder, experts_implementation="moesaic").double() for _ in range(2)
+    )
+    attention = [name for name, module in model.named_modules() if "attn" in name and isinstance(module, nn.Linear)]
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=attention, target_parameters=experts)
+    adapters = peft.LoraModel(model, settings, "default")
     _draw_adapters(model)
     logits = model(input_ids=IDS, use_cache=False).logits
     logits.square().mean().backward()
@@ -92,8 +93,7 @@ def test_gradients_are_those_of_merged_weights(tmp_path, depth, family):
         assert (grad - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
 
     # Merged, it is an ordinary model again.
-    merged = adapters.merge_and_unload()
-    (unswap_moe(merged) if depth == 2 else merged).save_pretrained(tmp_path / "merged")
+    adapters.merge_and_unload().save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="moesaic")
     assert (again(input_ids=IDS).logits - expected_logits).abs().max() <= 1e-6 * expected_logits.abs().max()
 
@@ -121,11 +121,13 @@ def test_adapters_on_attention_go_before_parallelize(tmp_path, ranks):
             assert (grad - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
 
 
-def test_adapters_on_experts_are_refused_by_parallelize(tmp_path):
+def test_adapters_of_peft_on_experts_are_refused_by_parallelize(tmp_path):
     write_model(tmp_path, "mixtral")
     model = swap_moe(AutoModelForCausalLM.from_pretrained(tmp_path))
-    lora.add_adapters(model, TrainConfig(lora_rank=2))
-    with pytest.raises(ValueError, match=r"experts of 'model.layers.0.mlp' are ParamWrapper .* merge_and_unload"):
+    peft.LoraModel(model, peft.LoraConfig(target_parameters=["experts.w1"], target_modules=[]), "default")
+    with pytest.raises(
+        ValueError, match=r"experts of 'model.layers.0.mlp' are ParamWrapper .* by moesaic.integrations"
+    ):
         parallelize(model, build_meshes())
 
 
@@ -155,7 +157,7 @@ def test_a_resume_is_exact(adapted, cache, tmp_path):
     _fit(dataclasses.replace(adapted, resume=True), cache)
     assert len(_rows(whole.out)) == 6
     assert _rows(adapted.out) == _rows(whole.out)
-    for changes in ({"lora_on": "experts"}, {"lora_alpha": 16.0}):
+    for changes in ({"lora_on": "experts"}, {"lora_alpha": 16.0}, {"lora_rslora": True}):
         with pytest.raises(UserError, match="--model had other contents"):
             _fit(dataclasses.replace(adapted, resume=True, **changes), cache)
     assert AutoTokenizer.from_pretrained(adapted.out / "tokenizer").chat_template == PLAIN
@@ -178,6 +180,11 @@ def test_the_whole_program(adapted, capsys):
         *(f"self_attn.{letter}_proj" for letter in "qkvo"),
         *("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     }
+    # The adapters alone, around the model that the run began with, are the merged model.
+    with_adapters = peft.PeftModel.from_pretrained(before, adapted.out / "export" / "adapter")
+    assert with_adapters.peft_config["default"].base_model_name_or_path == adapted.model
+    expected = after(input_ids=IDS).logits
+    assert (with_adapters(input_ids=IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_where_it_cannot_be(adapted, capsys, monkeypatch):
@@ -187,6 +194,55 @@ def test_where_it_cannot_be(adapted, capsys, monkeypatch):
     monkeypatch.undo()
     assert _call(dataclasses.replace(adapted, model="qwen3-moe-small")) == 2
     assert "--model is a new one" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert _call(adapted) == 2
-    assert "--lora-rank runs on one process, not 2: peft's adapters are plain tensors" in capsys.readouterr().err
+
+
+def _whole_run(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    train(config)
+
+
+@pytest.mark.long
+def test_ranks_train_the_adapters_that_one_process_trains(adapted, cache, ranks, tmp_path):
+    """With the same data: batches do not depend on the layout."""
+    alone = dataclasses.replace(adapted, out=tmp_path / "alone")
+    _whole_run(alone, cache)
+    several = dataclasses.replace(adapted, tp=2, ep=2, etp=2, compute="local")
+    ranks(_whole_run, 4, several, cache)
+    for one, other in zip(_steps(alone), _steps(adapted), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for file in ("export/adapter/adapter_model.safetensors", "export/model.safetensors"):
+        theirs, ours = load_file(alone.out / file), _all_tensors((adapted.out / file).parent)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+def _steps(config):
+    return [row for row in _rows(config.out) if "loss" in row]
+
+
+def _all_tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.long
+def test_a_run_goes_on_in_another_layout(adapted, cache, ranks, tmp_path):
+    whole = dataclasses.replace(adapted, out=tmp_path / "whole")
+    _fit(whole, cache)
+    mesh = {"tp": 2, "ep": 2, "etp": 2}
+    ranks(_fit, 4, dataclasses.replace(adapted, **mesh), cache, {2: [signal.SIGTERM]})
+    ranks(_fit, 2, dataclasses.replace(adapted, ep=2, resume=True, steps=4), cache)
+    _fit(dataclasses.replace(adapted, resume=True), cache)
+    for one, other in zip(_steps(whole), _steps(adapted), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_resume_on_the_same_ranks_is_exact(adapted, cache, ranks, tmp_path):
+    mesh = {"tp": 2, "ep": 2, "etp": 2}
+    whole = dataclasses.replace(adapted, out=tmp_path / "whole", **mesh)
+    ranks(_fit, 4, whole, cache)
+    ranks(_fit, 4, dataclasses.replace(adapted, **mesh), cache, {2: [signal.SIGTERM]})
+    ranks(_fit, 4, dataclasses.replace(adapted, resume=True, **mesh), cache)
+    assert _rows(adapted.out) == _rows(whole.out)

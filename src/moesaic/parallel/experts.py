@@ -29,8 +29,9 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout, compute: ComputeOn) -
     """Raise ``ValueError`` unless the experts of a layer can be laid over ``edp`` x ``ep`` x ``etp`` ranks."""
     if not isinstance(moe.experts, GroupedExperts):
         raise ValueError(
-            f"model: the experts of '{name}' are {type(moe.experts).__name__} and not GroupedExperts; if adapters wrap "
-            "them, merge those first (of peft: merge_and_unload())"
+            f"model: the experts of '{name}' are {type(moe.experts).__name__} and not GroupedExperts; if adapters of "
+            "peft wrap them, merge those first (merge_and_unload()), or add adapters by "
+            "moesaic.integrations.peft.add_adapters"
         )
     if misfit := expert_misfit(moe.config.num_experts, moe.config.hidden_dim, moe.config.dim, layout):
         raise ValueError(f"{misfit.axis}: {misfit.problem}; for '{name}' choose one of {misfit.legal}")

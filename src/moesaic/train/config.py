@@ -56,11 +56,13 @@ class TrainConfig:
     """Let the backward pass add the gradients of expert weights to fp32 buffers. With --dtype bf16 they are then not
     rounded to bf16. Needs --compute local and ep * etp = the number of processes."""
 
-    # --- low-rank adapters of a pretrained model, on one process ---
+    # --- low-rank adapters of a pretrained model ---
     lora_rank: int = 0
     """Train low-rank adapters (LoRA) of this rank, and not the weights. Needs the peft package. 0: no adapters."""
     lora_alpha: float | None = None
     """Adapters are scaled by lora_alpha / lora_rank. By default this factor is 2."""
+    lora_rslora: bool = False
+    """Scale adapters by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
     lora_on: Literal["all", "attention", "experts"] = "all"
     """Where adapters are: in the attention projections, in the experts, or in both."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moesaic import ranks
 from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import TrainingError
+from moesaic.train.lora import ADAPTER, save_and_merge
 from moesaic.train.model import quiet
 from moesaic.train.step import evaluating
 
@@ -22,14 +24,26 @@ from moesaic.train.step import evaluating
 _TOLERANCE = 1e-3
 
 
-def export(model: Any, folder: Path, tokenizer: Any) -> None:
+def export(model: Any, folder: Path, tokenizer: Any, *, adapted: bool = False) -> None:
     """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective.
+
+    Adapters are merged into the model, which has none then, and written beside it for peft.
 
     Raises `TrainingError` on all ranks if it cannot be written.
     """
+    beside = folder.with_name(f".{folder.name}.{ADAPTER}")
+
+    def take_adapters(new: Path) -> None:
+        # Into the new folder before it gets its name: an export with its adapters is there at once, or not at all.
+        if adapted:
+            shutil.move(beside, new / ADAPTER)
+
     try:
         with quiet():
-            export_pretrained(model, folder, tokenizer=tokenizer)
+            if adapted:
+                ranks.on_leader(lambda: shutil.rmtree(beside, ignore_errors=True))
+                save_and_merge(model, beside)
+            export_pretrained(model, folder, tokenizer=tokenizer, add=take_adapters)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"cannot export to {folder}: {error}. The training is saved. To export again, run the same command with "

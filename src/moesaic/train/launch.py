@@ -27,7 +27,7 @@ def check_launch(config: TrainConfig) -> None:
     if config.out is not None and config.resume is False:
         check_free(config.out)
     source = find_model(config.model)
-    check_adapters(config, source, launched_world_size())
+    check_adapters(config, source)
     if not source.pretrained:
         # Configs of pretrained models have other keys. The plan checks those models before weights are loaded.
         check_fits(source.values, layout)

@@ -20,6 +20,7 @@ from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.failure import failed, way_back
 from moesaic.train.folder import write_json
+from moesaic.train.lora import ADAPTER
 from moesaic.train.metrics import JsonlWriter, LenientWriter, MetricWriter, TensorBoardWriter, read_jsonl
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
@@ -214,10 +215,8 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     if leader:
         numbers, text = scores.compare(_first_value(run.folder / METRICS, scores.name), now)
         screen.message(f"\n{text}")
-    if run.adapters is not None:
-        run.adapters.merge_and_unload()
     folder = run.folder / EXPORT
-    finish.export(model, folder, run.text.tokenizer())
+    finish.export(model, folder, run.text.tokenizer(), adapted=config.lora_rank > 0)
     exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
     difference = finish.compare_with_export(model, exported, tokens, run.meshes)
@@ -230,10 +229,16 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         write_json(run.folder / RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
-            f"{difference:.0e}\n\nthe model continues {_shortened(prompt)!r} like this:\n\n{text}\n"
+            f"{difference:.0e}{_of_adapters(run)}\n\nthe model continues {_shortened(prompt)!r} like this:\n\n{text}\n"
         )
     # A rank that leaves early closes connections that other ranks still use.
     ranks.barrier()
+
+
+def _of_adapters(run: Run) -> str:
+    if not run.config.lora_rank:
+        return ""
+    return f"\nthe adapters alone are in {run.folder / EXPORT / ADAPTER}, as files of peft"
 
 
 def _first_value(path: Path, name: str) -> float | None:
@@ -255,7 +260,7 @@ def _introduce(run: Run) -> str:
         learned = {"assistant": "answers", "last": "last answers", "all": "all tokens"}[run.config.loss_on]
         what, rows = "conversations", f"rows of {run.config.seq_len} tokens; learning {learned}"
     how = "fine-tuning" if run.pretrained else "from scratch"
-    if run.adapters is not None:
+    if run.config.lora_rank:
         tuned = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
         how += f" {tuned:,} parameters of adapters"
     text = (

@@ -1,68 +1,79 @@
-"""Low-rank adapters by the `peft` library, on attention and on experts, for a model on one process.
-
-On several it cannot be: peft wraps the module that holds an expert parameter, and adds to it a product of plain tensors
-(`ParamWrapper`, `_LoraFactorsProxy`), where a parallel plan needs that module itself and has made DTensors of its
-parameters.
-"""
+"""Low-rank adapters of a pretrained model: peft's config for the settings, and the adapters at the end of a run."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from moesaic.layers import MoE
+from moesaic.integrations.transformers.loading import Source, model_on_meta, read_changed_config
+from moesaic.integrations.transformers.origin import origin_of
+from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 
+# In the folder of the export.
+ADAPTER = "adapter"
 
-def check_adapters(config: TrainConfig, source: ModelSource, world_size: int) -> None:
+
+def check_adapters(config: TrainConfig, source: ModelSource) -> None:
     """Raise `UserError` if adapters are asked for where they cannot be."""
     if not config.lora_rank:
         return
     if not source.pretrained:
         raise UserError("--lora-rank adapts a pretrained model, but --model is a new one; leave one of them out")
-    if world_size > 1:
-        raise UserError(
-            f"--lora-rank runs on one process, not {world_size}: peft's adapters are plain tensors, and experts over "
-            "ranks are DTensors. Launch one process, or leave it out and tune all weights over the ranks"
-        )
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs the package peft: pip install 'moesaic[lora]'")
 
 
-def add_adapters(model: nn.Module, config: TrainConfig) -> Any:
-    """Put adapters into a model with our layers, in place, and freeze the rest of it.
+def adapter_config(config: TrainConfig, source: ModelSource) -> Any:
+    """The `LoraConfig` of a run, or None. Its names are those of the plain model, as short as they can be.
 
-    Gives back what takes them out again: `merge_and_unload()` adds them to the weights.
+    Raises `UserError` for a model without linear layers in its attention.
     """
+    if not config.lora_rank:
+        return None
     peft = importlib.import_module("peft")
-    modules = dict(model.named_modules())
-    attention = [
-        name for name, module in modules.items() if ".self_attn." in f".{name}" and isinstance(module, nn.Linear)
-    ]
-    experts = [
-        f"{name}.experts.{weight}"
-        for name, module in modules.items()
-        if isinstance(module, MoE)
-        for weight in ("w1", "w3", "w2")
-    ]
+    model = swap_moe(model_on_meta(read_changed_config(Source(str(source.weights)))))
+    attention, experts = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (found := re.search(r"(?:^|\.)(self_attn\..*)", name)):
+            attention.add(found[1])
+        if (origin := origin_of(module)) is not None:
+            block = name.rpartition(".")[2]
+            links = (link for link in origin.links if any(re.fullmatch(r"experts\.w\d", own) for own in link.ours))
+            experts |= {f"{block}.{link.theirs}" for link in links}
     if not attention and config.lora_on != "experts":
         raise UserError(f"--lora-on {config.lora_on}: {type(model).__name__} has no linear layers in a 'self_attn'")
-    settings = peft.LoraConfig(
+    return peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=alpha_of(config),
-        target_modules=[] if config.lora_on == "experts" else attention,
-        target_parameters=None if config.lora_on == "attention" else experts,
+        use_rslora=config.lora_rslora,
+        target_modules=[] if config.lora_on == "experts" else sorted(attention),
+        target_parameters=None if config.lora_on == "attention" else sorted(experts),
+        base_model_name_or_path=str(source.weights),
+        task_type="CAUSAL_LM",
     )
-    torch.manual_seed(config.seed)
-    return peft.LoraModel(model, settings, "default")
 
 
 def alpha_of(config: TrainConfig) -> float:
     """`lora_alpha`, or twice the rank where it is not given."""
     return 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+
+
+def describe(config: TrainConfig) -> str:
+    """What a run with other adapters differs in."""
+    stabilised = ", rank-stabilised" if config.lora_rslora else ""
+    return f"adapters of rank {config.lora_rank} and alpha {alpha_of(config):g}{stabilised} on {config.lora_on}"
+
+
+def save_and_merge(model: nn.Module, folder: Path) -> None:
+    """Write the adapters as peft's files, and add them to the weights. Collective."""
+    adapters = importlib.import_module("moesaic.integrations.peft")
+    adapters.save_adapters(model, folder)
+    adapters.merge_adapters(model)

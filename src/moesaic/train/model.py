@@ -103,9 +103,15 @@ def _check_computes(model: nn.Module, name: str) -> None:
 
 
 def load_model(
-    config: TrainConfig, source: ModelSource, meshes: Meshes, device: torch.device, *, vocab_size: int
+    config: TrainConfig,
+    source: ModelSource,
+    meshes: Meshes,
+    device: torch.device,
+    *,
+    vocab_size: int,
+    adapter: Any = None,
 ) -> nn.Module:
-    """A pretrained model in fp32, its MoE blocks replaced, laid over `meshes`.
+    """A pretrained model in fp32, its MoE blocks replaced, laid over `meshes`; with adapters if there is a config.
 
     Raises `UserError` for a model that cannot be laid so, or a tokenizer of more than its `vocab_size` tokens.
     """
@@ -129,6 +135,7 @@ def load_model(
                 compute=config.compute,
                 device=device,
                 ignore_unexpected=config.ignore_unexpected,
+                adapter=adapter,
                 **_balance(config),
             )
     except (ValueError, OSError, NotImplementedError, SafetensorError) as error:

@@ -28,7 +28,7 @@ from moesaic.train.folder import again_folder, check_free, new_folder, resumable
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lock import RunLock
-from moesaic.train.lora import add_adapters, alpha_of
+from moesaic.train.lora import adapter_config, describe
 from moesaic.train.main_grads import MainGrads
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
@@ -48,8 +48,6 @@ class Run:
     text: PreparedText | PreparedConversations
     meshes: Meshes
     guard: ForwardGuard
-    adapters: Any
-    """The peft model around the model, if there are low-rank adapters; else None."""
     pretrained: bool
     lock: RunLock | None
     """On the leader."""
@@ -78,15 +76,13 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         dp_rank=meshes.dp_rank,
         dp_size=meshes.dp_size,
     )
-    adapters: Any = None
     if source.pretrained:
         notify(f"loading {config.model} ({source.values['model_type']}) to fine-tune it; computing in {config.dtype}")
-        model = models.load_model(config, source, meshes, runtime.device, vocab_size=text.vocab_size)
+        adapter = ranks.together(lambda: adapter_config(config, source))[0]
+        model = models.load_model(config, source, meshes, runtime.device, vocab_size=text.vocab_size, adapter=adapter)
         identity = models.identity(model.config)
         if config.lora_rank:
-            adapters = add_adapters(model, config)
-            scale = f"alpha {alpha_of(config):g}"
-            identity += f", adapters of rank {config.lora_rank} and {scale} on {config.lora_on}"
+            identity += f", {describe(config)}"
     else:
         architecture = models.model_config(source.values, vocab_size=text.vocab_size, eos_id=text.eos_id)
         model = models.build_model(config, architecture, meshes, runtime.device)
@@ -127,7 +123,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             lock.release()
         raise
     guard = ForwardGuard(model, runtime.device)
-    return Run(training, folder, config, runtime, text, meshes, guard, adapters, source.pretrained, lock)
+    return Run(training, folder, config, runtime, text, meshes, guard, source.pretrained, lock)
 
 
 def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moesaic import ranks
 from moesaic.integrations.peft.add import add_adapters, factors_of
+from moesaic.integrations.peft.each_expert import Form, by_each_expert
 from moesaic.integrations.peft.switch import adapters_of, config_of, configs_of, set_adapter
 from moesaic.integrations.peft.targets import Target
 from moesaic.integrations.transformers.exchange import Exchange
@@ -32,7 +33,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @torch.no_grad()
-def save_adapters(model: nn.Module, path: str | Path, name: str = "default") -> None:
+def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, each_expert: bool = False) -> None:
     """Write the adapters of one name as a folder that ``peft.PeftModel.from_pretrained`` loads around the plain model.
 
     Collective on a parallelized model. Names and layouts are those of peft for the model before the swap. Rank 0
@@ -42,9 +43,11 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
         model: with adapters from :func:`add_adapters`.
         path: the folder.
         name: which adapters.
+        each_expert: write a pair of tensors for each expert, under the names that experts have in the files of the
+            model, for programs that expect those.
 
     Raises:
-        ValueError: there are no adapters of this name.
+        ValueError: there are no adapters of this name; or ``each_expert`` for a model whose files have no such names.
         OSError: the folder cannot be written. All ranks raise it.
 
     Example:
@@ -53,12 +56,13 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
     """
     exchange, folder = Exchange(), Path(path)
     targets = adapters_of(model, name)
-    config = config_of(model, name)
-    shapes = {key: (shape, dtype) for target in targets for key, shape, dtype in _described(model, target, name)}
+    form, config = in_files, config_of(model, name)
+    if each_expert:
+        form, config = by_each_expert(model, targets, config)
+    shapes = {key: (shape, dtype) for target in targets for key, shape, dtype in _described(model, target, name, form)}
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path
         before, config.inference_mode = config.inference_mode, True
         try:
             config.save_pretrained(str(folder))
@@ -77,7 +81,7 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
         failure = error
     for target in targets:
         # A rank that failed still sends its parts to the others.
-        for _, tensor in in_files(target, {n: exchange.leaf(p).read() for n, p in factors_of(model, target, name)}):
+        for _, tensor in form(target, {n: exchange.leaf(p).read() for n, p in factors_of(model, target, name)}):
             if writer is not None and failure is None:
                 try:
                     writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -173,10 +177,12 @@ def fill_adapters(model: nn.Module, path: str | Path, name: str) -> None:
     ranks.together(read)
 
 
-def _described(model: nn.Module, target: Target, name: str) -> list[tuple[str, list[int], torch.dtype]]:
+def _described(
+    model: nn.Module, target: Target, name: str, form: Form | None = None
+) -> list[tuple[str, list[int], torch.dtype]]:
     """The keys of a target's tensors in files, and their shapes and dtypes."""
     empty = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in factors_of(model, target, name)}
-    return [(key, list(t.shape), t.dtype) for key, t in in_files(target, empty)]
+    return [(key, list(t.shape), t.dtype) for key, t in (form or in_files)(target, empty)]
 
 
 def in_files(target: Target, factors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

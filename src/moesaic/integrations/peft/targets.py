@@ -83,11 +83,14 @@ def targets_of(model: nn.Module, config: Any) -> tuple[list[Target], Any]:
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(plain, copy.deepcopy(config), autocast_adapter_dtype=False)
     origins = {name: origin for name, module in model.named_modules() if (origin := origin_of(module))}
+    kept = wrapped.peft_config["default"]
+    # peft puts the plain model's, which has none.
+    kept.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     targets = []
     for name, layer in wrapped.named_modules():
         if isinstance(layer, lora.LoraLayer):
             targets.append(_target(name, layer, origins))
-    return targets, wrapped.peft_config["default"]
+    return targets, kept
 
 
 def _target(name: str, layer: Any, origins: dict[str, Any]) -> Target:

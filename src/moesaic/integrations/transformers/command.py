@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 from transformers.utils import logging as transformers_logging
 
 from moesaic.checkpoint import CheckpointError
-from moesaic.integrations.transformers.convert import convert, format_of
+from moesaic.integrations.transformers.convert import convert
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.upcycle import upcycle
 
@@ -26,6 +26,8 @@ _ERRORS = (OSError, ValueError, NotImplementedError)
 @dataclass(frozen=True)
 class ConvertOptions:
     """Convert a transformers checkpoint to the format of moesaic train (DCP), or back, and verify the result.
+
+    With --to hf --dtype bfloat16 a transformers checkpoint is cast.
 
     Tensors are read and written one by one. Peak memory is twice the experts of one layer, plus one file of the
     result.
@@ -38,7 +40,7 @@ class ConvertOptions:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
     to: Literal["dcp", "hf"] | None = None
-    """The format to write. By default the other format than that of SRC."""
+    """The format to write. By default the other format than that of SRC. The same one only to cast hf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
     ignore_unexpected: bool = False
@@ -77,12 +79,11 @@ def run_convert(arguments: Sequence[str]) -> int:
     options = tyro.cli(ConvertOptions, prog="moesaic convert", args=list(arguments))
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
-        if options.to == format_of(options.source):
-            raise ValueError(f"--to {options.to}: {options.source} already has this format; leave out --to")
         with _bar() as progress:
             convert(
                 options.source,
                 options.target,
+                to=options.to,
                 dtype=dtype,
                 ignore_unexpected=options.ignore_unexpected,
                 progress=progress,

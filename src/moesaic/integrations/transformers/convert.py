@@ -58,32 +58,42 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
+    to: Format | None = None,
     dtype: torch.dtype | None = None,
     ignore_unexpected: bool = False,
     progress: Progress | None = None,
 ) -> Format:
-    """Convert a checkpoint to the other format, verify the result, and return that format.
+    """Convert a checkpoint to the other format, or cast one of transformers; verify the result, and return its format.
 
     Args:
         source: a checkpoint of transformers (a folder or a name on the hub), a run folder of ``moesaic train``, or one
             checkpoint in it. From a run folder the newest checkpoint is taken.
         target: the folder to write. For ``"dcp"`` it is like a run folder, with a config and one checkpoint of step 0.
+        to: the format of the result. None takes the other one. ``"hf"`` for a checkpoint of transformers casts it.
         dtype: cast tensors to this dtype, except those that transformers keeps in fp32. None casts nothing.
         ignore_unexpected: leave out what the model does not have; see :func:`load_pretrained`. For a checkpoint of
             transformers only.
         progress: is called while the work goes on.
 
     Raises:
-        OSError, ValueError: the source is incomplete, or its model cannot be swapped; or the target has other files or
+        OSError, ValueError: the source is incomplete, or its model cannot be swapped; or it has the format ``to``
+            already, and there is nothing to cast; or the target has other files or
             cannot be written.
         CheckpointError: the source is damaged, or what was written differs from it.
 
     After an error nothing stays in the target.
     """
+    own = format_of(source)
+    if to == own and (own == "dcp" or dtype is None):
+        remedy = "give --dtype to cast it" if own == "hf" else "leave out --to"
+        raise ValueError(f"--to {to}: {source} already has this format; {remedy}")
     require_new(source, Path(target), "target")
     progress = progress or Progress()
     try:
-        if format_of(source) == "hf":
+        if own == to:
+            _cast_hf(Source(source, dtype, ignore_unexpected=ignore_unexpected), Path(target), progress)
+            return "hf"
+        if own == "hf":
             _to_dcp(Source(source, dtype, ignore_unexpected=ignore_unexpected), Path(target), progress)
             return "dcp"
         _to_hf(Path(source), Path(target), dtype, progress)
@@ -118,6 +128,20 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         copy_tokenizer(source.path, target)
         verify(place)
         _compare(_stored(place), progress.watch("verifying", ours))
+
+
+def _cast_hf(source: Source, target: Path, progress: Progress) -> None:
+    with open_files(source.path) as files:
+        plain = empty_model(source, files)
+        plain.config.architectures = [type(plain).__name__]
+        with damage_is_value_error(source.path):
+            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+        meant = _cast(state, plain)
+        tensors = to_file_names(plain, meant)
+        add = partial(copy_tokenizer, source.path)
+        write_pretrained(plain, progress.watch("writing", tensors), target, add=add)
+        with open_files(target) as written:
+            _compare(_named_as(meant, plain, target, written), progress.watch("verifying", meant))
 
 
 def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:

@@ -190,7 +190,7 @@ def empty_model(source: Source, files: Files) -> Any:
         TypeError: the config does not have one of the values that are to be changed.
     """
     path, revision = source.path, source.revision
-    config = _config_of(source)
+    config = read_changed_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
@@ -206,7 +206,12 @@ def empty_model(source: Source, files: Files) -> Any:
     return model
 
 
-def _config_of(source: Source) -> Any:
+def read_changed_config(source: Source) -> Any:
+    """The config of a checkpoint, with the values that take the place of those in the file.
+
+    Raises:
+        TypeError: the config does not have one of these values.
+    """
     config, unknown = read_config(source.path, source.revision, **source.changes)
     # Where the language model is a part of the whole, its config is a part too.
     text = config.get_text_config()
@@ -223,7 +228,7 @@ def _config_of(source: Source) -> Any:
     return config
 
 
-def model_on_meta(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+def model_on_meta(config: Any, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Any:
     """A causal language model on the meta device. What transformers keeps in fp32 is in fp32 here too."""
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):

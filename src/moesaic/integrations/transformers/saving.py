@@ -38,6 +38,7 @@ _ERRORS = (OSError, ValueError, SafetensorError)
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TEMPLATES = "additional_chat_templates"
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def export_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int = 5 * 10**9,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
@@ -60,10 +62,11 @@ def export_pretrained(
         path: the folder to write. It may hold an earlier export.
         tokenizer: a tokenizer to save in the same folder.
         max_shard_size: the most bytes that a file may have. A file of a single tensor may have more.
+        add: writes more files into the folder, on rank 0, before the folder gets its name.
 
     Raises:
-        ValueError: the model has adapters, or a MoE that ``swap_moe`` did not make, or ``path`` has other files.
-            All ranks raise it, before anything is written.
+        ValueError: the model has adapters that were not merged, or a MoE that ``swap_moe`` did not make, or ``path``
+            has other files. All ranks raise it, before anything is written.
         OSError: a rank could not write. All ranks raise it. What was under ``path`` before is still there.
 
     Example:
@@ -78,11 +81,12 @@ def export_pretrained(
     leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
     tensors = to_file_names(plain, to_original_names(model, {name: leaves[id(t)] for name, t in state.items()}))
 
-    def save_tokenizer(folder: Path) -> None:
+    def add_all(folder: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        add(folder)
 
-    write_pretrained(plain, tensors, path, max_shard_size=max_shard_size, exchange=exchange, add=save_tokenizer)
+    write_pretrained(plain, tensors, path, max_shard_size=max_shard_size, exchange=exchange, add=add_all)
 
 
 def write_pretrained(
@@ -252,7 +256,8 @@ def recover_export(final: Path) -> None:
 
 def _is_ours(entry: Path) -> bool:
     if entry.is_dir():
-        return entry.name == _TEMPLATES
+        # A folder of peft holds what the run's adapters were before they were merged.
+        return entry.name == _TEMPLATES or (entry / _ADAPTER_CONFIG).is_file()
     return entry.name in _OURS or _SHARD.fullmatch(entry.name) is not None
 
 
