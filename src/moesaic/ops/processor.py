@@ -58,8 +58,8 @@ def processor() -> Processor:
 
 
 def kernels_for(isa: str, dtype: torch.dtype) -> str:
-    """The instruction set whose kernels for a dtype those of ``isa`` are: bf16 instructions do nothing for fp32."""
-    return "avx512" if isa == "avx512_bf16" and dtype == torch.float32 else isa
+    """The instruction set whose kernels for a dtype those of ``isa`` are: bf16 instructions and tiles are not for fp32."""
+    return "avx512" if isa in ("avx512_bf16", "amx", "amx_emulated") and dtype == torch.float32 else isa
 
 
 @functools.cache
