@@ -43,13 +43,11 @@ def test_operators_that_cannot_be_proved():
     )
     listing = define("(Tensor x) -> Tensor[]", lambda x: [x.clone()])
     noisy = ruled(ONE, torch.rand_like, "m n -> m n")
-    by_keyword = define_with_keywords("(Tensor x, *, Tensor w) -> Tensor", lambda x, *, w: x * w)
     without_fake = torch.library.custom_op(
         "moesaic_planted::without_fake", lambda x: x.clone(), mutates_args=(), schema=ONE
     )
     moesaic.sharding_rule("m n -> m n")(without_fake)
     for op, message in (
-        (by_keyword, "the tensor w is keyword-only, and prove.. takes positional arguments only"),
         (without_fake, "Give it a fake kernel with register_fake .There was no fake impl registered"),
         (mutating, "mutates an argument"),
         (listing, "returns .*; only tensors have placements"),

@@ -25,6 +25,12 @@ MODULE = """
     def _rows(x: Tensor, ids: Tensor) -> Tensor:
         return x.index_select(0, ids)
 
+    def _modes(x: Tensor, mode: str) -> Tensor:
+        return x * 2 if mode == "twice" else x.cumsum(0)
+
+    def modes_inputs():
+        return torch.randn(7, 5), "twice"
+
     def _scaled(x: Tensor, times: int) -> Tensor:
         return x * times
 
@@ -33,6 +39,7 @@ MODULE = """
     wrong = define("wrong", "m k, k n -> max: m n", _matmul, linear=["x", "w"])
     rows = define("rows", "m! d, r -> r d", _rows, linear=["x"], preserves={{"max": ["x"], "min": ["x"]}})
     scaled = define("scaled", "m n -> m n", _scaled, linear=["x"])
+    modes = define("modes", "m n -> m n", _modes, linear=["x"])
     twice = define("twice", "m n -> m n", _scaled, linear=["x"], when={{"times": [2, 3]}})
     without = define("without", "", _matmul)
     lines = moesaic.sharding_rule("m k, k n -> m n", "b! m k, b! k n -> b! m n", "m k, k -> m", linear=["x", "w"])
@@ -98,7 +105,8 @@ def module(tmp_path, monkeypatch):
         (":rows --inputs {}:row_inputs", 0, "nothing wrong"),
         (":rows --inputs {}:more_row_inputs", 0, "nothing wrong"),
         (":strict", 0, "line 'b m k, b k n -> b m n': mine"),
-        (":scaled --inputs {}:scaled_inputs", 1, "NOT TRIED: every example has times=3"),
+        (":scaled --inputs {}:scaled_inputs", 0, "values: times=3 or 2 or 4 or 6 or 1"),
+        (":modes --inputs {}:modes_inputs", 1, "NOT TRIED: every example has mode='twice'"),
         (":scaled --inputs {}:more_scaled_inputs", 0, "[7, 5] on 2 ranks"),
         (":twice", 0, "rule   when times=2 or 3"),
     ],

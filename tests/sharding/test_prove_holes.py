@@ -134,14 +134,66 @@ ALONG = "(Tensor x, int dim) -> Tensor"
 
 
 def test_a_flag_of_which_one_value_was_tried():
-    op = ruled(ALONG, planted.softmax_along, "m n! -> m n!")
-    report = moesaic.prove(op, x, 1, **options)
+    def function(x, mode):
+        return x.softmax(1 if mode == "rows" else 0)
+
+    op = ruled("(Tensor x, str mode) -> Tensor", function, "m n! -> m n!")
+    report = moesaic.prove(op, x, "rows", **options)
     assert not report.ok
     (untried,) = report.untried
-    assert untried.startswith("every example has dim=1: no other value was tried. Give others in also=")
-    assert "sharding_rule(..., when={'dim': 1})" in untried
-    assert moesaic.prove(op, x, 1, also=[(x, 0)], **options).wrong
-    assert moesaic.prove(ruled(ALONG, planted.softmax_along, "m! n! -> m! n!"), x, 1, **options).ok, "it cuts nothing"
+    assert untried.startswith("every example has mode='rows': no other value was tried. Give others in also=")
+    assert "sharding_rule(..., when={'mode': 'rows'})" in untried
+    assert moesaic.prove(op, x, "rows", also=[(x, "columns")], **options).wrong
+    whole = ruled("(Tensor x, str mode) -> Tensor", function, "m! n! -> m! n!")
+    assert moesaic.prove(whole, x, "rows", **options).ok, "it cuts nothing"
+
+
+def test_ints_next_to_those_of_an_example_are_tried():
+    report = moesaic.prove(ruled(ALONG, planted.softmax_along, "m n! -> m n!"), x, 1, **options)
+    assert {r.inputs for r in report.wrong} == {((S0,),)}, f"{report}"
+    assert report.values == ["dim=1 or 0"]
+    assert [note for note in report.notes if note.startswith("not tried with dim=2: ") and "out of range" in note]
+
+
+def test_ints_of_which_the_operator_takes_no_others():
+    def heads(x, n):
+        torch._check(n == 3, lambda: "three heads")
+        return x * n
+
+    report = moesaic.prove(ruled("(Tensor x, int n) -> Tensor", heads, "m n -> m n", linear=["x"]), x, 3, **options)
+    assert [text for text in report.untried if text.startswith("every example has n=3: no other value was tried")]
+
+
+@pytest.mark.parametrize("values", [{"dim": [1, -1]}, {}])
+def test_flags_that_are_given_by_keyword(values):
+    def function(x, scale=2.0, *, dim=1):
+        return x.softmax(dim) * scale
+
+    op = planted.define_with_keywords("(Tensor x, float scale=2.0, *, int dim=1) -> Tensor", function)
+    moesaic.sharding_rule("m n! -> m n!", when=values)(op)
+    report = moesaic.prove(op, x, **options)
+    assert report.ok == bool(values), f"{report}"
+    assert report.values == ["scale=2.0 or 2.5", "dim=1 or -1" if values else "dim=1 or 0"]
+    report = moesaic.prove(op, x, also=[(x, 3.0)], dim=-1, **options)
+    assert report.ok == bool(values), f"{report}"
+    assert report.values[0] == "scale=2.0 or 3.0"
+    with pytest.raises(TypeError, match="no option 'axis', and .* no argument of this name; it has x, scale, dim"):
+        moesaic.prove(op, x, axis=1, **options)
+
+
+def test_tensors_that_are_given_by_keyword():
+    def function(x, *, w, bias=None):
+        return x @ w if bias is None else x @ w + bias
+
+    schema = "(Tensor x, *, Tensor w, Tensor? bias=None) -> Tensor"
+    for bias, linear, ok in (("+n", ["x", "w"], True), ("n", ["x", "w"], False)):
+        op = planted.define_with_keywords(schema, function)
+        moesaic.sharding_rule(f"m k, k n, {bias} -> m n", linear=linear)(op)
+        report = moesaic.prove(op, x, w=random(13, 14), bias=random(14), axes=(2, 3), meshes=[(2, 2)])
+        assert report.ok == ok, f"{report}"
+        assert {r.case.names for r in report.admitted} == {("x", "w", "bias"), ("x", "w")}
+    with pytest.raises(ValueError, match="no value for argument 'w'"):
+        moesaic.prove(op, x, bias=random(14), **options)
 
 
 @pytest.mark.parametrize("values", [1, [1, -1], {1, -1}])
@@ -206,8 +258,8 @@ def test_what_holds_until_an_expert_is_full():
     report = moesaic.prove(op, random(13, 6), few, 4, **options)
     (wrong,) = report.wrong
     assert wrong.inputs == ((S0,), (S0,))
-    assert report.values == ["ids from 0 to 6, 7 values"]
-    assert "values: ids from 0 to 6, 7 values" in str(report)
+    assert report.values == ["capacity=4", "ids from 0 to 6, 7 values"]
+    assert "values: capacity=4; ids from 0 to 6, 7 values" in str(report)
 
 
 def test_what_holds_within_a_window():

@@ -63,6 +63,13 @@ def tensor_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Map
     return [v if v is None or isinstance(v, Tensor) else torch.tensor(v) for v in values]
 
 
+def as_called(op: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional arguments and those by keyword, of all in the order of the schema."""
+    arguments = op._schema.arguments[: len(args)]
+    first = next((i for i, a in enumerate(arguments) if a.kwarg_only), len(args))
+    return tuple(args[:first]), {a.name: v for a, v in zip(arguments[first:], args[first:], strict=True)}
+
+
 def decide(
     op: torch._ops.OpOverload,
     args: Sequence[Any],

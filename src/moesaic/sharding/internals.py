@@ -78,18 +78,18 @@ def mesh_without_ranks(shape: Sequence[int], names: Sequence[str]) -> DeviceMesh
 
 
 def propagate(
-    op: torch._ops.OpOverload, arguments: Sequence[Any]
+    op: torch._ops.OpOverload, arguments: Sequence[Any], keywords: dict[str, Any] | None = None
 ) -> tuple[tuple[DTensorSpec, ...], tuple[DTensorSpec, ...]]:
     """What DTensor's own rules decide about a call: the specs of its tensors as they are used, and of its results.
 
     Args:
         op: the operator.
-        arguments: positional, each tensor given as its spec.
+        arguments, keywords: positional ones, and others by name, each tensor given as its spec.
 
     Raises:
         Exception: torch has no rule for the operator, or its rule has no answer.
     """
-    schema = OpSchema(op, tuple(arguments), {})
+    schema = OpSchema(op, tuple(arguments), keywords or {})
     sharding = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding_non_cached(schema)
     redistributed = sharding.redistribute_schema if sharding.needs_redistribute else None
     used = [a for a in (redistributed or schema).args_schema if isinstance(a, DTensorSpec)]

@@ -24,6 +24,7 @@ from moesaic.sharding.proof.examples import (
     line_for,
     silent_results,
     variants,
+    with_keywords,
     with_line,
 )
 from moesaic.sharding.proof.fakes import check_fake
@@ -54,6 +55,7 @@ def prove(
     backward: bool = True,
     make_up: bool = True,
     on_progress: Callable[[str], None] | None = None,
+    **keywords: Any,
 ) -> Report:
     """Try every placement of every input and result of an operator, and hold its sharding rule against what is right.
 
@@ -71,25 +73,27 @@ def prove(
     Args:
         op: a custom_op, an ``OpOverload`` or an ``OpOverloadPacket``. One without a rule of ours is held to what
             DTensor's own propagation decides.
-        example_inputs: positional arguments: plain tensors, random, as large as you like; whatever is not a tensor is
-            passed on as it is. Floating tensors become float64 where the operator takes that, else float32. If it takes
-            half types only, or rounds to them, small whole numbers are drawn in their place, which are exact.
-        also: further examples.
+        example_inputs: arguments in the order of the schema: plain tensors, random, as large as you like; whatever is
+            not a tensor is passed on as it is. Floating tensors become float64 where the operator takes that, else
+            float32. If it takes half types only, or rounds to them, small whole numbers are drawn in their place, which
+            are exact.
+        also: further examples, each a tuple of arguments in the order of the schema, keyword-only ones last.
         axes: sizes of meshes of one axis.
         meshes: shapes of larger meshes, of at most three axes.
         backward: whether to compare gradients. That needs a process group of its own (nothing is communicated).
         make_up: whether to try calls that no example has, as far as they can be made up: without an optional tensor,
             with other flags, with most of an integer tensor's numbers the same.
         on_progress: is told what is being looked at.
+        keywords: arguments of the operator by name, of all examples that do not give them.
 
     Returns:
         a :class:`Report`; ``print`` shows it as a table.
 
     Raises:
-        TypeError: ``op`` is no operator.
+        TypeError: ``op`` is no operator, or has no argument of a name in ``keywords``.
         ValueError: inputs that could not tell a right rule from a wrong one, such as a constant tensor, or that no line
-            of the rule fits; an operator that mutates its arguments, is random, has no fake kernel or needs a tensor by
-            keyword; or, with ``backward``, a process group that is initialised.
+            of the rule fits; an operator that mutates its arguments, is random, or has no fake kernel; or, with
+            ``backward``, a process group that is initialised.
 
     Example:
         >>> report = moesaic.prove(my_mm, torch.randn(13, 12), torch.randn(12, 14))
@@ -109,7 +113,7 @@ def prove(
         raise ValueError(f"meshes: at most three axes; got {', '.join('x'.join(map(str, mesh)) for mesh in most)}")
     report = Report(op._name, str(RULES.get(op, "")), tuple(meshes))
     with _one_thread(), _poisoned():
-        given = [Example(op, args) for args in (example_inputs, *also)]
+        given = [Example(op, with_keywords(op, args, keywords)) for args in (example_inputs, *also)]
         examples = [example for call in given for example in _examples(report, op, call.args)]
         check_numbers(examples[0])
         examples += _made_up(report, examples, given) if make_up else []
@@ -296,7 +300,7 @@ def _prove_gradients(report: Report, search: Search, mesh: tuple[int, ...]) -> N
 
 def _gradient_of(trial: Trial) -> tuple[torch._ops.OpOverload, ...]:
     op = trial.example.op
-    return operators_of_gradient(op, trial.example.args, {}) if op in RULES else ()
+    return operators_of_gradient(op, *trial.example.call) if op in RULES else ()
 
 
 def _may_move(trial: Trial, inputs: Inputs, of_gradient: tuple[torch._ops.OpOverload, ...]) -> bool:

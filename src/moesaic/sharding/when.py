@@ -38,7 +38,7 @@ def flags_of(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
     values = {}
     for i, argument in enumerate(op._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-        values[argument.name] = Tensor if isinstance(value, Tensor) else _hashable(value)
+        values[argument.name] = Tensor if isinstance(value, Tensor) else hashable(value)
     return values
 
 
@@ -80,7 +80,7 @@ def _condition(op: torch._ops.OpOverload, name: str, value: Any) -> Condition:
         isinstance(value, (list, tuple))
         and (not is_list or any(v is None or isinstance(v, (list, tuple)) for v in value))
     )
-    values = tuple(dict.fromkeys(map(_hashable, value if several else [value])))
+    values = tuple(dict.fromkeys(map(hashable, value if several else [value])))
     if not values:
         raise ValueError(f"when: no value of '{name}'; give those that the line stands for")
     for v in values:
@@ -103,8 +103,9 @@ def _misfit(kind: Any, value: Any, *, optional: bool) -> str:
     return ""
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+def hashable(value: Any) -> Any:
+    """A list as a tuple; anything else as it is."""
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _listed(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from moesaic.sharding.decide import RULES, is_tensor, overload_of
+from moesaic.sharding.decide import RULES, as_called, is_tensor, overload_of
 from moesaic.sharding.notation import Notation
 from moesaic.sharding.proof.examples import first_line
 from moesaic.sharding.prove import prove
@@ -162,8 +162,6 @@ def _inputs_for(op: torch._ops.OpOverload, line: Notation) -> tuple[Any, ...]:
     patterns = iter(line.inputs)
     args: list[Any] = []
     for argument in op._schema.arguments:
-        if argument.kwarg_only:
-            break
         values = flags.get(argument.name, ())
         if is_tensor(argument.type):
             shape = [torch.Size([sizes[f] for f in dim.factors]).numel() for dim in next(patterns).dims]
@@ -174,8 +172,9 @@ def _inputs_for(op: torch._ops.OpOverload, line: Notation) -> tuple[Any, ...]:
             args.append(argument.default_value)
         else:
             raise CallError(f"{op._name}: no value for argument {argument.name!r}: give --inputs module:function")
+    positional, keywords = as_called(op, args)
     try:
-        op(*args)
+        op(*positional, **keywords)
     except Exception as error:
         shapes = ", ".join(str(list(a.shape)) for a in args if isinstance(a, torch.Tensor))
         raise CallError(

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from moesaic.sharding.admission import Decision, ShardingError
-from moesaic.sharding.decide import RULES, admits, fitting_line
+from moesaic.sharding.decide import RULES, admits, as_called, fitting_line
 from moesaic.sharding.internals import make_spec, mesh_without_ranks, propagate
 from moesaic.sharding.proof.examples import Example
 from moesaic.sharding.rule import Placements
@@ -42,7 +42,7 @@ def _by_rule(example: Example, placements: Sequence[Placements], mesh: Sequence[
     key = ("line", example.shapes)
     if key not in example.fakes:
         try:
-            example.fakes[key] = fitting_line(example.op, example.args, {})
+            example.fakes[key] = fitting_line(example.op, *example.call)
         except ShardingError:
             example.fakes[key] = None
     fitting = example.fakes[key]
@@ -53,7 +53,7 @@ def _by_torch(example: Example, placements: Sequence[Placements], mesh: Sequence
     device_mesh = mesh_without_ranks(mesh, _names(mesh))
     specs = [make_spec(device_mesh, p, t) for t, p in zip(example.tensors, placements, strict=True)]
     try:
-        used, results = propagate(example.op, example.arguments(specs))
+        used, results = propagate(example.op, *as_called(example.op, example.arguments(specs)))
     except Exception:
         return None  # torch has no rule, or its rule has no answer
     return Decision(tuple(s.placements for s in used), tuple(s.placements for s in results))

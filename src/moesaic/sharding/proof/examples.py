@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesaic.sharding.decide import hint_of_spaces, is_tensor
+from moesaic.sharding.decide import as_called, hint_of_spaces, is_tensor
 from moesaic.sharding.notation import Dim, Notation, Pattern
 from moesaic.sharding.rule import Rule
 from moesaic.sharding.sizes import Shapes, factor_sizes, fit
@@ -45,6 +45,11 @@ class Example:
     fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments, and those by keyword."""
+        return as_called(self.op, self.args)
+
+    @property
     def positions(self) -> list[int]:
         return [i for i, a in enumerate(self.args) if isinstance(a, Tensor)]
 
@@ -76,7 +81,8 @@ class Example:
 
     def run(self, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
         """The results, as a tuple also where there is one."""
-        results = self.op(*(self.args if tensors is None else self.arguments(tensors)))
+        args, keywords = self.call if tensors is None else as_called(self.op, self.arguments(tensors))
+        results = self.op(*args, **keywords)
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
@@ -87,12 +93,35 @@ def check_op(op: Op) -> None:
     for result in op._schema.returns:
         if not isinstance(result.type, torch.TensorType):
             raise ValueError(f"{op._name} returns {result.type}; only tensors have placements")
-    for argument in op._schema.arguments:
-        if argument.kwarg_only and isinstance(argument.type, torch.TensorType):
-            raise ValueError(
-                f"{op._name}: the tensor {argument.name} is keyword-only, and prove() takes positional arguments only: "
-                "make it positional in the schema"
+
+
+def with_keywords(op: Op, args: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments in the order of the schema, where some are given by name; up to the last that is given.
+
+    Raises:
+        TypeError: a name is no argument's.
+        ValueError: there are too many, or one has no value.
+    """
+    arguments, given = op._schema.arguments, dict(enumerate(args))
+    if len(args) > len(arguments):
+        raise ValueError(f"{op._name} takes {len(arguments)} arguments, but {len(args)} were given")
+    places = {a.name: i for i, a in enumerate(arguments)}
+    for name, value in keywords.items():
+        if name not in places:
+            raise TypeError(
+                f"prove() has no option {name!r}, and {op._name} no argument of this name; it has {', '.join(places)}"
             )
+        # What also= gives by position is another value than that of all examples.
+        given.setdefault(places[name], value)
+    for i in range(max(given, default=-1) + 1):
+        if i not in given and not (arguments[i].has_default_value() or is_optional(arguments[i].type)):
+            raise ValueError(f"{op._name}: no value for argument {arguments[i].name!r}")
+    return tuple(given.get(i, arguments[i].default_value) for i in range(max(given, default=-1) + 1))
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether an argument of this schema type may be None."""
+    return isinstance(kind, torch.OptionalType)
 
 
 def check_inputs(op: Op, args: Sequence[Any]) -> None:
@@ -101,10 +130,7 @@ def check_inputs(op: Op, args: Sequence[Any]) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    arguments = op._schema.arguments
-    if len(args) > len(arguments):
-        raise ValueError(f"{op._name} takes {len(arguments)} arguments, but {len(args)} were given")
-    for argument, value in zip(arguments, args, strict=False):
+    for argument, value in zip(op._schema.arguments, args, strict=False):
         name = f"{op._name}: {argument.name}"
         if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
             raise ValueError(f"{name} is a list of tensors; DTensor has no placements for the tensors of a list")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from moesaic.sharding.decide import RULES, is_tensor
 from moesaic.sharding.notation import ANY
-from moesaic.sharding.proof.examples import Example
+from moesaic.sharding.proof.examples import Example, is_optional
 from moesaic.sharding.proof.report import Report
+from moesaic.sharding.proof.values import tried as values_tried
 from moesaic.sharding.rule import Rule
-from moesaic.sharding.when import as_text, flags_of, keyword, stands
+from moesaic.sharding.when import as_text, flags_of, hashable, keyword, stands
 
 Op = torch._ops.OpOverload
 
@@ -19,16 +20,14 @@ Op = torch._ops.OpOverload
 def made_up(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Calls as the first example with one thing changed that no example has: in words, and the arguments.
 
-    An optional tensor is left out, a flag has the other values that a line of the rule names, a bool is turned round,
-    a number moves a little. Of ints and strings it is not known what they may be.
+    An optional tensor is left out, a flag has its default and the other values that a line of the rule names, a bool is
+    turned round, a number moves a little, an int to its neighbours. Of strings it is not known what they may be.
     """
     op = examples[0].op
     if op not in RULES:
         return
-    tried = _tried(examples)
+    tried = values_tried(examples)
     for argument in op._schema.arguments:
-        if argument.kwarg_only:
-            return  # examples have positional arguments alone
         values = tried[argument.name]
         others = [
             v for line in RULES[op].lines for name, of_line in line.when if name == argument.name for v in of_line
@@ -53,7 +52,7 @@ def note_untried(report: Report, examples: Sequence[Example]) -> None:
     op = examples[0].op
     rule = RULES.get(op)
     say = report.note if rule is None else report.leave_untried
-    tried = _tried(examples)
+    tried = values_tried(examples)
     for argument in op._schema.arguments:
         name, values = argument.name, tried[argument.name]
         if is_tensor(argument.type) and Tensor not in values and _admits(rule, name, Tensor):
@@ -62,7 +61,7 @@ def note_untried(report: Report, examples: Sequence[Example]) -> None:
             if None not in values and f"without {name}" not in report.refused and _admits(rule, name, None):
                 say(f"every example gives {name}: nothing was tried without it")
         elif rule is not None and not is_tensor(argument.type):
-            _note_flag(report, rule, name, values, of_keyword=argument.kwarg_only)
+            _note_flag(report, rule, name, values)
     for example in examples:
         if example.line and ANY in example.line.text:
             report.note(f"'...' stood for dims: {example.line.num_any}")
@@ -73,7 +72,7 @@ def note_untried(report: Report, examples: Sequence[Example]) -> None:
             report.note(f"no example uses the line '{line}': it was not tried")
 
 
-def _note_flag(report: Report, rule: Rule, name: str, tried: Sequence[Any], *, of_keyword: bool) -> None:
+def _note_flag(report: Report, rule: Rule, name: str, tried: Sequence[Any]) -> None:
     said = [dict(line.when).get(name) for line in rule.lines]
     for value in dict.fromkeys(v for values in said if values for v in values):
         if value not in tried and as_text(name, value) not in report.refused:
@@ -83,10 +82,9 @@ def _note_flag(report: Report, rule: Rule, name: str, tried: Sequence[Any], *, o
         line for line, values in zip(rule.lines, said, strict=True) if not values and len(rule.placements(line)) > 1
     ]
     if free and len(tried) == 1:
-        remedy = "Say" if of_keyword else "Give others in also=, or say"
         report.leave_untried(
-            f"every example has {as_text(name, *tried)}: no other value was tried. {remedy} for which values the rule "
-            f"stands: sharding_rule(..., {keyword(name, tried[0])})"
+            f"every example has {as_text(name, *tried)}: no other value was tried. Give others in also=, or say for "
+            f"which values the rule stands: sharding_rule(..., {keyword(name, tried[0])})"
         )
 
 
@@ -94,30 +92,38 @@ def _admits(rule: Rule | None, name: str, value: Any) -> bool:
     return rule is None or any(value in dict(line.when).get(name, (value,)) for line in rule.lines)
 
 
-def _tried(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The values of each argument in the examples, once each; of a tensor only whether it is given."""
-    found: dict[str, dict[Any, None]] = {}
-    for example in examples:
-        for name, value in flags_of(example.op, example.args, {}).items():
-            found.setdefault(name, {})[value] = None
-    return {name: list(values) for name, values in found.items()}
-
-
 def _others(argument: Any, tried: Sequence[Any]) -> list[Any]:
     """Values that the argument may well have."""
-    kind = argument.type
+    kind, optional = argument.type, is_optional(argument.type)
     if is_tensor(kind):
-        return [None] if isinstance(kind, torch.OptionalType) else []
-    if isinstance(kind, torch.OptionalType):
-        kind = kind.getElementType()
+        return [None] if optional else []
+    kind = kind.getElementType() if optional else kind
+    likely = [None] * optional + [hashable(argument.default_value)] * argument.has_default_value()
+    if "ScalarType" in str(argument.real_type):  # a schema has dtypes, layouts and memory formats as ints
+        return [*likely, torch.float32, torch.float64]
     if isinstance(kind, torch.BoolType):
-        return [False, True]
-    value = tried[0]
-    if isinstance(kind, torch.FloatType) and isinstance(value, (int, float)) and len(tried) == 1:
-        return [value * 1.25 if value else 0.25]
-    if isinstance(kind, torch.ListType) and isinstance(kind.getElementType(), torch.BoolType) and len(tried) == 1:
-        return [tuple(i % 2 == odd for i in range(len(value))) for odd in (0, 1)] if value else []
-    return []
+        return [*likely, False, True]
+    # Who gave several values knows better.
+    if len(tried) > 1:
+        return likely
+    if isinstance(kind, torch.ListType):
+        return likely + (_moved(tried[0], as_list=True) if tried[0] else [])
+    if isinstance(kind, (torch.IntType, torch.FloatType, torch.NumberType)):
+        return likely + _moved((0 if tried[0] is None else tried[0],), as_list=False)
+    return likely
+
+
+def _moved(values: tuple[Any, ...], *, as_list: bool) -> list[Any]:
+    """Other numbers in the place of these: ints next to them, twice and half as large; floats a little away."""
+    if all(isinstance(v, bool) for v in values):
+        moved = [tuple(i % 2 == odd for i in range(len(values))) for odd in (0, 1)]
+    elif all(type(v) is int for v in values):
+        moved = [tuple(map(f, values)) for f in (lambda v: v - 1, lambda v: v + 1, lambda v: 2 * v, lambda v: v // 2)]
+    elif all(isinstance(v, (int, float)) for v in values):
+        moved = [tuple(v * 1.25 if v else 0.25 for v in values)]
+    else:
+        moved = []
+    return moved if as_list else [v for (v,) in moved]
 
 
 def _line_of(example: Example, changed: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from moesaic.sharding.decide import is_tensor
 from moesaic.sharding.proof.examples import Example, has_fractions
+from moesaic.sharding.when import as_text, flags_of
 
 
 def skewed(example: Example) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -49,14 +51,27 @@ def beyond_all_sizes(examples: Sequence[Example]) -> list[str]:
     ]
 
 
+def tried(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The values of each argument in the examples, once each; of a tensor only whether it is given."""
+    found: dict[str, dict[Any, None]] = {}
+    for example in examples:
+        for name, value in flags_of(example.op, example.args, {}).items():
+            found.setdefault(name, {})[value] = None
+    return {name: list(values) for name, values in found.items()}
+
+
 def described(examples: Sequence[Example]) -> list[str]:
-    """For each argument whose values may be indices or sizes, what the examples had."""
+    """For each flag, and each tensor whose values may be indices or sizes, what the examples had."""
     seen: dict[str, list[torch.Tensor]] = {}
     for example in examples:
         for name, t in zip(example.names, example.tensors, strict=True):
             if not has_fractions(t) and t.numel():
                 seen.setdefault(name, []).append(t.flatten().to(torch.int64))
-    texts = []
+    texts = [
+        as_text(argument.name, *values)
+        for argument in examples[0].op._schema.arguments
+        if not is_tensor(argument.type) and (values := tried(examples)[argument.name]) != [None]
+    ]
     for name, of_name in seen.items():
         values = torch.cat(of_name)
         texts.append(f"{name} from {values.min().item()} to {values.max().item()}, {values.unique().numel()} values")
