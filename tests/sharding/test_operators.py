@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 import moesaic
-from moesaic.sharding import rule_of
+from moesaic.sharding import dtensor, rule_of
 from moesaic.sharding.formula import operators_of_gradient
 from tests.sharding.problems import integers
 from tests.sharding.simulated import simulated_ranks, whole
@@ -228,3 +228,25 @@ def test_the_advice_where_cutting_is_enough():
         x, w = ranks.place(integers(4, 3, seed=1), [Replicate()]), ranks.place(integers(3, 6, seed=2), [Shard(0)])
         with pytest.raises(moesaic.ShardingError, match=r"sharding_rule\(..., redistribute=\['x'\]\) allows it"):
             op(x, w)
+
+
+def test_a_full_cache_of_decisions_drops_the_oldest(monkeypatch):
+    decided = []
+    make_plan = dtensor._make_plan
+    monkeypatch.setattr(dtensor, "_make_plan", lambda op, *rest: decided.append(1) or make_plan(op, *rest))
+    kept = 16
+    monkeypatch.setattr(dtensor, "_MOST_KEPT", kept)
+    op = moesaic.sharding_rule("m n -> m n")(define("(Tensor x, int times) -> Tensor", lambda x, times: x * times))
+    with simulated_ranks(2) as ranks:
+        x = ranks.place(integers(4, 4, seed=1), [Shard(0)])
+
+        def number_decided(flags) -> int:
+            decided.clear()
+            for times in flags:
+                op(x, times)
+            return len(decided)
+
+        assert number_decided([*range(kept), 0, kept - 1]) == kept, "all are kept"
+        assert number_decided([kept]) == 1
+        assert number_decided(range(kept // 4, kept + 1)) == 0, "the later three quarters are there"
+        assert number_decided([0]) == 1, "the first is not"

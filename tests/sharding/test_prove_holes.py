@@ -265,6 +265,13 @@ def test_what_holds_until_an_expert_is_full():
 def test_what_holds_within_a_window():
     op = ruled("(Tensor x, int window) -> Tensor", planted.in_window, "t d -> t d", when={"window": 12})
     assert moesaic.prove(op, random(13, 6), 12, **options).wrong, "it was tried around the window"
-    op = ruled("(Tensor x, int window) -> Tensor", planted.in_window, "t d -> t d", when={"window": 64})
-    note = "window=64 is more than any size: what changes beyond it was not tried"
-    assert moesaic.prove(op, random(13, 6), 64, **options).notes == [note]
+    op = ruled("(Tensor x, int window) -> Tensor", planted.in_window, "t d -> t d", when={"window": 1000})
+    note = "window=1000 is more than any size: what changes beyond it was not tried"
+    assert moesaic.prove(op, random(13, 6), 1000, **options).notes == [note]
+
+
+@pytest.mark.parametrize("threshold", [1, 4, 7, 12, 13, 16, 24, 32, 100, 128, 256])
+def test_kernels_that_differ_above_some_size(threshold):
+    """The rule is right on either side of it, and wrong where a shard is on one side and the whole on the other."""
+    op = ruled(ONE, lambda x: x.clamp(min=0) if x.shape[0] <= threshold else x * 1.0, "m n! -> m n!")
+    assert wrong(op, random(13, 5), axes=(2,)).keys() == {(S0,)}

@@ -37,10 +37,10 @@ from moesaic.sharding.internals import (
 
 # For every operator with a rule, what was decided so far.
 _PLANS: dict[torch._ops.OpOverload, dict[Any, "_Plan"]] = {}
-_MAX_PLANS = 8192
+_MOST_KEPT = 8192
 _NAMESPACES_OF_TORCH = ("aten", "prims", "prim", "_c10d_functional", "c10d")
 # Operators and flags with which their gradient is known to call nothing but operators with a rule.
-_DIFFERENTIABLE: set[Any] = set()
+_DIFFERENTIABLE: dict[Any, bool] = {}
 
 
 @dataclass
@@ -97,7 +97,8 @@ def run_by_rule(op: torch._ops.OpOverload) -> None:
             plan = _make_plan(op, values, args, kwargs or {})
         if plan is None:
             plan = _make_plan(op, values, args, kwargs or {})
-            _keep(plans, key, plan, values)
+            if not _has_symbols(values):
+                _keep(plans, key, plan)
         if not plan.differentiable and any(value.requires_grad for value in values):
             _check_gradient(op, values, args, kwargs or {})
             plan.differentiable = True
@@ -110,12 +111,12 @@ def _hashable(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-def _keep(plans: dict[Any, _Plan], key: Any, plan: _Plan, tensors: Sequence[Any]) -> None:
-    if _has_symbols(tensors):
-        return
-    if len(plans) >= _MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep what was decided. If there is much, the oldest quarter goes: without all of it, a step would decide anew."""
+    if len(kept) >= _MOST_KEPT:
+        for oldest in list(kept)[: _MOST_KEPT // 4]:
+            kept.pop(oldest, None)  # a thread of autograd may have been faster
+    kept[key] = value
 
 
 def _has_symbols(tensors: Sequence[Any]) -> bool:
@@ -201,7 +202,7 @@ def _check_gradient(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Seq
                 f"{op._name}: its gradient calls {called._name}, which has no sharding rule; give it one:\n"
                 f"  sharding_rule(...)(torch.ops.{called})"
             )
-    _DIFFERENTIABLE.add(call)
+    _keep(_DIFFERENTIABLE, call, True)
 
 
 def _make_plan(op: torch._ops.OpOverload, tensors: Sequence[Any], args: Sequence[Any], kwargs: Any) -> _Plan:

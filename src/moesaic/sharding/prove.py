@@ -29,6 +29,7 @@ from moesaic.sharding.proof.examples import (
 )
 from moesaic.sharding.proof.fakes import check_fake
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
+from moesaic.sharding.proof.growing import grown
 from moesaic.sharding.proof.placing import same
 from moesaic.sharding.proof.precision import exact, precise
 from moesaic.sharding.proof.report import Report, certainty_of
@@ -166,7 +167,10 @@ def _examples(report: Report, op: Any, args: tuple[Any, ...]) -> list[Example]:
     if note:
         report.note(note)
     on_whole_numbers = None if example.whole else exact(given)
-    return [with_line(e, RULES.get(op)) for e in (example, on_whole_numbers) if e is not None]
+    if on_whole_numbers is None:
+        return [with_line(example, RULES.get(op))]
+    # Of other sizes, too, nearly all are compared exactly.
+    return [with_line(replace(example, few_sizes=True), RULES.get(op)), with_line(on_whole_numbers, RULES.get(op))]
 
 
 def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
@@ -179,7 +183,8 @@ def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
 def _made_up(report: Report, examples: Sequence[Example], given: Sequence[Example]) -> list[Example]:
     """Examples with other flags, or without a tensor, where the rule admits them and the operator takes them."""
     found: list[Example] = []
-    for what, args in [*made_up(given), *skewed(examples[0])]:
+    first = replace(examples[0], args=given[0].args)
+    for what, args in [*made_up(given), *skewed(first), *grown(first)]:
         try:
             new = _examples(report, examples[0].op, args)
         except ValueError as error:
@@ -189,7 +194,7 @@ def _made_up(report: Report, examples: Sequence[Example], given: Sequence[Exampl
         # With the line and the tensors of an example it has the same placements: those that are right are looked at.
         known = {(e.line, tuple(e.positions)) for e in examples}
         brief = (new[0].line, tuple(new[0].positions)) in known
-        found += [replace(e, made_up=True, brief=brief) for e in (new[:1] if brief else new)]
+        found += [replace(e, few_sizes=True, brief=brief) for e in (new[-1:] if brief else new)]
     return found
 
 
@@ -198,9 +203,9 @@ def _by_form(report: Report, examples: Sequence[Example]) -> list[list[Run]]:
     rule = RULES.get(examples[0].op)
     forms: dict[Any, list[Run]] = {}
     for example in examples:
-        # Whole numbers are held against the same sizes once more, not against all narrower ones.
-        as_given = example.brief or (example.whole and example is not examples[0])
-        of_example = [example] if as_given else variants(example, report.meshes, [n for _, n in constants(example)])
+        of_example = [example]
+        if not example.brief:
+            of_example = variants(example, report.meshes, [n for _, n in constants(example)])
         for variant in of_example:
             try:
                 results = variant.run()
@@ -247,7 +252,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
         for mesh in report.meshes:
             tell(f"gradients on {' x '.join(map(str, mesh))} ranks")
             _prove_gradients(report, search, mesh)
-    report.certainty.append(certainty_of(search.line, search.trials))
+    report.certainty.append(certainty_of(line, search.trials))
     report.admitted += search.records("admitted")
     report.wrong += search.records("wrong")
     report.missing += search.missing()

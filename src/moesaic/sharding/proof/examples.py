@@ -27,7 +27,7 @@ class Example:
         line: of the rule, which speaks for it; without a rule, a line in which every size is a factor.
         narrowed: whether it was made of another one.
         whole: whether its floating values are small whole numbers.
-        made_up: whether the proof made it up: fewer sizes of it are tried.
+        few_sizes: whether fewer sizes of it are tried, for another example is like it.
         brief: whether only what is admitted or may be right is looked at: another example has the same form.
         eps: of the rounding inside of the operator, where that is coarser than its dtypes.
         fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors; and the
@@ -39,7 +39,7 @@ class Example:
     line: Notation | None = None
     narrowed: bool = False
     whole: bool = False
-    made_up: bool = False
+    few_sizes: bool = False
     brief: bool = False
     eps: float = 0.0
     fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -252,14 +252,14 @@ def variants(example: Example, meshes: Sequence[Sequence[int]], constants: Seque
     yield example
     line, counts = example.line, sorted({n for mesh in meshes for n in mesh})
     assert line is not None
-    sizes = _sizes(line, example)
+    sizes = sizes_of(line, example)
     tensors = list(zip(line.inputs, example.tensors, strict=True))
-    fixed = _fixed(line, example)
+    fixed = fixed_factors(line, example)
     free = [f for f in sizes if f not in fixed]
     seen = [sizes]
     targets = list(_targets({f: sizes[f] for f in free}, counts, constants))
-    # Of a call that is like another in all but a tensor or a flag: uneven sizes, and small ones.
-    for target in targets[-4:-2] if example.made_up else targets:
+    # Of a call that is like another in all but a tensor, a flag or values: uneven sizes, and small ones.
+    for target in targets[-4:-2] if example.few_sizes else targets:
         narrow = sizes | target
         if narrow not in seen:
             seen.append(narrow)
@@ -267,7 +267,7 @@ def variants(example: Example, meshes: Sequence[Sequence[int]], constants: Seque
             yield replace(example, args=args, narrowed=True)
 
 
-def _fixed(line: Notation, example: Example) -> set[str]:
+def fixed_factors(line: Notation, example: Example) -> set[str]:
     """Factors that keep their sizes.
 
     The values of an integer tensor may count along its dims or others: sizes of groups, say, add up to a number of
@@ -290,7 +290,7 @@ def _fixed(line: Notation, example: Example) -> set[str]:
 
 
 def _full_size(dim: Dim, line: Notation, example: Example) -> int:
-    sizes = _sizes(line, example)
+    sizes = sizes_of(line, example)
     return prod(sizes[f] for f in dim.factors)
 
 
@@ -299,7 +299,8 @@ def has_fractions(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
-def _sizes(line: Notation, example: Example) -> dict[str, int]:
+def sizes_of(line: Notation, example: Example) -> dict[str, int]:
+    """The size of each factor; without a rule, of each size."""
     if not line.text:
         return {f"size{n}": n for shape in example.shapes for n in shape if n != 1}
     sizes = factor_sizes(line, example.shapes, [r.shape for r in example.run()])
@@ -317,6 +318,9 @@ def _targets(sizes: Mapping[str, int], counts: Sequence[int], constants: Sequenc
     for n in counts:
         yield {f: s - s % n for f, s in sizes.items() if s >= n}
     for n in sorted({n for constant in constants for n in (constant - 1, constant, constant + 1)}):
+        yield {f: min(s, n) for f, s in sizes.items()}
+    # Of these and those above, one is the whole and a shard of two ranks is the next: a threshold lies between the two.
+    for n in (8, 5):
         yield {f: min(s, n) for f, s in sizes.items()}
     yield {f: max(range(1, s + 1), key=lambda t: (-divisors(t), t)) for f, s in sizes.items() if s}
     # Each factor is once of one, once of two, once of three, and at each time of another than its neighbour.

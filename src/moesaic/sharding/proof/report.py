@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moesaic.sharding.notation import Notation
+from moesaic.sharding.proof.examples import sizes_of
 from moesaic.sharding.proof.trial import Case, Trial, show
 from moesaic.sharding.rule import Placements
 
 _MOST_ROWS = 40
+_MOST_CALLS = 3
 _RIGHT, _MOVED = "admitted and right", "redistributed first (hidden communication)"
 
 
@@ -40,6 +43,7 @@ class Certainty:
         num_exact: in how many cases: calls times meshes.
         num_sampled: cases in which results were compared within the rounding of the operator.
         num_shapes: how many shapes these had.
+        sizes: of each factor of the line, those that were tried.
     """
 
     line: str
@@ -47,19 +51,34 @@ class Certainty:
     num_exact: int
     num_sampled: int
     num_shapes: int
+    sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __str__(self) -> str:
-        exact = [f"exact in {self.num_exact} cases: {'; '.join(self.exact)}"] if self.exact else ["exact in no case"]
+        calls = [*self.exact[:_MOST_CALLS], *([f"{more} more"] if (more := len(self.exact) - _MOST_CALLS) > 0 else [])]
+        exact = [f"exact in {self.num_exact} cases: {'; '.join(calls)}"] if calls else ["exact in no case"]
         sampled = f"sampled within rounding in {self.num_sampled} cases of {self.num_shapes} shapes"
-        return "\n".join(f"    {text}" for text in [*exact, *([sampled] if self.num_sampled else [])])
+        sizes = "; ".join(f"{factor} {', '.join(map(str, of_factor))}" for factor, of_factor in self.sizes)
+        texts = [*exact, *([sampled] if self.num_sampled else []), *([f"sizes: {sizes}"] if sizes else [])]
+        return "\n".join(f"    {text}" for text in texts)
 
 
-def certainty_of(line: str, trials: Sequence[Trial]) -> Certainty:
+def certainty_of(line: Notation | None, trials: Sequence[Trial]) -> Certainty:
     """What the trials of a line amount to."""
     exact = [trial for trial in trials if trial.is_exact]
     sampled = [trial for trial in trials if trial.is_exact is False]
     calls = dict.fromkeys(trial.example.as_text() for trial in exact)
-    return Certainty(line, tuple(calls), len(exact), len(sampled), len({trial.example.shapes for trial in sampled}))
+    sizes: dict[str, set[int]] = {}
+    for example in {id(trial.example): trial.example for trial in trials}.values() if line and line.text else ():
+        for factor, n in sizes_of(line, example).items():
+            sizes.setdefault(factor, set()).add(n)
+    return Certainty(
+        line.text if line else "",
+        tuple(calls),
+        len(exact),
+        len(sampled),
+        len({trial.example.shapes for trial in sampled}),
+        tuple((factor, tuple(sorted(of_factor))) for factor, of_factor in sizes.items()),
+    )
 
 
 @dataclass(repr=False)
