@@ -5,10 +5,9 @@ again, "new rows" a call with another number of rows each time, as MoE layers ma
 the last column compares it with that of torch.matmul. Rank 0 of a simulated (2, 2) mesh whose weight is sharded by
 columns, so that no call communicates. Times are of the processor, so other work on the machine counts little.
 
-    python benchmarks/dtensor_overhead.py [--calls 2000] [--json benchmarks/results/NAME.json]
+    python benchmarks/dtensor_overhead.py [--quick] [--calls 2000] [--json benchmarks/results/NAME.json]
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import tyro
+from as_they_come import QUICK, Results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,6 +38,7 @@ Function = Callable[[Tensor, Tensor], Tensor]
 class Options:
     """How long to measure."""
 
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     calls: Annotated[int, tyro.conf.arg(help="timed calls of each kind, in 20 rounds")] = 2000
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
@@ -161,37 +162,41 @@ def measure(case: Case, mesh: DeviceMesh, calls: int, *, backward: bool) -> dict
 
 
 def main(options: Options) -> None:
+    calls = options.calls // 10 if options.quick else options.calls
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "etp"))
+    all_cases = cases(mesh)
     columns = ("plain", "first", "cached", "new rows", "overhead")
     table = Table(title=f"Microseconds a call, torch {torch.__version__}")
     for column in ("pass", "operator", *columns, "against torch.matmul"):
         table.add_column(column, justify="left" if column in ("pass", "operator") else "right")
-    rows, all_cases = [], cases(mesh)
-    for label, backward in (("forward", False), ("forward+backward", True)):
-        reference = None
-        for case in all_cases:
-            numbers = measure(case, mesh, options.calls, backward=backward)
-            numbers["overhead"] = numbers["cached"] - numbers["plain"]
-            reference = reference or numbers["overhead"]
-            ratio = numbers["overhead"] / reference
-            table.add_row(label, case.name, *(f"{numbers[c]:,.1f}" for c in columns), f"{ratio:.2f}x")
-            rows.append({"pass": label, "operator": case.name, "microseconds": numbers, "ratio": ratio})
-    dist.barrier()
+    record = {
+        "what": "cost of a DTensor call",
+        "shapes": {"R": R, "K": K, "N": N, "E": E, "mesh": [2, 2]},
+        "options": {"calls": calls},
+        "processor": platform.machine(),
+        "versions": {"torch": torch.__version__},
+    }
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        numbers = [f"{row['microseconds'][column]:,.1f}" for column in columns]
+        return [row["pass"], row["operator"], *numbers, f"{row['ratio']:.2f}x"]
+
+    with Results(options.json, record, lambda row: "  ".join(cells(row))) as results:
+        for label, backward in (("forward", False), ("forward+backward", True)):
+            reference = None
+            for case in all_cases:
+                numbers = measure(case, mesh, calls, backward=backward)
+                numbers["overhead"] = numbers["cached"] - numbers["plain"]
+                reference = reference or numbers["overhead"]
+                ratio = numbers["overhead"] / reference
+                results.add({"pass": label, "operator": case.name, "microseconds": numbers, "ratio": ratio})
+    for row in results.rows:
+        table.add_row(*cells(row))
     dist.destroy_process_group()
     Console(width=140).print(table)
-    if options.json:
-        record = {
-            "what": "cost of a DTensor call",
-            "shapes": {"R": R, "K": K, "N": N, "E": E, "mesh": [2, 2]},
-            "options": {"calls": options.calls},
-            "processor": platform.machine(),
-            "versions": {"torch": torch.__version__},
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    results.done()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ each to 8 of them, with other experts at every step. All implementations run int
 compared. The peak and the bandwidth are measured here; a row's roofline is the larger of the times that its operations
 and its bytes need.
 
-    python benchmarks/experts_cpu.py [--rounds 3] [--threads 1] [--json benchmarks/results/NAME.json]
+    python benchmarks/experts_cpu.py [--quick] [--rounds 3] [--threads 1] [--json benchmarks/results/NAME.json]
 """
 
 import json
@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import transformers
 import tyro
+from as_they_come import QUICK, Results
 from grouped_mm_cpu import WARM, Machine, library_of_peak, processor
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +70,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Options:
     """What to run."""
 
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="timed rounds; every implementation runs once a round")] = 3
     threads: Annotated[int, tyro.conf.arg(help="torch threads")] = 1
     shapes: Annotated[tuple[str, ...], tyro.conf.arg(help="names of shapes to run")] = tuple(s.name for s in SHAPES)
@@ -257,32 +259,51 @@ def decode(shape: Shape, dtype: torch.dtype, machine: Machine, options: Options)
     }
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure(options: Options, results: Results) -> None:
     torch.set_num_threads(options.threads)
     machine = Machine(options.threads)
-    rows: list[dict[str, Any]] = []
+    results.about["of_peak"] = library_of_peak(machine, options.rounds)
+    decoded = DECODED[:2] if options.quick else DECODED
     for shape in (s for s in SHAPES if s.name in options.shapes):
         for dtype in DTYPES:
             if "training" in options.parts:
-                rows.append(train(shape, dtype, machine, options))
+                results.add(train(shape, dtype, machine, options))
             if "decoding" in options.parts and shape.K == 8 and options.allocator == "warm":
-                rows += [decode(replace(shape, tokens=t), dtype, machine, options) for t in DECODED]
-    return {"of_peak": library_of_peak(machine, options.rounds), "rows": rows}
+                for tokens in decoded:
+                    results.add(decode(replace(shape, tokens=tokens), dtype, machine, options))
 
 
-def measure_with_both_allocators(options: Options) -> dict[str, Any]:
+def measure_with_both_allocators(options: Options, results: Results) -> None:
     """Each in a process of its own: the C library reads its settings when one starts."""
-    found: dict[str, Any] = {"rows": []}
     for allocator, settings in (("default", {}), ("warm", WARM)):
         if allocator == "default" and "training" not in options.parts:
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
             arguments = [*sys.argv, "--allocator", allocator, "--json", str(file)]
-            subprocess.run([sys.executable, *arguments], env=os.environ | settings, check=True)
-            part = json.loads(file.read_text())
-        found = {**part, "rows": [*found["rows"], *part["rows"]]}
-    return found
+            process = subprocess.Popen([sys.executable, *arguments], env=os.environ | settings)
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
+            finally:
+                if file.exists():
+                    part = json.loads(file.read_text())
+                    results.about["of_peak"] = part["of_peak"]
+                    results.rows += part["rows"]  # printed there
+                    results.write()
+            if process.returncode:
+                sys.exit(process.returncode)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    found = [row["shape"]["name"], row["what"], row["dtype"], row["allocator"]]
+    found += [f"{row['tokens_per_s'][OURS]:,.0f}", row.get("best_peer", GROUPED), f"{row['ratio']:.2f}x"]
+    for name, text in (("against_dense", "{:.2f}x"), ("saved", "{:.2f}"), ("of_bandwidth", "{:.2f}")):
+        found.append(text.format(row[name]) if name in row else "")
+    return [*found, f"{row['of_peak']:.2f}", row["roofline"], f"{row['of_roofline']:.2f}"]
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
@@ -302,30 +323,28 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     ):
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [row["shape"]["name"], row["what"], row["dtype"], row["allocator"]]
-        cells += [f"{row['tokens_per_s'][OURS]:,.0f}", row.get("best_peer", GROUPED), f"{row['ratio']:.2f}x"]
-        for name, text in (("against_dense", "{:.2f}x"), ("saved", "{:.2f}"), ("of_bandwidth", "{:.2f}")):
-            cells.append(text.format(row[name]) if name in row else "")
-        table.add_row(*cells, f"{row['of_peak']:.2f}", row["roofline"], f"{row['of_roofline']:.2f}")
+        table.add_row(*cells(row))
     Console(width=170).print(table)
 
 
 def main(options: Options) -> None:
-    found = measure(options) if options.allocator else measure_with_both_allocators(options)
-    if options.json:
-        record = {
-            "what": "MoE layer on CPU",
-            "rounds": options.rounds,
-            "processor": processor(),
-            "load": os.getloadavg()[0],
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            **found,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    if not options.allocator:
-        show(found["rows"], f"MoE layer on CPU, {options.threads} thread(s), median of {options.rounds} rounds")
-        print(f"{processor()['vendor']}: torch's fp32 product has {found['of_peak']:.2f} of the peak")
+    if options.quick:
+        options = replace(options, rounds=1, shapes=("128 finer",))
+    record = {
+        "what": "MoE layer on CPU",
+        "rounds": options.rounds,
+        "processor": processor(),
+        "load": os.getloadavg()[0],
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    with Results(options.json, record, lambda row: "  ".join(filter(None, cells(row)))) as results:
+        (measure if options.allocator else measure_with_both_allocators)(options, results)
+    if options.allocator:
+        sys.exit(130 if results.stopped else 0)
+    show(results.rows, f"MoE layer on CPU, {options.threads} thread(s), median of {options.rounds} rounds")
+    if "of_peak" in record:
+        print(f"{processor()['vendor']}: torch's fp32 product has {record['of_peak']:.2f} of the peak")
+    results.done()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Time of `impl="torch"` over that of `impl="cpu"` by the average of rows a group, forward alone and with the backward
 pass, for `experts_mlp` (SwiGLU) and `grouped_mm`. Both run interleaved in one process, and medians are compared.
 
-    python benchmarks/fastest_cpu.py [--rounds 3] [--threads 1] [--json benchmarks/results/NAME.json]
+    python benchmarks/fastest_cpu.py [--quick] [--rounds 3] [--threads 1] [--json benchmarks/results/NAME.json]
 
 Where a processor has no bf16 instructions torch takes seconds for what the kernels do in a tenth of one: measure bf16
 by itself then (`--dtypes bfloat16 --rounds 1 --rows 1 16 32`). Rows of a file that exists are kept, but for those that
@@ -12,13 +12,14 @@ are measured again.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from as_they_come import QUICK, Results
 from experts_cpu import medians
 from grouped_mm_cpu import Machine, processor
 from rich.console import Console
@@ -35,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Options:
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="timed rounds; both implementations run once a round")] = 3
     threads: Annotated[int, tyro.conf.arg(help="torch threads")] = 1
     rows: Annotated[tuple[int, ...], tyro.conf.arg(help="rows a group")] = ROWS
@@ -70,42 +72,47 @@ def passes(name: str, rows: int, dtype: torch.dtype) -> dict[str, Callable[[str]
     }
 
 
-def merged(path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a file, if there is one, with those that were measured now in their place or after them."""
+def as_text(row: dict[str, Any]) -> str:
+    return f"{row['experts']}, {row['dtype']}, {row['what']}, {row['rows']} rows a group: {row['ratio']:.2f}x"
+
+
+def merged(before: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file, with those that were measured now in their place or after them."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in ("experts", "dtype", "what", "rows"))
 
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
     return [*{key(row): row for row in (*before, *found)}.values()]
 
 
 def main(options: Options) -> None:
+    if options.quick:
+        options = replace(options, rounds=1, rows=(1, 16, 64), experts=("128 finer",))
     torch.set_num_threads(options.threads)
     machine = Machine(options.threads)
-    found: list[dict[str, Any]] = []
     table = Table(title=f"Time of torch's products over that of the CPU kernels, {options.threads} thread(s)")
     for column in ("experts", "dtype", "what", *(f"{rows} rows" for rows in options.rows)):
         table.add_column(column)
-    for name in options.experts:
-        for precision in options.dtypes:
-            dtype, cells = DTYPES[precision], dict[str, list[str]]()
-            for rows in options.rows:
-                for what, run in passes(name, rows, dtype).items():
-                    calls = {impl: partial(run, impl) for impl in ("cpu", "torch")}
-                    seconds = medians(calls, machine, options.rounds)
-                    key = {"experts": name, "dtype": precision, "what": what, "rows": rows}
-                    ratio = seconds["torch"] / seconds["cpu"]
-                    found.append(key | {"rounds": options.rounds, "seconds": seconds, "ratio": ratio})
-                    cells.setdefault(what, []).append(f"{found[-1]['ratio']:.2f}x")
-            for what, ratios in cells.items():
-                table.add_row(name, precision, what, *ratios)
+    about = {"threads": options.threads, "processor": processor(), "torch": torch.__version__, "amx": has_amx()}
+    before = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    with Results(options.json, about, as_text, merge=partial(merged, before)) as results:
+        for name in options.experts:
+            for precision in options.dtypes:
+                for rows in options.rows:
+                    for what, run in passes(name, rows, DTYPES[precision]).items():
+                        calls = {impl: partial(run, impl) for impl in ("cpu", "torch")}
+                        seconds = medians(calls, machine, options.rounds)
+                        key = {"experts": name, "dtype": precision, "what": what, "rows": rows}
+                        ratio = seconds["torch"] / seconds["cpu"]
+                        results.add(key | {"rounds": options.rounds, "seconds": seconds, "ratio": ratio})
+    ratios: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in results.rows:
+        line = ratios.setdefault((row["experts"], row["dtype"], row["what"]), {})
+        line[row["rows"]] = f"{row['ratio']:.2f}x"
+    for line, by_rows in ratios.items():
+        table.add_row(*line, *(by_rows.get(rows, "") for rows in options.rows))
     Console(width=140).print(table)
-    if options.json:
-        about = {"processor": processor(), "torch": torch.__version__, "amx": has_amx()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        rows = merged(options.json, found)
-        options.json.write_text(json.dumps({"threads": options.threads} | about | {"rows": rows}, indent=1) + "\n")
+    results.done()
 
 
 if __name__ == "__main__":

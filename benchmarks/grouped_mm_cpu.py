@@ -5,22 +5,22 @@ alike. One thread is timed by its own processor time, several by the clock. The 
 registers alone, the bandwidth that of a large copy, both measured here; a row's roofline is the larger of the times
 that its operations and its bytes need.
 
-    python benchmarks/grouped_mm_cpu.py [--rounds 5] [--threads 1 2] [--json benchmarks/results/NAME.json]
+    python benchmarks/grouped_mm_cpu.py [--quick] [--rounds 5] [--threads 1 2] [--json benchmarks/results/NAME.json]
 """
 
-import json
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from as_they_come import QUICK, Results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -58,6 +58,7 @@ SHAPES = (
     Shape("128 x 1024 x 256, 1 token", 128, 1024, 256, TOP_K, DECODE),
     Shape("128 x 1024 x 256, 16 tokens", 128, 1024, 256, 16 * TOP_K, DECODE),
 )
+QUICK_SHAPES = (1, 3, 5)
 OURS, PEER = "cpu", "F.grouped_mm"
 
 # What keeps the C library from handing memory back, so that a peer's results cost no page faults the second time.
@@ -68,6 +69,7 @@ WARM = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "42949
 class Options:
     """What to run."""
 
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="timed rounds; each runs everything once")] = 5
     threads: Annotated[tuple[int, ...], tyro.conf.arg(help="numbers of threads")] = (1, 2)
     shapes: Annotated[tuple[int, ...], tyro.conf.arg(help="which shapes, counted from 0")] = tuple(range(len(SHAPES)))
@@ -216,7 +218,25 @@ def library_of_peak(machine: Machine, rounds: int) -> float:
     return statistics.median(2 * 2048**3 / seconds / peak for peak, seconds in taken)
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["shape"],
+        row["layout"],
+        row["dtype"],
+        str(row["threads"]),
+        row["pass"],
+        f"{row['gflops'][OURS]:,.0f}",
+        f"{row['of_peak']:.2f}",
+        f"{row['gflops'][PEER]:,.0f}",
+        f"{row['ratio']:.2f}x",
+        row["roofline"],
+        f"{row['of_roofline']:.2f}",
+    ]
+
+
 def main(options: Options) -> None:
+    if options.quick:
+        options = replace(options, rounds=1, threads=options.threads[:1], shapes=QUICK_SHAPES)
     if options.allocator == "warm" and any(name not in os.environ for name in WARM):
         # The C library reads its settings when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WARM)
@@ -228,47 +248,32 @@ def main(options: Options) -> None:
         table.add_column(column)
     for column in ("GFLOP/s", "of peak", PEER, "ratio", "roofline", "of it"):
         table.add_column(column, justify="right")
-    rows, of_peak = [], {}
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        machine = Machine(threads)
-        of_peak[threads] = library_of_peak(machine, options.rounds)
-        for shape in (SHAPES[i] for i in options.shapes):
-            for layout in shape.layouts:
-                for dtype in (torch.float32, torch.bfloat16):
-                    rows += measure(shape, dtype, layout, machine, options.rounds)
-    for row in rows:
-        table.add_row(
-            row["shape"],
-            row["layout"],
-            row["dtype"],
-            str(row["threads"]),
-            row["pass"],
-            f"{row['gflops'][OURS]:,.0f}",
-            f"{row['of_peak']:.2f}",
-            f"{row['gflops'][PEER]:,.0f}",
-            f"{row['ratio']:.2f}x",
-            row["roofline"],
-            f"{row['of_roofline']:.2f}",
-        )
+    about, of_peak = processor(), dict[int, float]()
+    record = {
+        "what": "grouped_mm on CPU",
+        "rounds": options.rounds,
+        "allocator": options.allocator,
+        "processor": about,
+        "isa": isa,
+        "torch_fp32_product_of_peak": of_peak,
+        "versions": {"torch": torch.__version__},
+    }
+    with Results(options.json, record, lambda row: "  ".join(cells(row))) as results:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            machine = Machine(threads)
+            of_peak[threads] = library_of_peak(machine, options.rounds)
+            for shape in (SHAPES[i] for i in options.shapes):
+                for layout in shape.layouts:
+                    for dtype in (torch.float32, torch.bfloat16):
+                        results.add(measure(shape, dtype, layout, machine, options.rounds))
+    for row in results.rows:
+        table.add_row(*cells(row))
     console = Console(width=140)
     console.print(table)
-    about = processor()
     for threads, fraction in of_peak.items():
         console.print(f"{about['vendor']}, {threads} thread(s): torch's fp32 product has {fraction:.2f} of the peak")
-    if options.json:
-        record = {
-            "what": "grouped_mm on CPU",
-            "rounds": options.rounds,
-            "allocator": options.allocator,
-            "processor": about,
-            "isa": isa,
-            "torch_fp32_product_of_peak": of_peak,
-            "versions": {"torch": torch.__version__},
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    results.done()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ by the token, and it gets few of them in the forward and backward passes. Bytes 
     python benchmarks/transformers_cpu.py [--quick] [--threads 1] [--json benchmarks/results/NAME.json]
 """
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ import torch
 import transformers
 import tyro
 import wire_bytes
+from as_they_come import QUICK, Results
 from experts_cpu import medians
 from grouped_mm_cpu import Machine, processor
 from rich.console import Console
@@ -113,7 +113,7 @@ Part = Literal["forward", "forward+backward", "generate", "wire"]
 class Options:
     """What to run."""
 
-    quick: Annotated[bool, tyro.conf.arg(help="one round, bf16 only: does it run, and roughly how fast?")] = False
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="timed rounds; every implementation runs once a round")] = 3
     threads: Annotated[int, tyro.conf.arg(help="torch threads")] = 1
     models: Annotated[tuple[str, ...], tyro.conf.arg(help="names of models to run")] = tuple(m.name for m in MODELS)
@@ -195,28 +195,36 @@ def check_equal(model: Any, dtype: torch.dtype) -> None:
     assert errors.median() < (1e-5 if dtype == torch.float32 else 2e-2), f"error {errors.median():.2g}"
 
 
-def measure(shape: Model, dtype: torch.dtype, machine: Machine, options: Options) -> list[dict[str, Any]]:
+def measure(shape: Model, dtype: torch.dtype, machine: Machine, options: Options) -> Iterator[dict[str, Any]]:
     model = shape.build(dtype)
     check_equal(model, dtype)
-    rows = []
     for part in (part for part in options.parts if part != "wire"):
         for one in passes(part):
             calls = {name: one.call(model, name) for name in IMPLEMENTATIONS}
             seconds = medians(calls, machine, options.rounds)
             speeds = {name: one.tokens(name) / s for name, s in seconds.items()}
             best = max((name for name in speeds if name != OURS), key=lambda name: speeds[name])
-            rows.append(
-                {
-                    "model": {k: v for k, v in asdict(shape).items() if k != "config"},
-                    "what": one.name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "tokens_per_s": speeds,
-                    "against_default": speeds[OURS] / speeds[DEFAULT],
-                    "best_peer": best,
-                    "against_best": speeds[OURS] / speeds[best],
-                }
-            )
-    return rows
+            yield {
+                "model": {k: v for k, v in asdict(shape).items() if k != "config"},
+                "what": one.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tokens_per_s": speeds,
+                "against_default": speeds[OURS] / speeds[DEFAULT],
+                "best_peer": best,
+                "against_best": speeds[OURS] / speeds[best],
+            }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["model"]["name"],
+        row["what"],
+        row["dtype"],
+        *(f"{row['tokens_per_s'][name]:,.0f}" for name in IMPLEMENTATIONS),
+        f"{row['against_default']:.2f}x",
+        f"{row['against_best']:.2f}x",
+        row["best_peer"],
+    ]
 
 
 def show(rows: list[dict[str, Any]], options: Options) -> None:
@@ -226,33 +234,17 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
     for column in (*IMPLEMENTATIONS, f"against {DEFAULT}", "against the best", ""):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(
-            row["model"]["name"],
-            row["what"],
-            row["dtype"],
-            *(f"{row['tokens_per_s'][name]:,.0f}" for name in IMPLEMENTATIONS),
-            f"{row['against_default']:.2f}x",
-            f"{row['against_best']:.2f}x",
-            row["best_peer"],
-        )
+        table.add_row(*cells(row))
     Console(width=150).print(table)
 
 
 def main(options: Options) -> None:
     if options.quick:
-        options = Options(**vars(options) | {"rounds": 1, "dtypes": ("bfloat16",)})
+        options = replace(options, rounds=1, dtypes=("bfloat16",))
+    wire_options = wire_bytes.Options(**({"dim": 256, "tokens": 64} if options.quick else {}))
     torch.set_num_threads(options.threads)
     register()
     machine = Machine(options.threads)
-    rows: list[dict[str, Any]] = []
-    for shape in (m for m in MODELS if m.name in options.models):
-        for dtype in options.dtypes:
-            rows += measure(shape, getattr(torch, dtype), machine, options)
-    wire = wire_bytes.measure(wire_bytes.Options()) if "wire" in options.parts else []
-    if rows:
-        show(rows, options)
-    if wire:
-        wire_bytes.show(wire, wire_bytes.Options())
     quick = "_quick" if options.quick else ""
     file = (
         options.json or RESULTS / f"transformers_cpu_{options.threads}thread{'s'[: options.threads != 1]}{quick}.json"
@@ -266,12 +258,21 @@ def main(options: Options) -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "training": {"sequences": SEQUENCES, "length": LENGTH, "length_batched_mm": FEW},
         "generation": {"prompt": PROMPT, "new": NEW},
-        "rows": rows,
-        "wire": wire,
+        "wire": [],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {file}")
+    with Results(file, record, lambda row: "  ".join(cells(row))) as results:
+        for shape in (m for m in MODELS if m.name in options.models):
+            for dtype in options.dtypes:
+                for row in measure(shape, getattr(torch, dtype), machine, options):
+                    results.add(row)
+        for row in wire_bytes.measure(wire_options) if "wire" in options.parts else ():
+            record["wire"].append(row)
+            print(wire_bytes.as_text(row), flush=True)
+    if results.rows:
+        show(results.rows, options)
+    if record["wire"]:
+        wire_bytes.show(record["wire"], wire_options)
+    results.done()
 
 
 if __name__ == "__main__":

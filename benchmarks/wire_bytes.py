@@ -5,13 +5,13 @@ counted are the bytes that each collective hands to *other* ranks. Theirs: a cop
 Ours: one for each rank that has some of them, and with it which experts those are, and their weights. The bound is that
 copy alone, there and back, for each rank but the token's own; the backward pass has the same.
 
-    python benchmarks/wire_bytes.py [--dim 2048] [--tokens 256]
+    python benchmarks/wire_bytes.py [--quick] [--dim 2048] [--tokens 256] [--json benchmarks/results/NAME.json]
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -42,8 +42,10 @@ OURS, UNDER_TRANSFORMERS, THEIRS = "parallelize", "moesaic", "all_to_all"
 class Options:
     """What to run."""
 
+    quick: Annotated[bool, tyro.conf.arg(help="few and narrow tokens: does it run?")] = False
     dim: Annotated[int, tyro.conf.arg(help="model dim D")] = 2048
     tokens: Annotated[int, tyro.conf.arg(help="tokens of each rank")] = 256
+    json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
 
 class Sent(NamedTuple):
@@ -209,9 +211,8 @@ def _rank_main(rank: int, ranks: int, folder: str, options: Options) -> None:
     dist.destroy_process_group()
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> Iterator[dict[str, Any]]:
     """Bytes a token, a row for each number of ranks, dtype and pass."""
-    rows: list[dict[str, Any]] = []
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_rank_main, (ranks, folder, options), nprocs=ranks)
@@ -221,22 +222,23 @@ def measure(options: Options) -> list[dict[str, Any]]:
             tokens = ranks * options.tokens
             for i, what in enumerate(("forward", "backward")):
                 mine, other = total[OURS][i], total[THEIRS][i]
-                rows.append(
-                    {
-                        "ep": ranks,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "pass": what,
-                        "dim": options.dim,
-                        "top_k": TOP_K,
-                        "experts": EXPERTS,
-                        "bound": total["bound"] / tokens,
-                        "ours": {"rows": mine.rows / tokens, "records": mine.records / tokens},
-                        "theirs": {"rows": other.rows / tokens, "records": other.records / tokens},
-                        "of_bound": sum(mine) / total["bound"],
-                        "ratio": sum(other) / sum(mine),
-                    }
-                )
-    return rows
+                yield {
+                    "ep": ranks,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "pass": what,
+                    "dim": options.dim,
+                    "top_k": TOP_K,
+                    "experts": EXPERTS,
+                    "bound": total["bound"] / tokens,
+                    "ours": {"rows": mine.rows / tokens, "records": mine.records / tokens},
+                    "theirs": {"rows": other.rows / tokens, "records": other.records / tokens},
+                    "of_bound": sum(mine) / total["bound"],
+                    "ratio": sum(other) / sum(mine),
+                }
+
+
+def as_text(row: dict[str, Any]) -> str:
+    return f"ep {row['ep']}, {row['dtype']}, {row['pass']}: theirs / ours {row['ratio']:.2f}x"
 
 
 def show(rows: list[dict[str, Any]], options: Options) -> None:
@@ -260,7 +262,15 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    show(measure(options), options)
+    from as_they_come import Results  # a neighbour of the script; others import this as a module
+
+    if options.quick:
+        options = replace(options, dim=256, tokens=64)
+    with Results(options.json, {"what": "bytes on the wire", "tokens": options.tokens}, as_text) as results:
+        for row in measure(options):
+            results.add(row)
+    show(results.rows, options)
+    results.done()
 
 
 if __name__ == "__main__":

@@ -275,3 +275,45 @@ def test_kernels_that_differ_above_some_size(threshold):
     """The rule is right on either side of it, and wrong where a shard is on one side and the whole on the other."""
     op = ruled(ONE, lambda x: x.clamp(min=0) if x.shape[0] <= threshold else x * 1.0, "m n! -> m n!")
     assert wrong(op, random(13, 5), axes=(2,)).keys() == {(S0,)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("right", [torch.clone, planted.softmax])
+def test_kernels_of_the_dtype_that_is_given(dtype, right):
+    """Of the wider dtypes in which it is compared it is another."""
+    op = ruled(ONE, lambda x: x.cumsum(0) if x.dtype == dtype else right(x), "m n! -> m n!")
+    assert wrong(op, x.to(dtype)).keys() == {(S0,)}
+
+
+def test_results_that_differ_where_two_dims_are_cut():
+    op = ruled(ONE, lambda x: x * (2 if x.shape[0] <= 6 and 5 < x.shape[1] <= 7 else 1), "m n -> m n")
+    report = moesaic.prove(op, x, axes=(2,), meshes=[(2, 2)], backward=False)
+    assert (((S0, S1),), ((S0, S1),)) in [(r.inputs, r.outputs) for r in report.wrong]
+
+
+def test_dims_of_one():
+    op = ruled(ONE, lambda x: x * 2 if x.shape[0] == 1 else x * 1.0, "m n! -> m n!")
+    assert wrong(op, x).keys() == {(S0,)}
+
+
+def test_the_gradient_of_a_tensor_that_may_be_left_out():
+    kernel = ruled(ONE, lambda grad: grad.sum(0) / max(1, grad.shape[0]), "m n -> n", redistribute=["x"])
+
+    def function(x, bias=None):
+        return x * 1.0 if bias is None else x + bias
+
+    def gradient(grad, x, bias):
+        return grad * 1.0, None if bias is None else kernel(grad)
+
+    op = ruled("(Tensor x, Tensor? bias=None) -> Tensor", function, "m n, +n -> m n", linear=["x"])
+    op = differentiable(op, gradient)
+    given = {"axes": (2,), "meshes": []}
+    for report in (moesaic.prove(op, x, random(13), **given), moesaic.prove(op, x, also=[(x, random(13))], **given)):
+        assert {r.case.names for r in report.wrong} == {("x", "bias")}
+        assert "the gradient of bias" in report.wrong[0].error
+
+
+def test_an_operator_that_changes_an_argument_in_secret():
+    op = ruled(ONE, lambda x: x.clamp_(min=0) * 1.0, "m n -> m n")
+    with pytest.raises(ValueError, match="changes x, and its schema does not say so"):
+        wrong(op, x.clone())

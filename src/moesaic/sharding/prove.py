@@ -31,7 +31,7 @@ from moesaic.sharding.proof.fakes import check_fake
 from moesaic.sharding.proof.gradients import judge_gradients, one_process
 from moesaic.sharding.proof.growing import grown
 from moesaic.sharding.proof.placing import same
-from moesaic.sharding.proof.precision import exact, precise
+from moesaic.sharding.proof.precision import exact, precise, same_dtypes
 from moesaic.sharding.proof.report import Report, certainty_of
 from moesaic.sharding.proof.search import Search, on_each_axis
 from moesaic.sharding.proof.trial import EMPTY, Inputs, Trial
@@ -153,13 +153,19 @@ def _poisoned() -> Iterator[None]:
 
 
 def _examples(report: Report, op: Any, args: tuple[Any, ...]) -> list[Example]:
-    """The call as it is compared, and where it is made of sums and products also on whole numbers."""
+    """The call as it is compared, and in the dtypes that it has: on whole numbers where it is sums and products."""
     check_inputs(op, args)
     given = Example(op, args)
+    before = [t.clone() for t in given.tensors]
     try:
         results = given.run()
     except Exception as error:
         raise ValueError(f"{op._name} refuses the inputs: {error}") from error
+    for name, t, was in zip(given.names, given.tensors, before, strict=True):
+        if not same(t, was):
+            raise ValueError(
+                f"{op._name} changes {name}, and its schema does not say so; on ranks it would change copies"
+            )
     check_fake(given, results)
     if not all(same(a, b) for a, b in zip(results, given.run(), strict=True)):
         raise ValueError(f"{op._name} gives different results for the same inputs, so nothing can be proved about it")
@@ -168,7 +174,9 @@ def _examples(report: Report, op: Any, args: tuple[Any, ...]) -> list[Example]:
         report.note(note)
     on_whole_numbers = None if example.whole else exact(given)
     if on_whole_numbers is None:
-        return [with_line(example, RULES.get(op))]
+        # A kernel for the dtype that was given may be another.
+        as_given = [] if example.whole or same_dtypes(example, given) else [replace(given, brief=True)]
+        return [with_line(e, RULES.get(op)) for e in (example, *as_given)]
     # Of other sizes, too, nearly all are compared exactly.
     return [with_line(replace(example, few_sizes=True), RULES.get(op)), with_line(on_whole_numbers, RULES.get(op))]
 

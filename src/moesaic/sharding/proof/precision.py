@@ -62,6 +62,11 @@ def exact(given: Example) -> Example | None:
     )
 
 
+def same_dtypes(a: Example, b: Example) -> bool:
+    """Whether two examples of a call have tensors of the same dtypes."""
+    return [t.dtype for t in a.tensors] == [t.dtype for t in b.tensors]
+
+
 def _eps(t: Tensor) -> float:
     return torch.finfo(t.dtype).eps
 
