@@ -34,6 +34,12 @@ EXPERTS = (
 KEPT = random(1, T, D) + 1, *EXPERTS, random(1, T, K, F), random(1, T, K, F) + 1
 NEEDS = [True] * 8
 
+ADAPTED = (
+    *EXPERTS,
+    *(random(E, D, 2), random(E, 2, F), random(E, D, 3), random(E, 3, F), random(E, F, 4), random(E, 4, D)),
+)
+LORA = random(1, T, D) + 1, *ADAPTED, random(1, T, K, F), random(1, T, K, F) + 1
+
 # Operator, tensors, other arguments, and the dims that nothing else tells: by argument.
 CALLS = {
     "grouped_mm": (ops.grouped_mm, (random(R, D), random(E, D, F), SIZES), ["impl"], {(0, 0), (1, 0), (1, 2), (2, 0)}),
@@ -70,6 +76,9 @@ CALLS = {
         ["silu", "impl", NEEDS],
         {(4, 1)},
     ),
+    "lora": (ops.experts_lora, ADAPTED, ["silu", "impl"], {(3, 1)}),
+    "lora, inference": (ops.experts_lora_inference, ADAPTED, ["silu", "impl"], {(3, 1)}),
+    "lora, backward": (ops.experts_lora_backward, LORA, ["silu", "impl", NEEDS], {(4, 1)}),
     "permute": (ops.permute, (random(T, D), *permuted(), random(T, K)), [], {(0, 1), (1, 0)}),
     "combine": (ops.combine, (random(R, D), *permuted(), random(T, K)), [], {(0, 1)}),
     "combine_weight_grad": (ops.combine_weight_grad, (random(R, D), random(T, D), *permuted()), [], {(3, 1)}),

@@ -12,7 +12,7 @@ from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_lora.impl import reference, rows
 from moesaic.ops.experts_lora.operands import FACTORS, NAMES, SCHEMA, WITH_GRADIENT, by_name, named, shape_of
 from moesaic.ops.experts_lora.problem import Wanted, adapted, by_factor
-from moesaic.ops.experts_mlp.operands import Given
+from moesaic.ops.experts_mlp.operands import Given, check_operands
 from moesaic.ops.grouped_mm.implementations import Implementation
 
 _FLAGS = "str activation, str? impl"
@@ -32,7 +32,9 @@ def _module(impl: Implementation | None) -> Any:
 @torch.library.impl("moesaic::experts_lora", "default")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, activation, impl = args
-    problem = adapted(named((x, *tensors)), activation)
+    given = named((x, *tensors))
+    check_operands("experts_lora", given, activation, factors=FACTORS)
+    problem = adapted(given, activation)
     with no_autocast(x.device.type):
         z_TD, kept = _module(impl).forward(problem, save=True, impl=impl)
     pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
@@ -42,7 +44,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @torch.library.impl("moesaic::experts_lora_inference", "default")
 def _inference(x: Tensor, *args: Any) -> Tensor:
     *tensors, activation, impl = args
-    problem = adapted(named((x, *tensors)), activation)
+    given = named((x, *tensors))
+    check_operands("experts_lora_inference", given, activation, factors=FACTORS)
+    problem = adapted(given, activation)
     with no_autocast(x.device.type):
         return _like(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
 
@@ -51,6 +55,7 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *operands, h1, h3, activation, impl, needs = args
     given = named(tuple(operands))
+    check_operands("experts_lora_backward", given, activation, {"grad": grad, "h1": h1, "h3": h3}, factors=FACTORS)
     problem = adapted(given, activation)
     pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
     wanted = Wanted(needs[0], needs[1], any(needs[2:]))

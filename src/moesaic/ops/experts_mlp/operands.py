@@ -6,7 +6,7 @@ Legend: B blocks, N tokens a block, K copies a token (top-k), D model dim, F hid
 of all blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -84,12 +84,14 @@ def check_operands(
     activation: str,
     backward: Mapping[str, Tensor | None] = MappingProxyType({}),
     buffers: Mapping[str, Tensor | None] = MappingProxyType({}),
+    factors: Sequence[Operand] = (),
 ) -> None:
     """Raise unless the operands of an operator fit: sizes, device, dtypes, the activation.
 
     Args:
         backward: what a backward operator takes besides, ``grad``, ``h1`` and ``h3``.
         buffers: what gradients of weights are added to, by the names of these.
+        factors: further operands, of the dtype of ``x``.
 
     Raises:
         ValueError: shapes, devices, activation, or a buffer that is neither contiguous nor the ``.mT`` of what is.
@@ -98,6 +100,7 @@ def check_operands(
     check_activation(activation, given["w3"] is not None)
     own = [(operand.name, given[operand.name], _DIMS[operand.name]) for operand in OPERANDS]
     others = [(name, t, _GRAD if name == "grad" else _HIDDEN) for name, t in backward.items()]
+    others += [(factor.name, given[factor.name], tuple(factor.dims.split())) for factor in factors]
     into = [(f"the buffer for {name}", t, _DIMS[name]) for name, t in buffers.items()]
     check_fit(operator, [*own, *others, *into])
     x, ids, weights = given["x"], given["ids"], given["weights"]
