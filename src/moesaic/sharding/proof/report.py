@@ -68,9 +68,10 @@ def certainty_of(line: Notation | None, trials: Sequence[Trial]) -> Certainty:
     sampled = [trial for trial in trials if trial.is_exact is False]
     calls = dict.fromkeys(trial.example.as_text() for trial in exact)
     sizes: dict[str, set[int]] = {}
-    for example in {id(trial.example): trial.example for trial in trials}.values() if line and line.text else ():
-        for factor, n in sizes_of(line, example).items():
-            sizes.setdefault(factor, set()).add(n)
+    if line is not None and line.text:
+        for example in {id(trial.example): trial.example for trial in trials}.values():
+            for factor, n in sizes_of(line, example).items():
+                sizes.setdefault(factor, set()).add(n)
     return Certainty(
         line.text if line else "",
         tuple(calls),
