@@ -8,9 +8,9 @@ import moesaic
 
 c10d = torch.ops.c10d
 
-# A count exchange; rows, weights and ids out over ep and etp; results back over both. Backward: the same for rows
-# and weights (ids have no gradient), reversed.
-FORWARD_PER_AXIS = 3 + 1
+# A count exchange; rows out over ep and etp, their weights and ids in one message; results back over both. Backward:
+# the same for rows and weights (ids have no gradient), reversed.
+FORWARD_PER_AXIS = 2 + 1
 BACKWARD_PER_AXIS = 2 + 1
 
 

@@ -15,20 +15,24 @@ from torch.autograd.function import once_differentiable
 from moesaic.sharding import internals
 
 
-def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None
+) -> Tensor:
     """Send ``send[i]`` consecutive rows of ``x`` to rank ``i``; return the ``receive[i]`` rows of each rank, in order.
 
-    The gradient goes back the same way. Rank ``i``'s ``send[j]`` has to be rank ``j``'s ``receive[i]``.
+    The gradient goes back the same way. Rank ``i``'s ``send[j]`` has to be rank ``j``'s ``receive[i]``. With
+    ``columns`` only the first so many of ``x [S, ...]`` have one, and no other travels.
     """
-    return x if group.size() == 1 else _AllToAll.apply(x, list(send), list(receive), group)
+    return x if group.size() == 1 else _AllToAll.apply(x, list(send), list(receive), group, columns)
 
 
-def all_gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def all_gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None) -> Tensor:
     """All ranks' rows, in rank order; rank ``i`` has ``sizes[i]``.
 
-    The gradient is a :func:`reduce_scatter_rows`: every rank's gradient of the result is a part of the whole.
+    The gradient is a :func:`reduce_scatter_rows`: every rank's gradient of the result is a part of the whole. With
+    ``columns`` only the first so many of ``x [S, ...]`` have one.
     """
-    return x if group.size() == 1 else _AllGatherRows.apply(x, list(sizes), group)
+    return x if group.size() == 1 else _AllGatherRows.apply(x, list(sizes), group, columns)
 
 
 def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -48,28 +52,32 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, columns: int | None
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group, ctx.columns = send, receive, group, columns
         return internals.all_to_all(x, receive, send, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return internals.all_to_all(grads[0], ctx.send, ctx.receive, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad, others = _apart(grads[0], ctx.columns)
+        return _with_zeros(internals.all_to_all(grad, ctx.send, ctx.receive, ctx.group), others), *[None] * 4
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup, columns: int | None) -> Tensor:
+        ctx.sizes, ctx.group, ctx.columns = sizes, group, columns
         return _gather(x, sizes, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce(grads[0], ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad, others = _apart(grads[0], ctx.columns)
+        return _with_zeros(_reduce(grad, ctx.sizes, ctx.group), others), None, None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
@@ -98,9 +106,23 @@ class _SumOverRanks(torch.autograd.Function):
         return internals.all_reduce(grads[0], ctx.group), None
 
 
+def _apart(grad: Tensor, columns: int | None) -> tuple[Tensor, int]:
+    """The columns that have a gradient, and how many others there are."""
+    return (grad, 0) if columns is None else (grad[:, :columns], grad.shape[1] - columns)
+
+
+def _with_zeros(grad: Tensor, others: int) -> Tensor:
+    return torch.nn.functional.pad(grad, (0, others)) if others else grad
+
+
 def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    n = group.size()
-    return internals.all_to_all(x.repeat(n, *[1] * (x.ndim - 1)), sizes, [x.shape[0]] * n, group)
+    """An all-to-all in which every other rank gets the same; own rows stay here. Of two ranks ``x`` is what is sent."""
+    n, rank, rows = group.size(), group.rank(), x.shape[0]
+    sent = x if n == 2 else x.repeat(n - 1, *[1] * (x.ndim - 1))
+    receive, send = ([0 if i == rank else size for i, size in enumerate(of)] for of in (sizes, [rows] * n))
+    others = internals.all_to_all(sent, receive, send, group)
+    before = sum(sizes[:rank])
+    return torch.cat([others[:before], x, others[before:]])
 
 
 def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:

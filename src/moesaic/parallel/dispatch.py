@@ -4,9 +4,11 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
+The experts are given a row for each copy that is here, and so compute and keep nothing of those that are not.
+
 Legend: T this rank's tokens, K top-k, P ep ranks, Q ranks that a token goes to at most, D model dim, E experts,
-e experts a rank (the last ranks may have fewer), S rows sent, M rows received over ep, N rows gathered over etp, R
-routed copies among them, C capacity of a block (the largest rank's R, rounded up).
+e experts a rank (the last ranks may have fewer), S rows sent, M rows received over ep, N rows gathered over etp, C
+copies of them that go to this rank's experts, rounded up, or the most of any rank.
 """
 
 from typing import NamedTuple
@@ -29,16 +31,21 @@ from moesaic.sharding.internals import group_over_all_axes
 
 class _Record(NamedTuple):
     sent: Permutation
+    here: Permutation
     traffic: Traffic
 
 
 class MeshDispatcher:
     """Dispatch over an (ep, etp) mesh. What it hands to the experts are DTensors in blocks, ``[Shard(0), Replicate]``.
 
+    A row is a copy of a token that goes to an expert of this rank: of one expert, where the routing had K. Rows of no
+    expert, id -1, fill a block up.
+
     Args:
         mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
             experts, or none.
-        local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise.
+        local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise. It is
+            as long as this rank needs it; as a DTensor, as the rank with most copies does.
         everyone: the group of all ranks of the mesh, in its order; None makes one, which is collective.
     """
 
@@ -50,45 +57,59 @@ class MeshDispatcher:
         self.all = group_over_all_axes(mesh, "ep_etp") if everyone is None else everyone
 
     def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        experts_per_rank = -(-num_experts // self.ep.size())
+        P = self.ep.size()
+        experts_per_rank = -(-num_experts // P)
         # Copies of padding, whose ids are -1, belong to a rank past the last.
-        owner_TK = torch.where(routing.ids < 0, self.ep.size(), routing.ids // experts_per_rank)
-        sent, ranks_TQ = _one_copy_a_rank(owner_TK, self.ep.size())
-        traffic = exchange_counts(sent.group_sizes, self.ep, self.etp, self.all)
+        owner_TK = torch.where(routing.ids < 0, P, routing.ids // experts_per_rank)
+        sent, ranks_TQ = _one_copy_a_rank(owner_TK, P)
+        ones = torch.ones_like(owner_TK).flatten()
+        copies_P = ones.new_zeros(P + 1).scatter_add(0, owner_TK.flatten(), ones)[:P]
+        traffic = exchange_counts(sent.group_sizes, copies_P, self.ep, self.etp, self.all)
 
         # Not slices: a compiler does not know that there are so many rows.
         slots_S = sent.slots.narrow(0, 0, sum(traffic.send))
         sent = Permutation(slots_S, sent.positions, sent.group_sizes)
-        local_ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
-        x_ND, weights_NK = (self._to_experts(permute(t, sent), traffic) for t in (x, routing.weights))
-        ids_NK = self._to_experts(local_ids_SK.to(torch.int32), traffic).to(local_ids_SK.dtype)
+        ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
+        x_ND = self._to_experts(permute(x, sent), traffic)
+        weights_NK, ids_NK = self._routing_to_experts(permute(routing.weights, sent), ids_SK, traffic)
 
+        here = _copies_here(ids_NK, traffic.copies if self.local else traffic.capacity)
+        of_copies = here._replace(positions=here.positions.reshape(-1, 1))
+        ids_C = torch.where(here.slots < 0, -1, _rows(ids_NK.reshape(-1, 1), here.slots).squeeze(1))
         return Dispatched(
-            self._in_blocks(x_ND, traffic.capacity, "x"),
-            self._in_blocks(ids_NK, traffic.capacity, "ids", padding=-1),
-            self._in_blocks(weights_NK, traffic.capacity, "weights"),
-            _Record(sent, traffic),
+            self._as_block(permute(x_ND, here), "x"),
+            self._as_block(ids_C.unsqueeze(1).to(routing.ids.dtype), "ids"),
+            self._as_block(permute(weights_NK.reshape(-1, 1), of_copies), "weights"),
+            _Record(sent, here, traffic),
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
         z_1CD = z if self.local else from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
-        z_ND = z_1CD[0].narrow(0, 0, sum(record.traffic.gather))
+        z_ND = combine(z_1CD[0], record.here)
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
         return combine(z_SD, record.sent)
 
-    def _in_blocks(self, t_N: Tensor, capacity: int, operand: str, *, padding: int = 0) -> Tensor:
-        """This rank's block, filled up to the capacity of all."""
-        t_1C = pad(t_N, (0, 0, 0, capacity - t_N.shape[0]), value=padding).unsqueeze(0)
+    def _as_block(self, t_C: Tensor, operand: str) -> Tensor:
+        """This rank's block."""
+        t_1C = t_C.unsqueeze(0)
         if self.local:
             return t_1C
         grads = PLACES.get(f"grad_{operand}")
         return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
-    def _to_experts(self, t: Tensor, traffic: Traffic) -> Tensor:
-        t = all_to_all(t, traffic.send, traffic.receive, self.ep)
-        return all_gather_rows(t, traffic.gather, self.etp)
+    def _to_experts(self, t: Tensor, traffic: Traffic, columns: int | None = None) -> Tensor:
+        t = all_to_all(t, traffic.send, traffic.receive, self.ep, columns=columns)
+        return all_gather_rows(t, traffic.gather, self.etp, columns=columns)
+
+    def _routing_to_experts(self, weights_SK: Tensor, ids_SK: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+        """Weights and ids in one message, in which the bits of an id stand where those of another weight would."""
+        K, integers = weights_SK.shape[1], torch.int64 if weights_SK.element_size() == 8 else torch.int32
+        as_weights = ids_SK.to(integers).view(weights_SK.dtype)
+        message = self._to_experts(torch.cat([weights_SK, as_weights], 1), traffic, columns=K)
+        ids = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
+        return message.narrow(1, 0, K), ids.to(ids_SK.dtype)
 
 
 def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> tuple[Permutation, Tensor]:
@@ -111,3 +132,19 @@ def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, ranks_TQ: Te
     """For every row sent, its token's experts by their number on the receiving rank; -1 for those elsewhere."""
     token_S, rank_S1 = sent.slots // ranks_TQ.shape[1], ranks_TQ.flatten()[sent.slots].unsqueeze(1)
     return torch.where(owner_TK[token_S] == rank_S1, ids_TK[token_S] - rank_S1 * experts_per_rank, -1)
+
+
+def _copies_here(ids_NK: Tensor, num_rows: int) -> Permutation:
+    """A row for each copy that is here, those of a token one after the other; rows of no copy at the end."""
+    is_here = ids_NK.flatten() >= 0
+    place = is_here.cumsum(0) - 1
+    positions_NK = torch.where(is_here, place, -1).view_as(ids_NK)
+    # What has no place is written past the end.
+    slots = torch.arange(ids_NK.numel(), device=ids_NK.device)
+    slots_C = slots.new_full((num_rows + 1,), -1).scatter(0, torch.where(is_here, place, num_rows), slots)
+    return Permutation(slots_C.narrow(0, 0, num_rows), positions_NK, is_here.sum(0, keepdim=True))
+
+
+def _rows(t: Tensor, numbers: Tensor) -> Tensor:
+    """Rows by their numbers; any for a number of none."""
+    return t.index_select(0, numbers.clamp(min=0)) if len(t) else t.new_zeros(len(numbers), *t.shape[1:])

@@ -67,7 +67,11 @@ def distribute_experts(
             shard = distribute_tensor(weight.detach(), mesh, places[name], src_data_rank=None).clone()
             setattr(owner, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     distribute_packed(moe.experts, mesh)
-    moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
+    if mesh.size() == 1:
+        # All experts are here: nothing is counted, sorted or sent, and local tensors have the same numbers as DTensors.
+        compute = "local"
+    else:
+        moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
         moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()

@@ -61,6 +61,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _save_rows_for_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Rows are as much memory as all that is computed of them: they are kept for the gradient of weights alone."""
+    rows, slots, positions, weights = inputs
+    ctx.save_for_backward(rows if weights is not None and ctx.needs_input_grad[3] else None, slots, positions, weights)
+
+
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, slots, positions, weights = ctx.saved_tensors
     gx = gw = None
@@ -91,6 +97,6 @@ def _weight_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gy, gx, None, None
 
 
-torch.library.register_autograd("moesaic::permute", _permute_backward, setup_context=_save)
-torch.library.register_autograd("moesaic::combine", _combine_backward, setup_context=_save)
+torch.library.register_autograd("moesaic::permute", _permute_backward, setup_context=_save_rows_for_weights)
+torch.library.register_autograd("moesaic::combine", _combine_backward, setup_context=_save_rows_for_weights)
 torch.library.register_autograd("moesaic::combine_weight_grad", _weight_grad_backward, setup_context=_save)
