@@ -24,6 +24,8 @@ _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "_grouped_mm"}
 # The first tensor of these is a table, of which what they give back is read.
 _GATHERS = {"index_select", "gather", "index"}
 _FILLS = {"fill_", "zero_"}
+# Matrices that are used are neither read nor written, and mostly all are.
+_NOTHING = {"zero_unused_"}
 
 
 class Moved(TorchDispatchMode):
@@ -66,8 +68,10 @@ class Moved(TorchDispatchMode):
             given[:1] = made
         elif name == "_embedding_bag_forward_only":
             made = made[:1]  # the others say what the backward pass of other modes needs
-        elif name in _FILLS:
+        elif name in _FILLS or name.startswith("new_") or name.endswith("_like"):
             given = []
+        elif name in _NOTHING:
+            given = given[1:]
         self.by_name[name] += sum(map(memory, [*given, *made]))
         return result
 

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from moesaic.layers.dispatch import Dispatched
 from moesaic.layers.router import Routing
 from moesaic.ops import Permutation, combine, permute, sort_by_expert
+from moesaic.parallel.capacity import bounded_traffic, in_places, spoiled
 from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import PLACES
@@ -33,6 +34,7 @@ class _Record(NamedTuple):
     sent: Permutation
     here: Permutation
     traffic: Traffic
+    most: Tensor
 
 
 class MeshDispatcher:
@@ -47,11 +49,25 @@ class MeshDispatcher:
         local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise. It is
             as long as this rank needs it; as a DTensor, as the rank with most copies does.
         everyone: the group of all ranks of the mesh, in its order; None makes one, which is collective.
+        capacity: room for so many copies from each rank to each other, whatever the routing is: nothing is counted, and
+            the tokens of a rank that has more come back as NaN. None for what the routing needs.
+
+    Attributes:
+        most: on the device, the most copies that this rank has routed to one rank's experts.
     """
 
-    def __init__(self, mesh: DeviceMesh, *, local: bool, everyone: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        *,
+        local: bool,
+        everyone: dist.ProcessGroup | None = None,
+        capacity: int | None = None,
+    ) -> None:
         self.mesh = mesh
         self.local = local
+        self.capacity = capacity
+        self.most = torch.zeros((), dtype=torch.int64, device=mesh.device_type)
         self.ep = mesh.get_group("ep")
         self.etp = mesh.get_group("etp")
         self.all = group_over_all_axes(mesh, "ep_etp") if everyone is None else everyone
@@ -64,11 +80,16 @@ class MeshDispatcher:
         sent, ranks_TQ = _one_copy_a_rank(owner_TK, P)
         ones = torch.ones_like(owner_TK).flatten()
         copies_P = ones.new_zeros(P + 1).scatter_add(0, owner_TK.flatten(), ones)[:P]
-        traffic = exchange_counts(sent.group_sizes, copies_P, self.ep, self.etp, self.all)
-
-        # Not slices: a compiler does not know that there are so many rows.
-        slots_S = sent.slots.narrow(0, 0, sum(traffic.send))
-        sent = Permutation(slots_S, sent.positions, sent.group_sizes)
+        most = copies_P.max()
+        self.most = torch.maximum(self.most, most)
+        if self.capacity is None:
+            traffic = exchange_counts(sent.group_sizes, copies_P, self.ep, self.etp, self.all)
+            # Not slices: a compiler does not know that there are so many rows.
+            slots_S = sent.slots.narrow(0, 0, sum(traffic.send))
+            sent = Permutation(slots_S, sent.positions, sent.group_sizes)
+        else:
+            traffic = bounded_traffic(self.capacity, P, self.etp.size())
+            sent = in_places(sent, P, self.capacity)
         ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
         x_ND = self._to_experts(permute(x, sent), traffic)
         weights_NK, ids_NK = self._routing_to_experts(permute(routing.weights, sent), ids_SK, traffic)
@@ -80,7 +101,7 @@ class MeshDispatcher:
             self._as_block(permute(x_ND, here), "x"),
             self._as_block(ids_C.unsqueeze(1).to(routing.ids.dtype), "ids"),
             self._as_block(permute(weights_NK.reshape(-1, 1), of_copies), "weights"),
-            _Record(sent, here, traffic),
+            _Record(sent, here, traffic, most),
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
@@ -89,7 +110,8 @@ class MeshDispatcher:
         z_ND = combine(z_1CD[0], record.here)
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
-        return combine(z_SD, record.sent)
+        z_TD = combine(z_SD, record.sent)
+        return z_TD if self.capacity is None else spoiled(z_TD, record.most, self.capacity)
 
     def _as_block(self, t_C: Tensor, operand: str) -> Tensor:
         """This rank's block."""
@@ -130,14 +152,17 @@ def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> tuple[Permutation, Ten
 
 def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, ranks_TQ: Tensor, experts_per_rank: int) -> Tensor:
     """For every row sent, its token's experts by their number on the receiving rank; -1 for those elsewhere."""
-    token_S, rank_S1 = sent.slots // ranks_TQ.shape[1], ranks_TQ.flatten()[sent.slots].unsqueeze(1)
-    return torch.where(owner_TK[token_S] == rank_S1, ids_TK[token_S] - rank_S1 * experts_per_rank, -1)
+    token_S, rank_S1 = sent.slots // ranks_TQ.shape[1], _rows(ranks_TQ.reshape(-1, 1), sent.slots)
+    is_there = (_rows(owner_TK, token_S) == rank_S1) & (sent.slots >= 0).unsqueeze(1)
+    return torch.where(is_there, _rows(ids_TK, token_S) - rank_S1 * experts_per_rank, -1)
 
 
 def _copies_here(ids_NK: Tensor, num_rows: int) -> Permutation:
     """A row for each copy that is here, those of a token one after the other; rows of no copy at the end."""
     is_here = ids_NK.flatten() >= 0
     place = is_here.cumsum(0) - 1
+    # Only a bound that was exceeded leaves some without a place.
+    is_here = is_here & (place < num_rows)
     positions_NK = torch.where(is_here, place, -1).view_as(ids_NK)
     # What has no place is written past the end.
     slots = torch.arange(ids_NK.numel(), device=ids_NK.device)
@@ -146,5 +171,5 @@ def _copies_here(ids_NK: Tensor, num_rows: int) -> Permutation:
 
 
 def _rows(t: Tensor, numbers: Tensor) -> Tensor:
-    """Rows by their numbers; any for a number of none."""
-    return t.index_select(0, numbers.clamp(min=0)) if len(t) else t.new_zeros(len(numbers), *t.shape[1:])
+    """Rows by their numbers, and zeros for a negative number. No size is asked for, which a compiler may not know."""
+    return pad(t, (0, 0, 0, 1)).index_select(0, torch.where(numbers < 0, t.shape[0], numbers))

@@ -54,11 +54,17 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout, compute: ComputeOn) -
 
 
 def distribute_experts(
-    moe: MoE, mesh: DeviceMesh, all_ranks: dist.ProcessGroup, tp: dist.ProcessGroup | None, compute: ComputeOn
+    moe: MoE,
+    mesh: DeviceMesh,
+    all_ranks: dist.ProcessGroup,
+    tp: dist.ProcessGroup | None,
+    compute: ComputeOn,
+    capacity: int | None,
 ) -> None:
     """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks.
 
-    The ranks of ``tp`` have parts of the same sequences; None where a rank has them whole.
+    The ranks of ``tp`` have parts of the same sequences; None where a rank has them whole. ``capacity`` bounds what is
+    exchanged.
     """
     places = WEIGHTS | FACTORS
     for owner in moe.experts.modules():
@@ -71,7 +77,7 @@ def distribute_experts(
         # All experts are here: nothing is counted, sorted or sent, and local tensors have the same numbers as DTensors.
         compute = "local"
     else:
-        moe.dispatcher = MeshDispatcher(mesh, local=compute == "local")
+        moe.dispatcher = MeshDispatcher(mesh, local=compute == "local", capacity=capacity)
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
         moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from moesaic import ranks
 from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.afterwards import guard
+from moesaic.parallel.capacity import check_capacity
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
@@ -30,7 +31,7 @@ from moesaic.parallel.wrapped import check_no_other_plan, check_whole_sequences,
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor") -> Model:
+def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor", capacity: int | None = None) -> Model:
     """Lay a model over the meshes, in place.
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
@@ -74,6 +75,11 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         meshes: from :func:`moesaic.build_meshes`; all their ranks bring the same model.
         compute: how experts compute: ``"dtensor"``: on DTensors, through the operators' sharding rules; ``"local"``: on
             local tensors, with less overhead. The numbers are the same.
+        capacity: room for so many copies of tokens from each rank to the experts of each other, in every layer. Then
+            nothing of the routing is read to the host and all sizes are known before, and padding travels. A rank
+            that routes more gets NaN for its tokens; :func:`moesaic.parallel.skip_overflowed_steps` lets such a step
+            change no weight, and :func:`moesaic.parallel.most_copies` says how many there were. None: exact sizes, from
+            counts that each layer reads to the host once.
 
     Returns:
         ``model``.
@@ -98,6 +104,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     def check() -> None:
         if compute not in ("dtensor", "local"):
             raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
+        check_capacity(capacity)
         _check(model, moes, found, meshes, compute)
 
     if not meshes.is_distributed:
@@ -107,6 +114,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
     all_ranks = meshes.all_ranks()
     # A rank that raised alone would leave the others waiting.
     ranks.together(check, group=all_ranks)
+    given = ranks.gather(capacity, all_ranks)
+    if len(set(given)) > 1:
+        raise ValueError(f"capacity: ranks ask for different ones, {given}; give all ranks the same")
     check_same(describe(model), all_ranks)
     if meshes.device_type in (None, "cpu"):
         share_choices(all_ranks)
@@ -115,7 +125,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor")
         _take_from_first_rank(model, all_ranks)
     tp = meshes.dense.get_group("tp") if meshes.tp_size > 1 else None
     for moe in moes.values():
-        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute)
+        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute, capacity)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         dims = {p: dim for decoder in found for p, dim in attention_shard_dims(decoder).items()}

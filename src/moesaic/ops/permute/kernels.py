@@ -43,6 +43,10 @@ def permute(x: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None 
         weight_R = weights.flatten().index_select(0, slots.clamp(min=0))
         acc = accumulation_dtype(x.dtype)
         y_RD = (y_RD.to(acc) * weight_R.to(acc).unsqueeze(1)).to(x.dtype)
+    if slots.is_cpu:
+        # No pass over rows that stay as they are.
+        padding = (slots < 0).nonzero().squeeze(1)
+        return y_RD.index_fill_(0, padding, 0) if len(padding) else y_RD
     return y_RD.masked_fill_((slots < 0).unsqueeze(1), 0)
 
 

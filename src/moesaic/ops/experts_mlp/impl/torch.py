@@ -1,6 +1,7 @@
-"""experts_mlp out of torch's own operations: rows sorted by expert, products as grouped_mm's ``torch`` has them.
+"""experts_mlp out of torch's own products, as grouped_mm's ``torch`` has them, on rows sorted by expert.
 
-Any dtype, any device; on CUDA no size is read to the host.
+Any dtype, any device; on CUDA no size is read to the host. Between the products each pass over the rows reads and
+writes once what it has to: :mod:`moesaic.ops.experts_mlp.passes`.
 
 Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, those of copies that are not here at the
 end, D model dim, F hidden dim, E experts; I and O the dims that a projection comes from and goes to.
@@ -9,11 +10,13 @@ end, D model dim, F hidden dim, E experts; I and O the dims that a projection co
 import torch
 from torch import Tensor
 
-from moesaic.ops.experts_mlp.activation import hidden, slopes
+from moesaic.ops.experts_mlp import passes
 from moesaic.ops.experts_mlp.problem import Forward, Gradients, Problem, Targets, Wanted
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 from moesaic.ops.grouped_mm.impl import torch as grouped
 from moesaic.ops.permute import kernels as permuting
+
+_ops = torch.ops.moesaic_passes
 
 
 class Rows:
@@ -54,8 +57,11 @@ class Rows:
         """The product is rounded first: in a wider dtype all weights would be copied."""
         return y_RO if b_EO is None else y_RO + self.of_experts(b_EO)
 
-    def write_gradients(self, targets: Targets, x_RI: Tensor, grad_RO: Tensor) -> None:
-        """Those of a projection, from the rows that it was applied to and the gradients of what it gave."""
+    def write_gradients(self, targets: Targets, x_RI: Tensor, grad_RO: Tensor, weights_R: Tensor | None = None) -> None:
+        """Those of a projection, from the rows that it was applied to and the gradients of what it gave.
+
+        With ``weights_R`` these are of results that are not weighted yet, and ``x_RI`` are rows that are.
+        """
         if (target := targets.weight) is not None:
             # In the dtype of the sum, else what is added would be rounded twice.
             x_RI, grad_of_sum_RO = x_RI.to(target.dtype), grad_RO.to(target.dtype)
@@ -66,53 +72,67 @@ class Rows:
         if (target := targets.bias) is not None:
             # Long fp32 sums lose digits, where they are made in one chain.
             wide_RO = grad_RO.double() if grad_RO.is_cpu else grad_RO
-            ones_R1 = wide_RO.new_ones(wide_RO.shape[0], 1)
-            target.take(self.products.weight_grad(ones_R1, wide_RO).squeeze(1))
+            # So many columns that a library's kernel finds them aligned.
+            columns = 1 if grad_RO.is_cpu else 16 // grad_RO.element_size()
+            rows_R = wide_RO.new_ones(len(wide_RO)) if weights_R is None else weights_R.to(wide_RO.dtype)
+            rows_Rc = rows_R.unsqueeze(1).expand(-1, columns).contiguous()
+            target.take(self.products.weight_grad(rows_Rc, wide_RO)[:, 0])
 
 
 def forward(problem: Problem, save: bool) -> Forward:
-    rows = Rows(problem)
-    product = rows.products.forward
-    x_RD = rows.of_tokens(problem.x_TD)
-    pre = []
-    for up in problem.projections:
-        h_RF = product(x_RD, up.weight, x_RD.dtype)
-        pre.append(rows.add_bias(h_RF, up.bias))
-    a_RF = hidden(problem.activation, pre)
-    y_RD = rows.add_bias(product(a_RF, problem.down.weight, a_RF.dtype), problem.down.bias)
-    z_TD = rows.to_tokens(y_RD, problem.weights_TK)
-    return Forward(z_TD, tuple(map(rows.to_slots, pre)) if save else ())
+    rows, up = Rows(problem), problem.projections
+    product, where = rows.products.of_rows, (rows.slots_R, rows.positions_TK)
+    x_RD = passes.of_tokens(problem.x_TD, *where)
+    h1_RF, h3_RF = (*(product(x_RD, p.weight) for p in up), None)[:2]
+    b1_EF, b3_EF = (*(p.bias for p in up), None)[:2]
+    ids_R, slots_R, positions_R = problem.ids_TK.flatten(), rows.slots_R, rows.positions_TK.flatten()
+    a_RF, *kept = _ops.hidden(h1_RF, h3_RF, b1_EF, b3_EF, ids_R, slots_R, positions_R, problem.activation, save)
+    y_RD = product(a_RF, problem.down.weight)
+    z_TD = _ops.to_tokens(y_RD, None, problem.weights_TK, problem.down.bias, problem.ids_TK, *where)
+    T_and_K = problem.ids_TK.shape
+    return Forward(z_TD, tuple(h_RF.unflatten(0, T_and_K) for h_RF in kept[: len(up)]) if save else ())
 
 
 def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
     rows, down = Rows(problem), problem.down
-    product = rows.products.forward
-    dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
-    pre_RF = [rows.of_slots(h_TKF) for h_TKF in pre]
-    a_RF = hidden(problem.activation, pre_RF)
-    grad_RD = rows.of_tokens(grad_TD)
+    product, where = rows.products.of_rows, (rows.slots_R, rows.positions_TK)
+    grad_RD = passes.of_tokens(grad_TD, *where)
+    weights_R = problem.weights_TK.flatten()
 
     # Of the unweighted result: its product with the hidden row is the gradient of the weight.
-    ga_RF = product(grad_RD, down.weight.mT, dtype).to(acc)
+    ga_RF = product(grad_RD, down.weight.mT)
+    kept = (*(h_TKF.flatten(0, 1) for h_TKF in pre), None)[:2]
+    *gh_RF, weighted_RF, gweights_R = _ops.hidden_gradient(
+        ga_RF, *kept, weights_R, rows.slots_R, rows.positions_TK.flatten(), problem.activation
+    )
     gweights_TK = gx_TD = None
     if wanted.weights:
-        gweights_R = (ga_RF * a_RF.to(acc)).sum(1)
+        gweights_TK = gweights_R.view_as(problem.weights_TK)
         if down.bias is not None:
-            gweights_R += (grad_RD.to(acc) * rows.of_experts(down.bias).to(acc)).sum(1)
-        gweights_TK = rows.to_slots(gweights_R.unsqueeze(1)).squeeze(2).to(problem.weights_TK.dtype)
+            gweights_TK = gweights_TK + _dots_with_biases(grad_TD, problem, down.bias)
+        gweights_TK = gweights_TK.to(problem.weights_TK.dtype)
     if any(wanted.down):
-        rows.write_gradients(wanted.down, a_RF, rows.of_tokens(grad_TD, problem.weights_TK))
-    ga_RF = ga_RF * rows.of_slots(problem.weights_TK.unsqueeze(2)).to(acc)
-
-    x_RD = rows.of_tokens(problem.x_TD) if any(up.weight for up in wanted.projections) else problem.x_TD
-    gx_RD = None
-    slopes_RF = slopes(problem.activation, [h_RF.to(acc) for h_RF in pre_RF])
-    for slope_RF, up, targets in zip(slopes_RF, problem.projections, wanted.projections, strict=True):
-        gh_RF = (ga_RF * slope_RF).to(dtype)
-        rows.write_gradients(targets, x_RD, gh_RF)
+        of_rows = passes.by_row(weights_R.unsqueeze(1), rows.slots_R).squeeze(1)
+        rows.write_gradients(wanted.down, weighted_RF, grad_RD, of_rows)
+    x_RD = None
+    if any(up.weight for up in wanted.projections):
+        x_RD = passes.of_tokens(problem.x_TD, *where)
+    terms = []
+    for gh, up, targets in zip(gh_RF, problem.projections, wanted.projections, strict=False):
+        rows.write_gradients(targets, gh if x_RD is None else x_RD, gh)
         if wanted.x:
-            of_one_RD = product(gh_RF, up.weight.mT, dtype)
-            gx_RD = of_one_RD if gx_RD is None else gx_RD.add_(of_one_RD)
-    if gx_RD is not None:
-        gx_TD = rows.to_tokens(gx_RD)
+            terms.append(product(gh, up.weight.mT))
+    if terms:
+        gx_TD = _ops.to_tokens(*(*terms, None)[:2], None, None, problem.ids_TK, *where)
     return Gradients(gx_TD, gweights_TK)
+
+
+def _dots_with_biases(grad_TD: Tensor, problem: Problem, b_ED: Tensor) -> Tensor:
+    """``<grad[t], b[ids[t, k]]>``, 0 for copies that are not here."""
+    acc = accumulation_dtype(grad_TD.dtype)
+    is_here = (problem.ids_TK >= 0) & (problem.ids_TK < len(b_ED))
+    if not len(b_ED):
+        return grad_TD.new_zeros(is_here.shape, dtype=acc)
+    dots_TE = grad_TD.to(acc) @ b_ED.to(acc).mT
+    ids_TK = torch.where(is_here, problem.ids_TK, 0).to(torch.int64)
+    return dots_TE.gather(1, ids_TK).masked_fill(~is_here, 0)

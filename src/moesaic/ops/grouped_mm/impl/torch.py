@@ -10,7 +10,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from moesaic.ops.grouped_mm import tiled
+from moesaic.ops.grouped_mm import (
+    tiled,
+    unused,  # noqa: F401 -- defines the operator
+)
 from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
 from moesaic.ops.processor import has_amx
 from moesaic.ops.quantized.weight import Weight
@@ -42,6 +45,12 @@ class Products:
         if isinstance(w_EKN, Tensor) and out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
             return _library_forward(x_RK, w_EKN, self._sizes_BG)
         return tiled.forward(x_RK, w_EKN, self._sizes_BG, out_dtype)
+
+    def of_rows(self, x_RK: Tensor, w_EKN: Tensor) -> Tensor:
+        """As :meth:`forward` of one block, and no pass for the rows past the last group: they may hold anything."""
+        if self._groups is None and _library_takes(x_RK, w_EKN, self._sizes_BG):
+            return torch._grouped_mm(x_RK, w_EKN, offs=_ends(self._sizes_BG[0])).contiguous()
+        return self.forward(x_RK, w_EKN, x_RK.dtype)
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor) -> Tensor:
         if self._groups is not None:
@@ -107,7 +116,8 @@ def _library_takes(x_RK: Tensor, other: Tensor, sizes_BG: Tensor) -> bool:
     """Whether ``torch._grouped_mm`` has a fast kernel for these operands that gives right values."""
     return (
         x_RK.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x_RK.device) >= (9, 0)
+        # On meta tensors what is counted is what a GPU would do that has the kernel.
+        and (x_RK.is_meta or torch.cuda.get_device_capability(x_RK.device) >= (9, 0))
         and 0 < sizes_BG.shape[1] <= _MAX_GROUPS
         and min(*x_RK.shape, *other.shape) > 0
         and x_RK.stride(-1) == 1  # else a group starts wherever its first row does: unaligned
@@ -136,7 +146,7 @@ def _library_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor) -> Tensor:
         if not len(w_GKN):
             blocks.append(x_RK.new_zeros(C, w_EKN.shape[2]))
             continue
-        ends_G = sizes_G[: len(w_GKN)].cumsum(0).to(torch.int32)
+        ends_G = _ends(sizes_G[: len(w_GKN)])
         y_CN = torch._grouped_mm(x_RK[b * C : (b + 1) * C], w_GKN, offs=ends_G)
         # torch leaves the rows past the last group uninitialised. Groups without an expert are past it.
         past_end_C1 = torch.arange(C, device=y_CN.device).unsqueeze(1) >= ends_G[-1]
@@ -147,5 +157,10 @@ def _library_forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor) -> Tensor:
 
 def _library_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_BG: Tensor, num_matrices: int) -> Tensor:
     sizes_G = sizes_BG[0, :num_matrices]
-    gw_GKN = torch._grouped_mm(x_RK.mT, grad_RN, offs=sizes_G.cumsum(0).to(torch.int32))
-    return gw_GKN.masked_fill_((sizes_G == 0)[:, None, None], 0)
+    gw_GKN = torch._grouped_mm(x_RK.mT, grad_RN, offs=_ends(sizes_G))
+    torch.ops.moesaic_passes.zero_unused_(gw_GKN, sizes_G)
+    return gw_GKN
+
+
+def _ends(sizes_G: Tensor) -> Tensor:
+    return sizes_G.cumsum(0).to(torch.int32)
