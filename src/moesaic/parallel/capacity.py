@@ -88,17 +88,17 @@ def skip_overflowed_steps(optimizer: Optimizer, model: nn.Module, meshes: Meshes
         >>> model = moesaic.parallelize(model, meshes, capacity=4096)
         >>> handle = moesaic.parallel.skip_overflowed_steps(optimizer, model, meshes)
     """
-    capacities = {getattr(m.dispatcher, "capacity", None) for m in model.modules() if isinstance(m, MoE)} - {None}
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    capacity = next((c for moe in moes if (c := getattr(moe.dispatcher, "capacity", None)) is not None), None)
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        most = most_copies(model, meshes) if capacities else 0
-        if most <= min(capacities, default=0):
+        if capacity is None or (most := most_copies(model, meshes)) <= capacity:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         warnings.warn(
-            f"capacity: {most} copies were routed to one rank and there is room for {min(capacities)}; this step "
+            f"capacity: {most} copies were routed to one rank and there is room for {capacity}; this step "
             "changes no weight. Give parallelize a larger capacity",
             stacklevel=2,
         )

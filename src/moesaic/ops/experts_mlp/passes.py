@@ -10,6 +10,8 @@ holds afterwards is not said.
 Legend: T tokens, K copies a token (top-k), R = T * K rows and slots, D model dim, F hidden dim, E experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,8 @@ def _hidden(
     pre = [h if b is None else h + biases_of(b, ids, slots) for h, b in ((h1, b1), (h3, b3)) if h is not None]
     nothing = h1.new_empty(0, h1.shape[1])
     kept = [by_slot(h, positions) for h in pre] if save else []
-    return hidden(activation, pre), *(*kept, nothing, nothing)[:2]
+    kept1, kept3 = (*kept, nothing, nothing)[:2]
+    return hidden(activation, pre), kept1, kept3
 
 
 def _hidden_gradient(
@@ -127,14 +130,14 @@ def biases_of(b_EO: Tensor, ids: Tensor, slots: Tensor) -> Tensor:
     return torch.nn.functional.pad(b_EO, (0, 0, 0, 1)).index_select(0, experts)
 
 
-def _register(name: str, composed: object, kernel: str) -> None:
+def _register(name: str, composed: Callable[..., object], kernel: str) -> None:
     """By kernels in Triton on CUDA, where there are some for the dtype; out of torch's operations elsewhere."""
 
     def on_cuda(*args: object) -> object:
         first = args[0]
         assert isinstance(first, Tensor)
         if available.refuses(first) is not None:
-            return composed(*args)  # ty: ignore
+            return composed(*args)
         with torch.cuda.device_of(first):
             return getattr(available.load("passes"), kernel)(*args)
 

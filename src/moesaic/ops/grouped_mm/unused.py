@@ -8,10 +8,12 @@ from moesaic.ops.triton import available
 torch.library.define("moesaic_passes::zero_unused_", "(Tensor(a!) w, Tensor sizes) -> ()")
 
 
-@torch.library.impl("moesaic_passes::zero_unused_", "default")
 def _zero_unused(w: Tensor, sizes: Tensor) -> None:
-    """``w[e] = 0`` wherever ``sizes[e]`` is 0. ``w [E, K, N]`` is contiguous."""
+    """``w[e] = 0`` wherever ``sizes[e]`` is 0. ``w`` is ``[E, K, N]``."""
     w.masked_fill_((sizes == 0)[:, None, None], 0)
+
+
+torch.library.impl("moesaic_passes::zero_unused_", "default", _zero_unused)
 
 
 @torch.library.impl("moesaic_passes::zero_unused_", "CUDA")

@@ -46,9 +46,9 @@ class Products:
             return _library_forward(x_RK, w_EKN, self._sizes_BG)
         return tiled.forward(x_RK, w_EKN, self._sizes_BG, out_dtype)
 
-    def of_rows(self, x_RK: Tensor, w_EKN: Tensor) -> Tensor:
+    def of_rows(self, x_RK: Tensor, w_EKN: Weight) -> Tensor:
         """As :meth:`forward` of one block, and no pass for the rows past the last group: they may hold anything."""
-        if self._groups is None and _library_takes(x_RK, w_EKN, self._sizes_BG):
+        if self._groups is None and isinstance(w_EKN, Tensor) and _library_takes(x_RK, w_EKN, self._sizes_BG):
             return torch._grouped_mm(x_RK, w_EKN, offs=_ends(self._sizes_BG[0])).contiguous()
         return self.forward(x_RK, w_EKN, x_RK.dtype)
 
