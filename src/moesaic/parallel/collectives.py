@@ -63,7 +63,8 @@ class _AllToAll(torch.autograd.Function):
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad, others = _apart(grads[0], ctx.columns)
-        return _with_zeros(internals.all_to_all(grad, ctx.send, ctx.receive, ctx.group), others), *[None] * 4
+        back = internals.all_to_all(grad, ctx.send, ctx.receive, ctx.group)
+        return _with_zeros(back, others), None, None, None, None
 
 
 class _AllGatherRows(torch.autograd.Function):
