@@ -1,12 +1,12 @@
 """Registers, spills, shared memory and matrix instructions of every Triton kernel in its default configurations.
 
-Compiles ahead of time for GPUs that need not be there: the functions that launch kernels run on tensors without memory,
-and each launch is compiled instead. ptxas and cuobjdump come with triton.
+Compiles ahead of time and needs no GPU; ptxas and cuobjdump come with triton.
 
-    python benchmarks/gpu/compile_table.py [--capabilities 8.0 9.0] [--dtypes bfloat16] [--forms silu] [--json FILE]
-    python benchmarks/gpu/compile_table.py --sample [--json FILE]
+    python -m benchmarks.gpu.compile_table [--capabilities 8.0 9.0] [--dtypes bfloat16] [--forms silu] [--json FILE]
+    python -m benchmarks.gpu.compile_table --sample [--json FILE]
 """
 
+import argparse
 import json
 import multiprocessing
 import re
@@ -15,42 +15,22 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import triton
-import tyro
+from benchmarks.gpu import launches
+from benchmarks.gpu.launches import Form, Sizes
 from rich.console import Console
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from moesaic.ops.experts_mlp.impl import triton as experts_mlp
-from moesaic.ops.experts_mlp.problem import Problem, Projection, Target, Targets, Wanted
-from moesaic.ops.grouped_mm.impl import triton as grouped_mm
-from moesaic.ops.triton import device
 
 # Bytes of shared memory that a block can have.
 SHARED_LIMITS = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "10.0": 227 << 10}
 # Qwen3-30B-A3B's experts; a few, some and many rows each.
-E, K, D, F = 128, 8, 2048, 768
-TOKENS = {"few": 64, "some": 512, "many": 32768}
+SIZES = {name: Sizes(T, K=8, E=128, D=2048, F=768) for name, T in (("few", 64), ("some", 512), ("many", 32768))}
 CAPABILITIES = ("8.0", "9.0", "10.0")
 DTYPES = ("bfloat16", "float16", "float32")
-_SMS = 132
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the experts compute."""
-
-    activation: str
-    is_gated: bool = True
-    is_biased: bool = False
-
-
 # Of the activations gelu needs the most registers, clamped_swiglu the most of those of known models.
 FORMS = {
     "silu": Form("silu"),
@@ -74,18 +54,6 @@ SAMPLE = (
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compile."""
-
-    capabilities: Annotated[tuple[str, ...], tyro.conf.arg(help="compute capabilities")] = CAPABILITIES
-    dtypes: tuple[str, ...] = DTYPES
-    forms: Annotated[tuple[str, ...], tyro.conf.arg(help="of the experts")] = tuple(FORMS)
-    sample: Annotated[bool, tyro.conf.arg(help="instead: every form, dtype and GPU, not with each other")] = False
-    jobs: Annotated[int, tyro.conf.arg(help="processes")] = 2
-    json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
-
-
-@dataclass(frozen=True)
 class Row:
     """A kernel as compiled."""
 
@@ -102,78 +70,23 @@ class Row:
     has_tma: bool
 
 
-class _Target:
-    """Stands in for a GPU's driver."""
-
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # Kernels are kept by device: a process can compile for several.
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_launches(capability: str, dtype: torch.dtype, forms: dict[str, tuple[str, ...]]) -> list[Row]:
     """Every kernel that both operators launch in both passes, for the forms of each number of rows."""
-    major, minor = map(int, capability.split("."))
-    driver.set_active(_Target((major, minor)))
-    device.describe = lambda _: device.nvidia((major, minor), _SMS)
     compiled: dict[int, tuple[str, str, str, Any, dict[str, Any]]] = {}
-    run, rows, form = JITFunction.run, "", ""
+    rows, form = "", ""
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.setdefault(id(kernel), (self.fn.__name__, rows, form, kernel, options))
-        return kernel
+    def take(name: str, kernel: Any, options: dict[str, Any]) -> None:
+        compiled.setdefault(id(kernel), (name, rows, form, kernel, options))
 
-    JITFunction.run = compile_only
-    try:
+    with launches.compiled_only(capability, take):
         for rows in forms:
             for form in forms[rows]:
-                _launch_experts(TOKENS[rows], dtype, FORMS[form])
-            _launch_products(TOKENS[rows] * K, dtype)
-    finally:
-        JITFunction.run = run
+                problem = launches.problem(SIZES[rows], dtype, FORMS[form])
+                launches.experts_forward(problem)
+                for main_gradients in (False, True):
+                    launches.experts_backward(problem, main_gradients)
+            launches.products(SIZES[rows], dtype)
     return [_describe(capability, dtype, *entry) for entry in compiled.values()]
-
-
-def _launch_experts(tokens: int, dtype: torch.dtype, form: Form) -> None:
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    ids, weights = empty(tokens, K, dtype=torch.int64), empty(tokens, K, dtype=torch.float32)
-    up = [Projection(empty(E, D, F), empty(E, F) if form.is_biased else None) for _ in range(1 + form.is_gated)]
-    problem = Problem(empty(tokens, D), ids, weights, tuple(up), Projection(empty(E, F, D)), form.activation)
-    experts_mlp.forward(problem, False)
-    pre = experts_mlp.forward(problem, True).hidden
-    grad = empty(tokens, D)
-
-    def targets(projection: Projection, into: torch.Tensor | None) -> Targets:
-        bias = projection.bias
-        return Targets(Target(projection.weight, into), None if bias is None else Target(bias))
-
-    for adds in (False, True):
-        *ups, down = (
-            targets(p, empty(*p.weight.shape, dtype=torch.float32) if adds else None) for p in (*up, problem.down)
-        )
-        experts_mlp.backward(grad, problem, pre, Wanted(True, True, tuple(ups), down))
-
-
-def _launch_products(num_rows: int, dtype: torch.dtype) -> None:
-    x, grad = (torch.empty(num_rows, n, dtype=dtype, device="meta") for n in (D, F))
-    w = torch.empty(E, D, F, dtype=dtype, device="meta")
-    sizes = torch.empty(1, E, dtype=torch.int64, device="meta")
-    grouped_mm.forward(x, w, sizes, dtype)
-    grouped_mm.forward(grad, w.mT, sizes, dtype)
-    grouped_mm.weight_grad(x, grad, sizes, E)
-    grouped_mm.weight_grad_into(w.float(), x, grad, sizes)
 
 
 def _describe(
@@ -210,8 +123,22 @@ def _task(args: tuple[str, str, dict[str, tuple[str, ...]]]) -> list[Row]:
     return compile_launches(capability, getattr(torch, dtype), forms)
 
 
-def main(options: Options) -> None:
-    everything = [(c, d, dict.fromkeys(TOKENS, options.forms)) for c in options.capabilities for d in options.dtypes]
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    known, usual = ", ".join(SHARED_LIMITS), " ".join(CAPABILITIES)
+    text = f"compute capabilities, of {known} (default: {usual})"
+    add("--capabilities", nargs="+", default=CAPABILITIES, choices=SHARED_LIMITS, metavar="X.Y", help=text)
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    add("--forms", nargs="+", default=tuple(FORMS), choices=FORMS, help="of the experts")
+    add("--sample", action="store_true", help="instead: every form, dtype and GPU, not with each other")
+    add("--jobs", type=int, default=2, help="processes (default: 2)")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    everything = [(c, d, dict.fromkeys(SIZES, options.forms)) for c in options.capabilities for d in options.dtypes]
     tasks = SAMPLE if options.sample else everything
     # Spawned, since torch has threads.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -244,4 +171,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(_options())

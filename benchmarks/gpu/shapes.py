@@ -1,48 +1,59 @@
 """Experts of known models, and routings of their tokens."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import NamedTuple
 
 import torch
-import tyro
 from benchmarks.gpu.common import DEVICE, DRY_RUN
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Shape:
-    """E experts, top K, model dim D, expert hidden dim F."""
+    """E experts, top K, model dim D, expert hidden dim F; fine-grained experts, wide ones, or neither."""
 
     name: str
     D: int
     F: int
     E: int
     K: int
-    is_fine: bool
+    kind: str
 
 
+# Those of most interest first.
 SHAPES = (
-    Shape("Mixtral 8x7B", 4096, 14336, 8, 2, False),
-    Shape("Qwen3-30B-A3B", 2048, 768, 128, 8, True),
-    Shape("OLMoE", 2048, 1024, 64, 8, True),
-    Shape("DeepSeek-V3, EP 8", 7168, 2048, 32, 8, True),
-    Shape("gpt-oss-120b", 2880, 2880, 128, 4, True),
+    Shape("Qwen3-30B-A3B", 2048, 768, 128, 8, "fine"),
+    Shape("Mixtral 8x7B", 4096, 14336, 8, 2, "wide"),
+    Shape("OLMoE", 2048, 1024, 64, 8, "fine"),
+    Shape("gpt-oss-120b", 2880, 2880, 128, 4, ""),
+    Shape("DeepSeek-V3, EP 8", 7168, 2048, 32, 8, "wide"),
 )
+# Few, some and many: a step of decoding, a short and a long batch.
 TOKENS = (64, 4096, 32768)
 ROUTINGS = ("balanced", "zipf")
 if DRY_RUN:
-    SHAPES = (Shape("tiny", 40, 48, 4, 2, True),)
-    TOKENS = (20,)
+    SHAPES = (Shape("tiny", 40, 48, 4, 2, "fine"),)
+    TOKENS = (6, 20)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure."""
+class Weights(NamedTuple):
+    """``w1``, ``w3 [E, D, F]`` and ``w2 [E, F, D]``."""
 
-    rounds: Annotated[int, tyro.conf.arg(help="timed calls; the median counts")] = 20
-    shapes: Annotated[tuple[str, ...], tyro.conf.arg(help="names of shapes")] = tuple(s.name for s in SHAPES)
-    tokens: tuple[int, ...] = TOKENS
-    dry_run: Annotated[bool, tyro.conf.arg(help="tiny sizes on the CPU")] = False
+    w1: Tensor
+    w3: Tensor
+    w2: Tensor
+
+
+def weights_of(shape: Shape) -> Weights:
+    """The same at every call."""
+    torch.manual_seed(0)
+    E, D, H = shape.E, shape.D, shape.F
+    return Weights(
+        *(
+            (torch.randn(E, n, m, device=DEVICE, dtype=torch.bfloat16) * n**-0.5).requires_grad_()
+            for n, m in ((D, H), (D, H), (H, D))
+        )
+    )
 
 
 def route(shape: Shape, tokens: int, routing: str, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,11 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 @pytest.fixture(scope="module", params=["sample", pytest.param("all", marks=LONG)])
 def rows(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("compiled")
-    program = [sys.executable, ROOT / "benchmarks" / "gpu" / "compile_table.py", "--json", folder / "table.json"]
+    program = [sys.executable, "-m", "benchmarks.gpu.compile_table", "--json", folder / "table.json"]
     done = subprocess.run(
         [*program, *(["--sample"] if request.param == "sample" else [])],
         env=os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -5,6 +5,7 @@ from moesaic.parallel.capacity import most_copies, skip_overflowed_steps
 from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes, MeshLayout, resolve_layout
 from moesaic.parallel.plan import parallelize
+from moesaic.parallel.tuning import tune_kernels
 
 __all__ = [
     "MeshLayout",
@@ -15,4 +16,5 @@ __all__ = [
     "parallelize",
     "resolve_layout",
     "skip_overflowed_steps",
+    "tune_kernels",
 ]

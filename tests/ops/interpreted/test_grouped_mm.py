@@ -152,36 +152,3 @@ def test_tf32_only_where_torch_allows_it():
         assert tiles.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_tuning_finds_right_results_and_remembers(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOESAIC_TRITON_AUTOTUNE", "1")
-    monkeypatch.setenv("MOESAIC_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuner, "_ROUNDS", 1)
-    p = problem(layout("flat", [[20, 0, 7]], slack=1), 30, 33, torch.bfloat16)
-    check(p, run("triton", p))
-    [file] = tmp_path.iterdir()
-    assert file == tuner.cache_file(p.x.device)
-    tuner._known.clear()
-    monkeypatch.setattr(tuner, "_time", lambda *_: pytest.fail("timed again"))
-    check(p, run("triton", p))
-    monkeypatch.setenv("MOESAIC_TRITON_AUTOTUNE", "yes")
-    with pytest.raises(ValueError, match="MOESAIC_TRITON_AUTOTUNE: got 'yes'"):
-        run("triton", p)
-
-
-def test_what_was_tuned_is_of_one_device_and_versions(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOESAIC_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    cuda = torch.device("cuda")
-    files = [tuner.cache_file(torch.device("cpu")), tuner.cache_file(cuda)]
-    assert "NVIDIA-H100-80GB-HBM3" in files[1].name
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    files.append(tuner.cache_file(cuda))
-    monkeypatch.setattr(tuner.triton, "__version__", "99.1")
-    files.append(tuner.cache_file(cuda))
-    monkeypatch.setattr(tuner, "version", lambda name: "99.2")
-    files.append(tuner.cache_file(cuda))
-    assert len(set(files)) == 5
-    assert "99.1" in files[-1].name
-    assert "99.2" in files[-1].name

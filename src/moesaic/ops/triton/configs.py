@@ -1,15 +1,17 @@
 """Block sizes by kernel, dtype, shape class and GPU, and the tuner that may replace them.
 
 The table is a guess that compiles without spills into the shared memory there is: it awaits measurement on a GPU.
-``MOESAIC_TRITON_AUTOTUNE=1`` in the environment has each kernel timed in a few configurations at the first call of a
-shape class; see :mod:`moesaic.ops.triton.tuner`. Without it no call takes longer than compilation.
+``MOESAIC_TRITON_AUTOTUNE=1`` in the environment has each launch timed in a few configurations the first time it is met;
+see :mod:`moesaic.ops.triton.tuner`. Without it no call takes longer than compilation.
 
 Legend: M, N, K the block of the result and of the sum. In ``weight_grad`` M x N is a block of the gradient, and the sum
 is over rows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from moesaic.ops.choices import shape_class
 from moesaic.ops.triton import device, tuner
 from moesaic.ops.triton.maps import Groups
+from moesaic.ops.triton.tiles import precision
 
 
 @dataclass(frozen=True)
@@ -115,19 +118,73 @@ _FP32 = {
 _INTERPRETED = Config(32, 32, 32, GROUP_M=2)
 
 
-def choose(kernel: str, x_RK: Tensor, *, K: int, N: int, groups: Groups, run: Callable[[Config], object]) -> Config:
+# Of kernels whose configuration a program has fixed, by `using`.
+_FIXED: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def using(kernel: str, config: Config) -> Iterator[None]:
+    """Within, every launch of ``kernel`` is in this configuration; for measurements."""
+    _FIXED[kernel] = config
+    try:
+        yield
+    finally:
+        del _FIXED[kernel]
+
+
+class Launch(NamedTuple):
+    """What the best configuration of a launch depends on, beside the GPU.
+
+    Attributes:
+        kernel: its row of the table.
+        x: an operand, for its dtype and device.
+        K, N: the matrix dims.
+        groups: of its rows.
+        compiled_for: the constants of the kernel but for the configuration and what follows from it, and the layouts of
+            its operands.
+    """
+
+    kernel: str
+    x: Tensor
+    K: int
+    N: int
+    groups: Groups
+    compiled_for: dict[str, object]
+
+    @property
+    def key(self) -> str:
+        """In words: launches with the same are tuned once. Of the rows it has the power of two."""
+        (B, G), rows = self.groups.bounds.shape, self.groups.num_rows
+        compiled_for = " ".join(f"{name}={value}" for name, value in sorted(self.compiled_for.items()))
+        return (
+            f"{self.kernel} {self.x.dtype} {precision(self.x.dtype)} K={self.K} N={self.N} blocks={B} groups={G - 2} "
+            f"shared={self.groups.is_shared} rows=2^{rows.bit_length()} {compiled_for}"
+        )
+
+
+def choose(launch: Launch, run: Callable[[Config], object]) -> Config:
     """The configuration of a launch; ``run(config)`` is the launch, for the tuner to time."""
-    B, G = groups.bounds.shape[0], groups.bounds.shape[1] - 2
-    shape = shape_class(groups.num_rows, B * G)
-    default = table(kernel, x_RK.dtype, shape, device.describe(x_RK.device).kind)
-    if not tuner.is_enabled():
-        return default
-    key = f"{kernel} {x_RK.dtype} K={K} N={N} groups={groups.bounds.numel()} rows=2^{groups.num_rows.bit_length()}"
-    return tuner.best(key, default, x_RK.device, run)
+    if launch.kernel in _FIXED:
+        return _FIXED[launch.kernel]
+    default = default_of(launch)
+    return default if tuner.mode() == "off" else tuner.best(launch.key, default, launch.x.device, run)
+
+
+def default_of(launch: Launch) -> Config:
+    """The configuration that the table has for a launch."""
+    B, G = launch.groups.bounds.shape[0], launch.groups.bounds.shape[1] - 2
+    shape = shape_class(launch.groups.num_rows, B * G)
+    return table(launch.kernel, launch.x.dtype, shape, device.describe(launch.x.device).kind)
 
 
 def table(kernel: str, dtype: torch.dtype, shape: str, kind: str) -> Config:
     """The default configuration."""
     if kind == "interpreted":
         return _INTERPRETED
-    return _FP32[shape] if dtype == torch.float32 else _HALF_TABLE[kernel, shape][kind]
+    if dtype == torch.float32:
+        return _FP32[shape]
+    if kernel == "weight_grad_into":
+        # What is added to needs registers beside the sum.
+        config = _HALF_TABLE["weight_grad", shape][kind]
+        return replace(config, BN=min(config.BN, 128))
+    return _HALF_TABLE[kernel, shape][kind]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moesaic.ops.triton import device
 from moesaic.ops.triton.activation import hidden_and_slopes
-from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.configs import Config, Launch, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
 from moesaic.ops.triton.tiles import (
@@ -29,6 +29,7 @@ from moesaic.ops.triton.tiles import (
     Rows,
     add_product,
     as_weight,
+    layout,
     load_tile,
     ordered,
     precision,
@@ -100,8 +101,9 @@ def down_gradient(
     def run(config: Config) -> HiddenGradient:
         return _launch(operands, activation, routing, config, wanted, (gh1, gh3, weighted))
 
-    config = choose("down_gradient", grad_TD, K=grad_TD.shape[1], N=F, groups=routing.groups, run=run)
-    return run(config)
+    compiled_for = {"activation": activation, "gated": is_gated, **wanted._asdict()}
+    compiled_for |= {"grad": layout(grad_TD), "w2": layout(w2_EFD)}
+    return run(choose(Launch("down_gradient", grad_TD, grad_TD.shape[1], F, routing.groups, compiled_for), run))
 
 
 def _launch(

@@ -11,9 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.ops.triton import device
-from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.configs import Config, Launch, choose
 from moesaic.ops.triton.maps import Groups, TileMap, tile_map
-from moesaic.ops.triton.tiles import Matrices, Rows, add_product, as_weight, load_tile, ordered, precision, tile_rows
+from moesaic.ops.triton.tiles import (
+    Matrices,
+    Rows,
+    add_product,
+    as_weight,
+    layout,
+    load_tile,
+    ordered,
+    precision,
+    tile_rows,
+)
 
 
 class Product(NamedTuple):
@@ -34,7 +44,9 @@ def grouped_mm(product: Product, groups: Groups, out_dtype: torch.dtype, *, plus
     def run(config: Config) -> None:
         _launch(product, plus or product, plus is not None, tile_map(groups, config.BM), config, y_RN)
 
-    run(choose("matmul", x_RK, K=K, N=N, groups=groups, run=run))
+    second = {} if plus is None else {"x2": layout(plus.x), "w2": layout(plus.w)}
+    compiled_for = {"y": out_dtype, "x": layout(x_RK), "w": layout(w_EKN), **second}
+    run(choose(Launch("matmul", x_RK, K, N, groups, compiled_for), run))
     return y_RN
 
 

@@ -50,6 +50,14 @@ def _is_aligned(t: Tensor) -> bool:
     return all(stride > 0 and stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in t.stride()[:2])
 
 
+def layout(t: Tensor) -> str:
+    """Of the last two dims: what the loads of a tensor depend on beside its dtype."""
+    order = "rows" if t.stride(-1) == 1 else "columns" if t.stride(-2) == 1 else "strided"
+    strides = [stride for stride in t.stride() if stride != 1]
+    is_aligned = all(stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in (*strides, t.data_ptr()))
+    return f"{order}{'' if is_aligned else ',unaligned'}"
+
+
 def precision(dtype: torch.dtype) -> str:
     """Of products in fp32: TF32 only where torch allows it in its own."""
     if dtype in _HALF or torch.version.hip is not None:

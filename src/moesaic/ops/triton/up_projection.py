@@ -14,13 +14,14 @@ from torch import Tensor
 
 from moesaic.ops.triton import device
 from moesaic.ops.triton.activation import hidden
-from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.configs import Config, Launch, choose
 from moesaic.ops.triton.maps import TileMap, tile_map
 from moesaic.ops.triton.routing import Routing
 from moesaic.ops.triton.tiles import (
     Matrices,
     Rows,
     as_weight,
+    layout,
     load_rows,
     load_tile,
     load_weight,
@@ -70,7 +71,10 @@ def up_projection(
     def run(config: Config) -> None:
         _launch(operands, activation, routing, tile_map(routing.groups, config.BM), config, hidden, save)
 
-    run(choose("up_projection", x_TD, K=D, N=F, groups=routing.groups, run=run))
+    weights = {name: layout(w) for name, w in (("w1", w1_EDF), ("w3", w3_EDF)) if w is not None}
+    compiled_for = {"activation": activation, "save": save, "b1": b1_EF is not None, "b3": b3_EF is not None}
+    compiled_for |= {"x": layout(x_TD), **weights}
+    run(choose(Launch("up_projection", x_TD, D, F, routing.groups, compiled_for), run))
     return hidden
 
 

@@ -6,7 +6,6 @@ afterwards: the work is spread, and the bits are the same every time.
 Legend: R rows, K and N the matrix dims, E experts.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moesaic.ops.triton import device
-from moesaic.ops.triton.configs import Config, choose
+from moesaic.ops.triton.configs import Config, Launch, choose
 from moesaic.ops.triton.device import Device
 from moesaic.ops.triton.maps import ChunkMap, Groups, chunk_map, expert_segment
-from moesaic.ops.triton.tiles import ordered, precision
+from moesaic.ops.triton.tiles import layout, ordered, precision
 
 _MOST_CHUNKS = 8
 _REDUCED = 1024
@@ -61,12 +60,13 @@ def weight_grad_into(
 
     def run_elsewhere(config: Config) -> None:
         # The tuner runs it many times.
-        _launch(x, grad, groups, config, torch.empty_like(into_EKN) if adds else into_EKN, x_rows, grad_rows)
+        into = torch.empty_like(into_EKN) if adds else into_EKN
+        _launch(x, grad, groups, config, into, x_rows, grad_rows, accumulate=adds)
 
-    config = choose("weight_grad", x, K=K, N=N, groups=groups, run=run_elsewhere)
-    if adds:
-        # What is added to needs registers beside the sum.
-        config = replace(config, BN=min(config.BN, 128))
+    compiled_for = {"into": into_EKN.dtype, "x": layout(x), "grad": layout(grad)}
+    compiled_for |= {"gathers x": x_rows is not None, "gathers grad": grad_rows is not None}
+    kernel = "weight_grad_into" if adds else "weight_grad"
+    config = choose(Launch(kernel, x, K, N, groups, compiled_for), run_elsewhere)
     _launch(x, grad, groups, config, into_EKN, x_rows, grad_rows, accumulate=adds)
 
 
