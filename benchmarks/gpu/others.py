@@ -5,6 +5,7 @@ Each is compared with ours before it is timed. One that is not installed, fails 
 
 import functools
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -38,16 +39,14 @@ def _transformers(shape: Shape, w: Weights) -> Layer:
 
 
 def _liger(shape: Shape, w: Weights) -> Layer:
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
+    layer = import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
     parameters = _leaves(torch.cat([w.w1.mT, w.w3.mT], 1), w.w2.mT)
-    return lambda x, i, p: LigerFusedMoEFunction.apply(x, *parameters, i.int(), p), parameters
+    return lambda x, i, p: layer.apply(x, *parameters, i.int(), p), parameters
 
 
 def _quack(shape: Shape, w: Weights) -> Layer:
     """Its grouped products with a gather, forward only, and torch around them."""
-    from quack.gemm_interface import gemm
-
+    gemm = import_module("quack.gemm_interface").gemm
     w13 = torch.cat([w.w1, w.w3], 2).detach()
 
     def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

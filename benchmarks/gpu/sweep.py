@@ -13,9 +13,9 @@ from benchmarks.gpu.launches import Sizes
 from benchmarks.gpu.layer import OURS, Case, contenders
 from benchmarks.gpu.shapes import Shape
 
-from moesaic.ops.choices import shape_class
-from moesaic.ops.triton import device, tuner
-from moesaic.ops.triton.configs import table, using
+from moesaic.ops.triton import tuner
+from moesaic.ops.triton.configs import Launch, default_of, using
+from moesaic.ops.triton.maps import Groups
 
 Row = dict[str, Any]
 # Products of R x D x F in both passes, by the name of a kernel's configuration.
@@ -39,9 +39,8 @@ def rows(shape: Shape, tokens: int, routing: str, ceilings: Row, seconds: float)
             lost[kernel] = row["ms lost"] = ms - flops / ceilings["matmul TFLOP/s"] / 1e9
         yield row
     worst = max(lost, key=lambda name: lost[name])
-    number = shape_class(tokens * shape.K, shape.E)
-    kind = device.describe(case.x.device).kind
-    default = table(worst, case.x.dtype, number, kind)
+    groups = Groups(case.ids.new_empty(1, shape.E + 2), shape.E, False, tokens * shape.K)
+    default = default_of(Launch(worst, case.x, shape.D, shape.F, groups, {}, gathers=worst == "weight_grad"))
     others = [config for config in tuner.neighbours(default) if config != default][: 2 if DRY_RUN else None]
     if not DRY_RUN:
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

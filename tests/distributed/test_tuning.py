@@ -23,6 +23,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     ctas: int = 1
+    specialized: bool = False
 
 
 def check_one_tunes_for_all(folder: str) -> tuple[int, dict, Config]:

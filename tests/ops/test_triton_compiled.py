@@ -102,6 +102,16 @@ def test_products_use_the_matrix_instructions_of_the_gpu(rows, capability, instr
     assert found == {(kernel, instruction) for kernel in PRODUCTS}
 
 
-def test_weights_come_by_descriptor_on_hopper_and_later(rows):
+def test_weights_and_rows_in_order_come_by_descriptor_on_hopper_and_later(rows):
     by_descriptor = {(row["kernel"], row["capability"]) for row in rows if row["has_tma"]}
-    assert by_descriptor == {(k, c) for k in PRODUCTS - {"weight_grad_kernel"} for c in ("9.0", "10.0")}
+    assert by_descriptor == set(itertools.product(PRODUCTS, ("9.0", "10.0"))) - {("weight_grad_kernel", "10.0")}
+
+
+def test_warps_are_specialized_where_triton_can(rows):
+    # Of many rows and one product, on 9.0: four warps that load beside eight that multiply.
+    many = {
+        (row["capability"], row["config"].split(", ")[1])
+        for row in rows
+        if (row["kernel"], row["rows"], row["dtype"]) == ("grouped_mm_kernel", "many", "bfloat16")
+    }
+    assert many == {("8.0", "8 warps"), ("9.0", "8 warps"), ("9.0", "12 warps"), ("10.0", "8 warps")}

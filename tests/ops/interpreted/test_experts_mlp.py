@@ -172,3 +172,12 @@ def test_routing(ids, num_experts):
     here = [e for e in flat if 0 <= e < num_experts]
     bounds = [sum(e < g for e in here) for g in range(num_experts + 1)]
     assert routed.groups.bounds.tolist() == [[*bounds, len(flat)]]
+
+
+def test_routing_of_several_blocks_of_slots(monkeypatch):
+    monkeypatch.setattr(routing, "_BLOCK", 128)
+    ids_TK = torch.randint(-2, 40, (150, 3), generator=torch.Generator().manual_seed(1))
+    routed = routing.route(ids_TK, 37)
+    keys, order = torch.where((ids_TK >= 0) & (ids_TK < 37), ids_TK, 37).flatten().sort(stable=True)
+    assert routed.slots.tolist() == order.tolist()
+    assert routed.groups.bounds[0].tolist() == torch.searchsorted(keys, torch.arange(39)).tolist()

@@ -47,21 +47,22 @@ def test_tiles(lay, rows_per_tile, dtype):
 @given(lay=layouts(), rows_per_chunk=st.sampled_from((1, 3, 16, 200)))
 def test_chunks(lay, rows_per_chunk):
     made = maps.chunk_map(make(lay), rows_per_chunk)
-    expected, partials = [], {}
-    for expert in range(lay.num_weights):
+    expected, splits, slots = [], [], 0
+    # The longest first, and of those with as many rows the first.
+    for expert in sorted(range(lay.num_weights), key=lambda expert: -lay.experts.count(expert)):
         rows = lay.experts.count(expert)
         pieces = [(r, min(r + rows_per_chunk, rows)) for r in range(0, rows, rows_per_chunk)] or [(0, 0)]
-        slot = sum(partials.values()) if len(pieces) > 1 else -1
-        expected += [[expert, *piece, slot + i if slot >= 0 else -1] for i, piece in enumerate(pieces)]
-        if len(pieces) > 1:
-            partials[expert] = len(pieces)
-    assert made.number.item() == len(expected)
+        is_split = len(pieces) > 1
+        expected += [[expert, *piece, slots + i if is_split else -1] for i, piece in enumerate(pieces)]
+        if is_split:
+            splits.append([expert, slots, len(pieces)])
+            slots += len(pieces)
+    if lay.num_weights:
+        assert made.number.item() == len(expected)
+        assert made.num_splits.item() == len(splits)
     assert made.chunks[: len(expected)].tolist() == expected
-    slots = made.partials.tolist()
-    assert [(expert, number) for expert, number in slots if number] == list(partials.items())
-    assert [i for i, (_, number) in enumerate(slots) if number] == [
-        sum(list(partials.values())[:i]) for i in range(len(partials))
-    ]
+    assert made.splits[: len(splits)].tolist() == splits
+    assert slots <= made.num_slots
 
 
 @pytest.mark.parametrize("sizes", [[[5, 9], [-1, 2]], [[2**40, 3], [0, 2**31]]])
@@ -80,4 +81,5 @@ def test_maps_of_more_groups_than_a_step(monkeypatch):
     expected = [group for group in expected_groups(lay) if group[1] < group[2]]
     assert made.tiles[: made.number.item()].tolist() == [list(group) for group in expected]
     made = maps.chunk_map(make(lay), 64)
-    assert made.chunks[: made.number.item(), 2].tolist() == [0, 1, 2, 5, 0, 3, 2, 0, 0, 0, 40, 1]
+    longest_first = [(10, 40), (3, 5), (5, 3), (2, 2), (6, 2), (1, 1), (11, 1), (0, 0), (4, 0), (7, 0), (8, 0), (9, 0)]
+    assert made.chunks[: made.number.item(), [0, 2]].tolist() == [list(pair) for pair in longest_first]

@@ -9,7 +9,7 @@ is over rows.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,7 +24,10 @@ from moesaic.ops.triton.tiles import precision
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched: block sizes, height of a band of tiles, warps, stages, programs a multiprocessor."""
+    """How a kernel is launched: block sizes, height of a band of tiles, warps, stages, programs a multiprocessor.
+
+    ``specialized``: one group of warps loads while others multiply and store, where all comes by descriptor.
+    """
 
     BM: int
     BN: int
@@ -33,6 +36,7 @@ class Config:
     warps: int = 8
     stages: int = 3
     ctas: int = 1
+    specialized: bool = False
 
     def grid(self, num_sms: int, pieces: int) -> tuple[int]:
         """Programs of a persistent kernel: as many as the GPU holds at once, and no more than there are pieces."""
@@ -56,7 +60,7 @@ _HALF_TABLE = {
         "small": Config(64, 64, 64, warps=4, stages=2),
     },
     ("matmul", "many"): {
-        "hopper": Config(128, 256, 64, warps=8, stages=3),
+        "hopper": Config(128, 256, 64, warps=4, stages=4, specialized=True),
         "ampere": Config(128, 128, 64, warps=8, stages=3),
         "small": Config(128, 64, 64, warps=4, stages=2),
     },
@@ -142,6 +146,8 @@ class Launch(NamedTuple):
         groups: of its rows.
         compiled_for: the constants of the kernel but for the configuration and what follows from it, and the layouts of
             its operands.
+        gathers, adds: of ``weight_grad``: whether rows are gathered, and whether it adds to what is there.
+        by_descriptor: of ``matmul``: whether all that a kernel of one product loads can come by descriptor.
     """
 
     kernel: str
@@ -149,16 +155,20 @@ class Launch(NamedTuple):
     K: int
     N: int
     groups: Groups
-    compiled_for: dict[str, object]
+    compiled_for: Mapping[str, object]
+    gathers: bool = False
+    adds: bool = False
+    by_descriptor: bool = False
 
     @property
     def key(self) -> str:
         """In words: launches with the same are tuned once. Of the rows it has the power of two."""
         (B, G), rows = self.groups.bounds.shape, self.groups.num_rows
-        compiled_for = " ".join(f"{name}={value}" for name, value in sorted(self.compiled_for.items()))
+        told = {**self.compiled_for, "gathers": self.gathers, "adds": self.adds, "by_descriptor": self.by_descriptor}
         return (
             f"{self.kernel} {self.x.dtype} {precision(self.x.dtype)} K={self.K} N={self.N} blocks={B} groups={G - 2} "
-            f"shared={self.groups.is_shared} rows=2^{rows.bit_length()} {compiled_for}"
+            f"shared={self.groups.is_shared} rows=2^{rows.bit_length()} "
+            + " ".join(f"{name}={value}" for name, value in sorted(told.items()))
         )
 
 
@@ -174,17 +184,22 @@ def default_of(launch: Launch) -> Config:
     """The configuration that the table has for a launch."""
     B, G = launch.groups.bounds.shape[0], launch.groups.bounds.shape[1] - 2
     shape = shape_class(launch.groups.num_rows, B * G)
-    return table(launch.kernel, launch.x.dtype, shape, device.describe(launch.x.device).kind)
+    gpu = device.describe(launch.x.device)
+    config = table(launch.kernel, launch.x.dtype, shape, gpu.kind)
+    if launch.gathers and gpu.is_sm90 and launch.x.dtype != torch.float32:
+        # The loads of the rows' numbers take two stages of their own: so there are as many buffers of the rows.
+        config = replace(config, stages=config.stages + 2)
+    if config.specialized and not (gpu.is_sm90 and launch.by_descriptor):
+        # All warps compute, so that the sums are spread over as many.
+        config = replace(config, specialized=False, warps=2 * config.warps, stages=config.stages - 1)
+    if launch.adds and gpu.kind != "interpreted":
+        # What is added to needs registers beside the sum.
+        config = replace(config, BN=min(config.BN, 128))
+    return config
 
 
 def table(kernel: str, dtype: torch.dtype, shape: str, kind: str) -> Config:
-    """The default configuration."""
+    """The row of the table."""
     if kind == "interpreted":
         return _INTERPRETED
-    if dtype == torch.float32:
-        return _FP32[shape]
-    if kernel == "weight_grad_into":
-        # What is added to needs registers beside the sum.
-        config = _HALF_TABLE["weight_grad", shape][kind]
-        return replace(config, BN=min(config.BN, 128))
-    return _HALF_TABLE[kernel, shape][kind]
+    return _FP32[shape] if dtype == torch.float32 else _HALF_TABLE[kernel, shape][kind]

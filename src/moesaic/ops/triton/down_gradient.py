@@ -33,6 +33,7 @@ from moesaic.ops.triton.tiles import (
     load_tile,
     ordered,
     precision,
+    prefetch,
     subtiles,
     tile_rows,
 )
@@ -206,7 +207,7 @@ def _finish_columns(
     up = pre
     if IS_GATED:
         up = tl.load(tile.h3[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    hidden, slope1, slope3 = hidden_and_slopes(pre, up, ACT, IS_GATED)
+    hidden, slope1, slope3 = hidden_and_slopes(pre, up, ACT, IS_GATED, dtype.primitive_bitwidth == 16)
     # As the forward pass rounded it.
     hidden = hidden.to(dtype).to(tl.float32)
     sums = tl.sum(tl.where(mask, g * hidden, 0.0), 1)
@@ -266,6 +267,9 @@ def _down_gradient_kernel(
     GROUP_M: tl.constexpr,
 ):
     N: tl.constexpr = BN // SUBTILES
+    # Elements of 128 bytes.
+    LINE: tl.constexpr = 1024 // h1.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (BN + LINE - 1) // LINE
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
@@ -275,12 +279,17 @@ def _down_gradient_kernel(
         rows = Rows(grad + tl.load(tokens + row).to(tl.int64) * stride_gt, stride_gd, D)
         weight = Matrices(w, stride_we, stride_wd, stride_wf, D, F)
         f = column * BN
+        slot = tl.load(slots + row).to(tl.int64)
+        # What the end of this tile reads of memory comes while its product is computed.
+        lines = tl.minimum(f + tl.arange(0, LINES) * LINE, F - 1)
+        prefetch((h1 + slot * F)[:, None] + lines[None, :])
+        if IS_GATED:
+            prefetch((h3 + slot * F)[:, None] + lines[None, :])
         g = tl.zeros((BM, BN), tl.float32)
         g = add_product(g, rows, weight, expert, f, FORM, EVEN, PRECISION, BN, BK)
 
         out_rows = first + tl.arange(0, BM)
         inside = out_rows < end
-        slot = tl.load(slots + row).to(tl.int64)
         out = out_rows.to(tl.int64) * F
         tile = _Tile(
             inside,

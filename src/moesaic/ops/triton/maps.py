@@ -52,18 +52,22 @@ class TileMap(NamedTuple):
 
 
 class ChunkMap(NamedTuple):
-    """The rows of each expert in chunks, for sums over them.
+    """The rows of each expert in chunks, for sums over them; the experts with the most rows come first.
 
     Attributes:
         chunks: ``[S, 4]``: expert, first and end among the expert's rows in all blocks, and the slot of its partial
             sum, -1 where the chunk is all there is.
         number: ``[1]``, how many chunks there are.
-        partials: ``[num_slots, 2]``: expert and number of partial sums in the first slot of an expert, else number 0.
+        splits: ``[num_splits, 3]``: of each expert with several chunks, itself, its first slot and how many slots.
+        num_splits: ``[1]``, how many of them there are.
+        num_slots: as many slots as there can be.
     """
 
     chunks: Tensor
     number: Tensor
-    partials: Tensor
+    splits: Tensor
+    num_splits: Tensor
+    num_slots: int
 
 
 def group_bounds(sizes_BG: Tensor, num_rows: int, num_experts: int) -> Groups:
@@ -89,18 +93,22 @@ def tile_map(groups: Groups, rows_per_tile: int) -> TileMap:
 
 
 def chunk_map(groups: Groups, rows_per_chunk: int) -> ChunkMap:
-    """Chunks of at most ``rows_per_chunk`` rows, at least one an expert."""
+    """Chunks of at most ``rows_per_chunk`` rows, at least one an expert.
+
+    Programs take every n-th chunk. Beginning with the longest they end at about the same time, however uneven the
+    experts are.
+    """
     B, G, E = groups.bounds.shape[0], groups.bounds.shape[1] - 2, groups.num_experts
-    most = groups.num_rows // rows_per_chunk
-    chunks = groups.bounds.new_empty(most + E, 4)
-    count = groups.bounds.new_empty(1)
     # An expert in more than one chunk has more rows than fit one, so there are at most `most` such experts.
-    partials = groups.bounds.new_zeros(max(2 * most, 1), 2)
+    most = groups.num_rows // rows_per_chunk
+    new = groups.bounds.new_empty
+    made = ChunkMap(new(most + E, 4), new(1), new(max(most, 1), 3), new(1), 2 * most)
     _chunk_map_kernel[(E,)](
         groups.bounds,
-        chunks,
-        count,
-        partials,
+        made.chunks,
+        made.number,
+        made.splits,
+        made.num_splits,
         G,
         E,
         B if groups.is_shared else 1,
@@ -108,7 +116,7 @@ def chunk_map(groups: Groups, rows_per_chunk: int) -> ChunkMap:
         rows_per_chunk,
         STEP=_STEP,
     )
-    return ChunkMap(chunks, count, partials)
+    return made
 
 
 @triton.jit
@@ -182,23 +190,44 @@ def _expert_rows(bounds, expert, segments, G, mask, IS_SHARED: tl.constexpr):
 
 @triton.jit
 def _chunk_map_kernel(
-    bounds, chunks, count, partials, G, E, segments, IS_SHARED: tl.constexpr, rows_per_chunk, STEP: tl.constexpr
+    bounds,
+    chunks,
+    count,
+    splits,
+    num_splits,
+    G,
+    E,
+    segments,
+    IS_SHARED: tl.constexpr,
+    rows_per_chunk,
+    STEP: tl.constexpr,
 ):
     expert = tl.program_id(0)
-    chunk = tl.zeros((), tl.int32)
-    slot = tl.zeros((), tl.int32)
-    for e in tl.range(0, expert, STEP):
-        before = e + tl.arange(0, STEP)
-        number = tl.cdiv(_expert_rows(bounds, before, segments, G, before < expert, IS_SHARED), rows_per_chunk)
-        chunk += tl.sum(tl.where(before < expert, tl.maximum(number, 1), 0), 0)
-        slot += tl.sum(tl.where(number > 1, number, 0), 0)
     rows = _expert_rows(bounds, expert, segments, G, expert < E, IS_SHARED)
     number = tl.maximum(tl.cdiv(rows, rows_per_chunk), 1)
-    if expert == E - 1:
-        tl.store(count, chunk + number)
-    if number > 1:
-        tl.store(partials + 2 * slot, expert)
-        tl.store(partials + 2 * slot + 1, number)
+    chunk = tl.zeros((), tl.int32)
+    slot = tl.zeros((), tl.int32)
+    split = tl.zeros((), tl.int32)
+    all_chunks = tl.zeros((), tl.int32)
+    all_splits = tl.zeros((), tl.int32)
+    for e in tl.range(0, E, STEP):
+        other = e + tl.arange(0, STEP)
+        others = _expert_rows(bounds, other, segments, G, other < E, IS_SHARED)
+        theirs = tl.where(other < E, tl.maximum(tl.cdiv(others, rows_per_chunk), 1), 0)
+        all_chunks += tl.sum(theirs, 0)
+        all_splits += tl.sum(tl.where(theirs > 1, 1, 0), 0)
+        is_before = (others > rows) | ((others == rows) & (other < expert))
+        chunk += tl.sum(tl.where(is_before, theirs, 0), 0)
+        slot += tl.sum(tl.where(is_before & (theirs > 1), theirs, 0), 0)
+        split += tl.sum(tl.where(is_before & (theirs > 1), 1, 0), 0)
+    is_split = number > 1
+    if expert == 0:
+        tl.store(count, all_chunks)
+        tl.store(num_splits, all_splits)
+    if is_split:
+        tl.store(splits + 3 * split, expert)
+        tl.store(splits + 3 * split + 1, slot)
+        tl.store(splits + 3 * split + 2, number)
     for i in tl.range(0, number, 32):
         own = i + tl.arange(0, 32)
         mask = own < number
@@ -206,4 +235,4 @@ def _chunk_map_kernel(
         tl.store(at, own * 0 + expert, mask=mask)
         tl.store(at + 1, own * rows_per_chunk, mask=mask)
         tl.store(at + 2, tl.minimum((own + 1) * rows_per_chunk, rows), mask=mask)
-        tl.store(at + 3, tl.where(number > 1, slot + own, -1), mask=mask)
+        tl.store(at + 3, tl.where(is_split, slot + own, -1), mask=mask)

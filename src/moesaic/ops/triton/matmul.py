@@ -17,12 +17,15 @@ from moesaic.ops.triton.tiles import (
     Matrices,
     Rows,
     add_product,
+    as_rows,
     as_weight,
     layout,
     load_tile,
     ordered,
     precision,
+    rows_have_descriptor,
     tile_rows,
+    weight_form,
 )
 
 
@@ -46,7 +49,10 @@ def grouped_mm(product: Product, groups: Groups, out_dtype: torch.dtype, *, plus
 
     second = {} if plus is None else {"x2": layout(plus.x), "w2": layout(plus.w)}
     compiled_for = {"y": out_dtype, "x": layout(x_RK), "w": layout(w_EKN), **second}
-    run(choose(Launch("matmul", x_RK, K, N, groups, compiled_for), run))
+    gpu = device.describe(x_RK.device)
+    # Triton 3.6 cannot specialize two loops after each other.
+    by_descriptor = plus is None and rows_have_descriptor(x_RK, gpu) and weight_form(w_EKN, gpu) > 0
+    run(choose(Launch("matmul", x_RK, K, N, groups, compiled_for, by_descriptor=by_descriptor), run))
     return y_RN
 
 
@@ -55,11 +61,13 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
     gpu = device.describe(first.x.device)
     w = as_weight(first.w, config.BK, config.BN, gpu)
     w2 = as_weight(second.w, config.BK, config.BN, gpu)
+    x, x2 = (as_rows(product.x, config.BM, config.BK, gpu) for product in (first, second))
+    has_tma = x is not None and x2 is not None
     pieces = tiles.tiles.shape[0] * triton.cdiv(N, config.BN)
     _grouped_mm_kernel[config.grid(gpu.num_sms, pieces)](
-        first.x,
+        x if has_tma else first.x,
         w.data,
-        second.x,
+        x2 if has_tma else second.x,
         w2.data,
         y_RN,
         tiles.tiles,
@@ -74,7 +82,8 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
         IS_SUM=is_sum,
         FORM=w.form,
         FORM2=w2.form,
-        EVEN=K % config.BK == 0,
+        ROWS=2 if has_tma else K % config.BK == 0,
+        SPECIALIZED=config.specialized,
         PRECISION=precision(first.x.dtype),
         **config.options(),
     )
@@ -105,7 +114,8 @@ def _grouped_mm_kernel(
     IS_SUM: tl.constexpr,
     FORM: tl.constexpr,
     FORM2: tl.constexpr,
-    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -114,18 +124,22 @@ def _grouped_mm_kernel(
 ):
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(N, BN)
-    for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
+    num_pieces = num_tiles * num_columns
+    for work in tl.range(tl.program_id(0), num_pieces, tl.num_programs(0), warp_specialize=SPECIALIZED):
         tile, column = ordered(work, num_tiles, num_columns, GROUP_M)
         expert, first, end = load_tile(tiles, tile)
-        row = tile_rows(first, end, BM).to(tl.int64)
         acc = tl.zeros((BM, BN), tl.float32)
-        rows = Rows(x + row * stride_xr, stride_xk, K)
+        if ROWS == 2:
+            rows, rows2 = Rows(x, 0, K, first), Rows(x2, 0, K, first)
+        else:
+            row = tile_rows(first, end, BM).to(tl.int64)
+            rows = Rows(x + row * stride_xr, stride_xk, K)
+            rows2 = Rows(x2 + row * stride_x2r, stride_x2k, K)
         matrices = Matrices(w, stride_we, stride_wk, stride_wn, K, N)
-        acc = add_product(acc, rows, matrices, expert, column * BN, FORM, EVEN, PRECISION, BN, BK)
+        acc = add_product(acc, rows, matrices, expert, column * BN, FORM, ROWS, PRECISION, BN, BK)
         if IS_SUM:
-            rows = Rows(x2 + row * stride_x2r, stride_x2k, K)
             matrices = Matrices(w2, stride_w2e, stride_w2k, stride_w2n, K, N)
-            acc = add_product(acc, rows, matrices, expert, column * BN, FORM2, EVEN, PRECISION, BN, BK)
+            acc = add_product(acc, rows2, matrices, expert, column * BN, FORM2, ROWS, PRECISION, BN, BK)
         out_rows = first + tl.arange(0, BM)
         columns = column * BN + tl.arange(0, BN)
         pointers = y + (out_rows.to(tl.int64) * stride_yr)[:, None] + columns[None, :]

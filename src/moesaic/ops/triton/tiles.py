@@ -16,6 +16,7 @@ from moesaic.ops.triton.device import Device
 
 _ALIGNMENT_BYTES = 16
 _HALF = (torch.bfloat16, torch.float16)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Weight(NamedTuple):
@@ -39,22 +40,47 @@ def as_weight(w_EKN: Tensor, block_K: int, block_N: int, device: Device) -> Weig
     The descriptor has three dims, so that a block that ends past one expert's matrix is filled with zeros and not with
     the next expert's values.
     """
-    if device.has_tma and w_EKN.dtype in _HALF and w_EKN.numel() > 0 and w_EKN.data_ptr() % _ALIGNMENT_BYTES == 0:
-        for form, t, block in ((1, w_EKN, (block_K, block_N)), (2, w_EKN.mT, (block_N, block_K))):
-            if t.stride(2) == 1 and _is_aligned(t):
-                return Weight(TensorDescriptor.from_tensor(t, [1, *block]), w_EKN.stride(), form)
-    return Weight(w_EKN, w_EKN.stride(), 0)
+    form = weight_form(w_EKN, device)
+    if form == 1:
+        return Weight(TensorDescriptor.from_tensor(w_EKN, [1, block_K, block_N]), w_EKN.stride(), form)
+    if form == 2:
+        return Weight(TensorDescriptor.from_tensor(w_EKN.mT, [1, block_N, block_K]), w_EKN.stride(), form)
+    return Weight(w_EKN, w_EKN.stride(), form)
 
 
-def _is_aligned(t: Tensor) -> bool:
-    return all(stride > 0 and stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in t.stride()[:2])
+def weight_form(w_EKN: Tensor, device: Device) -> int:
+    """The form that a :class:`Weight` of it has."""
+    return next((form for form, t in ((1, w_EKN), (2, w_EKN.mT)) if _can_describe(t, device)), 0)
+
+
+def as_rows(x_RK: Tensor, block_R: int, block_K: int, device: Device) -> TensorDescriptor | None:
+    """A descriptor of rows that are loaded in order, whatever group they are of; None where there cannot be one.
+
+    Blocks end past the last row of a group: who uses the values masks them, or loads whole blocks only.
+    """
+    return TensorDescriptor.from_tensor(x_RK, [block_R, block_K]) if rows_have_descriptor(x_RK, device) else None
+
+
+def rows_have_descriptor(x_RK: Tensor, device: Device) -> bool:
+    """Whether :func:`as_rows` gives one."""
+    return _can_describe(x_RK, device)
+
+
+def _can_describe(t: Tensor, device: Device) -> bool:
+    """Whether the device has descriptors, and the tensor the strides and the alignment that they need."""
+    if not device.has_tma or t.dtype not in _HALF or t.numel() == 0 or t.stride(-1) != 1:
+        return False
+    strides = t.stride()[:-1]
+    is_aligned = all(stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in strides)
+    return is_aligned and min(strides) > 0 and t.data_ptr() % _ALIGNMENT_BYTES == 0
 
 
 def layout(t: Tensor) -> str:
     """Of the last two dims: what the loads of a tensor depend on beside its dtype."""
     order = "rows" if t.stride(-1) == 1 else "columns" if t.stride(-2) == 1 else "strided"
     strides = [stride for stride in t.stride() if stride != 1]
-    is_aligned = all(stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in (*strides, t.data_ptr()))
+    is_aligned = all(stride * t.element_size() % _ALIGNMENT_BYTES == 0 for stride in strides)
+    is_aligned &= t.data_ptr() % _ALIGNMENT_BYTES == 0
     return f"{order}{'' if is_aligned else ',unaligned'}"
 
 
@@ -66,11 +92,12 @@ def precision(dtype: torch.dtype) -> str:
 
 
 class Rows(NamedTuple):
-    """Within a kernel: rows of K elements, as pointers to the first of each."""
+    """Within a kernel: rows of K elements, as pointers to the first of each; or the first of rows of a descriptor."""
 
-    pointers: Any
+    data: Any
     stride_k: Any
     K: Any
+    first: Any = 0
 
 
 class Matrices(NamedTuple):
@@ -91,6 +118,14 @@ def ordered(work, num_tiles, num_columns, GROUP_M: tl.constexpr):
     height = tl.minimum(num_tiles - band * GROUP_M, GROUP_M)
     within = work - band * GROUP_M * num_columns
     return band * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def prefetch(pointers):
+    """Into L2; nothing waits for it. The interpreter has no caches."""
+    if not _INTERPRETED:
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1)
 
 
 @triton.jit
@@ -124,14 +159,20 @@ def _halves(block, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, k, EVEN: tl.constexpr, BK: tl.constexpr):
-    """Columns ``k`` to ``k + BK`` of rows, zero past K."""
-    columns = k + tl.arange(0, BK)
-    pointers = rows.pointers[:, None] + (columns.to(tl.int64) * rows.stride_k)[None, :]
-    if EVEN:
-        return tl.load(pointers)
+def load_rows(rows, k, FORM: tl.constexpr, BK: tl.constexpr):
+    """Columns ``k`` to ``k + BK`` of rows, zero past K. The form is 1 where K has whole blocks, 2 for a descriptor.
+
+    What a descriptor loads past a tile's rows is others', and so is what comes of it: it is not stored.
+    """
+    if FORM == 2:
+        return rows.data.load([rows.first, k])
     else:
-        return tl.load(pointers, mask=(columns < rows.K)[None, :], other=0.0)
+        columns = k + tl.arange(0, BK)
+        pointers = rows.data[:, None] + (columns.to(tl.int64) * rows.stride_k)[None, :]
+        if FORM == 1:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(columns < rows.K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -157,15 +198,15 @@ def add_product(
     expert,
     n,
     FORM: tl.constexpr,
-    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``acc`` and the product of rows with the BN columns from ``n`` on of an expert's matrix."""
+    """``acc`` and the product of rows with the BN columns from ``n`` on of an expert's matrix; ROWS is their form."""
     # Without expert there is nothing to add: no branch around the loop, which would hinder its pipelining.
     for k in tl.range(0, tl.where(expert >= 0, rows.K, 0), BK):
-        a = load_rows(rows, k, EVEN, BK)
+        a = load_rows(rows, k, ROWS, BK)
         b = load_weight(w, expert, k, n, FORM, BK, BN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

@@ -111,8 +111,10 @@ def _tune(key: str, default: Any, device: torch.device, run: Callable[[Any], obj
 
 def neighbours(default: Any) -> list[Any]:
     """The configurations worth timing: each differs from the default in one or two things, and fits where that does."""
+    unspecialized = [{"specialized": False, "warps": 8}] if default.specialized else []
     changes: list[dict[str, int]] = [
         {},
+        *unspecialized,
         {"stages": max(default.stages - 1, 1)},
         {"GROUP_M": 4 if default.GROUP_M != 4 else 8},
         {"GROUP_M": 16},

@@ -191,7 +191,7 @@ def _finish_columns(
         up = up.to(dtype)
         if SAVE:
             tl.store(tile.h3[:, None] + columns[None, :], up, mask=mask)
-    values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED)
+    values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED, dtype.primitive_bitwidth == 16)
     tl.store(tile.a[:, None] + columns[None, :], values.to(dtype), mask=mask)
 
 

@@ -1,7 +1,7 @@
 """The sum over an expert's rows of outer products: ``gw[e] = x[rows].T @ grad[rows]``.
 
 The rows of an expert that has very many are cut into chunks with a sum each, in fp32, which are added in order
-afterwards: the work is spread, and the bits are the same every time.
+afterwards where there are any: the work is spread, and the bits are the same every time. The longest groups come first.
 
 Legend: R rows, K and N the matrix dims, E experts.
 """
@@ -17,10 +17,12 @@ from moesaic.ops.triton import device
 from moesaic.ops.triton.configs import Config, Launch, choose
 from moesaic.ops.triton.device import Device
 from moesaic.ops.triton.maps import ChunkMap, Groups, chunk_map, expert_segment
-from moesaic.ops.triton.tiles import layout, ordered, precision
+from moesaic.ops.triton.tiles import as_rows, layout, ordered, precision
 
 _MOST_CHUNKS = 8
 _REDUCED = 1024
+# Programs a multiprocessor that add partial sums.
+_ADDING = 4
 
 
 def weight_grad(
@@ -65,8 +67,8 @@ def weight_grad_into(
 
     compiled_for = {"into": into_EKN.dtype, "x": layout(x), "grad": layout(grad)}
     compiled_for |= {"gathers x": x_rows is not None, "gathers grad": grad_rows is not None}
-    kernel = "weight_grad_into" if adds else "weight_grad"
-    config = choose(Launch(kernel, x, K, N, groups, compiled_for), run_elsewhere)
+    gathers = x_rows is not None or grad_rows is not None
+    config = choose(Launch("weight_grad", x, K, N, groups, compiled_for, gathers, adds), run_elsewhere)
     _launch(x, grad, groups, config, into_EKN, x_rows, grad_rows, accumulate=adds)
 
 
@@ -94,12 +96,18 @@ def _launch(
     size = rows_per_chunk(groups.num_rows, num_blocks, config, gpu)
     chunks = chunk_map(groups, size)
     is_split = size < groups.num_rows
-    partial_SKN = gw_EKN.new_empty(chunks.partials.shape[0] if is_split else 0, K, N, dtype=torch.float32)
+    partial_SKN = gw_EKN.new_empty(chunks.num_slots if is_split else 0, K, N, dtype=torch.float32)
+    # Rows that are gathered have no descriptor. Where others have one, 10.0 runs out of registers.
+    describes = gpu.is_sm90
+    x_blocks = as_rows(x, config.BK, config.BM, gpu) if describes and x_rows is None else None
+    grad_blocks = as_rows(grad, config.BK, config.BN, gpu) if describes and grad_rows is None else None
     _weight_grad_kernel[config.grid(gpu.num_sms, chunks.chunks.shape[0] * num_blocks)](
         x,
         grad,
         x if x_rows is None else x_rows,
         grad if grad_rows is None else grad_rows,
+        x if x_blocks is None else x_blocks,
+        grad if grad_blocks is None else grad_blocks,
         gw_EKN,
         partial_SKN,
         groups.bounds,
@@ -113,20 +121,26 @@ def _launch(
         *grad.stride(),
         GATHER_X=x_rows is not None,
         GATHER_GRAD=grad_rows is not None,
+        TMA_X=x_blocks is not None,
+        TMA_GRAD=grad_blocks is not None,
         IS_SHARED=groups.is_shared,
         IS_SPLIT=is_split,
+        EVEN=K % config.BM == 0 and N % config.BN == 0,
         ACCUMULATE=accumulate,
         PRECISION=precision(x.dtype),
         **config.options(),
     )
     if is_split:
-        _add_partials(partial_SKN, chunks, gw_EKN, accumulate)
+        _add_partials(partial_SKN, chunks, gw_EKN, accumulate, gpu)
 
 
-def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor, accumulate: bool) -> None:
+def _add_partials(partial_SKN: Tensor, chunks: ChunkMap, gw_EKN: Tensor, accumulate: bool, gpu: Device) -> None:
     size = gw_EKN.shape[1] * gw_EKN.shape[2]
-    grid = (partial_SKN.shape[0], triton.cdiv(size, _REDUCED))
-    _add_partials_kernel[grid](partial_SKN, chunks.partials, gw_EKN, size, ACCUMULATE=accumulate, BLOCK=_REDUCED)
+    pieces = chunks.splits.shape[0] * triton.cdiv(size, _REDUCED)
+    # Where no expert is split, which the device alone knows, these few programs end at once.
+    _add_partials_kernel[(min(_ADDING * gpu.num_sms, pieces),)](
+        partial_SKN, chunks.splits, chunks.num_splits, gw_EKN, size, ACCUMULATE=accumulate, BLOCK=_REDUCED
+    )
 
 
 class _Operand(NamedTuple):
@@ -141,16 +155,23 @@ class _Operand(NamedTuple):
 
 
 @triton.jit
-def _load_rows(operand, row, end, GATHER: tl.constexpr, BK: tl.constexpr):
-    """Rows ``row`` to ``row + BK``, zero past the end: the values there belong to others, and may be NaN."""
+def _load_rows(operand, row, end, GATHER: tl.constexpr, EVEN: tl.constexpr, IS_TAIL: tl.constexpr, BK: tl.constexpr):
+    """Rows ``row`` to ``row + BK``; those of a tail are zero past the end, for others' values there may be NaN."""
     rows = row + tl.arange(0, BK)
     inside = rows < end
     if GATHER:
-        rows = tl.load(operand.index + rows, mask=inside, other=0)
+        rows = tl.load(operand.index + rows, mask=inside, other=0) if IS_TAIL else tl.load(operand.index + rows)
     columns = operand.columns
     pointers = operand.data + (rows.to(tl.int64) * operand.stride_r)[:, None]
     pointers += (columns.to(tl.int64) * operand.stride_c)[None, :]
-    return tl.load(pointers, mask=inside[:, None] & (columns < operand.width)[None, :], other=0.0)
+    if EVEN and not IS_TAIL:
+        return tl.load(pointers)
+    elif EVEN:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    elif not IS_TAIL:
+        return tl.load(pointers, mask=(columns < operand.width)[None, :], other=0.0)
+    else:
+        return tl.load(pointers, mask=inside[:, None] & (columns < operand.width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -159,6 +180,8 @@ def _weight_grad_kernel(
     grad,
     x_rows,
     grad_rows,
+    x_blocks,
+    grad_blocks,
     gw,
     partial,
     bounds,
@@ -174,8 +197,11 @@ def _weight_grad_kernel(
     stride_gn,
     GATHER_X: tl.constexpr,
     GATHER_GRAD: tl.constexpr,
+    TMA_X: tl.constexpr,
+    TMA_GRAD: tl.constexpr,
     IS_SHARED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -204,9 +230,21 @@ def _weight_grad_kernel(
             start = first + tl.maximum(begin - passed, 0)
             stop = tl.minimum(end, first + finish - passed)
             passed += end - first
-            for row in tl.range(start, stop, BK):
-                a = _load_rows(left, row, stop, GATHER_X, BK)
-                b = _load_rows(right, row, stop, GATHER_GRAD, BK)
+            tail = start + tl.maximum(stop - start, 0) // BK * BK
+            for row in tl.range(start, tail, BK):
+                if TMA_X:
+                    a = x_blocks.load([row, block_k * BM])
+                else:
+                    a = _load_rows(left, row, stop, GATHER_X, EVEN, False, BK)
+                if TMA_GRAD:
+                    b = grad_blocks.load([row, block_n * BN])
+                else:
+                    b = _load_rows(right, row, stop, GATHER_GRAD, EVEN, False, BK)
+                acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+            # Masks in the loop would cost half of its instructions.
+            for row in tl.range(tail, stop, BK, num_stages=1):
+                a = _load_rows(left, row, stop, GATHER_X, EVEN, True, BK)
+                b = _load_rows(right, row, stop, GATHER_GRAD, EVEN, True, BK)
                 acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
         at = (ks.to(tl.int64) * N)[:, None] + ns[None, :]
         mask = (ks < K)[:, None] & (ns < N)[None, :]
@@ -228,11 +266,12 @@ def _finish(pointers, acc, mask, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
-def _add_partials_kernel(partial, partials, gw, size, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
-    slot = tl.program_id(0)
-    expert, number = tl.load(partials + 2 * slot), tl.load(partials + 2 * slot + 1)
-    if number > 0:
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _add_partials_kernel(partial, splits, count, gw, size, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    num_blocks = tl.cdiv(size, BLOCK)
+    for work in tl.range(tl.program_id(0), tl.load(count) * num_blocks, tl.num_programs(0)):
+        split = splits + work // num_blocks * 3
+        expert, slot, number = tl.load(split), tl.load(split + 1), tl.load(split + 2)
+        at = work % num_blocks * BLOCK + tl.arange(0, BLOCK)
         acc = tl.zeros((BLOCK,), tl.float32)
         for i in tl.range(0, number):
             acc += tl.load(partial + (slot + i).to(tl.int64) * size + at, mask=at < size)
