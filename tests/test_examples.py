@@ -41,7 +41,7 @@ def python_of(page: str) -> list[str]:
 
 
 LAYER, OPERATOR = python_of("README.md")
-ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md", "docs/pipelines.md"]
+ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md", "docs/pipelines.md", "docs/routing.md"]
 
 
 def test_readme_trains_a_layer_on_ranks(tmp_path):

@@ -160,7 +160,7 @@ TABLES = {
     },
 }
 # Two add to buffers in place, and DTensor might add to a redistributed copy; one is of counts that are a rank's own.
-WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "count_once", "traffic"}
+WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "count_once", "steer", "traffic"}
 
 
 def with_means(table: dict[str, str]) -> dict[str, str]:

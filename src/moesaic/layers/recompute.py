@@ -31,6 +31,11 @@ def is_recomputing() -> bool:
     return backward_pass() != -1
 
 
+def may_run_again() -> bool:
+    """Whether activation checkpointing may run this forward pass again: it has gradients, or will have them then."""
+    return torch.is_grad_enabled() or _checkpoints()[1] is not None
+
+
 # In compiled code, too, the question is asked when the operator runs. No sharding rule: counts are a rank's own.
 torch.library.define("moesaic::count_once", "(Tensor(a!) total, Tensor counts) -> ()")
 

@@ -17,6 +17,7 @@ from moesaic.layers.initial import check_generators
 from moesaic.layers.lora import active_adapter
 from moesaic.layers.recompute import count_once
 from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
+from moesaic.layers.steering import note, steer
 from moesaic.ops.autocast import no_autocast
 
 
@@ -130,13 +131,14 @@ class TopKRouter(nn.Module):
     ) -> Routing:
         """What follows the gate, for routers that have gates of their own."""
         scores_TE = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
-        ids_TK = self._choose(scores_TE.detach(), bias)
+        ids_TK = steer(self, self._choose(scores_TE.detach(), bias), logits)
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.config.normalize_top_k:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
         weights_TK = without_padding(weights_TK * self.config.route_scale, token_mask)
         if token_mask is not None:
             ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)
+        note(self, ids_TK, weights_TK)
         if self.training:
             weights_TK = self._balance(logits, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
         return Routing(ids_TK, weights_TK, logits)
