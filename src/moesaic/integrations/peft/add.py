@@ -81,8 +81,9 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
     return model
 
 
-def _dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+def _dtype(weight: Any) -> torch.dtype:
+    """That of an adapter. A quantised weight has the dtype that it had before."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _wrap_linear(model: nn.Module, target: Target, name: str, config: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesaic.integrations.peft.switch import adapters_of, configs_of, layers_of
+from moesaic.layers.packed import PackedWeight
 from moesaic.sharding.parts import local_part
 
 
@@ -19,8 +20,20 @@ def merge_adapters(model: nn.Module, name: str = "default") -> None:
     The model then computes with its weights alone. All of it stays frozen. :func:`export_pretrained` writes it.
 
     Raises:
-        ValueError: there are no adapters of this name.
+        ValueError: there are no adapters of this name; or the experts are quantised, and so read-only. Nothing has
+            changed then.
     """
+    for target in adapters_of(model, name):
+        packed = [
+            weight
+            for weight in target.weights
+            if isinstance(getattr(model.get_submodule(target.module), weight), PackedWeight)
+        ]
+        if packed:
+            raise ValueError(
+                f"model: '{target.module}.{packed[0]}' is quantised and read-only; save the adapters by "
+                "save_adapters(), and merge them into the model that was quantised"
+            )
     for target in adapters_of(model, name):
         module: Any = model.get_submodule(target.module)
         scale = target.rank.scale
