@@ -87,9 +87,14 @@ static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index
   return {};
 }
 
+// Columns one after the other, which is how they lie, so that the processor sees one stream. Each sum is of some chains,
+// since a chain of dependent additions alone would be slower than memory.
 template <class Kind, int ROWS>
 static void dots(const Product &p, const ProductTask &t, const Place &out) {
-  constexpr int kAtOnce = 4;
+  using Element = ElementOf<Kind>;
+  constexpr int kChains = kVectors == 4 ? 4 : 2;
+  constexpr int64_t kStep = kChains * kLanes, kAheadBytes = 4 << 10;
+  constexpr int64_t kVectorBytes = kLanes * Kind::kStep * static_cast<int64_t>(sizeof(Element));
   const int64_t words = ceil_div(p.inner, Kind::kStep);
   const int64_t width = t.columns;  // one panel
   float sums[ROWS][kPanel] = {};
@@ -99,30 +104,38 @@ static void dots(const Product &p, const ProductTask &t, const Place &out) {
     for (int i = 0; i < ROWS; ++i) {
       x[i] = reinterpret_cast<const float *>(words_of_x<Kind>(p.terms[term], row_of_x(p, t.first_row + i), 0));
     }
-    for (int64_t c = 0; c < width; c += kAtOnce) {
-      Reg sum[kAtOnce][ROWS];
-      const ElementOf<Kind> *columns[kAtOnce];
+    const int64_t bytes = p.inner * static_cast<int64_t>(sizeof(Element));
+    const int64_t ahead = ceil_div(kAheadBytes, bytes) * w.column_stride;
+    for (int64_t c = 0; c < width; ++c) {
+      const Element *column = element<Kind>(w, 0, t.column + c);
+      Reg sum[ROWS][kChains];
 #pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; ++j) {
-        columns[j] = element<Kind>(w, 0, t.column + least<int64_t>(c + j, width - 1));
+      for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) sum[j][i] = zero();
-      }
-      auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-        Reg a[ROWS];
+        for (int j = 0; j < kChains; ++j) sum[i][j] = zero();
+      int64_t k = 0;
+      for (; (k + kStep) * Kind::kStep <= p.inner; k += kStep) {
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) a[i] = load_f32(x[i] + k, words - k);
+        for (int j = 0; j < kChains; ++j) {
+          const int64_t at = k + j * kLanes;
+          const Reg b = Kind::along(column + at * Kind::kStep, kLanes * Kind::kStep);
+          if (j * kVectorBytes % 64 == 0) _mm_prefetch(column + at * Kind::kStep + ahead, _MM_HINT_T0);
 #pragma GCC unroll 4
-        for (int j = 0; j < kAtOnce; ++j) {
-          const Reg b = Kind::along(columns[j] + k * Kind::kStep, n);
-          _mm_prefetch(columns[j] + k * Kind::kStep + kAtOnce * w.column_stride, _MM_HINT_T0);
-#pragma GCC unroll 4
-          for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
+          for (int i = 0; i < ROWS; ++i) sum[i][j] = Kind::fma(sum[i][j], load(x[i] + at), b);
         }
-      };
-      for (int64_t k = 0; k < words; k += kLanes) step(k, p.inner - k * Kind::kStep);
-      for (int j = 0; j < kAtOnce && c + j < width; ++j)
-        for (int i = 0; i < ROWS; ++i) sums[i][c + j] += total(sum[j][i]);
+      }
+      for (; k < words; k += kLanes) {
+        const Reg b = Kind::along(column + k * Kind::kStep, p.inner - k * Kind::kStep);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) sum[i][0] = Kind::fma(sum[i][0], load_f32(x[i] + k, words - k), b);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) {
+        Reg all_chains = sum[i][0];
+#pragma GCC unroll 4
+        for (int j = 1; j < kChains; ++j) all_chains = add(all_chains, sum[i][j]);
+        sums[i][c] += total(all_chains);
+      }
     }
   }
   for (int i = 0; i < ROWS; ++i) {

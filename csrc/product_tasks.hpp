@@ -11,7 +11,8 @@ constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProdu
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>
-constexpr int64_t kVectorScratch = kPanelScratch<Kind> > kTransposedScratch ? kPanelScratch<Kind> : kTransposedScratch;
+constexpr int64_t kVectorScratch = kPanelScratch<Kind> > kTransposedScratch<Kind> ? kPanelScratch<Kind>
+                                                                                 : kTransposedScratch<Kind>;
 template <class Kind>
 constexpr int64_t kProductScratch = kHasTiles<Kind> && kTileScratch > kVectorScratch<Kind> ? kTileScratch
                                                                                            : kVectorScratch<Kind>;

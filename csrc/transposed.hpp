@@ -1,7 +1,7 @@
 // y^T = w[e]^T @ x^T, for groups of few rows whose weights lie with the summed dim contiguous.
 //
 // Packing such weights would transpose all of them for the sake of a few rows. Here the rows of x are the panel, packed
-// once, and each column of the weights is read where it lies, word after word. Only the result has to be transposed, and
+// once, and each column of the weights is read where it lies, word after word, or converted to words just before. Only the result has to be transposed, and
 // that is small. The order of every sum is that of the ordinary product.
 #pragma once
 
@@ -12,7 +12,11 @@ namespace moesaic::MOESAIC_ISA {
 constexpr int64_t kTransposedBytes = 512 << 10;        // of packed rows: they should stay in L2
 constexpr int64_t kTransposedColumns = 16 * kHeight;   // columns whose results are transposed at a time
 constexpr int64_t kMaxTransposedPanels = 3 + kWideRows / kPanel;
-constexpr int64_t kTransposedScratch = kTransposedBytes + kTransposedColumns * kMaxTransposedPanels * kPanelBytes;
+constexpr int64_t kTransposedSums = kTransposedColumns * kMaxTransposedPanels * kPanelBytes;
+// Where elements are converted to words, those of the columns of one tile.
+template <class Kind>
+constexpr int64_t kTransposedScratch = kTransposedBytes + kTransposedSums +
+                                       (Kind::kWidens ? kHeight * kProductWords<Kind> * kWord : 0);
 static_assert(kTransposedColumns % kLanes == 0, "a vector of columns lies in one panel");
 
 // Rows in panels of nearly equal width.
@@ -25,7 +29,7 @@ struct RowPanels {
 template <class Kind>
 INLINE bool takes_transposed(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
-  return !Kind::kWidens && t.matrix >= 0 && t.rows > kFewRows && t.rows <= kWideRows && a.row_stride == 1 &&
+  return t.matrix >= 0 && t.rows > kFewRows && t.rows <= kWideRows && a.row_stride == 1 &&
          a.column_stride != 1 && b.row_stride == 1 && b.column_stride != 1 && p.inner % Kind::kStep == 0 &&
          p.num_terms * p.inner / Kind::kStep * RowPanels(t.rows).count * kPanelBytes <= kTransposedBytes;
 }
@@ -71,6 +75,7 @@ static void transposed_product(const Product &p, const ProductTask &t, const Pro
   const int64_t words = p.inner / Kind::kStep;
   const RowPanels panels(t.rows);
   float *sums = reinterpret_cast<float *>(packed + kTransposedBytes);
+  float *widened = reinterpret_cast<float *>(packed + kTransposedBytes + kTransposedSums);
   auto packed_panel = [&](int64_t term, int64_t i) __attribute__((always_inline)) {
     return packed + (term * panels.count + i) * words * kPanelBytes;
   };
@@ -105,17 +110,24 @@ static void transposed_product(const Product &p, const ProductTask &t, const Pro
                 : next && takes_transposed<Kind>(next_product, *next) ? columns_region<Kind>(next_product, 0, *next, 0)
                                                                 : Ahead{};
         ahead.spread(panels.count * (words / kUnroll));
-        for (int64_t i = 0; i < panels.count; ++i) {
-          const int64_t row = panels.begin(i), width = least(t.rows, panels.begin(i + 1)) - row;
-          tile.result.sums = sums + (i * kTransposedColumns + c) * kPanel;
-          for (int64_t k = 0; k < words; k += t.block_words) {
-            tile.words = least(t.block_words, words - k);
-            tile.panel = packed_panel(term, i) + k * kPanelBytes;
-            tile.result.first = term == 0 && k == 0;
-            for (int j = 0; j < height; ++j) {
-              tile.rows[j] = reinterpret_cast<const char *>(
-                  element<Kind>(weight<Kind>(p.terms[term], t.matrix), k * Kind::kStep, t.column + first + c + j));
+        const moesaic_matrix w = weight<Kind>(p.terms[term], t.matrix);
+        for (int64_t k = 0; k < words; k += t.block_words) {
+          tile.words = least(t.block_words, words - k);
+          tile.result.first = term == 0 && k == 0;
+          for (int j = 0; j < height; ++j) {
+            const ElementOf<Kind> *column = element<Kind>(w, k * Kind::kStep, t.column + first + c + j);
+            if constexpr (Kind::kWidens) {
+              float *to = widened + j * kProductWords<Kind>;
+              for (int64_t i = 0; i < tile.words; i += kLanes) store(to + i, Kind::along(column + i, tile.words - i));
+              tile.rows[j] = reinterpret_cast<const char *>(to);
+            } else {
+              tile.rows[j] = reinterpret_cast<const char *>(column);
             }
+          }
+          for (int64_t i = 0; i < panels.count; ++i) {
+            const int64_t row = panels.begin(i), width = least(t.rows, panels.begin(i + 1)) - row;
+            tile.panel = packed_panel(term, i) + k * kPanelBytes;
+            tile.result.sums = sums + (i * kTransposedColumns + c) * kPanel;
             multiply_packed<Kind>(height, width, tile);
           }
         }

@@ -47,7 +47,7 @@ INLINE __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 
 INLINE Reg load_f32(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 INLINE void store_f32(float *p, Reg v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 INLINE __m256i load_16(const uint16_t *p, int64_t n) {
-  return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first32(n < 16 ? n : 16), p));
+  return _mm256_maskz_loadu_epi16(first(n), p);  // of 512 bits it would wait for the next line as well
 }
 INLINE Reg widen(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
@@ -67,7 +67,7 @@ INLINE __m256i narrow(Reg v) {
 #endif
 }
 INLINE void store_bf16(uint16_t *p, Reg v, int64_t n) {
-  _mm512_mask_storeu_epi16(p, first32(n < 16 ? n : 16), _mm512_castsi256_si512(narrow(v)));
+  _mm256_mask_storeu_epi16(p, first(n), narrow(v));
 }
 INLINE void stream_bf16(uint16_t *p, Reg lo, Reg hi) {
   __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(lo)), narrow(hi), 1);
