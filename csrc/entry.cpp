@@ -6,8 +6,8 @@
 namespace moesaic {
 namespace {
 
-int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_matrix &w, int64_t w_stride, void *y,
-               int64_t inner, int64_t columns, int y_dtype, const Kernels &k, int threads) {
+int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_weights &w, void *y, int64_t inner,
+               int64_t columns, int y_dtype, const Kernels &k, int threads) {
   std::vector<Group> filled, padding;
   if (!read_groups(groups, filled, padding)) return MOESAIC_BAD_GROUPS;
   if (!columns) return MOESAIC_OK;
@@ -18,7 +18,7 @@ int grouped_mm(const moesaic_groups &groups, moesaic_matrix x, const moesaic_mat
   Workspace copy;
   if (!filled.empty()) as_words(x, groups.rows, inner, k, copy, threads);
   const auto tasks = product_tasks(filled, padding, columns, k, layout(w), kProductLimits, threads);
-  const Product problem{.terms = {{.x = x, .w = w, .w_stride = w_stride}},
+  const Product problem{.terms = {{.x = x, .w = w.matrix, .w_stride = w.stride, .scales = w.scales}},
                         .num_terms = 1,
                         .y = y,
                         .inner = inner,
@@ -61,6 +61,8 @@ int weight_grad(const moesaic_groups &groups, const moesaic_matrix &x, const moe
 
 bool is_dtype(int dtype) { return dtype == MOESAIC_F32 || dtype == MOESAIC_BF16; }
 
+bool is_format(int format) { return format >= MOESAIC_PLAIN && format <= MOESAIC_MXFP4; }
+
 }  // namespace
 }  // namespace moesaic
 
@@ -78,7 +80,16 @@ int moesaic_cpu_grouped_mm(const moesaic_groups *groups, moesaic_matrix x, moesa
                            int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads) try {
   const moesaic::Kernels *k = moesaic::kernels(dtype, isa);
   if (!k || !moesaic::is_dtype(y_dtype)) return MOESAIC_BAD_ARGUMENT;
-  return moesaic::grouped_mm(*groups, x, w, w_stride, y, inner, columns, y_dtype, *k, threads);
+  return moesaic::grouped_mm(*groups, x, {.matrix = w, .stride = w_stride, .scales = {}}, y, inner, columns, y_dtype, *k, threads);
+} catch (const std::bad_alloc &) {
+  return MOESAIC_OUT_OF_MEMORY;
+}
+
+int moesaic_cpu_quantized_mm(const moesaic_groups *groups, moesaic_matrix x, const moesaic_weights *w, void *y,
+                             int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads) try {
+  const moesaic::Kernels *k = moesaic::kernels(dtype, isa);
+  if (!k || !moesaic::is_dtype(y_dtype) || !moesaic::is_format(w->scales.format)) return MOESAIC_BAD_ARGUMENT;
+  return moesaic::grouped_mm(*groups, x, *w, y, inner, columns, y_dtype, *k, threads);
 } catch (const std::bad_alloc &) {
   return MOESAIC_OUT_OF_MEMORY;
 }

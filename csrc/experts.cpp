@@ -105,7 +105,7 @@ struct Call {
 
 Product one_term(const moesaic_matrix &x, const moesaic_weights &w, const int64_t *x_rows, int64_t inner,
                  int64_t columns) {
-  return {.terms = {{.x = x, .w = w.matrix, .w_stride = w.stride}},
+  return {.terms = {{.x = x, .w = w.matrix, .w_stride = w.stride, .scales = w.scales}},
           .num_terms = 1,
           .x_rows = x_rows,
           .inner = inner,
@@ -113,14 +113,16 @@ Product one_term(const moesaic_matrix &x, const moesaic_weights &w, const int64_
 }
 
 moesaic_weights transposed(const moesaic_weights &w) {
-  return {.matrix = {w.matrix.data, w.matrix.column_stride, w.matrix.row_stride}, .stride = w.stride};
+  return {.matrix = {w.matrix.data, w.matrix.column_stride, w.matrix.row_stride},
+          .stride = w.stride,
+          .scales = w.scales};
 }
 
 // That of the weights of all projections.
 Layout layout_of_projections(const moesaic_experts &e, bool transpose) {
   auto of = [&](int i) {
     const moesaic_weights &w = e.projections[i].w;
-    return layout(transpose ? transposed(w).matrix : w.matrix);
+    return layout(transpose ? transposed(w) : w);
   };
   for (int i = 1; i < e.num_projections; ++i) {
     if (of(i) != of(0)) return Layout::kApart;
@@ -175,7 +177,7 @@ int forward(const Call &c, moesaic_matrix x, void *z, void *const *pre) {
   }
   const Product down = one_term(c.rows_as_words(rows, hidden_words), e.down.w, nullptr, e.hidden, e.dim);
   const moesaic_matrix biases = with_contiguous_rows(e.down.b, e.experts, e.dim, c.size(), bias_rows);
-  return c.product_and_combine(down, layout(e.down.w.matrix), c.routing.weights, biases, z);
+  return c.product_and_combine(down, layout(e.down.w), c.routing.weights, biases, z);
 }
 
 // The weight gradient x^T @ grad of sorted rows, of which one operand may be gathered; transposed it is grad^T @ x.
@@ -268,7 +270,7 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
     const bool has_product = down.pre_grads[0] || down.pre_grads[1] || down.dots;
     moesaic_matrix words = grad;
     if (has_product) as_words(words, c.routing.tokens, e.dim, c.k, grad_words, c.threads);
-    const auto tasks = c.tasks(hidden, layout(w.matrix), kKeptLimits);
+    const auto tasks = c.tasks(hidden, layout(w), kKeptLimits);
     down.product = one_term(words, w, tokens, e.dim, hidden);
     if (!has_product) down.product.num_terms = 0;
     down.product.tasks = tasks.data();
@@ -293,7 +295,10 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
     Product p{.num_terms = e.num_projections, .inner = hidden, .columns = e.dim};
     for (int i = 0; i < e.num_projections; ++i) {
       const moesaic_weights w = transposed(e.projections[i].w);
-      p.terms[i] = {.x = c.rows_as_words(pre_grads[i].data(), words[i]), .w = w.matrix, .w_stride = w.stride};
+      p.terms[i] = {.x = c.rows_as_words(pre_grads[i].data(), words[i]),
+                    .w = w.matrix,
+                    .w_stride = w.stride,
+                    .scales = w.scales};
     }
     then(c.product_and_combine(p, layout_of_projections(e, true), nullptr, {}, g.x));
   }

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 8
+#define MOESAIC_CPU_ABI 9
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -39,6 +39,25 @@ typedef struct {
   int64_t row_stride, column_stride;
 } moesaic_matrix;
 
+/* How weights are stored: as elements of the dtype, or in 8 or 4 bits. */
+enum moesaic_format { MOESAIC_PLAIN = 0, MOESAIC_INT8 = 1, MOESAIC_NF4 = 2, MOESAIC_MXFP4 = 3 };
+
+/* The scales of weights in 8 or 4 bits: fp32, of MXFP4 bytes. One for each output, or for each 64 or 32 numbers of it. */
+typedef struct {
+  const void *data;
+  int64_t stride;     /* from expert to expert */
+  int64_t row_stride; /* from output to output */
+  int32_t format;
+} moesaic_scales;
+
+/* With a format, matrix and stride are of bytes, and the stride of the dim along which an output is stored is 0: that of
+   rows, or in the backward pass of columns. */
+typedef struct {
+  moesaic_matrix matrix;
+  int64_t stride; /* from expert to expert */
+  moesaic_scales scales;
+} moesaic_weights;
+
 MOESAIC_API int moesaic_cpu_abi(void);
 
 /* Instruction sets are numbered from 1 on, from worst to best. This is the best one that this build and this machine
@@ -58,6 +77,10 @@ MOESAIC_API const char *moesaic_cpu_isa_name(int isa);
 MOESAIC_API int moesaic_cpu_grouped_mm(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix w, int64_t w_stride, void *y,
                            int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads);
 
+/* The same with weights that have a format. */
+MOESAIC_API int moesaic_cpu_quantized_mm(const moesaic_groups *groups, moesaic_matrix x, const moesaic_weights *w, void *y,
+                             int64_t inner, int64_t columns, int dtype, int y_dtype, int isa, int threads);
+
 /* gw[e] = sum over the rows of e of x[r]^T grad[r]; zero where there are none. With `accumulate`, added to what gw holds.
    x [rows, inner]; grad [rows, columns]; gw [matrices, inner, columns], contiguous. */
 MOESAIC_API int moesaic_cpu_weight_grad(const moesaic_groups *groups, moesaic_matrix x, moesaic_matrix grad, void *gw,
@@ -70,11 +93,6 @@ typedef struct {
   const float *weights; /* likewise */
   int64_t tokens, copies;
 } moesaic_routing;
-
-typedef struct {
-  moesaic_matrix matrix;
-  int64_t stride; /* from expert to expert */
-} moesaic_weights;
 
 /* What every expert multiplies rows by: x @ w[e] + b[e]. */
 typedef struct {

@@ -38,6 +38,7 @@ class Counter {
 struct Term {
   moesaic_matrix x, w;
   int64_t w_stride;
+  moesaic_scales scales = {};  // of weights with a format; all terms have the same
 };
 
 // The sum of up to two terms, of the same sizes.

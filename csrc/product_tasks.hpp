@@ -3,6 +3,7 @@
 
 #include "amx_product.hpp"
 #include "product.hpp"
+#include "quantized.hpp"
 #include "transposed.hpp"
 
 namespace moesaic::MOESAIC_ISA {
@@ -33,6 +34,10 @@ static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTa
                          const ProductTask *next, float *keep, char *scratch) {
   const Place out = place(p, t, keep);
   if (t.matrix < 0 || !p.inner) return zero_task(out, t);
+  if (p.terms[0].scales.format != MOESAIC_PLAIN) {
+    float *to = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
+    return stored_product_task<Kind>(p, t, out, scratch, to);
+  }
   if constexpr (kHasTiles<Kind>) {
     if (takes_tiles(t)) return tile_product_task<Kind>(tiles, p, t, next_product, next, keep, scratch);
   }

@@ -30,8 +30,9 @@ bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vecto
   return true;
 }
 
-Layout layout(const moesaic_matrix &w) {
-  return w.column_stride == 1 ? Layout::kRows : w.row_stride == 1 ? Layout::kColumns : Layout::kApart;
+Layout layout(const moesaic_weights &w) {
+  if (w.scales.format != MOESAIC_PLAIN) return Layout::kStored;
+  return w.matrix.column_stride == 1 ? Layout::kRows : w.matrix.row_stride == 1 ? Layout::kColumns : Layout::kApart;
 }
 
 // How a product is cut. The order of a sum, and with it the bits of the result, follows from the size of the group alone;
@@ -41,7 +42,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
   int64_t most_rows = limits.rows, most_panels = limits.wide_panels;
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
-  auto on_tiles = [&](const Group &g) { return k.has_tiles && g.rows > k.height; };
+  auto on_tiles = [&](const Group &g) { return k.has_tiles && w != Layout::kStored && g.rows > k.height; };
   auto is_wide = [&](const Group &g) {
     return on_tiles(g) || ((in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows);
   };

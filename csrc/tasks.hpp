@@ -36,9 +36,9 @@ struct Group {
 // The groups that have rows, and the rows that have no group; false where sizes do not fit.
 bool read_groups(const moesaic_groups &g, std::vector<Group> &groups, std::vector<Group> &padding);
 
-// How the weights of a product lie: rows of them contiguous, or columns, or neither.
-enum class Layout { kRows, kColumns, kApart };
-Layout layout(const moesaic_matrix &w);
+// How the weights of a product lie: rows of them contiguous, or columns, or neither; or they are decoded.
+enum class Layout { kRows, kColumns, kApart, kStored };
+Layout layout(const moesaic_weights &w);
 
 // How large a task of a product may be.
 struct Limits {

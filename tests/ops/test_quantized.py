@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ops = torch.ops.moesaic
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", None])
 @given(call=any_to_quantize((*DTYPES, torch.float16)))
 def test_experts_values_and_gradients(impl, call):
     q = quantized(*call)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from moesaic.ops.library import load
 from moesaic.ops.processor import INSTRUCTION_SETS, processor
-from moesaic.ops.quantized.weight import Weight
+from moesaic.ops.quantized.weight import QuantizedWeight, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FORMAT_NUMBERS = {"int8": 1, "nf4": 2, "mxfp4": 3}  # of `enum moesaic_format`
 OK, BAD_GROUPS, OUT_OF_MEMORY, BAD_ARGUMENT = 0, 1, 2, 3  # of `enum moesaic_status`
 
 
@@ -37,10 +38,21 @@ class CMatrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64))
 
 
+class CScales(ctypes.Structure):
+    """``moesaic_scales`` of ``csrc/moesaic_cpu.h``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+    )
+
+
 class CWeights(ctypes.Structure):
     """``moesaic_weights`` of ``csrc/moesaic_cpu.h``."""
 
-    _fields_ = (("matrix", CMatrix), ("stride", ctypes.c_int64))
+    _fields_ = (("matrix", CMatrix), ("stride", ctypes.c_int64), ("scales", CScales))
 
 
 class CRouting(ctypes.Structure):
@@ -122,8 +134,11 @@ def kernels() -> Kernels | str:
     return Kernels(_declare(library), INSTRUCTION_SETS.index(used))
 
 
-def refuses(x: Tensor, *others: Tensor) -> Exception | None:
+def refuses(x: Tensor, *others: Weight) -> Exception | None:
     """The error that says why the kernels cannot compute with these operands; None if they can."""
+    for t in others:
+        if isinstance(t, QuantizedWeight) and (error := _refuses_quantized(t)) is not None:
+            return error
     if x.device.type != "cpu":
         return ValueError(f'impl: "cpu" computes on the CPU, x is on {x.device}; use "torch" or None')
     if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in others):
@@ -132,6 +147,14 @@ def refuses(x: Tensor, *others: Tensor) -> Exception | None:
     loaded = kernels()
     if isinstance(loaded, str):
         return RuntimeError(f'impl: "cpu" has no kernels here, {loaded}; or use "torch" or None')
+    return None
+
+
+def _refuses_quantized(w: QuantizedWeight) -> Exception | None:
+    if w.flat_sizes is not None:
+        return ValueError(
+            f'impl: "cpu" has no kernels for {w.format} whose blocks run over the ends of rows; use "torch" or None'
+        )
     return None
 
 
@@ -154,8 +177,22 @@ def matrix(t: Tensor | None) -> CMatrix:
 
 def projection(w: Weight, b: Tensor | None) -> CProjection:
     """What every expert multiplies rows by, ``w [experts, inner, columns]``, and adds to them."""
-    assert isinstance(w, Tensor), "the kernels refuse quantised weights"
-    return CProjection(CWeights(matrix(w), w.stride(0)), matrix(b))
+    return CProjection(weights(w), matrix(b))
+
+
+def weights(w: Weight) -> CWeights:
+    """What rows are multiplied by; the tensors of a quantised weight have to be contiguous."""
+    if isinstance(w, Tensor):
+        return CWeights(matrix(w), w.stride(0))
+    data, scales = w.data, w.scales
+    row_bytes = data.stride(1) if data.shape[1] else 0
+    # The kernels tell the dim along which an output is stored by a stride of zero.
+    strides = (row_bytes, 0) if w.transposed else (0, row_bytes)
+    return CWeights(
+        CMatrix(data.data_ptr(), *strides),
+        data.stride(0),
+        CScales(scales.data_ptr(), scales.stride(0), scales.stride(1), FORMAT_NUMBERS[w.format]),
+    )
 
 
 def check_status(operator: str, status: int) -> None:
@@ -173,12 +210,14 @@ def check_status(operator: str, status: int) -> None:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    groups, routing, experts, grads = (ctypes.POINTER(t) for t in (CGroups, CRouting, CExperts, CExpertsGrads))
+    structs = (CGroups, CRouting, CExperts, CExpertsGrads, CWeights)
+    groups, routing, experts, grads, weights = (ctypes.POINTER(t) for t in structs)
     signatures = {
         "moesaic_cpu_isa_name": (ctypes.c_char_p, i32),
         "moesaic_cpu_has_isa": (i32, i32),
         "moesaic_cpu_tile_product": (i32, address, address, address, i32),
         "moesaic_cpu_grouped_mm": (i32, groups, CMatrix, CMatrix, i64, address, i64, i64, i32, i32, i32, i32),
+        "moesaic_cpu_quantized_mm": (i32, groups, CMatrix, weights, address, i64, i64, i32, i32, i32, i32),
         "moesaic_cpu_weight_grad": (i32, groups, CMatrix, CMatrix, address, i64, i64, i32, i32, i32, i32, i32),
         "moesaic_cpu_experts": (i32, routing, experts, CMatrix, address, CPreActivations, i32, i32),
         "moesaic_cpu_experts_backward": (i32, routing, experts, CMatrix, CMatrix, CPreActivations, grads, i32, i32),

@@ -17,9 +17,8 @@ from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
 from moesaic.ops.experts_mlp.operands import DOWN, UP, check_operands
 from moesaic.ops.experts_mlp.problem import Problem, Target, Targets, Wanted, one_block
 from moesaic.ops.fastest import Call
-from moesaic.ops.implementations import choose
 from moesaic.ops.quantized.formats import Format, is_flat, sizes_of
-from moesaic.ops.quantized.implementations import for_quantized
+from moesaic.ops.quantized.implementations import choose_for_quantized
 from moesaic.ops.quantized.ops import weight_of
 
 WEIGHTS = ("w1", "w3", "w2")
@@ -36,9 +35,6 @@ torch.library.define(
     "moesaic::quantized_experts_mlp_backward",
     f"(Tensor grad, {_SCHEMA}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
 )
-
-
-_TABLE = for_quantized(IMPLEMENTATIONS)
 
 
 def experts_op(
@@ -112,7 +108,9 @@ def _problem(
 
 
 def _module_for(operator: str, impl: str | None, problem: Problem) -> ModuleType:
-    return choose(_TABLE, impl, Call(operator, (problem.x_TD,), problem.ids_TK.numel(), problem.num_experts))
+    weights = (*(p.weight for p in problem.projections), problem.down.weight)
+    call = Call(operator, (problem.x_TD, *weights), problem.ids_TK.numel(), problem.num_experts)
+    return choose_for_quantized(IMPLEMENTATIONS, impl, call)
 
 
 def _hidden(t: Mapping[str, Any], format: Format, hidden: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Which implementations of grouped_mm and experts_mlp take quantised weights.
+"""Which implementation computes with quantised weights.
 
-``"reference"`` and ``"torch"`` decode a matrix when they come to it.
+``"cpu"`` decodes them in registers. ``"reference"`` and ``"torch"`` decode a matrix when they come to it, which writes
+it to memory and reads it again. So where there are kernels they are taken, whatever is fastest for other weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 
 from torch import Tensor
@@ -13,27 +14,19 @@ from moesaic.ops.fastest import Call
 from moesaic.ops.grouped_mm.groups import check_group_sizes
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS
 from moesaic.ops.implementations import Row, choose
+from moesaic.ops.quantized.weight import QuantizedWeight
 
 
-def for_quantized(table: Mapping[str, Row]) -> dict[str, Row]:
-    """An operator's implementations, of which those that read a tensor's memory refuse what is none."""
-    return {name: Row(row.module, _refusals.get(name, row.refuses)) for name, row in table.items()}
+def choose_for_quantized(table: Mapping[str, Row], impl: str | None, call: Call) -> ModuleType:
+    """The module of the implementation called ``impl``; for None the kernels, or else torch's products."""
+    if impl is None:
+        impl = "torch" if table["cpu"].refuses(*call.operands) is not None else "cpu"
+    return choose(table, impl, call)
 
 
-def _has_none(name: str) -> Callable[..., Exception]:
-    def refuses(*operands: object) -> Exception:
-        return TypeError(f'impl: "{name}" has no kernels for quantised weights; use "torch" or None')
-
-    return refuses
-
-
-_refusals = {name: _has_none(name) for name in ("cpu", "triton")}
-_TABLE = for_quantized(IMPLEMENTATIONS)
-
-
-def module_for_product(operator: str, impl: str | None, x: Tensor, sizes_BG: Tensor, num_matrices: int) -> ModuleType:
+def module_for_product(operator: str, impl: str | None, x: Tensor, w: QuantizedWeight, sizes_BG: Tensor) -> ModuleType:
     """What computes this call of a product; under ``debug_checks`` the sizes are checked first."""
     num_rows = x.shape[0]
     if debug_checks_enabled():
-        check_group_sizes(num_rows, sizes_BG, num_matrices)
-    return choose(_TABLE, impl, Call(operator, (x,), num_rows, sizes_BG.numel()))
+        check_group_sizes(num_rows, sizes_BG, w.shape[0])
+    return choose_for_quantized(IMPLEMENTATIONS, impl, Call(operator, (x, w), num_rows, sizes_BG.numel()))

@@ -28,7 +28,9 @@ torch.library.define(
 
 def weight_of(data: Tensor, scales: Tensor, format: Format, dtype: torch.dtype, I: Any, O: Any) -> QuantizedWeight:  # noqa: E741
     """The weight of this data, decoded to ``dtype``. ``I`` and ``O`` are read where data does not tell."""
-    return QuantizedWeight(data, scales.detach(), format, (I, O) if is_flat(format, data) else None, dtype=dtype)
+    # Contiguous already, but for what a user has cut.
+    data, scales = data.contiguous(), scales.detach().contiguous()
+    return QuantizedWeight(data, scales, format, (I, O) if is_flat(format, data) else None, dtype=dtype)
 
 
 @torch.library.impl("moesaic::quantized_mm", "default")
@@ -46,7 +48,7 @@ def _forward(
     w = weight_of(data, scales, format, x.dtype, x.shape[1], width)
     check_operands("quantized_mm", (("x", x, "RK"), ("w", w, "EKN")), group_sizes)
     sizes_BG = as_blocks(group_sizes)
-    module = module_for_product("quantized_mm", impl, x, sizes_BG, data.shape[0])
+    module = module_for_product("quantized_mm", impl, x, w, sizes_BG)
     return module.forward(x, w, sizes_BG, out_dtype or x.dtype)
 
 
@@ -58,7 +60,7 @@ def _input_grad(
     w = weight_of(data, scales, format, grad.dtype, width, grad.shape[1])
     check_operands("quantized_mm_input_grad", (("grad", grad, "RN"), ("w", w, "EKN")), group_sizes)
     sizes_BG = as_blocks(group_sizes)
-    module = module_for_product("quantized_mm_input_grad", impl, grad, sizes_BG, data.shape[0])
+    module = module_for_product("quantized_mm_input_grad", impl, grad, w, sizes_BG)
     return module.forward(grad, w.mT, sizes_BG, grad.dtype)
 
 

@@ -7,12 +7,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moesaic.ops.quantized.weight import QuantizedWeight, Weight
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
 
 
-def refuses(x: Tensor, *others: Tensor) -> Exception | None:
+def refuses(x: Tensor, *others: Weight) -> Exception | None:
     """The error that says why the kernels cannot compute with operands like ``x``; None if they can."""
+    if any(isinstance(t, QuantizedWeight) for t in others):
+        return TypeError('impl: "triton" has no kernels for quantised weights; use "torch" or None')
     if x.dtype not in DTYPES:
         return TypeError(f'impl: "triton" has no kernels for {x.dtype}; use "torch" or None')
     try:

@@ -9,27 +9,20 @@ from torch import Tensor
 
 from moesaic.ops import pool
 from moesaic.ops.grouped_mm.groups import are_shared, check_group_sizes
-from moesaic.ops.native import BAD_GROUPS, DTYPES, CGroups, check_status, loaded_kernels, matrix
+from moesaic.ops.native import BAD_GROUPS, DTYPES, CGroups, check_status, loaded_kernels, matrix, weights
+from moesaic.ops.quantized.weight import Weight
 
 
-def forward(x_RK: Tensor, w_EKN: Tensor, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
+def forward(x_RK: Tensor, w_EKN: Weight, sizes_BG: Tensor, out_dtype: torch.dtype) -> Tensor:
     library, isa = loaded_kernels()
     (R, K), N = x_RK.shape, w_EKN.shape[2]
     y_RN = pool.empty((R, N), out_dtype)
     groups, keep = _groups(sizes_BG, R, w_EKN.shape[0])
-    status = library.moesaic_cpu_grouped_mm(
-        groups,
-        matrix(x_RK),
-        matrix(w_EKN),
-        w_EKN.stride(0),
-        y_RN.data_ptr(),
-        K,
-        N,
-        DTYPES[x_RK.dtype],
-        DTYPES[out_dtype],
-        isa,
-        torch.get_num_threads(),
-    )
+    into = (y_RN.data_ptr(), K, N, DTYPES[x_RK.dtype], DTYPES[out_dtype], isa, torch.get_num_threads())
+    if isinstance(w_EKN, Tensor):
+        status = library.moesaic_cpu_grouped_mm(groups, matrix(x_RK), matrix(w_EKN), w_EKN.stride(0), *into)
+    else:
+        status = library.moesaic_cpu_quantized_mm(groups, matrix(x_RK), weights(w_EKN), *into)
     _check(status, R, keep, w_EKN.shape[0])
     return y_RN
 
