@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moesaic.ops import experts_mlp
 from moesaic.ops.experts_mlp import implementations
+from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS as GROUPED
 
 
 class Operations(TorchDispatchMode):
@@ -56,3 +57,39 @@ def test_experts_without_rows_cost_no_operations(monkeypatch):
     assert sum(count for name, count in few.items() if "_local_scalar_dense" in name) <= 8
     # Three projections forward, three gradients of inputs, three of weights: for two experts.
     assert few["aten.mm.out"] == 2 * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("columns", [16, 15])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_groups_are_the_same_sums(dtype, columns, transposed, monkeypatch):
+    """torch's own loop, where it takes the operands, gives the bits of ours; and the tail is zero."""
+    E, K, torch_impl = 80, 24, GROUPED["torch"].module
+    torch.manual_seed(0)
+    sizes = torch.randint(1, 4, (E,))
+    sizes[::7] = 0
+    rows = int(sizes.sum())
+    x, grad = torch.randn(rows + 3, K).to(dtype), torch.randn(rows + 3, columns).to(dtype)
+    w = torch.randn(E, columns, K).to(dtype).mT if transposed else torch.randn(E, K, columns).to(dtype)
+    sizes_1E, calls = sizes.unsqueeze(0), []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return library(*args, **kwargs)
+
+    def both() -> list[Tensor]:
+        y = torch_impl.forward(x, w, sizes_1E, dtype)
+        return [y, torch_impl.weight_grad(x, grad, sizes_1E, E), torch_impl.forward(grad, w.mT, sizes_1E, dtype)]
+
+    library = torch._grouped_mm
+    monkeypatch.setattr(torch, "_grouped_mm", counted)
+    found = both()
+    # Rows of 15 elements are aligned in no dtype.
+    assert len(calls) == (3 if dtype != torch.float64 and columns == 16 else transposed and dtype != torch.float64)
+    monkeypatch.setattr(torch_impl, "_MANY_GROUPS", E + 1)
+    calls.clear()
+    for ours, theirs in zip(found, both(), strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, theirs)
+    assert calls == []
+    assert not found[0][rows:].any()

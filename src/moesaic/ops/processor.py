@@ -58,7 +58,7 @@ def processor() -> Processor:
 
 
 def kernels_for(isa: str, dtype: torch.dtype) -> str:
-    """The instruction set whose kernels for a dtype those of ``isa`` are: bf16 instructions and tiles are not for fp32."""
+    """The instruction set whose kernels those of ``isa`` are for a dtype: fp32 has no use for bf16 or tiles."""
     return "avx512" if isa in ("avx512_bf16", "amx", "amx_emulated") and dtype == torch.float32 else isa
 
 

@@ -1,8 +1,9 @@
 """grouped_mm out of torch's own matrix multiplications, around the defects of ``torch._grouped_mm``.
 
 On CPU a loop of ``mm`` into the output: what ``torch._grouped_mm`` does there, without its restrictions on dtype,
-stride and alignment. Elsewhere the sizes must not be read to the host: bf16 on Hopper and later goes to
-``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row tiles.
+stride and alignment; where groups are many and keep these, its own loop. Elsewhere the sizes must not be read to the
+host: bf16 on Hopper and later goes to ``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row
+tiles.
 """
 
 import itertools
@@ -16,11 +17,14 @@ from moesaic.ops.grouped_mm import (
 )
 from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
 from moesaic.ops.processor import has_amx
-from moesaic.ops.quantized.weight import Weight
+from moesaic.ops.quantized.weight import QuantizedWeight, Weight
 
 # Limits of torch._grouped_mm's CUDA kernel.
 _MAX_GROUPS = 1023
 _ALIGNMENT_BYTES = 16
+# From so many groups on, torch's loop in C++ is worth more than what it costs to visit the empty ones, which are no
+# more than half of them.
+_MANY_GROUPS = 64
 
 
 class Products:
@@ -36,11 +40,19 @@ class Products:
     def __init__(self, on: Tensor, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
         self._sizes_BG, self._num_matrices = sizes_BG, num_matrices
         self._groups: list[Group] | None = None
+        self._are_many = False
         if on.device.type == "cpu":
             self._groups = list(iterate_groups(num_rows, sizes_BG, num_matrices))
+            # One block, with a matrix for each of its groups.
+            self._are_many = tuple(sizes_BG.shape) == (1, num_matrices) and len(self._groups) >= max(
+                _MANY_GROUPS, num_matrices // 2
+            )
 
     def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
+            many = self._are_many and out_dtype == x_RK.dtype
+            if many and not isinstance(w_EKN, QuantizedWeight) and _are_aligned(x_RK, w_EKN):
+                return _many_forward(x_RK, w_EKN, self._sizes_BG[0], self._groups)
             return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
         if isinstance(w_EKN, Tensor) and out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
             return _library_forward(x_RK, w_EKN, self._sizes_BG)
@@ -54,6 +66,8 @@ class Products:
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor) -> Tensor:
         if self._groups is not None:
+            if self._are_many and _are_aligned(x_RK, grad_RN):
+                return _many_weight_grad(x_RK, grad_RN, self._sizes_BG[0])
             return _loop_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
         grad_RN = grad_RN.contiguous()
         if self._sizes_BG.shape[0] == 1 and self._num_matrices > 0 and _library_takes(x_RK, grad_RN, self._sizes_BG):
@@ -110,6 +124,28 @@ def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_ma
         if after - before > 1:
             gw_EKN[before + 1 : after] = 0
     return gw_EKN
+
+
+def _are_aligned(x_RK: Tensor, other: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these operands on CPU."""
+    return (
+        x_RK.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and min(*x_RK.shape, *other.shape) > 0
+        and x_RK.stride(-1) == 1
+        and _is_aligned(x_RK)
+        and _is_aligned(other)
+        and not (x_RK.dtype.itemsize == 2 and has_amx())  # see `_loop_forward`
+    )
+
+
+def _many_forward(x_RK: Tensor, w_EKN: Tensor, sizes_E: Tensor, groups: list[Group]) -> Tensor:
+    y_RN = torch._grouped_mm(x_RK, w_EKN, offs=_ends(sizes_E))
+    y_RN[groups[-1].rows.stop :] = 0
+    return y_RN.contiguous()  # torch pads rows
+
+
+def _many_weight_grad(x_RK: Tensor, grad_RN: Tensor, sizes_E: Tensor) -> Tensor:
+    return torch._grouped_mm(x_RK.mT, grad_RN, offs=_ends(sizes_E)).contiguous()
 
 
 def _library_takes(x_RK: Tensor, other: Tensor, sizes_BG: Tensor) -> bool:
