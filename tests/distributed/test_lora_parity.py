@@ -9,24 +9,30 @@ import torch
 from torch import Tensor, nn
 
 import moesaic
+from moesaic.layers import quantize_
 from moesaic.layers.lora import ExpertsAdapter, Rank, RouterAdapter, add_adapter
+from moesaic.ops.quantized import Format
 from moesaic.parallel import experts as of_experts
 from moesaic.testing import Layout
 from tests.distributed.parity import LocalAdamW, clip, legal_layouts, meshes_of
 
-DIM, BATCH, LENGTH, STEPS = 16, 8, 5, 3
+DIM, BATCH, LENGTH, STEPS = 32, 8, 5, 3
 
 
-def make_moe(experts: int = 8, gated: bool = True, share: bool = False) -> moesaic.MoE:
+def make_moe(experts: int = 8, gated: bool = True, share: bool = False, format: Format | None = None) -> moesaic.MoE:
     """A layer whose weights are frozen, with adapters that are not zero. One expert gets no token."""
     torch.manual_seed(0)
     form = {"gated": gated, "activation": "silu" if gated else "relu2", "expert_biases": gated, "logit_bias": True}
     moe = moesaic.MoE(
-        moesaic.MoEConfig(dim=DIM, hidden_dim=12, num_experts=experts, top_k=3, shared_hidden_dim=10, **form)
+        moesaic.MoEConfig(
+            dim=DIM, hidden_dim=64 if format else 12, num_experts=experts, top_k=3, shared_hidden_dim=10, **form
+        )
     )
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.3).requires_grad_(False)
     nn.init.constant_(moe.router.logit_bias[-1:], -20.0)
+    if format is not None:
+        quantize_(moe, format)
     ranks = {"w1": Rank(4, 0.5), "w3": Rank(4 if share else 2, 2.0), "w2": Rank(6, 1.0)}
     ranks = ranks if gated else {"w2": ranks["w2"]}
     add_adapter(moe.experts, "default", ExpertsAdapter(moe.experts, ranks, share=share))
@@ -84,6 +90,7 @@ SOME = [
     (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {}),
     (4, {"tp": 2, "etp": 2}, "local", {"share": True}),
     (4, {"ep": 2}, "dtensor", {"experts": 7, "gated": False}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {"format": "mxfp4"}),
 ]
 
 
@@ -98,6 +105,14 @@ def test_some_layouts(equal_gradients, world, layout, way, form):
 def test_every_layout(equal_gradients, world, layout, way):
     for form in ({}, {"share": True}, {"gated": False}):
         check(equal_gradients, world, layout, way, **form)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+@pytest.mark.parametrize(("world", "layout"), [case for case in LAYOUTS if case[1]["etp"] <= 2], ids=name_of)
+def test_quantised_experts_in_every_layout(equal_gradients, world, layout, format):
+    # A hidden dim of 64 has two blocks.
+    check(equal_gradients, world, layout, "local", format=format)
 
 
 def without_sums(moe: moesaic.MoE, layout: Layout) -> nn.Module:
@@ -116,6 +131,21 @@ def test_a_missing_sum_over_etp_is_seen(equal_gradients):
         AssertionError, match=r"gradient of experts.adapters.default.w\d_\w and 2 more: .* not summed over tp or etp"
     ):
         equal_gradients(make_moe, inputs, without_sums, [{"etp": 2, "tp": 2}], world=2, **options)
+
+
+def check_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="compute: 'dtensor' does not take adapters on quantised experts, which 'MoE'"):
+        moesaic.parallelize(make_moe(format="int8"), meshes_of({"ep": 2}))
+    odd = make_moe(experts=3, gated=False)
+    add_adapter(odd.experts, "odd", ExpertsAdapter(odd.experts, {"w2": Rank(3, 1.0)}))
+    if torch.distributed.get_world_size() == 4:
+        with pytest.raises(ValueError, match=r"cuts the ranks of its adapters, which it cannot for \[3\]"):
+            moesaic.parallelize(odd, meshes_of({"ep": 2}))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_cannot_be_laid_out_is_refused(same_ranks, world):
+    same_ranks(check_what_is_refused, world)
 
 
 def check_what_is_frozen() -> None:

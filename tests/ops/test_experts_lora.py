@@ -50,7 +50,7 @@ def computed(p: dict[str, Any], dtype: torch.dtype = torch.float64, impl: str | 
     def take(t: Any) -> Any:
         if isinstance(t, tuple):
             return tuple(map(take, t))
-        if t is None or not t.is_floating_point():
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
             return t
         return leaves.setdefault(id(t), t.detach().to(dtype).clone())
 

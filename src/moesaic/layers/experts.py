@@ -122,7 +122,7 @@ class GroupedExperts(nn.Module):
             return experts_mlp(*operands, main_grads=self.main_grads, **options)
         if self.main_grads is not None:
             raise ValueError("main_grads: experts with adapters are frozen; set main_grads to None")
-        lora1, lora3, lora2 = (adapter.scaled(weight, self.w1.dtype) for weight in WEIGHTS)
+        lora1, lora3, lora2 = (adapter.scaled(weight, x.dtype) for weight in WEIGHTS)
         return experts_lora(*operands, lora1=lora1, lora3=lora3, lora2=lora2, **options)
 
     def extra_repr(self) -> str:

@@ -1,20 +1,25 @@
 """The public function ``experts_lora``: its contract and its checks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.ops.arguments import check_given, check_tensors
 from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_lora import ops  # noqa: F401 -- registers the operators
+from moesaic.ops.experts_lora.composed import composed
 from moesaic.ops.experts_lora.operands import FACTORS, NAMES
 from moesaic.ops.experts_mlp.activation import Activation, check_activation
 from moesaic.ops.experts_mlp.api import check_dtypes, check_shapes
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation
 from moesaic.ops.implementations import check_name
+from moesaic.ops.quantized.check import quantized_among
+from moesaic.ops.quantized.weight import QuantizedWeight
 
 Factors = Sequence[Tensor] | None
 
@@ -23,9 +28,9 @@ def experts_lora(
     x: Float[Tensor, "*B T D"],
     topk_ids: Int[Tensor, "*B T K"],
     topk_weights: Float[Tensor, "*B T K"],
-    w1: Float[Tensor, "W D F"],
-    w3: Float[Tensor, "W D F"] | None,
-    w2: Float[Tensor, "W F D"],
+    w1: Float[Tensor, "W D F"] | QuantizedWeight,
+    w3: Float[Tensor, "W D F"] | QuantizedWeight | None,
+    w2: Float[Tensor, "W F D"] | QuantizedWeight,
     *,
     lora1: Factors = None,
     lora3: Factors = None,
@@ -49,7 +54,8 @@ def experts_lora(
 
     Args:
         x, topk_ids, topk_weights, w1, w3, w2, activation, b1, b3, b2: see :func:`moesaic.experts_mlp`. Weights and
-            biases get no gradient.
+            biases get no gradient. With quantised weights (QLoRA) all tensors are plain, and the sorted rows of every
+            step are kept for the backward pass.
         lora1, lora3: None, or the factors ``a [W, D, r]`` and ``b [W, r, F]``, of any rank r. One ``a`` may be that of
             both, as in checkpoints with gate and up projection in one tensor.
         lora2: None, or ``a [W, F, r]`` and ``b [W, r, D]``.
@@ -78,27 +84,41 @@ def experts_lora(
 
     LoRA is Hu et al. 2021 (arXiv 2106.09685).
     """
-    check_given(x=x, topk_ids=topk_ids, topk_weights=topk_weights, w1=w1, w2=w2)
-    check_tensors(w3=w3, b1=b1, b3=b3, b2=b2)
+    weights: dict[str, Any] = {"w1": w1, "w3": w3, "w2": w2}
+    quantized = quantized_among(weights)
+    plain = weights | dict.fromkeys(quantized)
+    check_given(
+        x=x, topk_ids=topk_ids, topk_weights=topk_weights, **{n: plain[n] for n in ("w1", "w2") if not quantized}
+    )
+    check_tensors(w3=plain["w3"], b1=b1, b3=b3, b2=b2)
     check_activation(activation, w3 is not None)
     check_name(impl, IMPLEMENTATIONS)
-    base = {"x": x, "w1": w1, "w3": w3, "w2": w2, "b1": b1, "b3": b3, "b2": b2}
+    base = {"x": x, **plain, "b1": b1, "b3": b3, "b2": b2}
     pairs = {"lora1": lora1, "lora3": lora3, "lora2": lora2}
     factors = _named_factors(pairs)
-    given = {name: t for name, t in (base | factors).items() if t is not None}
+    given: dict[str, Any] = {name: t for name, t in (base | factors).items() if t is not None}
     refuse_forward_ad("experts_lora", topk_weights, *given.values())
     _check_frozen({name: t for name, t in given.items() if name in base and name != "x"})
     if lora3 is not None and w3 is None:
         raise ValueError("lora3: given without w3; leave it out, or give the projection that it belongs to")
     given = dict(zip(given, autocast(*given.values()), strict=True))
+    given |= {name: w.to(given["x"].dtype) for name, w in quantized.items()}
     check_dtypes(given, topk_ids, topk_weights)
     check_shapes({name: t for name, t in given.items() if name in base}, topk_ids, topk_weights)
     _check_factors(given)
 
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = (t if in_blocks else t.unsqueeze(0) for t in (given["x"], topk_ids, topk_weights))
+    if quantized:
+        if any(map(is_traceable_wrapper_subclass, (x_BTD, quantized["w1"].data))):
+            raise TypeError(
+                "x: quantised weights with adapters take plain tensors, and this is a DTensor; use "
+                'parallelize(..., compute="local")'
+            )
+        z_BTD = composed((x_BTD, ids_BTK, weights_BTK), given, activation, impl)
+        return z_BTD if in_blocks else z_BTD.squeeze(0)
     B, W = x_BTD.shape[0], w1.shape[0]
-    experts_BG = w1.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
+    experts_BG = given["w1"].new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
     given |= {"x": x_BTD, "ids": ids_BTK, "weights": weights_BTK, "experts": experts_BG}
     operands = tuple(map(given.get, NAMES))
     if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
