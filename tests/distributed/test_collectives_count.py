@@ -1,8 +1,12 @@
 """The collectives of one forward and backward pass are those of the design, and no other."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic
 
@@ -44,3 +48,42 @@ def test_only_the_dispatcher_communicates(same_ranks, layout, axes, way):
         assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": FORWARD_PER_AXIS * axes}
         # The gate's weight is replicated over tp and its gradient summed there.
         assert backward == {"all_to_all_single": BACKWARD_PER_AXIS * axes, "all_reduce": 1}
+
+
+class Order(TorchDispatchMode):
+    """The names of what runs, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def order() -> tuple[list[str], list[str]]:
+    torch.manual_seed(0)
+    config = moesaic.MoEConfig(dim=8, hidden_dim=6, num_experts=4, top_k=2, shared_hidden_dim=6)
+    meshes = moesaic.build_meshes(ep=2, device_type="cpu")
+    moe = moesaic.parallelize(moesaic.MoE(config), meshes, compute="local")
+    x = torch.randn(5, 8, requires_grad=True)
+    with Order() as forward:
+        y = moe(x)
+    with Order() as backward:
+        y.sum().backward()
+    return forward.names, backward.names
+
+
+def test_the_shared_expert_computes_while_rows_are_under_way(same_ranks):
+    for forward, backward in same_ranks(order, 2):
+        # Rows and routing are sent, the shared expert's three products come, and only then does anybody wait.
+        first = forward.index("all_to_all_single")
+        until = forward.index("wait_tensor", first)
+        assert forward[first:until].count("all_to_all_single") == 2
+        assert forward[first:until].count("mm") == 3
+        # Gradients of rows and of routing weights are both under way before one is waited for.
+        starts = [i for i, name in enumerate(backward) if name == "all_to_all_single"]
+        assert "wait_tensor" not in backward[starts[1] : starts[2]]

@@ -6,6 +6,7 @@ communicate before and after the experts.
 Legend: T tokens, K copies of each token (top-k), D model dim.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -20,19 +21,23 @@ class Dispatched(NamedTuple):
         x: the tokens, in a form that :func:`moesaic.experts_mlp` takes, with or without blocks.
         topk_ids, topk_weights: the routing of these tokens.
         record: for the dispatcher that made it, and for no one else.
+        beside: what ``meanwhile`` gave.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     record: Any
+    beside: Tensor | None = None
 
 
 class Dispatcher(Protocol):
     """The two phases around the experts."""
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        """Bring tokens ``x [T, D]`` to the experts."""
+    def dispatch(
+        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Dispatched:
+        """Bring tokens ``x [T, D]`` to the experts; call ``meanwhile`` while they are under way."""
         ...
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
@@ -43,8 +48,10 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """The dispatcher of one process. All experts and all tokens are here, so nothing moves."""
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
-        return Dispatched(x, routing.ids, routing.weights, None)
+    def dispatch(
+        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Dispatched:
+        return Dispatched(x, routing.ids, routing.weights, None, None if meanwhile is None else meanwhile())
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         return z

@@ -124,13 +124,15 @@ class MoE(nn.Module):
         rows_RD = x_TD
         if self.config.weigh_inputs:
             rows_RD, routing = _weighed(x_TD, routing)
-        dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts)
+        shared = self.shared
+        meanwhile = None if shared is None else lambda: shared(x_TD)
+        dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts, meanwhile)
         z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
         y_TD = self.dispatcher.combine(z, dispatched)
         if self.config.weigh_inputs:
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        if dispatched.beside is not None:
+            y_TD = y_TD + dispatched.beside
         # Not a view: FSDP warns about views, since an in-place op on one would drop FSDP's backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 

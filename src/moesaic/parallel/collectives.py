@@ -4,7 +4,8 @@ Reductions are done here, in the order of ranks, after the all-to-all: determini
 direct reduce-scatter sends. (gloo has no uneven reduce-scatter or all-gather, and NCCL's are loops of reductions.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,21 @@ def all_to_all(
     ``columns`` only the first so many of ``x [S, ...]`` have one, and no other travels.
     """
     return x if group.size() == 1 else _AllToAll.apply(x, list(send), list(receive), group, columns)
+
+
+def start_all_to_all(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None
+) -> Callable[[], Tensor]:
+    """As :func:`all_to_all`, but what runs before the result is called for runs while rows are under way.
+
+    In the backward pass that is what autograd runs between both ends. On CUDA collectives have a stream of their own.
+    """
+    if group.size() == 1 or torch.compiler.is_compiling():  # a compiler orders what it has traced
+        x = all_to_all(x, send, receive, group, columns=columns)
+        return lambda: x
+    exchange = _Exchange(list(send), list(receive), group, columns)
+    under_way = _Start.apply(x, exchange)
+    return lambda: _Finish.apply(under_way, exchange)
 
 
 def all_gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None) -> Tensor:
@@ -65,6 +81,53 @@ class _AllToAll(torch.autograd.Function):
         grad, others = _apart(grads[0], ctx.columns)
         back = internals.all_to_all(grad, ctx.send, ctx.receive, ctx.group)
         return _with_zeros(back, others), None, None, None, None
+
+
+@dataclass
+class _Exchange:
+    """One all-to-all, and the gradient that is under way."""
+
+    send: list[int]
+    receive: list[int]
+    group: dist.ProcessGroup
+    columns: int | None
+    gradient: Tensor | None = None
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange, ctx.columns = exchange, x.shape[1:]
+        return internals.start_all_to_all(x, exchange.receive, exchange.send, exchange.group)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        gradient, exchange.gradient = exchange.gradient, None
+        assert gradient is not None
+        others = 0 if exchange.columns is None else ctx.columns[0] - exchange.columns
+        return _with_zeros(internals.wait(gradient), others), None
+
+
+class _Finish(torch.autograd.Function):
+    """Its gradient has other rows than what it is the gradient of, so it goes to ``_Start`` beside autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, under_way: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        # Autograd would make a view of the tensor that it gave, and none of one that a checkpoint policy had kept.
+        return internals.wait(under_way).view_as(under_way)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange: _Exchange = ctx.exchange
+        grad, _ = _apart(grads[0], exchange.columns)
+        exchange.gradient = internals.start_all_to_all(grad, exchange.send, exchange.receive, exchange.group)
+        return grads[0], None
 
 
 class _AllGatherRows(torch.autograd.Function):

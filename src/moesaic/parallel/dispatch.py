@@ -11,6 +11,7 @@ e experts a rank (the last ranks may have fewer), S rows sent, M rows received o
 copies of them that go to this rank's experts, rounded up, or the most of any rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from moesaic.layers.dispatch import Dispatched
 from moesaic.layers.router import Routing
 from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.capacity import bounded_traffic, in_places, spoiled
-from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows
+from moesaic.parallel.collectives import all_gather_rows, all_to_all, reduce_scatter_rows, start_all_to_all
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.placements import PLACES
 from moesaic.parallel.traffic import Traffic, exchange_counts
@@ -72,7 +73,9 @@ class MeshDispatcher:
         self.etp = mesh.get_group("etp")
         self.all = group_over_all_axes(mesh, "ep_etp") if everyone is None else everyone
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
+    def dispatch(
+        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
+    ) -> Dispatched:
         P = self.ep.size()
         experts_per_rank = -(-num_experts // P)
         # Copies of padding, whose ids are -1, belong to a rank past the last.
@@ -91,8 +94,11 @@ class MeshDispatcher:
             traffic = bounded_traffic(self.capacity, P, self.etp.size())
             sent = in_places(sent, P, self.capacity)
         ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
-        x_ND = self._to_experts(permute(x, sent), traffic)
-        weights_NK, ids_NK = self._routing_to_experts(permute(routing.weights, sent), ids_SK, traffic)
+        rows = start_all_to_all(permute(x, sent), traffic.send, traffic.receive, self.ep)
+        routings = self._start_routing(permute(routing.weights, sent), ids_SK, traffic)
+        beside = None if meanwhile is None else meanwhile()
+        x_ND = all_gather_rows(rows(), traffic.gather, self.etp)
+        weights_NK, ids_NK = routings()
 
         here = _copies_here(ids_NK, traffic.copies if self.local else traffic.capacity)
         of_copies = here._replace(positions=here.positions.reshape(-1, 1))
@@ -102,6 +108,7 @@ class MeshDispatcher:
             self._as_block(ids_C.unsqueeze(1).to(routing.ids.dtype), "ids"),
             self._as_block(permute(weights_NK.reshape(-1, 1), of_copies), "weights"),
             _Record(sent, here, traffic, most),
+            beside,
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
@@ -121,17 +128,21 @@ class MeshDispatcher:
         grads = PLACES.get(f"grad_{operand}")
         return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
-    def _to_experts(self, t: Tensor, traffic: Traffic, columns: int | None = None) -> Tensor:
-        t = all_to_all(t, traffic.send, traffic.receive, self.ep, columns=columns)
-        return all_gather_rows(t, traffic.gather, self.etp, columns=columns)
-
-    def _routing_to_experts(self, weights_SK: Tensor, ids_SK: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+    def _start_routing(
+        self, weights_SK: Tensor, ids_SK: Tensor, traffic: Traffic
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Weights and ids in one message, in which the bits of an id stand where those of another weight would."""
         K, integers = weights_SK.shape[1], torch.int64 if weights_SK.element_size() == 8 else torch.int32
         as_weights = ids_SK.to(integers).view(weights_SK.dtype)
-        message = self._to_experts(torch.cat([weights_SK, as_weights], 1), traffic, columns=K)
-        ids = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
-        return message.narrow(1, 0, K), ids.to(ids_SK.dtype)
+        message = torch.cat([weights_SK, as_weights], 1)
+        arrived = start_all_to_all(message, traffic.send, traffic.receive, self.ep, columns=K)
+
+        def finish() -> tuple[Tensor, Tensor]:
+            message = all_gather_rows(arrived(), traffic.gather, self.etp, columns=K)
+            ids_NK = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
+            return message.narrow(1, 0, K), ids_NK.to(ids_SK.dtype)
+
+        return finish
 
 
 def _one_copy_a_rank(owner_TK: Tensor, num_ranks: int) -> tuple[Permutation, Tensor]:

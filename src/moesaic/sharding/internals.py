@@ -132,11 +132,20 @@ def group_that_its_ranks_make(ranks: Sequence[int]) -> dist.ProcessGroup:
 def all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """``send[i]`` rows to rank ``i``, and ``receive[i]`` from it, as a new tensor.
 
-    This and the next two are functional, unlike those of ``torch.distributed``: they write into nothing that selective
+    This and those below are functional, unlike those of ``torch.distributed``: they write into nothing that selective
     checkpointing may have kept, and its policies know them by name.
     """
-    exchanged = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(exchanged)
+    return wait(start_all_to_all(x, receive, send, group))
+
+
+def start_all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """As :func:`all_to_all`, and does not wait: what it returns holds nothing before :func:`wait`."""
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group.group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """The same tensor, once it has what a collective brings."""
+    return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
