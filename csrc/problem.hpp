@@ -23,13 +23,44 @@ struct GradientTask {
   int64_t column, columns;
 };
 
-// Hands out task numbers, to all threads.
-class Counter {
+// The number of the next task of a call, for all its threads.
+class TaskNumbers {
  public:
-  __attribute__((always_inline)) int64_t next() { return __atomic_fetch_add(&value_, 1, __ATOMIC_RELAXED); }
+  __attribute__((always_inline)) TaskNumbers(int64_t tasks, int64_t threads)
+      : tasks_(tasks), share_(4 * (threads < 1 ? 1 : threads)), most_(threads < 16 ? 1 : threads / 8) {}
+  __attribute__((always_inline)) int64_t take(int64_t count) {
+    return __atomic_fetch_add(&next_, count, __ATOMIC_RELAXED);
+  }
+  __attribute__((always_inline)) bool is_left() const { return left() > 0; }
+  // Many threads take several at a time: doing small tasks, each would else have to wait until the line of the number
+  // comes from another one. Near the end it is one at a time, so that they end together.
+  __attribute__((always_inline)) int64_t batch() const {
+    const int64_t fair = left() / share_;
+    return fair < 1 ? 1 : fair < most_ ? fair : most_;
+  }
 
  private:
-  int64_t value_ = 0;
+  __attribute__((always_inline)) int64_t left() const { return tasks_ - __atomic_load_n(&next_, __ATOMIC_RELAXED); }
+  const int64_t tasks_, share_, most_;
+  alignas(64) int64_t next_ = 0;  // in a line of its own
+};
+
+// Hands out task numbers to one thread.
+class Counter {
+ public:
+  __attribute__((always_inline)) explicit Counter(TaskNumbers &numbers) : numbers_(numbers) {}
+  __attribute__((always_inline)) int64_t next() {
+    if (next_ == end_) {
+      const int64_t batch = numbers_.batch();
+      next_ = numbers_.take(batch);
+      end_ = next_ + batch;
+    }
+    return next_++;
+  }
+
+ private:
+  TaskNumbers &numbers_;
+  int64_t next_ = 0, end_ = 0;
 };
 
 // The problems below have defaults for what one of them can do without.
@@ -123,7 +154,8 @@ struct BiasGradient {
   int64_t num_tasks;
 };
 
-// The kernels of one instruction set and dtype. The threads of a call run the same function with one counter.
+// The kernels of one instruction set and dtype. The threads of a call run the same function, each with a counter over the
+// same numbers.
 //
 // A *word* is what a lane multiplies at once: an fp32, or a pair of bf16 that follow each other in the summed dim.
 struct Kernels {

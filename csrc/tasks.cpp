@@ -145,8 +145,9 @@ void as_words(moesaic_matrix &x, int64_t rows, int64_t inner, const Kernels &k, 
   }
   const int64_t words = ceil_div(inner, k.step), chunks = ceil_div(rows, kRowsAtOnce);
   char *out = copy.take(rows * words * 4);
-  Counter counter;
+  TaskNumbers numbers(chunks, threads);
   in_parallel(static_cast<int>(std::min<int64_t>(threads, chunks)), [&] {
+    Counter counter(numbers);
     for (int64_t i = counter.next(); i < chunks; i = counter.next()) {
       const int64_t end = std::min(rows, (i + 1) * kRowsAtOnce);
       for (int64_t r = i * kRowsAtOnce; r < end; ++r) k.words(x, r, inner, out + r * words * 4);

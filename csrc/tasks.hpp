@@ -60,18 +60,19 @@ template <class Problem>
 int run(void (*kernel)(const Problem &, Counter &, char *), const Problem &problem, int64_t scratch_bytes,
         int threads) {
   if (!problem.num_tasks) return MOESAIC_OK;
-  Counter counter;
+  TaskNumbers numbers(problem.num_tasks, threads);
   bool failed = false;
   in_parallel(static_cast<int>(std::min<int64_t>(threads, problem.num_tasks)), [&] {
     char *memory = scratch(scratch_bytes);
     if (memory) {
+      Counter counter(numbers);
       kernel(problem, counter, memory);
     } else {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
     }
   });
   // A thread without scratch memory has left its tasks to the others; if no thread had any, tasks are left.
-  return failed && counter.next() < problem.num_tasks ? MOESAIC_OUT_OF_MEMORY : MOESAIC_OK;
+  return failed && numbers.is_left() ? MOESAIC_OUT_OF_MEMORY : MOESAIC_OK;
 }
 
 struct Free {

@@ -98,6 +98,14 @@ def test_same_bits_at_any_number_of_threads(dtype, strides, size, threads):
         assert all(torch.equal(t, alone[name]) for name, t in run("cpu", p).items()), number
 
 
+def test_same_bits_where_a_thread_takes_several_tasks_at_a_time(threads):
+    p = experts(300, 4, 1100, 8, 8, torch.float32)
+    threads(1)
+    alone = run("cpu", p)
+    threads(16)
+    assert all(torch.equal(t, alone[name]) for name, t in run("cpu", p).items())
+
+
 @each_dtype
 def test_strides_of_the_tokens(dtype):
     p = experts(20, 2, 3, 33, 40, dtype)
