@@ -134,8 +134,6 @@ def test_a_missing_sum_over_etp_is_seen(equal_gradients):
 
 
 def check_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="compute: 'dtensor' does not take adapters on quantised experts, which 'MoE'"):
-        moesaic.parallelize(make_moe(format="int8"), meshes_of({"ep": 2}))
     odd = make_moe(experts=3, gated=False)
     add_adapter(odd.experts, "odd", ExpertsAdapter(odd.experts, {"w2": Rank(3, 1.0)}))
     if torch.distributed.get_world_size() == 4:

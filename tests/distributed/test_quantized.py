@@ -10,23 +10,32 @@ import moesaic
 from moesaic import checkpoint
 from moesaic.checkpoint.state import training_state
 from moesaic.layers import quantize_
+from moesaic.layers.lora import ExpertsAdapter, Rank, add_adapter
 from tests.distributed.parity import assert_close, meshes_of, whole
 
 T, D, F = 6, 64, 128
 LAYOUTS = [{"ep": 2, "etp": 2}, {"tp": 2, "etp": 2}, {"tp": 2, "ep": 4}]  # of five experts, so unevenly
 
 
-def layer(format: str, hidden_dim: int = F) -> moesaic.MoE:
+def layer(format: str, hidden_dim: int = F, rank: int = 0) -> moesaic.MoE:
     torch.manual_seed(0)
     config = moesaic.MoEConfig(dim=D, hidden_dim=hidden_dim, num_experts=5, top_k=2, expert_biases=True)
     moe = moesaic.MoE(config)
     for bias in (moe.experts.b1, moe.experts.b3, moe.experts.b2):
         torch.nn.init.normal_(bias)
-    return quantize_(moe, format)
+    quantize_(moe, format)
+    if rank:
+        ranks = {weight: Rank(rank, 2.0) for weight in ("w1", "w3", "w2")}
+        add_adapter(moe.experts, "default", ExpertsAdapter(moe.experts, ranks))
+        for factor in moe.experts.adapters.parameters():
+            torch.nn.init.normal_(factor, std=0.1)
+        for bias in (moe.experts.b1, moe.experts.b3, moe.experts.b2):
+            bias.requires_grad_(False)
+    return moe
 
 
-def check_parity(format: str, hidden_dim: int, layout: dict[str, int], way: str) -> None:
-    plain = layer(format, hidden_dim)
+def check_parity(format: str, hidden_dim: int, layout: dict[str, int], way: str, rank: int = 0) -> None:
+    plain = layer(format, hidden_dim, rank)
     moe = moesaic.parallelize(copy.deepcopy(plain), meshes_of(layout), compute=way)
     rank, size = dist.get_rank(), dist.get_world_size()
     x = torch.randn(size * T, D)  # the same on every rank, as the seed is
@@ -38,7 +47,9 @@ def check_parity(format: str, hidden_dim: int, layout: dict[str, int], way: str)
     assert_close("y", y, expected.view(size, T, D)[rank])
     assert_close("gradient of x", mine.grad, leaf.grad.view(size, T, D)[rank])
     for (name, p), q in zip(moe.named_parameters(), plain.parameters(), strict=True):
-        assert_close(f"gradient of {name}", whole(p.grad), q.grad)
+        assert p.requires_grad == q.requires_grad
+        if p.requires_grad:
+            assert_close(f"gradient of {name}", whole(p.grad), q.grad)
     for name, buffer in moe.named_buffers():
         if name.startswith("experts."):
             assert torch.equal(whole(buffer), plain.get_buffer(name)), name
@@ -61,10 +72,15 @@ def test_parity(same_ranks, format, hidden_dim, layout, way):
     same_ranks(check_parity, 4, format, hidden_dim, layout, way)
 
 
+@pytest.mark.parametrize(("format", "layout", "way"), [("nf4", LAYOUTS[0], "dtensor"), ("mxfp4", LAYOUTS[1], "local")])
+def test_parity_under_adapters(same_ranks, format, layout, way):
+    same_ranks(check_parity, 4, format, F, layout, way, 3)
+
+
 def check_bytes_and_checkpoint(folder: str) -> None:
     saved = moesaic.parallelize(layer("nf4"), meshes_of({"ep": 2, "etp": 2}))
     plain, x = layer("nf4"), torch.randn(T, D)
-    local = sum(b.to_local().nbytes for name, b in saved.named_buffers() if name.startswith("experts."))
+    local = sum(b.to_local().untyped_storage().nbytes() for n, b in saved.named_buffers() if n.startswith("experts."))
     most = 3 * D * F * 3 * 2 // 2  # in bf16, of the rank with three experts, each of which two ranks share
     assert 0 < local <= 0.30 * most
     checkpoint.save(folder, 1, training_state(saved, torch.optim.SGD(saved.parameters())), {})

@@ -41,12 +41,8 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout, compute: ComputeOn) -
             f"edp {layout.edp} could then not cut; choose ep to divide them, or edp 1"
         )
     check_packed(name, moe.experts, layout, compute == "local")
-    adapters = [m for m in moe.experts.modules() if isinstance(m, ExpertsAdapter)]
-    if adapters and packed_weights(moe.experts) and compute != "local":
-        raise ValueError(
-            f"compute: {compute!r} does not take adapters on quantised experts, which '{name}' has; use \"local\""
-        )
     if layout.edp > 1 and moe.config.num_experts % layout.ep:
+        adapters = [m for m in moe.experts.modules() if isinstance(m, ExpertsAdapter)]
         for adapter in adapters:
             odd = sorted({rank.r for rank in adapter.ranks.values() if rank.r % layout.edp})
             if odd:

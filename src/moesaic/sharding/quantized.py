@@ -79,6 +79,12 @@ class _Form(NamedTuple):
     def pre(self) -> str:
         return f"b n k {self.hidden}, b n k {self.hidden}"
 
+    @property
+    def factors(self) -> str:
+        """Of adapters of ranks ``i``, ``j`` and ``l``: with the letters of their weights, as those of experts_lora."""
+        f = self.hidden
+        return f"(b e)? d! i!, (b e)? i! {f}, (b e)? d! j!, (b e)? j! {f}, (b e)? {f} l!, (b e)? l! d!"
+
     def biases(self, sign: str = "", of_sum: str = "") -> str:
         of_hidden = f"{sign}(b e)? {self.hidden}"
         return f"{of_hidden}, {of_hidden}, {of_sum if self.hidden != 'f!' else ''}(b e)? d!"
@@ -118,3 +124,27 @@ sharding_rule(
     redistribute=["grad", "experts"],
     when=_when,
 )(_ops.quantized_experts_mlp_backward)
+
+sharding_rule(
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.factors} -> b n d!, {form.pre}" for form in _FORMS),
+    redistribute=["experts"],
+    when=_when,
+)(_ops.quantized_experts_lora)
+
+sharding_rule(
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.factors} -> b n d!" for form in _FORMS),
+    linear=["weights"],
+    redistribute=["experts"],
+    when=_when,
+)(_ops.quantized_experts_lora_inference)
+
+sharding_rule(
+    *(
+        f"b n d!, {form.operands}, {form.biases('~', '+f: ')}, {form.factors}, {form.pre} "
+        f"-> b n d!, b n k, {form.factors}"
+        for form in _FORMS
+    ),
+    linear=["grad"],
+    redistribute=["grad", "experts"],
+    when=_when,
+)(_ops.quantized_experts_lora_backward)

@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moesaic.ops.arguments import check_given, check_tensors
 from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_lora import ops  # noqa: F401 -- registers the operators
-from moesaic.ops.experts_lora.composed import composed
 from moesaic.ops.experts_lora.operands import FACTORS, NAMES
 from moesaic.ops.experts_mlp.activation import Activation, check_activation
 from moesaic.ops.experts_mlp.api import check_dtypes, check_shapes
@@ -19,6 +17,7 @@ from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation
 from moesaic.ops.implementations import check_name
 from moesaic.ops.quantized.check import quantized_among
+from moesaic.ops.quantized.lora import lora_op
 from moesaic.ops.quantized.weight import QuantizedWeight
 
 Factors = Sequence[Tensor] | None
@@ -54,8 +53,7 @@ def experts_lora(
 
     Args:
         x, topk_ids, topk_weights, w1, w3, w2, activation, b1, b3, b2: see :func:`moesaic.experts_mlp`. Weights and
-            biases get no gradient. With quantised weights (QLoRA) all tensors are plain, and the sorted rows of every
-            step are kept for the backward pass.
+            biases get no gradient. Quantised weights (:func:`moesaic.ops.quantize`) make this QLoRA.
         lora1, lora3: None, or the factors ``a [W, D, r]`` and ``b [W, r, F]``, of any rank r. One ``a`` may be that of
             both, as in checkpoints with gate and up projection in one tensor.
         lora2: None, or ``a [W, F, r]`` and ``b [W, r, D]``.
@@ -109,19 +107,14 @@ def experts_lora(
 
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = (t if in_blocks else t.unsqueeze(0) for t in (given["x"], topk_ids, topk_weights))
-    if quantized:
-        if any(map(is_traceable_wrapper_subclass, (x_BTD, quantized["w1"].data))):
-            raise TypeError(
-                "x: quantised weights with adapters take plain tensors, and this is a DTensor; use "
-                'parallelize(..., compute="local")'
-            )
-        z_BTD = composed((x_BTD, ids_BTK, weights_BTK), given, activation, impl)
-        return z_BTD if in_blocks else z_BTD.squeeze(0)
     B, W = x_BTD.shape[0], w1.shape[0]
-    experts_BG = given["w1"].new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
+    like = w1.data if isinstance(w1, QuantizedWeight) else w1
+    experts_BG = like.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
     given |= {"x": x_BTD, "ids": ids_BTK, "weights": weights_BTK, "experts": experts_BG}
     operands = tuple(map(given.get, NAMES))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
+    if quantized:
+        z_BTD = lora_op(given, quantized["w1"].format, w1.shape[2], activation, impl)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
         z_BTD, *_ = torch.ops.moesaic.experts_lora(*operands, activation, impl)
     else:
         z_BTD = torch.ops.moesaic.experts_lora_inference(*operands, activation, impl)
@@ -152,7 +145,7 @@ def _check_frozen(base: dict[str, Tensor]) -> None:
             )
 
 
-def _check_factors(given: dict[str, Tensor]) -> None:
+def _check_factors(given: dict[str, Any]) -> None:
     W, D, F = given["w1"].shape
     for factor in FACTORS:
         if factor.name not in given:

@@ -3,6 +3,7 @@
 Legend: W matrices, I and O the dims that a projection comes from and goes to, r the rank of its adapter.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from moesaic.ops.experts_lora.operands import FACTOR_NAMES
 from moesaic.ops.experts_mlp.activation import Activation
 from moesaic.ops.experts_mlp.operands import NAMES as BASE
-from moesaic.ops.experts_mlp.operands import Given
 from moesaic.ops.experts_mlp.problem import Problem, one_block
 
 
@@ -59,7 +59,7 @@ class Wanted(NamedTuple):
     factors: bool
 
 
-def adapted(given: Given, activation: Activation) -> Adapted:
+def adapted(given: Mapping[str, Any], activation: Activation) -> Adapted:
     """The operands of an operator, of all blocks together."""
     base = one_block({name: given[name] for name in BASE}, activation)
     w1, w3, w2 = (_factors(given, weight) for weight in ("w1", "w3", "w2"))
@@ -73,6 +73,6 @@ def by_factor(gradients: Gradients) -> dict[str, Any]:
     return dict(zip(FACTOR_NAMES, found, strict=True))
 
 
-def _factors(given: Given, weight: str) -> LowRank | None:
+def _factors(given: Mapping[str, Any], weight: str) -> LowRank | None:
     a, b = given[f"{weight}_a"], given[f"{weight}_b"]
     return None if a is None or b is None else LowRank(a, b)

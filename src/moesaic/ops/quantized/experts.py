@@ -26,14 +26,14 @@ WEIGHTS = ("w1", "w3", "w2")
 NAMES = ("x", "ids", "weights", "experts", "w1", "s1", "w3", "s3", "w2", "s2", "b1", "b3", "b2")
 WITH_GRADIENT = ("x", "weights", "b1", "b3", "b2")
 _OPTIONAL = ("w3", "s3", "b1", "b3", "b2")
-_SCHEMA = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in NAMES)
-_FLAGS = "str format, SymInt hidden, str activation, str? impl"
+SCHEMA = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in NAMES)
+FLAGS = "str format, SymInt hidden, str activation, str? impl"
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
-torch.library.define("moesaic::quantized_experts_mlp", f"({_SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::quantized_experts_mlp_inference", f"({_SCHEMA}, {_FLAGS}) -> Tensor")
+torch.library.define("moesaic::quantized_experts_mlp", f"({SCHEMA}, {FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::quantized_experts_mlp_inference", f"({SCHEMA}, {FLAGS}) -> Tensor")
 torch.library.define(
     "moesaic::quantized_experts_mlp_backward",
-    f"(Tensor grad, {_SCHEMA}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad, {SCHEMA}, Tensor h1, Tensor h3, {FLAGS}, bool[] needs) -> ({_GRADIENTS})",
 )
 
 
@@ -41,14 +41,29 @@ def experts_op(
     given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None
 ) -> Tensor:
     """The result, from the operands that are given, weights among them."""
-    tensors: dict[str, Tensor | None] = dict.fromkeys(NAMES) | {n: given.get(n) for n in NAMES if n not in WEIGHTS}
-    for name in WEIGHTS:
-        if (w := given.get(name)) is not None:
-            tensors[name], tensors[f"s{name[1]}"] = w.data, w.scales
-    operands, flags = tuple(tensors.values()), (format, hidden, activation, impl)
+    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return torch.ops.moesaic.quantized_experts_mlp_inference(*operands, *flags)
     return torch.ops.moesaic.quantized_experts_mlp(*operands, *flags)[0]
+
+
+def in_parts(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+    """Operands in the order of a schema, with the data and the scales of each weight."""
+    parts = dict(given)
+    for name in WEIGHTS:
+        w = given.get(name)
+        parts[name], parts[f"s{name[1]}"] = (None, None) if w is None else (w.data, w.scales)
+    return tuple(map(parts.get, names))
+
+
+def put_together(tensors: Mapping[str, Any], format: Format, hidden: Any) -> dict[str, Any]:
+    """The operands of an operator by name, with weights out of data and scales."""
+    D, F = tensors["x"].shape[-1], hidden_of(tensors, format, hidden)
+    given = {name: t for name, t in tensors.items() if name[0] != "s"}
+    for name, (I, O) in {"w1": (D, F), "w3": (D, F), "w2": (F, D)}.items():  # noqa: E741
+        if (data := tensors[name]) is not None:
+            given[name] = weight_of(data, tensors[f"s{name[1]}"], format, tensors["x"].dtype, I, O)
+    return given
 
 
 @torch.library.impl("moesaic::quantized_experts_mlp", "default")
@@ -96,13 +111,7 @@ def _problem(
         kept: what a backward operator takes besides.
     """
     *tensors, format, hidden, activation, impl = args
-    t = dict(zip(NAMES, tensors, strict=True))
-    D, F = t["x"].shape[-1], _hidden(t, format, hidden)
-    sizes = {"w1": (D, F), "w3": (D, F), "w2": (F, D)}
-    given = {name: t[name] for name in NAMES if name[0] != "s"}
-    for name, (I, O) in sizes.items():  # noqa: E741
-        if t[name] is not None:
-            given[name] = weight_of(t[name], t[f"s{name[1]}"], format, t["x"].dtype, I, O)
+    given = put_together(dict(zip(NAMES, tensors, strict=True)), format, hidden)
     check_operands(operator, given, activation, kept)
     return one_block(given, activation), impl
 
@@ -113,7 +122,7 @@ def _module_for(operator: str, impl: str | None, problem: Problem) -> ModuleType
     return choose_for_quantized(IMPLEMENTATIONS, impl, call)
 
 
-def _hidden(t: Mapping[str, Any], format: Format, hidden: Any) -> Any:
+def hidden_of(t: Mapping[str, Any], format: Format, hidden: Any) -> Any:
     """F of this rank."""
     if not is_flat(format, t["w1"]):
         return sizes_of(format, t["w1"])[1]
@@ -144,7 +153,7 @@ def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *tensors, format, hidden, _, _ = args
     t = dict(zip(NAMES, tensors, strict=True))
-    h1 = t["x"].new_empty(*t["ids"].shape, _hidden(t, format, hidden))
+    h1 = t["x"].new_empty(*t["ids"].shape, hidden_of(t, format, hidden))
     return t["x"].new_empty(t["x"].shape), h1, _zeros(h1, h1.shape) if t["w3"] is None else torch.empty_like(h1)
 
 
