@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import export_pretrained, load_pretrained, saving, swap_moe
-from moesaic.integrations.transformers.lazy import LazyTensor
+from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
+from moesaic.integrations.transformers.shard_file import ShardFile
 from moesaic.testing.pool import RankError
 from tests.integrations.families import make_model
 from tests.integrations.test_loading_files import SWAPPED
@@ -98,14 +100,14 @@ def test_uneven_and_empty_shards_and_tied_weights(ranks, tmp_path):
 def export_while_one_rank_cannot_write(folder):
     meshes = moesaic.build_meshes(ep=2, device_type="cpu")
     model = load_pretrained(folder, meshes)
-    write = saving._write_file
+    write = ShardFile.write
 
-    def full(tensors, place):
+    def full(self, name, tensor):
         if torch.distributed.get_rank() == 1:
-            raise OSError(28, "No space left on device", str(place))
-        write(tensors, place)
+            raise OSError(28, "No space left on device")
+        write(self, name, tensor)
 
-    saving._write_file = full
+    ShardFile.write = full
     export_pretrained(model, f"{folder}-out")
 
 
@@ -173,3 +175,31 @@ def test_neighbours_of_the_target_stay(tmp_path):
         export_pretrained(model, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "out.old", "out.tmp"]
     assert all((tmp_path / name / "notes").read_text() == "mine" for name in ("out.tmp", "out.old"))
+
+
+def test_a_file_that_is_written_tensor_by_tensor_is_that_of_safetensors(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "b": torch.randn(3, 5, generator=generator).bfloat16(),
+        "a": torch.randn(4, 3, generator=generator).mT,
+        "one": torch.tensor(2.5),
+        "nothing": torch.zeros(0, 3),
+        "ids": torch.arange(5),
+        "flags": torch.tensor([True, False, True]),
+        "eighth": torch.randn(7, generator=generator).to(torch.float8_e4m3fn),
+        "wide": torch.randn(2, 2, generator=generator).double()[::2],
+    }
+    file = ShardFile(tmp_path / "ours", {n: LazyTensor(t.shape, t.dtype, t.__getitem__) for n, t in tensors.items()})
+    for name in reversed(tensors):
+        file.write(name, tensors[name])
+    file.close()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
+    found = load_file(tmp_path / "ours")
+    assert found.keys() == tensors.keys()
+    assert all(equal_bits(found[name], t) for name, t in tensors.items())
+    with safe_open(tmp_path / "ours", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    theirs, ours = ((tmp_path / name).read_bytes() for name in ("theirs", "ours"))
+    assert theirs[8 + int.from_bytes(theirs[:8], "little") :] == ours[8 + int.from_bytes(ours[:8], "little") :]
+    with pytest.raises(ValueError, match="x: safetensors has no dtype for torch.complex128; cast it"):
+        ShardFile(tmp_path / "no", {"x": LazyTensor((1,), torch.complex128, torch.zeros)})

@@ -1,13 +1,12 @@
 """Write sharded models as checkpoints of transformers, on all ranks together.
 
 The tensors of the files have transformers' names and layouts. Each rank writes an equal part of them. They are gathered
-one at a time. So a rank holds its own shards, the file that it is about to write, and one tensor.
+one at a time, and written as they come. So a rank holds its own shards and one tensor.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -33,8 +30,8 @@ from moesaic.integrations.transformers.export import origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
+from moesaic.integrations.transformers.shard_file import ShardFile
 
-_ERRORS = (OSError, ValueError, SafetensorError)
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _TEMPLATES = "additional_chat_templates"
@@ -187,11 +184,10 @@ def deal(tensors: Mapping[str, LazyTensor], num_ranks: int, max_bytes: int) -> l
 def _write_shards(
     tensors: Mapping[str, LazyTensor], names: list[list[list[str]]], work: Path, exchange: Exchange
 ) -> Exception | None:
-    """Gather every tensor on its rank and write the files. A rank that fails still sends its parts to the others."""
+    """Gather every tensor on its rank and write it. A rank that fails still sends its parts to the others."""
     numbers = _numbered(names)
     turns = [[(i, name) for i, file in enumerate(files) for name in file] for files in names]
-    mine: dict[str, Tensor] = {}
-    held: set[int] = set()
+    shard: ShardFile | None = None
     failure: Exception | None = None
     # The ranks take turns, so that all of them write their files at about the same time.
     for turn in range(max(map(len, turns))):
@@ -203,16 +199,16 @@ def _write_shards(
             tensor = tensors[name].read()
             if rank != ranks.rank() or failure is not None:
                 continue
-            # A file cannot hold two views of the same numbers.
-            tensor = tensor.contiguous()
-            mine[name] = tensor.clone() if tensor.data_ptr() in held else tensor
-            held.add(mine[name].data_ptr())
-            if name == names[rank][file][-1]:
-                try:
-                    _write_file(mine, work / numbers[rank, file])
-                except _ERRORS as error:
-                    failure = error
-                mine, held = {}, set()
+            in_file = names[rank][file]
+            try:
+                if shard is None:
+                    shard = ShardFile(work / numbers[rank, file], {name: tensors[name] for name in in_file})
+                shard.write(name, tensor)
+                if name == in_file[-1]:
+                    shard.close()
+                    shard = None
+            except (OSError, ValueError) as error:
+                failure = error
     return failure
 
 
@@ -223,12 +219,6 @@ def _numbered(names: list[list[list[str]]]) -> dict[tuple[int, int], str]:
         return {places[0]: SAFE_WEIGHTS_NAME}
     stem, suffix = SAFE_WEIGHTS_NAME.split(".")
     return {place: f"{stem}-{i:05d}-of-{len(places):05d}.{suffix}" for i, place in enumerate(places, start=1)}
-
-
-def _write_file(tensors: dict[str, Tensor], place: Path) -> None:
-    save_file(tensors, place, metadata={"format": "pt"})
-    with open(place, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _begin(final: Path) -> Path:
