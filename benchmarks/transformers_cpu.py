@@ -240,7 +240,7 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
 
 def main(options: Options) -> None:
     if options.quick:
-        options = replace(options, rounds=1, dtypes=("bfloat16",))
+        options = replace(options, rounds=1, dtypes=("bfloat16",), models=options.models[:1])
     wire_options = wire_bytes.Options(**({"dim": 256, "tokens": 64} if options.quick else {}))
     torch.set_num_threads(options.threads)
     register()
