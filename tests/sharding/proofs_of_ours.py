@@ -20,6 +20,8 @@ FLAT = torch.tensor([3, 0, 4, 2])
 IDS = torch.tensor([[0, 2], [2, 1], [1, -1], [2, 0], [0, -1]])
 K, N = 13, 14
 SILU = "silu"
+MESHES: dict = {"axes": (2, 3, 4), "meshes": [(2, 2)]}
+ALONE = MESHES | {"backward": False}
 
 
 def random(*shape: int) -> Tensor:
@@ -32,14 +34,12 @@ def grouped() -> dict:
     calls = {}
     for form, (sizes, rows, num_weights) in forms.items():
         x, w, grad = random(rows, K), random(num_weights, K, N), random(rows, N)
-        axes = {"own": (2, 3, 4), "fewer": (2,)}.get(form, (2, 3))
-        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, None), {"axes": axes, "meshes": [(2, 2)]}
+        calls[f"grouped_mm, {form}"] = ops.grouped_mm, (x, w, sizes, None), MESHES
         if form == "fewer":
             continue  # its gradients have the rules of "own"
         # The gradients of gradients are tested with those of the operators they are made of.
-        only_one = {"axes": (2, 3) if form == "own" else (2,), "meshes": [], "backward": False}
-        calls[f"input_grad, {form}"] = ops.grouped_mm_input_grad, (grad, w, sizes, None), only_one
-        calls[f"weight_grad, {form}"] = ops.grouped_mm_weight_grad, (x, grad, sizes, w, None), only_one
+        calls[f"input_grad, {form}"] = ops.grouped_mm_input_grad, (grad, w, sizes, None), ALONE
+        calls[f"weight_grad, {form}"] = ops.grouped_mm_weight_grad, (x, grad, sizes, w, None), ALONE
     return calls
 
 
@@ -47,26 +47,32 @@ def permuting() -> dict:
     """5 tokens, two copies each but for one that has one, as rows of 3 experts."""
     slots, positions, _ = sort_by_expert(IDS, 3, num_rows=11)
     tokens, rows, weights = random(5, K), random(11, K), random(5, 2)
-    options = {"axes": (3,), "meshes": []}
     return {
-        "permute": (ops.permute, (tokens, slots, positions), options),
-        "permute, weighted": (ops.permute, (tokens, slots, positions, weights), options),
-        "combine": (ops.combine, (rows, slots, positions), options),
-        "combine, weighted": (ops.combine, (rows, slots, positions, weights), options),
-        "combine_weight_grad": (ops.combine_weight_grad, (rows, tokens, slots, positions), options),
-        "sort_by_expert": (ops.sort_by_expert, (IDS, 3, 11), options),
+        "permute": (ops.permute, (tokens, slots, positions), MESHES),
+        "permute, weighted": (ops.permute, (tokens, slots, positions, weights), MESHES),
+        "combine": (ops.combine, (rows, slots, positions), MESHES),
+        "combine, weighted": (ops.combine, (rows, slots, positions, weights), MESHES),
+        "combine_weight_grad": (ops.combine_weight_grad, (rows, tokens, slots, positions), MESHES),
+        "sort_by_expert": (ops.sort_by_expert, (IDS, 3, 11), MESHES),
     }
 
 
 def fused() -> dict:
-    """experts_mlp and its backward: 2 or 4 blocks of 5 tokens, 3 copies each, of 3 experts a block or fewer."""
+    """experts_mlp and its backward: 2 or 4 blocks of 5 tokens, 3 copies each, of 3 experts a block or fewer.
+
+    Proofs of so many tensors take long, so the larger axes are left to the long tests. Of 4 blocks, each axis of a mesh
+    of 2 x 2 can cut some.
+    """
     calls = {}
-    # Of 4 blocks, each axis of a mesh of 2 x 2 can cut some.
     forms = {"biased": (2, 6), "plain": (2, 6), "fewer": (4, 11)}
+    meshes = {
+        "biased": {"axes": (2,), "meshes": []},
+        "plain": {"axes": (2,), "meshes": []},
+        "fewer": {"axes": (2,), "meshes": [(2, 2)]},
+    }
     for form, (B, W) in forms.items():
         args = operands(B, W, gated=form != "plain", biased=form == "biased")
-        meshes = [(2, 2)] if form == "fewer" else []
-        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, None), {"axes": (2,), "meshes": meshes}
+        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, None), meshes[form]
         once = {"axes": (2,), "meshes": [], "backward": False}
         calls[f"inference, {form}"] = ops.experts_mlp_inference, (*args, SILU, None), once
         if form == "biased":

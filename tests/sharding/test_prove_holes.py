@@ -189,7 +189,7 @@ def test_tensors_that_are_given_by_keyword():
     for bias, linear, ok in (("+n", ["x", "w"], True), ("n", ["x", "w"], False)):
         op = planted.define_with_keywords(schema, function)
         moesaic.sharding_rule(f"m k, k n, {bias} -> m n", linear=linear)(op)
-        report = moesaic.prove(op, x, w=random(13, 14), bias=random(14), axes=(2, 3), meshes=[(2, 2)])
+        report = moesaic.prove(op, x, w=random(13, 14), bias=random(14), axes=(2,), meshes=[])
         assert report.ok == ok, f"{report}"
         assert {r.case.names for r in report.admitted} == {("x", "w", "bias"), ("x", "w")}
     with pytest.raises(ValueError, match="no value for argument 'w'"):

@@ -115,6 +115,7 @@ CALLS = proofs_of_ours.grouped() | proofs_of_ours.permuting() | proofs_of_ours.f
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED)
 def test_nothing_is_wrong_on_2_3_4_2x2_and_2x3_ranks_with_all_flags(name):

@@ -78,8 +78,15 @@ def placer(ranks: Ranks, problem: Problem, op: str) -> Callable[..., dict[str, D
     return lambda placements: {name: place(i, p) for i, (name, p) in enumerate(zip(NAMES[op], placements, strict=True))}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("op", GROUPED)
+# Of the weight gradient, which takes four tensors, one form stands for the others.
+ALL_PLACEMENTS = [
+    pytest.param(op, form, marks=[pytest.mark.long] if op.endswith("weight_grad") and form != "shared" else [])
+    for op in GROUPED
+    for form in FORMS
+]
+
+
+@pytest.mark.parametrize(("op", "form"), ALL_PLACEMENTS)
 def test_every_placement_on_one_axis(op, form):
     problem = grouped(op, form)
     admitted = {axis.inputs for axis in problem.choices()}

@@ -178,7 +178,10 @@ def _examples(report: Report, op: Any, args: tuple[Any, ...]) -> list[Example]:
         as_given = [] if example.whole or same_dtypes(example, given) else [replace(given, brief=True)]
         return [with_line(e, RULES.get(op)) for e in (example, *as_given)]
     # Of other sizes, too, nearly all are compared exactly.
-    return [with_line(replace(example, few_sizes=True), RULES.get(op)), with_line(on_whole_numbers, RULES.get(op))]
+    return [
+        with_line(replace(example, few_sizes=True, once=True), RULES.get(op)),
+        with_line(on_whole_numbers, RULES.get(op)),
+    ]
 
 
 def _note_silent_results(report: Report, examples: Sequence[Example]) -> None:
@@ -247,7 +250,7 @@ def _prove_form(report: Report, runs: Sequence[Run], backward: bool, tell: Calla
             if number > most:
                 report.note(f"{len(mesh)} axes: a sample, {most} of {number} combinations of what one axis has")
         for n, (example, results) in enumerate(runs):
-            if example.brief and mesh != report.meshes[0]:
+            if (example.brief or (example.narrowed and example.once)) and mesh != report.meshes[0]:
                 continue
             tell(f"placements on {' x '.join(map(str, mesh))} ranks, example {n + 1} of {len(runs)}")
             trial = Trial(example, results, mesh)

@@ -28,6 +28,7 @@ class Example:
         narrowed: whether it was made of another one.
         whole: whether its floating values are small whole numbers.
         few_sizes: whether fewer sizes of it are tried, for another example is like it.
+        once: whether narrower ones are held against the first mesh only: another example has them for all.
         brief: whether only what is admitted or may be right is looked at: another example has the same form.
         eps: of the rounding inside of the operator, where that is coarser than its dtypes.
         fakes: what the fake kernel said so far: shapes and dtypes of results, by those of the tensors; and the
@@ -40,6 +41,7 @@ class Example:
     narrowed: bool = False
     whole: bool = False
     few_sizes: bool = False
+    once: bool = False
     brief: bool = False
     eps: float = 0.0
     fakes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -258,13 +260,17 @@ def variants(example: Example, meshes: Sequence[Sequence[int]], constants: Seque
     free = [f for f in sizes if f not in fixed]
     seen = [sizes]
     targets = list(_targets({f: sizes[f] for f in free}, counts, constants))
+    # Of these and those above, one is the whole and a shard of two ranks is the next: a threshold lies between the two.
+    thresholds = [{f: min(sizes[f], n) for f in free} for n in (8, 5)]
+    targets[-4:-4] = thresholds
     # Of a call that is like another in all but a tensor, a flag or values: uneven sizes, and small ones.
     for target in targets[-4:-2] if example.few_sizes else targets:
         narrow = sizes | target
+        once = example.once or target in thresholds
         if narrow not in seen:
             seen.append(narrow)
             args = example.arguments([_narrow(t, p, sizes, narrow) for p, t in tensors])
-            yield replace(example, args=args, narrowed=True)
+            yield replace(example, args=args, narrowed=True, once=once)
 
 
 def fixed_factors(line: Notation, example: Example) -> set[str]:
@@ -318,9 +324,6 @@ def _targets(sizes: Mapping[str, int], counts: Sequence[int], constants: Sequenc
     for n in counts:
         yield {f: s - s % n for f, s in sizes.items() if s >= n}
     for n in sorted({n for constant in constants for n in (constant - 1, constant, constant + 1)}):
-        yield {f: min(s, n) for f, s in sizes.items()}
-    # Of these and those above, one is the whole and a shard of two ranks is the next: a threshold lies between the two.
-    for n in (8, 5):
         yield {f: min(s, n) for f, s in sizes.items()}
     yield {f: max(range(1, s + 1), key=lambda t: (-divisors(t), t)) for f, s in sizes.items() if s}
     # Each factor is once of one, once of two, once of three, and at each time of another than its neighbour.
