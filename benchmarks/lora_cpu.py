@@ -7,19 +7,19 @@
 
 Gradients are of tokens, routing weights and factors. The ways run interleaved in one process; medians are compared.
 
-    python benchmarks/lora_cpu.py [--rounds 5] [--threads 1] [--rank 8] [--json benchmarks/results/NAME.json]
+    python benchmarks/lora_cpu.py [--quick] [--rounds 5] [--threads 1] [--rank 8] [--json benchmarks/results/NAME.json]
 """
 
-import json
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from as_they_come import QUICK, Results
 from grouped_mm_cpu import processor
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +48,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Options:
     """What to run."""
 
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="timed rounds; every way runs once a round")] = 5
     threads: Annotated[int, tyro.conf.arg(help="torch threads")] = 1
     rank: Annotated[int, tyro.conf.arg(help="rank of the adapters")] = 8
@@ -98,8 +99,7 @@ def ways(shape: Shape, dtype: torch.dtype, rank: int) -> dict[str, Callable[[], 
     return {"frozen": frozen, "adapters": adapters, "summed": summed}
 
 
-def measure(options: Options) -> list[Result]:
-    results = []
+def measure(options: Options) -> Iterator[Result]:
     for shape in (s for s in SHAPES if s.name in options.shapes):
         for dtype in DTYPES:
             calls = ways(shape, dtype, options.rank)
@@ -112,24 +112,31 @@ def measure(options: Options) -> list[Result]:
                     call()
                     times[name].append(1e3 * (time.perf_counter() - start))
             medians = {name: statistics.median(values) for name, values in times.items()}
-            results.append(Result(shape.name, str(dtype).removeprefix("torch."), options.rank, medians))
-    return results
+            yield Result(shape.name, str(dtype).removeprefix("torch."), options.rank, medians)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    milliseconds = [f"{row['ms'][way]:.0f}" for way in ("frozen", "adapters", "summed")]
+    return [row["shape"], row["dtype"], str(row["rank"]), *milliseconds]
 
 
 def main(options: Options) -> None:
+    if options.quick:
+        options = replace(options, rounds=1, shapes=("64 fine",))
     torch.set_num_threads(options.threads)
-    results = measure(options)
+    about = {"processor": processor(), "threads": options.threads}
+    with Results(options.json, about, lambda row: "  ".join(cells(row)), key="results") as results:
+        for result in measure(options):
+            results.add(asdict(result))
     table = Table(
         title=f"milliseconds of a forward and a backward pass on {options.threads} thread(s) of {processor()['model']}"
     )
     for column in ("shape", "dtype", "rank", "frozen", "adapters", "summed"):
         table.add_column(column)
-    for r in results:
-        table.add_row(r.shape, r.dtype, str(r.rank), *(f"{r.ms[way]:.0f}" for way in ("frozen", "adapters", "summed")))
+    for row in results.rows:
+        table.add_row(*cells(row))
     Console().print(table)
-    if options.json is not None:
-        found = {"processor": processor(), "threads": options.threads, "results": [asdict(r) for r in results]}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    results.done()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import transformers
 import tyro
+from as_they_come import QUICK
 from experts_cpu import GROUPED, SHAPES, Shape, make_block, make_layers, step
 from grouped_mm_cpu import WARM, processor
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ Part = Literal["layer", "steps", "operator"]
 @dataclass(frozen=True)
 class Options:
     json: Annotated[Path, tyro.conf.arg(help="where the rows are kept")]
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     rounds: Annotated[int, tyro.conf.arg(help="pairs; each is one call of ours and one of the peer")] = 15
     threads: Annotated[tuple[int, ...], tyro.conf.arg(help="torch threads")] = (1, 2)
     allocators: Annotated[
@@ -249,6 +251,10 @@ def summarize(rows: list[dict[str, Any]]) -> str:
 
 
 def main(options: Options) -> None:
+    if options.quick:
+        shapes, dtypes, parts = ("128 finer",), ("bfloat16",), ("operator",)
+        options = replace(options, rounds=3, threads=options.threads[:1], shapes=shapes, dtypes=dtypes, parts=parts)
+        options = replace(options, allocators=options.allocators[:1])
     if options.here:
         return measure(options)
     # The C library reads its settings when a process starts.
