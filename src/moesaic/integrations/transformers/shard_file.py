@@ -69,7 +69,7 @@ class ShardFile:
         """Write the numbers of one tensor into their place."""
         numbers = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert numbers.numel() == self._sizes[name], f"{name}: {numbers.numel()} bytes, expected {self._sizes[name]}"
-        self._write(self._data + self._starts[name], memoryview(numbers.numpy()))
+        self._write(self._data + self._starts[name], numbers.numpy().data)
 
     def close(self) -> None:
         """Flush all to the disk."""
