@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moesaic.ops.choices import LARGEST
 from moesaic.ops.experts_mlp.impl import triton as experts_mlp
 from moesaic.ops.experts_mlp.problem import Problem, Projection, Target, Targets, Wanted
 from moesaic.ops.grouped_mm.impl import triton as grouped_mm
@@ -122,5 +123,8 @@ def products(sizes: Sizes, dtype: torch.dtype) -> None:
     group_sizes = _empty(1, sizes.E, dtype=torch.int64)
     grouped_mm.forward(x, w, group_sizes, dtype)
     grouped_mm.forward(grad, w.mT, group_sizes, dtype)
+    if LARGEST["some"] < sizes.T * sizes.K // sizes.E:
+        # It turns the largest blocks around in shared memory.
+        grouped_mm.forward(x, w, group_sizes, torch.float32)
     grouped_mm.weight_grad(x, grad, group_sizes, sizes.E)
     grouped_mm.weight_grad_into(w.float(), x, grad, group_sizes)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.gpu import checks, common, layer, one_pass, others, products, sweep
+from benchmarks.gpu import checks, common, layer, one_pass, others, products, sweep, warps
 from benchmarks.gpu.common import DRY_RUN
 from benchmarks.gpu.shapes import SHAPES, Shape
 
@@ -59,7 +59,7 @@ def _rows(row: dict[str, Any], task: Task, ceilings: dict[str, float]) -> Iterat
             yield from others.rows(_shape(task), task.T, task.routing)
             return
         case _:
-            parts = {"layer": layer, "products": products, "checks": checks}
+            parts = {"layer": layer, "products": products, "checks": checks, "warps": warps}
             parts[task.what].measure(row, _shape(task), task.T, task.routing)
     yield row | {"seconds": time.monotonic() - start}
 

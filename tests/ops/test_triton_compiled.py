@@ -103,7 +103,7 @@ def test_products_use_the_matrix_instructions_of_the_gpu(rows, capability, instr
 
 
 def test_weights_and_rows_in_order_come_by_descriptor_on_hopper_and_later(rows):
-    by_descriptor = {(row["kernel"], row["capability"]) for row in rows if row["has_tma"]}
+    by_descriptor = {(r["kernel"], r["capability"]) for r in rows if r["has_tma"] and r["kernel"] in PRODUCTS}
     assert by_descriptor == set(itertools.product(PRODUCTS, ("9.0", "10.0"))) - {("weight_grad_kernel", "10.0")}
 
 
@@ -115,3 +115,10 @@ def test_warps_are_specialized_where_triton_can(rows):
         if (row["kernel"], row["rows"], row["dtype"]) == ("grouped_mm_kernel", "many", "bfloat16")
     }
     assert many == {("8.0", "8 warps"), ("9.0", "8 warps"), ("9.0", "12 warps"), ("10.0", "8 warps")}
+    # In Gluon, off by default.
+    [gathers] = {
+        (row["capability"], row["rows"], row["matrix_instruction"], row["has_tma"])
+        for row in rows
+        if row["kernel"] == "by_warps_kernel"
+    }
+    assert gathers == ("9.0", "many", "wgmma", True)

@@ -63,6 +63,42 @@ def test_launches_of_gpus(on, capability, strides, tokens):
         check(p, run("triton", p))
 
 
+def test_the_kernel_in_gluon_is_only_where_it_was_compiled_for(on, monkeypatch):
+    # What it computes is not known without a GPU: nothing can interpret it.
+    monkeypatch.setenv("MOESAIC_TRITON_WARPS", "1")
+    on("10.0")
+    p = experts(150, 2, 3, 64, 64, torch.bfloat16)
+    check(p, run("triton", p))
+    monkeypatch.setenv("MOESAIC_TRITON_WARPS", "on")
+    with pytest.raises(ValueError, match="MOESAIC_TRITON_WARPS: got 'on'; set it to 1 to try the kernel"):
+        run("triton", p)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"activation": "gelu"}, False),
+        ({"w3": None}, False),
+        ({"dtype": torch.float16}, False),
+        ({"D": 72}, False),
+        ({"F": 60}, False),
+        ({"transposed": True}, False),
+        ({"capability": (10, 0)}, False),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_in_gluon_takes(change, is_taken):
+    from moesaic.ops.triton import device, warps
+
+    given = {"activation": "silu", "dtype": torch.bfloat16, "D": 64, "F": 96, "capability": (9, 0)} | change
+    x = torch.zeros(5, given["D"], dtype=given["dtype"])
+    w1 = torch.zeros(2, given["D"], given["F"], dtype=given["dtype"])
+    w1 = w1.mT.contiguous().mT if "transposed" in given else w1
+    w3 = given.get("w3", w1)
+    assert warps.takes(x, w1, w3, given["activation"], device.nvidia(given["capability"], 132)) == is_taken
+
+
 @pytest.mark.parametrize("what", ["T", "D", "F"])
 def test_nothing_of_something(what):
     sizes = {"T": 5, "K": 2, "E": 3, "D": 8, "F": 12} | {what: 0}

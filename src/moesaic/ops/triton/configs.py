@@ -147,7 +147,8 @@ class Launch(NamedTuple):
         compiled_for: the constants of the kernel but for the configuration and what follows from it, and the layouts of
             its operands.
         gathers, adds: of ``weight_grad``: whether rows are gathered, and whether it adds to what is there.
-        by_descriptor: of ``matmul``: whether all that a kernel of one product loads can come by descriptor.
+        by_descriptor, can_specialize: of ``matmul``: whether all that it loads comes by descriptor, and whether groups
+            of warps may then do different things.
     """
 
     kernel: str
@@ -159,12 +160,19 @@ class Launch(NamedTuple):
     gathers: bool = False
     adds: bool = False
     by_descriptor: bool = False
+    can_specialize: bool = False
+
+    @property
+    def is_unaligned(self) -> bool:
+        """Whether elements of an operand come one by one."""
+        return any("unaligned" in str(layout) for layout in self.compiled_for.values())
 
     @property
     def key(self) -> str:
         """In words: launches with the same are tuned once. Of the rows it has the power of two."""
         (B, G), rows = self.groups.bounds.shape, self.groups.num_rows
-        told = {**self.compiled_for, "gathers": self.gathers, "adds": self.adds, "by_descriptor": self.by_descriptor}
+        names = ("gathers", "adds", "by_descriptor", "can_specialize")
+        told = {**self.compiled_for, **{name: getattr(self, name) for name in names}}
         return (
             f"{self.kernel} {self.x.dtype} {precision(self.x.dtype)} K={self.K} N={self.N} blocks={B} groups={G - 2} "
             f"shared={self.groups.is_shared} rows=2^{rows.bit_length()} "
@@ -189,9 +197,18 @@ def default_of(launch: Launch) -> Config:
     if launch.gathers and gpu.is_sm90 and launch.x.dtype != torch.float32:
         # The loads of the rows' numbers take two stages of their own: so there are as many buffers of the rows.
         config = replace(config, stages=config.stages + 2)
-    if config.specialized and not (gpu.is_sm90 and launch.by_descriptor):
+    if config.specialized and not (gpu.is_sm90 and launch.can_specialize):
         # All warps compute, so that the sums are spread over as many.
         config = replace(config, specialized=False, warps=2 * config.warps, stages=config.stages - 1)
+    if gpu.has_tma and config.BM == 128:
+        # Pointers need registers beside the sum, of elements that come one by one the most.
+        if launch.is_unaligned:
+            config = replace(config, BN=min(config.BN, 64), BK=min(config.BK, 32))
+        elif launch.kernel == "matmul" and not launch.by_descriptor:
+            config = replace(config, BN=min(config.BN, 128), BK=min(config.BK, 32))
+        elif launch.compiled_for.get("y") == torch.float32 and not gpu.is_sm90:
+            # On 10.0 results of fp32 go through registers.
+            config = replace(config, BN=min(config.BN, 128))
     if launch.adds and gpu.kind != "interpreted":
         # What is added to needs registers beside the sum.
         config = replace(config, BN=min(config.BN, 128))

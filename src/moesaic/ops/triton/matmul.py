@@ -50,9 +50,14 @@ def grouped_mm(product: Product, groups: Groups, out_dtype: torch.dtype, *, plus
     second = {} if plus is None else {"x2": layout(plus.x), "w2": layout(plus.w)}
     compiled_for = {"y": out_dtype, "x": layout(x_RK), "w": layout(w_EKN), **second}
     gpu = device.describe(x_RK.device)
-    # Triton 3.6 cannot specialize two loops after each other.
-    by_descriptor = plus is None and rows_have_descriptor(x_RK, gpu) and weight_form(w_EKN, gpu) > 0
-    run(choose(Launch("matmul", x_RK, K, N, groups, compiled_for, by_descriptor=by_descriptor), run))
+    operands = (product,) if plus is None else (product, plus)
+    by_descriptor = all(rows_have_descriptor(p.x, gpu) and weight_form(p.w, gpu) > 0 for p in operands)
+    # Triton 3.6 cannot specialize two loops after each other, and fp32 results leave no shared memory for the buffers.
+    can_specialize = by_descriptor and plus is None and out_dtype != torch.float32
+    launch = Launch(
+        "matmul", x_RK, K, N, groups, compiled_for, by_descriptor=by_descriptor, can_specialize=can_specialize
+    )
+    run(choose(launch, run))
     return y_RN
 
 

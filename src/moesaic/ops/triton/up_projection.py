@@ -6,12 +6,14 @@ the gathered rows nor a product that is not saved is ever in memory.
 Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts.
 """
 
-from typing import Any, NamedTuple
+import os
+from typing import Any, NamedTuple, cast
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.ops.choices import shape_class
 from moesaic.ops.triton import device
 from moesaic.ops.triton.activation import hidden
 from moesaic.ops.triton.configs import Config, Launch, choose
@@ -71,11 +73,34 @@ def up_projection(
     def run(config: Config) -> None:
         _launch(operands, activation, routing, tile_map(routing.groups, config.BM), config, hidden, save)
 
+    if _wants_warps() and _by_warps(operands, activation, routing, hidden, save):
+        return hidden
     weights = {name: layout(w) for name, w in (("w1", w1_EDF), ("w3", w3_EDF)) if w is not None}
     compiled_for = {"activation": activation, "save": save, "b1": b1_EF is not None, "b3": b3_EF is not None}
     compiled_for |= {"x": layout(x_TD), **weights}
     run(choose(Launch("up_projection", x_TD, D, F, routing.groups, compiled_for), run))
     return hidden
+
+
+def _wants_warps() -> bool:
+    value = os.environ.get("MOESAIC_TRITON_WARPS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"MOESAIC_TRITON_WARPS: got {value!r}; set it to 1 to try the kernel in Gluon, or to 0")
+    return value == "1"
+
+
+def _by_warps(operands: _Operands, activation: str, routing: Routing, hidden: Hidden, save: bool) -> bool:
+    """Whether the kernel in Gluon takes the operands, and has computed the hidden rows."""
+    from moesaic.ops.triton import warps
+
+    x, w1, w3, b1, b3 = operands
+    gpu = device.describe(x.device)
+    is_many = shape_class(routing.groups.num_rows, routing.groups.num_experts) == "many"
+    if not is_many or b1 is not None or b3 is not None or not warps.takes(x, w1, w3, activation, gpu):
+        return False
+    tiles = tile_map(routing.groups, warps.ROWS)
+    warps.up_projection(x, w1, cast("Tensor", w3), routing, tiles, warps.Results(*hidden), save, gpu)
+    return True
 
 
 def _launch(
