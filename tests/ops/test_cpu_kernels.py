@@ -21,8 +21,8 @@ pytestmark = needs_kernels
 DTYPES = (torch.float32, torch.bfloat16)
 BF16 = torch.bfloat16
 
-# Around the sizes at which the kernels change their ways: rows of a tile of vectors and of AMX, groups that are few rows,
-# small or large; columns of a vector, a panel, several panels; words of a block of the summed dim, in both types.
+# Around the sizes at which the kernels change their ways: rows of a tile of vectors and of AMX, groups that are few
+# rows, small or large; columns of a vector, a panel, several panels; words of a block of the summed dim, in both types.
 ROWS = (0, 1, 2, 4, 5, 6, 7, 12, 13, 16, 17, 33, 191, 192, 193, 260)
 COLUMNS = (1, 15, 16, 17, 31, 64, 65, 127, 200, 257, 513)
 INNER = (1, 2, 7, 16, 95, 96, 97, 191, 192, 193, 289, 513, 1025)

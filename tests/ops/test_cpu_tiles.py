@@ -62,8 +62,8 @@ def numbers(rng, shape, low, high):
     return (rng.integers(0, 2, shape) << 15 | exponents << 7 | rng.integers(0, 128, shape)).astype(np.uint16)
 
 
-# The exponents of operands and sums: ordinary numbers; products around the smallest normal number, with denormal operands
-# and sums; sums that overflow; all there are; and infinities and NaN.
+# The exponents of operands and sums: ordinary numbers; products around the smallest normal number, with denormal
+# operands and sums; sums that overflow; all there are; and infinities and NaN.
 EXPONENTS = {
     "ordinary": ((120, 134), (120, 134)),
     "tiny": ((58, 66), (0, 5)),
