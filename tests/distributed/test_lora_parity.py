@@ -86,9 +86,7 @@ LAYOUTS = [(n, layout) for n in (1, 2, 4, 8) for layout in legal_layouts(n)]
 # Those that differ in kind: an axis alone, ep and etp together, FSDP of experts around each of them.
 SOME = [
     (2, {"tp": 2, "etp": 2}, "dtensor", {"share": True}),
-    (2, {"ep": 2}, "local", {"gated": False}),
     (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {}),
-    (4, {"tp": 2, "etp": 2}, "local", {"share": True}),
     (4, {"ep": 2}, "dtensor", {"experts": 7, "gated": False}),
     (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {"format": "mxfp4"}),
 ]
@@ -136,14 +134,12 @@ def test_a_missing_sum_over_etp_is_seen(equal_gradients):
 def check_what_is_refused() -> None:
     odd = make_moe(experts=3, gated=False)
     add_adapter(odd.experts, "odd", ExpertsAdapter(odd.experts, {"w2": Rank(3, 1.0)}))
-    if torch.distributed.get_world_size() == 4:
-        with pytest.raises(ValueError, match=r"cuts the ranks of its adapters, which it cannot for \[3\]"):
-            moesaic.parallelize(odd, meshes_of({"ep": 2}))
+    with pytest.raises(ValueError, match=r"cuts the ranks of its adapters, which it cannot for \[3\]"):
+        moesaic.parallelize(odd, meshes_of({"ep": 2}))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_what_cannot_be_laid_out_is_refused(same_ranks, world):
-    same_ranks(check_what_is_refused, world)
+def test_what_cannot_be_laid_out_is_refused(same_ranks):
+    same_ranks(check_what_is_refused, 4)
 
 
 def check_what_is_frozen() -> None:

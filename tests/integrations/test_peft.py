@@ -177,7 +177,7 @@ def test_names_of_every_expert(tmp_path):
     assert_close(model(input_ids=ids).logits, expected, "logits")
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", pytest.param("Qwen3-MoE", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["Mixtral", *(pytest.param(f, marks=pytest.mark.long) for f in OTHERS[2:4])])
 def test_a_pair_of_tensors_for_each_expert(tmp_path, family):
     base, ids = make_model(family), token_ids(2, 9)
     plain = by_peft(base, config_of(family))
