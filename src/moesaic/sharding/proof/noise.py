@@ -40,11 +40,11 @@ def tolerance(expected: Tensor, parts: Sequence[Tensor], eps: float, *, whole: b
 
 
 def _is_exact(t: Tensor, eps: float) -> bool:
-    """Whether all are whole numbers up to 2 / eps: beyond, and in fractions made of them, each step rounds."""
+    """Whether all are whole numbers below 2 / eps, which itself may be a larger one that was rounded."""
     if not is_whole(t):
         return False
     largest = float(t.abs().max()) if t.numel() else 0.0
-    return largest * eps <= 2 or ordinary(t) * eps <= 2
+    return largest * eps < 2 or ordinary(t) * eps < 2
 
 
 def ordinary(t: Tensor) -> float:
