@@ -80,6 +80,7 @@ def test_activation_checkpointing(use_reentrant):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled():
     moe = adapted()
     compiled = torch.compile(moe, fullgraph=True)

@@ -205,6 +205,7 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled():
     p = problem(IDS, 4)
     p["x"].requires_grad_()

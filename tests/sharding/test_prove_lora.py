@@ -32,10 +32,12 @@ def test_nothing_is_wrong(form):
     inference = moesaic.prove(ops.experts_lora_inference, *args, SILU, None, backward=False, **alone)
     _, h1, h3 = ops.experts_lora(*args, SILU, None)
     grad = random(*args[0].shape).flip(0)
-    backward = moesaic.prove(
-        ops.experts_lora_backward, grad, *args, h1, h3, SILU, None, [True] * 8, backward=False, **alone
-    )
-    for report in (forward, inference, backward):
+    reports = [forward, inference]
+    # Without a gate h3 is zeros, which prove nothing.
+    if form != "plain":
+        call = (grad, *args, h1, h3, SILU, None, [True] * 8)
+        reports.append(moesaic.prove(ops.experts_lora_backward, *call, backward=False, **alone))
+    for report in reports:
         assert report.admitted
         assert report.wrong == []
     given = [t is not None for t in args]
