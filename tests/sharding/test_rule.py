@@ -185,6 +185,8 @@ def test_placements_of_our_operators(op, line):
 
 def test_every_operator_has_a_table():
     names = {name.removeprefix("moesaic::") for name in torch._C._dispatch_get_all_op_names() if "moesaic::" in name}
+    # These have a line for each format of a weight. They are proved in test_prove_quantized.py.
+    names = {name for name in names if not name.startswith("quantized_")}
     lines = {(name, i) for name in names - WITHOUT_RULE for i in range(len(rule_of(getattr(ops, name)).lines))}
     assert lines == set(TABLES)
 
