@@ -72,8 +72,8 @@ FAULTS = (
     Fault(
         "uneven experts are divided by the rounded-down number a rank",
         "parallel/dispatch.py",
-        "experts_per_rank = -(-num_experts // self.ep.size())",
-        "experts_per_rank = num_experts // self.ep.size()",
+        "experts_per_rank = -(-num_experts // P)",
+        "experts_per_rank = num_experts // P",
         ("tests/distributed/test_uneven_experts.py::test_layout[2-tp2 ep2]",),
     ),
     Fault(

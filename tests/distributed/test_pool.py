@@ -123,7 +123,7 @@ def test_one_set_of_ranks_runs_many_functions():
 
 
 def test_an_exception_surfaces_and_the_next_call_works(ranks):
-    with pytest.raises(RankError, match="failed on rank 1\n(.|\n)*in _raise_on(.|\n)*planted on 1") as caught:
+    with pytest.raises(RankError, match=r"failed on rank 1\b(.|\n)*in _raise_on(.|\n)*planted on 1") as caught:
         ranks(_raise_on, 3, [1])
     assert list(caught.value.failures) == [1]
     assert ranks(_raise_on, 3, []) == [0, 1, 2]

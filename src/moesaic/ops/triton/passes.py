@@ -163,7 +163,7 @@ def _hidden_kernel(
         tl.store(kept1 + to, gate, mask=(slot < R)[:, None] & inside)
         if IS_GATED:
             tl.store(kept3 + to, up, mask=(slot < R)[:, None] & inside)
-    values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED)
+    values = hidden(gate.to(tl.float32), up.to(tl.float32), ACT, IS_GATED, dtype.primitive_bitwidth == 16)
     tl.store(a + at, values.to(dtype), mask=mask)
 
 
@@ -201,7 +201,7 @@ def _hidden_gradient_kernel(
         up = gate
         if IS_GATED:
             up = tl.load(kept3 + of, mask=mask, other=0.0).to(tl.float32)
-        a, by_gate, by_up = hidden_and_slopes(gate, up, ACT, IS_GATED)
+        a, by_gate, by_up = hidden_and_slopes(gate, up, ACT, IS_GATED, dtype.primitive_bitwidth == 16)
         # The product of the forward pass took the rounded row.
         a = a.to(dtype).to(tl.float32)
         dots += tl.sum(grad * a, 1)
