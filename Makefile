@@ -51,12 +51,12 @@ test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.
 OPERATORS := $(addprefix tests/,$(addsuffix .py,ops/test_experts_mlp ops/test_grouped_mm ops/test_accumulate_weight_grad layers/test_moe))
-test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose, and sanitizers
+test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose; sanitizers; a sample of kernels for GPUs
 	@set -e; for isa in $$($(BIN)/python -m tests.ops.cpu_isa); do \
 	  echo "MOESAIC_CPU_ISA=$$isa"; \
 	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OPERATORS); \
 	done
-	$(BIN)/python -m pytest -q -m long tests/ops/test_cpu_sanitized.py
+	$(BIN)/python -m pytest -q -m long tests/ops/test_cpu_sanitized.py tests/ops/test_triton_compiled.py -k "sanitized or sample"
 
 test-long: $(STAMP) ## what takes too long for CI; docs/testing.md has its last results
 	@set -e; step() { echo "== $$*"; start=$$(date +%s); "$$@"; echo "== $$*: ok, $$(($$(date +%s) - start)) s"; }; \

@@ -99,6 +99,7 @@ def test_steps_are_those_of_one_process(ranks, family, layout, tmp_path):
     check_layout(ranks, family, layout, tmp_path)
 
 
+@pytest.mark.long
 def test_two_ranks_with_other_numbers_of_labels(ranks, tmp_path):
     check_layout(ranks, "Qwen3-MoE", {"ep": 2}, tmp_path, world_size=2)
 

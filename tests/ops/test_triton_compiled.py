@@ -35,7 +35,7 @@ LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.fixture(scope="module", params=["sample", pytest.param("all", marks=LONG)])
+@pytest.fixture(scope="module", params=[pytest.param("sample", marks=LONG[:1]), pytest.param("all", marks=LONG)])
 def rows(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("compiled")
     program = [sys.executable, "-m", "benchmarks.gpu.compile_table", "--json", folder / "table.json"]

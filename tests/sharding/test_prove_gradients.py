@@ -82,7 +82,7 @@ def test_a_gradient_that_communicates():
     assert "communicates: 1 c10d_functional.all_reduce" in wrong[(S0,)]
 
 
-@pytest.mark.parametrize("blocks", [5, 12])
+@pytest.mark.parametrize("blocks", [pytest.param(5, marks=pytest.mark.long), 12])
 def test_a_gradient_of_blocks_that_divide_only_when_narrowed(blocks):
     op = ruled("(Tensor x, Tensor like) -> Tensor", planted.totals_of_blocks, "(b c) d, ~b -> b d", linear=["x"])
     # The number of rows is that of all ranks together.
