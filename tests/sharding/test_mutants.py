@@ -29,7 +29,9 @@ def proofs(name, most=None):
     op = overload_of(op)
     whole = replace(rule_of(op), redistribute=frozenset())
     # Nothing is redistributed: what is admitted is what a line says. Of blocks there are sizes that an axis cuts amiss.
-    options = OPTIONS | {"axes": (3,) if name in permuting() else (2, 3)}
+    # Fewer experts than blocks have room for are cut with them on 4 ranks only.
+    axes = (3,) if name in permuting() else (2, 4) if name.endswith("fewer") else (2, 3)
+    options = OPTIONS | {"axes": axes}
     with ruled_by(op, whole):
         report = moesaic.prove(op, *args, **options)
     (text,) = {record.line for record in report.admitted}
