@@ -5,11 +5,9 @@ Legend: W matrices of all blocks, D model dim, F hidden dim, P, Q, S the ranks o
 
 from typing import Any
 
-from torch import Tensor
-
 from moesaic.ops.experts_mlp.operands import NAMES as BASE
 from moesaic.ops.experts_mlp.operands import SCHEMA as BASE_SCHEMA
-from moesaic.ops.experts_mlp.operands import Given, Operand
+from moesaic.ops.experts_mlp.operands import Operand
 
 FACTORS = (
     Operand("w1_a", "W D P", optional=True),
@@ -29,19 +27,3 @@ SCHEMA = ", ".join([BASE_SCHEMA, *(f"Tensor? {name}" for name in FACTOR_NAMES)])
 def named(tensors: tuple[Any, ...]) -> dict[str, Any]:
     """The operands of a call by name."""
     return dict(zip(NAMES, tensors, strict=True))
-
-
-def shape_of(factor: Operand, given: Given) -> tuple[Any, ...]:
-    """The shape of a factor; of one that is not given, with rank 0."""
-    t, w1 = given[factor.name], given["w1"]
-    assert w1 is not None
-    if t is not None:
-        return tuple(t.shape)
-    sizes = {"W": w1.shape[0], "D": w1.shape[1], "F": w1.shape[2]}
-    return tuple(sizes.get(dim, 0) for dim in factor.dims.split())
-
-
-def by_name(values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Values for the operands with a gradient, in the place of each operand; None for the others."""
-    of = dict(zip(WITH_GRADIENT, values, strict=True))
-    return tuple(of.get(name) for name in NAMES)

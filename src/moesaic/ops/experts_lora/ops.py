@@ -3,6 +3,7 @@
 The weights and biases are frozen, so there are gradients of the tokens, the routing weights and the factors only.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,17 @@ from torch import Tensor
 
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_lora.impl import reference, rows
-from moesaic.ops.experts_lora.operands import FACTORS, NAMES, SCHEMA, WITH_GRADIENT, by_name, named, shape_of
+from moesaic.ops.experts_lora.operands import FACTORS, NAMES, SCHEMA, WITH_GRADIENT, named
 from moesaic.ops.experts_lora.problem import Wanted, adapted, by_factor
+from moesaic.ops.experts_mlp.definitions import (
+    AGAIN,
+    fake_inference,
+    fake_results,
+    like_x,
+    register_gradients,
+    results,
+    zeros,
+)
 from moesaic.ops.experts_mlp.operands import Given, check_operands
 from moesaic.ops.grouped_mm.implementations import Implementation
 
@@ -37,8 +47,7 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     problem = adapted(given, activation)
     with no_autocast(x.device.type):
         z_TD, kept = _module(impl).forward(problem, save=True, impl=impl)
-    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
-    return _like(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(2 - len(pre)))
+    return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::experts_lora_inference", "default")
@@ -48,7 +57,7 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
     check_operands("experts_lora_inference", given, activation, factors=FACTORS)
     problem = adapted(given, activation)
     with no_autocast(x.device.type):
-        return _like(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
+        return like_x(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::experts_lora_backward", "default")
@@ -58,91 +67,56 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     check_operands("experts_lora_backward", given, activation, {"grad": grad, "h1": h1, "h3": h3}, factors=FACTORS)
     problem = adapted(given, activation)
     pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
-    wanted = Wanted(needs[0], needs[1], any(needs[2:]))
     with no_autocast(grad.device.type):
-        found = _module(impl).backward(grad.flatten(0, 1), problem, pre, wanted, impl)
+        found = _module(impl).backward(
+            grad.flatten(0, 1), problem, pre, Wanted(needs[0], needs[1], any(needs[2:])), impl
+        )
     of = {"x": found.x_TD, "weights": found.weights_TK} | by_factor(found)
-    return _in_order(given, {name: t if needed else None for (name, t), needed in zip(of.items(), needs, strict=True)})
+    wanted = {name: t if needed else None for (name, t), needed in zip(of.items(), needs, strict=True)}
+    return in_order(given, wanted, h1)
 
 
-def _in_order(given: Given, found: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-    """The gradients of all operands that have one, in their shapes; of those that were not found, zeros."""
-    x = given["x"]
+def in_order(given: Given, found: Mapping[str, Tensor | None], h1: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of all operands that have one, in their shapes; of those that were not found, zeros.
+
+    A factor that is not given has rank 0.
+    """
+    x, w1 = given["x"], given["w1"]
     assert x is not None
-    results = []
-    for name in ("x", "weights"):
+    assert w1 is not None
+    sizes = {"W": w1.shape[0], "D": x.shape[-1], "F": h1.shape[-1]}
+    of = {factor.name: tuple(sizes.get(dim, 0) for dim in factor.dims.split()) for factor in FACTORS}
+    gradients = []
+    for name in WITH_GRADIENT:
         t, like = found[name], given[name]
-        assert like is not None
-        results.append(_zeros(like, like.shape) if t is None else t.reshape(like.shape))
-    for factor in FACTORS:
-        t, like = found[factor.name], given[factor.name]
-        results.append(_zeros(x if like is None else like, shape_of(factor, given)) if t is None else t)
-    return tuple(results)
-
-
-def _zeros(like: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    """Zeros without memory, in the place of what is not given or not wanted."""
-    return like.new_zeros(1).expand(shape)
-
-
-def _like(z_TD: Tensor, x: Tensor) -> Tensor:
-    # Not a view: an in-place operation on a view of what an operator made is an error.
-    return torch.ops.aten._unsafe_view(z_TD, x.shape)
+        shape = of[name] if like is None else like.shape
+        gradients.append(zeros(x if like is None else like, shape) if t is None else t.reshape(shape))
+    return tuple(gradients)
 
 
 @torch.library.register_fake("moesaic::experts_lora")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     given = named(args[: len(NAMES)])
-    x, ids, w1 = given["x"], given["ids"], given["w1"]
-    h1 = x.new_empty(*ids.shape, w1.shape[2])
-    return x.new_empty(x.shape), h1, _zeros(h1, h1.shape) if given["w3"] is None else torch.empty_like(h1)
+    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2])
 
 
-@torch.library.register_fake("moesaic::experts_lora_inference")
-def _inference_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape)
+torch.library.register_fake("moesaic::experts_lora_inference", fake_inference)
 
 
 @torch.library.register_fake("moesaic::experts_lora_backward")
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, needs = named(args[: len(NAMES)]), args[-1]
+    given, h1, needs = named(args[: len(NAMES)]), args[len(NAMES)], args[-1]
     found = {
         name: t.new_empty(t.shape) if needed and (t := given[name]) is not None else None
         for name, needed in zip(WITH_GRADIENT, needs, strict=True)
     }
-    return _in_order(given, found)
+    return in_order(given, found, h1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.impl = inputs
-    _, *pre = output
-    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*pre)
-    ctx.save_for_backward(*tensors, *pre)
-
-
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    flags = (None, None)
-    if grad is None:
-        return (*[None] * len(NAMES), *flags)
-    of = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-    needs = [of[name] for name in WITH_GRADIENT]
-    found = torch.ops.moesaic.experts_lora_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.impl, needs)
-    return (*by_name(tuple(t if needed else None for t, needed in zip(found, needs, strict=True))), *flags)
-
-
-def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("experts_lora_inference keeps nothing to differentiate with; call experts_lora")
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "experts_lora has no second derivative; build the experts of grouped_mm, permute and combine, "
-        "which can be differentiated any number of times"
-    )
-
-
-torch.library.register_autograd("moesaic::experts_lora", _gradients, setup_context=_save)
-torch.library.register_autograd("moesaic::experts_lora_inference", _nothing_is_kept)
-torch.library.register_autograd("moesaic::experts_lora_backward", _no_second_derivative)
+register_gradients(
+    "experts_lora",
+    NAMES,
+    WITH_GRADIENT,
+    of_inference="experts_lora_inference keeps nothing to differentiate with; call experts_lora",
+    of_backward=f"experts_lora has no second derivative; {AGAIN}",
+)

@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import no_autocast
+from moesaic.ops.experts_mlp.definitions import (
+    AGAIN,
+    fake_inference,
+    fake_results,
+    like_x,
+    register_gradients,
+    results,
+    zeros,
+)
 from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.operands import (
     DOWN,
@@ -25,7 +34,6 @@ from moesaic.ops.experts_mlp.operands import (
     UP,
     WITH_GRADIENT,
     Given,
-    by_name,
     check_operands,
     named,
     shapes,
@@ -56,8 +64,7 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     problem = one_block(given, activation)
     with no_autocast(x.device.type):
         z_TD, kept = module_for("experts_mlp", impl, problem).forward(problem, save=True)
-    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
-    return _like_x(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(len(UP) - len(pre)))
+    return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::experts_mlp_inference", "default")
@@ -68,7 +75,7 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
     problem = one_block(given, activation)
     with no_autocast(x.device.type):
         z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, save=False).z_TD
-    return _like_x(z_TD, x)
+    return like_x(z_TD, x)
 
 
 @torch.library.impl("moesaic::experts_mlp_backward", "default")
@@ -120,34 +127,20 @@ def _all_gradients(
 def _in_order(given: Given, found: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
     """The gradients of all operands that have one, in their shapes; of those that were not found, zeros."""
     of = shapes(given)
-    results = []
+    gradients = []
     for name in WITH_GRADIENT:
         t, like = found.get(name), given[name] if given[name] is not None else given["x"]
-        results.append(_zeros(like, of[name]) if t is None else t.view(of[name]))
-    return tuple(results)
-
-
-def _zeros(like: Any, shape: tuple[Any, ...]) -> Tensor:
-    """Zeros without memory, in the place of what is not given or not wanted."""
-    return like.new_zeros(1).expand(shape)
-
-
-def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
-    # Not a view: an in-place operation on a view of what an operator made is an error.
-    return torch.ops.aten._unsafe_view(z_TD, x.shape)
+        gradients.append(zeros(like, of[name]) if t is None else t.view(of[name]))
+    return tuple(gradients)
 
 
 @torch.library.register_fake("moesaic::experts_mlp")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     given = named(args[: len(NAMES)])
-    x, ids, w1 = given["x"], given["ids"], given["w1"]
-    h1 = x.new_empty(*ids.shape, w1.shape[2])
-    return x.new_empty(x.shape), h1, _zeros(h1, h1.shape) if given["w3"] is None else torch.empty_like(h1)
+    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2])
 
 
-@torch.library.register_fake("moesaic::experts_mlp_inference")
-def _inference_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape)
+torch.library.register_fake("moesaic::experts_mlp_inference", fake_inference)
 
 
 @torch.library.register_fake("moesaic::experts_mlp_backward")
@@ -163,24 +156,6 @@ def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _in_order(given, {name: t for name, t in found.items() if name not in added})
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, ctx.impl = inputs
-    _, *pre = output
-    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*pre)
-    ctx.save_for_backward(*tensors, *pre)
-
-
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    flags = (None, None)
-    if grad is None:
-        return (*[None] * len(NAMES), *flags)
-    needs = wanted_by(ctx.needs_input_grad)
-    found = torch.ops.moesaic.experts_mlp_backward(grad, *ctx.saved_tensors, ctx.activation, ctx.impl, needs)
-    return (*by_name(only(found, needs)), *flags)
-
-
 def wanted_by(needs_input_grad: tuple[bool, ...]) -> list[bool]:
     """Which of the operands that can have a gradient want one."""
     return [needs for operand, needs in zip(OPERANDS, needs_input_grad, strict=False) if operand.differentiable]
@@ -191,17 +166,10 @@ def only(found: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, .
     return tuple(t if wanted else None for t, wanted in zip(found, needs, strict=True))
 
 
-def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp")
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
-        "which can be differentiated any number of times"
-    )
-
-
-torch.library.register_autograd("moesaic::experts_mlp", _gradients, setup_context=_save)
-torch.library.register_autograd("moesaic::experts_mlp_inference", _nothing_is_kept)
-torch.library.register_autograd("moesaic::experts_mlp_backward", _no_second_derivative)
+register_gradients(
+    "experts_mlp",
+    NAMES,
+    WITH_GRADIENT,
+    of_inference="experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp",
+    of_backward=f"experts_mlp has no second derivative; {AGAIN}",
+)

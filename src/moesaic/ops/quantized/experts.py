@@ -13,6 +13,15 @@ from torch import Tensor
 
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops.experts_mlp.definitions import (
+    AGAIN,
+    fake_inference,
+    fake_results,
+    like_x,
+    register_gradients,
+    results,
+    zeros,
+)
 from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
 from moesaic.ops.experts_mlp.operands import DOWN, UP, check_operands
 from moesaic.ops.experts_mlp.problem import Problem, Target, Targets, Wanted, one_block
@@ -71,8 +80,7 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     problem, impl = _problem("quantized_experts_mlp", (x, *args))
     with no_autocast(x.device.type):
         z_TD, kept = _module_for("quantized_experts_mlp", impl, problem).forward(problem, save=True)
-    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
-    return _like_x(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(len(UP) - len(pre)))
+    return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_mlp_inference", "default")
@@ -80,7 +88,7 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
     problem, impl = _problem("quantized_experts_mlp_inference", (x, *args))
     with no_autocast(x.device.type):
         module = _module_for("quantized_experts_mlp_inference", impl, problem)
-        return _like_x(module.forward(problem, save=False).z_TD, x)
+        return like_x(module.forward(problem, save=False).z_TD, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_mlp_backward", "default")
@@ -132,34 +140,21 @@ def hidden_of(t: Mapping[str, Any], format: Format, hidden: Any) -> Any:
 def _in_order(given: Mapping[str, Any], found: Mapping[str, Tensor | None], h1: Tensor) -> tuple[Tensor, ...]:
     W, F, D = given["w1"].shape[0], h1.shape[-1], given["x"].shape[-1]
     of = {"x": given["x"].shape, "weights": given["weights"].shape, "b1": (W, F), "b3": (W, F), "b2": (W, D)}
-    results = []
+    gradients = []
     for name in WITH_GRADIENT:
         t, like = found.get(name), given[name] if given[name] is not None else given["x"]
-        results.append(_zeros(like, of[name]) if t is None else t.view(of[name]))
-    return tuple(results)
-
-
-def _zeros(like: Tensor, shape: Any) -> Tensor:
-    """Zeros without memory, in the place of what is not given or not wanted."""
-    return like.new_zeros(1).expand(shape)
-
-
-def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
-    # Not a view: an in-place operation on a view of what an operator made is an error.
-    return torch.ops.aten._unsafe_view(z_TD, x.shape)
+        gradients.append(zeros(like, of[name]) if t is None else t.view(of[name]))
+    return tuple(gradients)
 
 
 @torch.library.register_fake("moesaic::quantized_experts_mlp")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *tensors, format, hidden, _, _ = args
     t = dict(zip(NAMES, tensors, strict=True))
-    h1 = t["x"].new_empty(*t["ids"].shape, hidden_of(t, format, hidden))
-    return t["x"].new_empty(t["x"].shape), h1, _zeros(h1, h1.shape) if t["w3"] is None else torch.empty_like(h1)
+    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden))
 
 
-@torch.library.register_fake("moesaic::quantized_experts_mlp_inference")
-def _inference_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape)
+torch.library.register_fake("moesaic::quantized_experts_mlp_inference", fake_inference)
 
 
 @torch.library.register_fake("moesaic::quantized_experts_mlp_backward")
@@ -173,39 +168,10 @@ def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _in_order(given, found, h1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.flags = inputs[: len(NAMES)], inputs[len(NAMES) :]
-    _, *pre = output
-    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*pre)
-    ctx.save_for_backward(*tensors, *pre)
-
-
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    flags = (None,) * len(ctx.flags)
-    if grad is None:
-        return (*[None] * len(NAMES), *flags)
-    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-    needs = [needed[name] for name in WITH_GRADIENT]
-    found = torch.ops.moesaic.quantized_experts_mlp_backward(grad, *ctx.saved_tensors, *ctx.flags, needs)
-    of = {name: t for name, t, wanted in zip(WITH_GRADIENT, found, needs, strict=True) if wanted}
-    return (*(of.get(name) for name in NAMES), *flags)
-
-
-def _nothing_is_kept(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "quantized_experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp"
-    )
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "experts_mlp has no second derivative; build the experts of grouped_mm, permute and combine, "
-        "which can be differentiated any number of times"
-    )
-
-
-torch.library.register_autograd("moesaic::quantized_experts_mlp", _gradients, setup_context=_save)
-torch.library.register_autograd("moesaic::quantized_experts_mlp_inference", _nothing_is_kept)
-torch.library.register_autograd("moesaic::quantized_experts_mlp_backward", _no_second_derivative)
+register_gradients(
+    "quantized_experts_mlp",
+    NAMES,
+    WITH_GRADIENT,
+    of_inference="quantized_experts_mlp_inference keeps nothing to differentiate with; call moesaic.experts_mlp",
+    of_backward=f"experts_mlp has no second derivative; {AGAIN}",
+)

@@ -9,8 +9,17 @@ from torch import Tensor
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_lora.impl import reference, rows
 from moesaic.ops.experts_lora.operands import FACTOR_NAMES, FACTORS, WITH_GRADIENT
+from moesaic.ops.experts_lora.ops import in_order
 from moesaic.ops.experts_lora.problem import Adapted, Wanted, adapted, by_factor
 from moesaic.ops.experts_mlp.activation import Activation
+from moesaic.ops.experts_mlp.definitions import (
+    AGAIN,
+    fake_inference,
+    fake_results,
+    like_x,
+    register_gradients,
+    results,
+)
 from moesaic.ops.experts_mlp.operands import check_operands
 from moesaic.ops.quantized.experts import FLAGS, SCHEMA, hidden_of, in_parts, put_together
 from moesaic.ops.quantized.experts import NAMES as BASE
@@ -51,15 +60,14 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     problem, impl = _problem("quantized_experts_lora", (x, *args[:-4]), args[-4:], {})
     with no_autocast(x.device.type):
         z_TD, kept = _module(impl).forward(problem, save=True, impl=impl)
-    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
-    return _like_x(z_TD, x), *pre, *(_zeros(pre[0], pre[0].shape) for _ in range(2 - len(pre)))
+    return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_inference", "default")
 def _inference(x: Tensor, *args: Any) -> Tensor:
     problem, impl = _problem("quantized_experts_lora_inference", (x, *args[:-4]), args[-4:], {})
     with no_autocast(x.device.type):
-        return _like_x(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
+        return like_x(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_backward", "default")
@@ -75,41 +83,16 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         )
     of = {"x": found.x_TD, "weights": found.weights_TK} | by_factor(found)
     wanted = {name: t if needed else None for (name, t), needed in zip(of.items(), needs, strict=True)}
-    return _in_order(dict(zip(NAMES, tensors, strict=True)), wanted, h1)
-
-
-def _in_order(given: Mapping[str, Any], found: Mapping[str, Tensor | None], h1: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of all operands that have one, in their shapes; of those that were not found, zeros."""
-    sizes = {"W": given["w1"].shape[0], "D": given["x"].shape[-1], "F": h1.shape[-1]}
-    of = {factor.name: tuple(sizes.get(dim, 0) for dim in factor.dims.split()) for factor in FACTORS}
-    results = []
-    for name in WITH_GRADIENT:
-        t, like = found[name], given[name]
-        shape = of[name] if like is None else like.shape
-        results.append(_zeros(given["x"] if like is None else like, shape) if t is None else t.reshape(shape))
-    return tuple(results)
-
-
-def _zeros(like: Tensor, shape: Any) -> Tensor:
-    """Zeros without memory, in the place of what is not given or not wanted."""
-    return like.new_zeros(1).expand(shape)
-
-
-def _like_x(z_TD: Tensor, x: Tensor) -> Tensor:
-    # Not a view: an in-place operation on a view of what an operator made is an error.
-    return torch.ops.aten._unsafe_view(z_TD, x.shape)
+    return in_order(dict(zip(NAMES, tensors, strict=True)), wanted, h1)
 
 
 @torch.library.register_fake("moesaic::quantized_experts_lora")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     t = dict(zip(NAMES, args[:-4], strict=True))
-    h1 = t["x"].new_empty(*t["ids"].shape, hidden_of(t, args[-4], args[-3]))
-    return t["x"].new_empty(t["x"].shape), h1, _zeros(h1, h1.shape) if t["w3"] is None else torch.empty_like(h1)
+    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, args[-4], args[-3]))
 
 
-@torch.library.register_fake("moesaic::quantized_experts_lora_inference")
-def _inference_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape)
+torch.library.register_fake("moesaic::quantized_experts_lora_inference", fake_inference)
 
 
 @torch.library.register_fake("moesaic::quantized_experts_lora_backward")
@@ -119,36 +102,8 @@ def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         name: given[name].new_empty(given[name].shape) if needed and given[name] is not None else None
         for name, needed in zip(WITH_GRADIENT, needs, strict=True)
     }
-    return _in_order(given, found, h1)
+    return in_order(given, found, h1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.flags = inputs[: len(NAMES)], inputs[len(NAMES) :]
-    _, *pre = output
-    # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*pre)
-    ctx.save_for_backward(*tensors, *pre)
-
-
-def _gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    flags = (None,) * len(ctx.flags)
-    if grad is None:
-        return (*[None] * len(NAMES), *flags)
-    needed = dict(zip(NAMES, ctx.needs_input_grad, strict=False))
-    needs = [needed[name] for name in WITH_GRADIENT]
-    found = torch.ops.moesaic.quantized_experts_lora_backward(grad, *ctx.saved_tensors, *ctx.flags, needs)
-    of = {name: t for name, t, wanted in zip(WITH_GRADIENT, found, needs, strict=True) if wanted}
-    return (*(of.get(name) for name in NAMES), *flags)
-
-
-def _not_differentiable(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "experts_lora has no second derivative, and its inference keeps nothing; build the experts of grouped_mm, "
-        "permute and combine, which can be differentiated any number of times"
-    )
-
-
-torch.library.register_autograd("moesaic::quantized_experts_lora", _gradients, setup_context=_save)
-torch.library.register_autograd("moesaic::quantized_experts_lora_inference", _not_differentiable)
-torch.library.register_autograd("moesaic::quantized_experts_lora_backward", _not_differentiable)
+_REFUSED = f"experts_lora has no second derivative, and its inference keeps nothing; {AGAIN}"
+register_gradients("quantized_experts_lora", NAMES, WITH_GRADIENT, of_inference=_REFUSED, of_backward=_REFUSED)
