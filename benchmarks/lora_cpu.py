@@ -20,25 +20,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 from as_they_come import QUICK, Results
+from experts_cpu import Shape
 from grouped_mm_cpu import processor
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from moesaic.ops import experts_lora, experts_mlp
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer and how many tokens it gets: E experts, top K, D model dim, F expert hidden dim."""
-
-    name: str
-    E: int
-    K: int
-    D: int
-    F: int
-    tokens: int
-
 
 SHAPES = (Shape("8 wide", 8, 2, 1024, 3584, 512), Shape("64 fine", 64, 8, 1024, 512, 512))
 DTYPES = (torch.float32, torch.bfloat16)
