@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from moesaic.options import parse
 from moesaic.testing.check import check_gradients
 from moesaic.testing.errors import CheckError
 from moesaic.testing.layout import parse_layouts
@@ -35,7 +36,7 @@ class Options:
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic check`` and return its exit status."""
-    options = tyro.cli(Options, prog="moesaic check", args=list(arguments))
+    options = parse(Options, "check", arguments)
     try:
         check = _found(options.check)
         changes: dict[str, Any] = {"steps": options.steps, "timeout_s": options.timeout_s}

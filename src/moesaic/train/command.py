@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from moesaic.options import parse as parse_options
 from moesaic.train.config import TrainConfig, check, read_settings
 from moesaic.train.errors import TrainingError, UserError
 
@@ -47,9 +46,7 @@ def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:
     arguments, auto = _without_auto(arguments)
 
     def on_top_of(default: TrainConfig) -> TrainConfig:
-        return tyro.cli(
-            TrainConfig, prog="moesaic train", args=list(arguments), default=default, console_outputs=leader
-        )
+        return parse_options(TrainConfig, "train", arguments, default=default, speak=leader)
 
     config = on_top_of(TrainConfig())
     if auto:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from moesaic.ops import fastest, native, tuned
 from moesaic.ops.choices import LARGEST, SHAPES, Choices, dtype_name
 from moesaic.ops.native import DTYPES
 from moesaic.ops.processor import processor
+from moesaic.options import parse
 from moesaic.tune.measure import SIZES, Timed, chosen, measure
 
 _LABELS = {"cpu": "kernels", "torch": "torch"}
@@ -52,7 +52,7 @@ class _CannotError(Exception):
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic tune`` and return its exit status."""
-    options = tyro.cli(Options, prog="moesaic tune", args=list(arguments))
+    options = parse(Options, "tune", arguments)
     threads = torch.get_num_threads()
     try:
         _check(options)

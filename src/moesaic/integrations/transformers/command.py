@@ -19,6 +19,7 @@ from moesaic.checkpoint import CheckpointError
 from moesaic.integrations.transformers.convert import convert
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.upcycle import upcycle
+from moesaic.options import parse
 
 _ERRORS = (OSError, ValueError, NotImplementedError)
 
@@ -76,7 +77,7 @@ class UpcycleOptions:
 
 def run_convert(arguments: Sequence[str]) -> int:
     """Run ``moesaic convert`` and return its exit status."""
-    options = tyro.cli(ConvertOptions, prog="moesaic convert", args=list(arguments))
+    options = parse(ConvertOptions, "convert", arguments)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
         with _bar() as progress:
@@ -98,7 +99,7 @@ def run_convert(arguments: Sequence[str]) -> int:
 
 def run_upcycle(arguments: Sequence[str]) -> int:
     """Run ``moesaic upcycle`` and return its exit status."""
-    options = tyro.cli(UpcycleOptions, prog="moesaic upcycle", args=list(arguments))
+    options = parse(UpcycleOptions, "upcycle", arguments)
     try:
         with _bar() as progress:
             upcycle(

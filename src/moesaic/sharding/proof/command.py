@@ -11,6 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from moesaic.options import parse
 from moesaic.sharding.decide import RULES, as_called, is_tensor, overload_of
 from moesaic.sharding.notation import Notation
 from moesaic.sharding.proof.examples import first_line
@@ -48,7 +49,7 @@ class CallError(Exception):
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic prove`` and return its exit status."""
-    options = tyro.cli(Options, prog="moesaic prove", args=list(arguments))
+    options = parse(Options, "prove", arguments)
     try:
         op = _overload(options.op, options.module)
         (first, *also), notes = (_given_inputs(options.inputs), []) if options.inputs else _made_up_inputs(op)
