@@ -67,7 +67,7 @@ def _form(group: Any, default: Any) -> Any:
     """A dataclass with the fields of `group`, their help in one line, and with the values of `default`."""
     hints = get_type_hints(group, include_extras=True)
     documents = docstrings(group)
-    fields = []
+    fields: list[Any] = []
     for field in dataclasses.fields(group):
         hint: Any = Annotated[hints[field.name], tyro.conf.arg(help=documents.get(field.name, ""))]
         if default is not None:
