@@ -74,6 +74,12 @@ def _info(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from moesaic.report.command import run
+
+    return run(arguments)
+
+
 def _tune(arguments: Sequence[str]) -> int:
     from moesaic.tune.command import run
 
@@ -114,6 +120,7 @@ COMMANDS = {
     "convert": Command("convert a transformers checkpoint to the format of moesaic train, or back", _convert),
     "info": Command("show versions, and the kernels that run on this machine", _info),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
+    "report": Command("write a page about runs, to be opened in a browser", _report),
     "train": Command("train a mixture-of-experts language model on one process or many", _train),
     "tune": Command("measure what is the fastest on this machine, and keep it", _tune),
     "upcycle": Command("turn a dense checkpoint into a mixture-of-experts checkpoint", _upcycle),

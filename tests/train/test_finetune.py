@@ -235,7 +235,7 @@ def test_the_whole_program(tuned, cache, tmp_path, capsys, family):
     assert "learning answers" in out
     result = json.loads((tuned.out / "result.json").read_text())
     assert result["held_out_loss"]["model"] < 0.7 * result["held_out_loss"]["before"]
-    assert read_jsonl(tuned.out / "metrics.jsonl")[0] == {"step": 0, "held_out_loss": result["held_out_loss"]["before"]}
+    assert _rows(tuned.out)[0] == {"step": 0, "held_out_loss": result["held_out_loss"]["before"]}
     # The export is a model like the one that came in, with its tokenizer and template.
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", tuned.out / "export"))
     assert {name: (t.shape, t.dtype) for name, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}

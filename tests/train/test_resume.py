@@ -67,7 +67,7 @@ def _train(config, cache):
 
 def _rows(folder):
     """All metrics but those that a clock or the machine decides."""
-    skip = {"tokens_per_second", "memory_gib"}
+    skip = {"tokens_per_second", "memory_gib", "time"}
     return [
         {key: value for key, value in row.items() if key not in skip} for row in read_jsonl(folder / "metrics.jsonl")
     ]

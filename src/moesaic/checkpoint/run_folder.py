@@ -8,6 +8,7 @@ tensorboard/      the same numbers as TensorBoard events
 checkpoints/      step-00000100, ...
 export/           the trained model in Hugging Face format
 result.json       what was measured at the end
+report.html       a page about the run, of `moesaic report`
 lock              which process writes into the folder
 failures/         rank-0.log, ...: tracebacks, if there were any
 ================  ==============================================
@@ -20,5 +21,6 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"
+REPORT = "report.html"
 LOCK = "lock"
 FAILURES = "failures"

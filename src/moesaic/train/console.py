@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console as RichConsole
 from rich.console import Group
@@ -23,7 +23,7 @@ class Screen(Protocol):
     def start(self, step: int, steps: int) -> None:
         """Training begins at `step` of `steps`."""
 
-    def update(self, step: int, values: Mapping[str, float] | None) -> None:
+    def update(self, step: int, values: Mapping[str, Any] | None) -> None:
         """`step` steps are done; `values` are the metrics of the last one, if they were taken."""
 
     def stop(self) -> None:
@@ -39,7 +39,7 @@ def open_screen(leader: bool) -> Screen:
     return _Terminal(console) if console.is_terminal else _Lines()
 
 
-def describe(values: Mapping[str, float]) -> str:
+def describe(values: Mapping[str, Any]) -> str:
     """Metrics as one line."""
     form = {
         "loss": "loss {:.4f}",
@@ -62,7 +62,7 @@ class _Silent:
     def start(self, step: int, steps: int) -> None:
         pass
 
-    def update(self, step: int, values: Mapping[str, float] | None) -> None:
+    def update(self, step: int, values: Mapping[str, Any] | None) -> None:
         pass
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class _Lines:
     def start(self, step: int, steps: int) -> None:
         self._steps = steps
 
-    def update(self, step: int, values: Mapping[str, float] | None) -> None:
+    def update(self, step: int, values: Mapping[str, Any] | None) -> None:
         if values is not None:
             width = len(str(self._steps))
             print(f"step {step:>{width}}/{self._steps}  {describe(values)}", flush=True)
@@ -112,7 +112,7 @@ class _Terminal:
         self._live = Live(Group(self._progress, Text("")), console=self._console, refresh_per_second=4)
         self._live.start()
 
-    def update(self, step: int, values: Mapping[str, float] | None) -> None:
+    def update(self, step: int, values: Mapping[str, Any] | None) -> None:
         self._progress.update(self._task, completed=step)
         if values is not None and self._live is not None:
             self._live.update(Group(self._progress, Text(describe(values))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -21,7 +21,16 @@ from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.failure import failed, way_back
 from moesaic.train.folder import write_json
 from moesaic.train.lora import ADAPTER
-from moesaic.train.metrics import JsonlWriter, LenientWriter, MetricWriter, TensorBoardWriter, read_jsonl
+from moesaic.train.metrics import (
+    EXPERT_LOAD,
+    TIME,
+    JsonlWriter,
+    LenientWriter,
+    MetricWriter,
+    TensorBoardWriter,
+    Value,
+    read_jsonl,
+)
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
 from moesaic.train.run import Run, set_up
@@ -111,8 +120,7 @@ def _steps(
     training, config, runtime = run.training, run.config, run.runtime
     if training.step == 0 and run.pretrained and (values := measure()):
         screen.message(f"before fine-tuning: {describe(values)}")
-        for writer in writers:
-            writer.log(values, 0)
+        _write(writers, values, 0)
     screen.start(training.step, config.steps)
     training.model.train()
     stopped = False
@@ -140,8 +148,7 @@ def _steps(
             with runtime.slowly():
                 values = (values or {}) | dict(measure())
         if values is not None:
-            for writer in writers:
-                writer.log(values, training.step)
+            _write(writers, values, training.step)
             # The time of measurements is not part of the speed.
             clock, clock_step = time.perf_counter(), training.step
         screen.update(training.step, values)
@@ -166,15 +173,17 @@ def _steps(
     return stopped
 
 
+def _write(writers: Sequence[MetricWriter], values: Mapping[str, Value], step: int) -> None:
+    for writer in writers:
+        writer.log({**values, TIME: round(time.time(), 3)}, step)
+
+
 def _metrics(
     training: Training, config: TrainConfig, device: torch.device, result: StepResult, seconds: float
-) -> dict[str, float]:
-    balance = []
-    dead = 0
-    for load in expert_load(training.model).values():
-        counts = load.double()
-        balance.append(float(counts.max() / counts.mean()))
-        dead += int((counts == 0).sum())
+) -> dict[str, Value]:
+    loads = {name.rpartition(".")[0]: load.tolist() for name, load in expert_load(training.model).items()}
+    balance = [max(load) * len(load) / max(1, sum(load)) for load in loads.values()]
+    dead = sum(load.count(0) for load in loads.values())
     memory = torch.tensor(float(peak_memory(device)), device=device)
     if ranks.active():
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
@@ -188,6 +197,7 @@ def _metrics(
         "balance": max(balance, default=0.0),
         "dead_experts": float(dead),
         "memory_gib": memory.item() / 2**30,
+        EXPERT_LOAD: loads,
     }
 
 

@@ -6,16 +6,25 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+# A number; or of each layer the tokens that each of its experts got.
+Value = float | Mapping[str, Sequence[int]]
+
+
+# The seconds since 1970 at which a row was written.
+TIME = "time"
+# Of each layer, by its name in the model, the tokens that each expert got in the step.
+EXPERT_LOAD = "expert_load"
 
 
 @runtime_checkable
 class MetricWriter(Protocol):
-    """Takes numbers by name."""
+    """Takes values by name."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Value], step: int) -> None:
         """Record the values of a step."""
 
     def close(self) -> None:
@@ -38,9 +47,9 @@ class JsonlWriter:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         self._unwritten = b""
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Value], step: int) -> None:
         """Write a line, at once. NaN and infinity are written as null."""
-        row = {name: value if abs(value) < float("inf") else None for name, value in values.items()}
+        row = {name: value if _is_plain(value) else None for name, value in values.items()}
         self._unwritten += json.dumps({"step": step, **row}).encode() + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         try:
@@ -65,10 +74,12 @@ class TensorBoardWriter:
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Value], step: int) -> None:
         """Record the values of a step."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            # Events have a time of their own.
+            if isinstance(value, float) and name != TIME:
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the events."""
@@ -88,7 +99,7 @@ class LenientWriter:
         self._writer, self._name, self._warn = writer, name, warn
         self._warned = False
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Value], step: int) -> None:
         """Record the values of a step."""
         self._try(lambda: self._writer.log(values, step))
 
@@ -103,6 +114,11 @@ class LenientWriter:
             if not self._warned:
                 self._warn(f"warning: cannot write {self._name}: {error.strerror or error}; training continues")
             self._warned = True
+
+
+def _is_plain(value: Value) -> bool:
+    """Whether JSON can hold it."""
+    return isinstance(value, Mapping) or abs(value) < float("inf")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
