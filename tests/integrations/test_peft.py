@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.integrations.transformers import export_pretrained, load_pretrained, swap_moe, unswap_moe
+from moesaic.layers import quantize_
 from tests.integrations.families import assert_close, make_model, token_ids
 
 peft = pytest.importorskip("peft")
@@ -222,6 +223,23 @@ def test_loading_a_checkpoint_with_adapters(tmp_path):
         load_pretrained(tmp_path / "base", adapter=3)
     with pytest.raises(OSError, match=r"there is no .*adapter_config.json"):
         load_pretrained(tmp_path / "base", adapter=tmp_path / "base")
+
+
+def test_loading_a_checkpoint_quantised(tmp_path):
+    make_model("Mixtral").save_pretrained(tmp_path)
+    for format in ("nf4", "int8"):  # the blocks of nf4 run over the ends of rows of this model
+        loaded = load_pretrained(tmp_path, quantize=format, adapter=config_of("Mixtral")).state_dict()
+        loaded = {name.replace(".base_layer", ""): t for name, t in loaded.items()}
+        expected = quantize_(load_pretrained(tmp_path), format).state_dict()
+        assert sum(name.endswith("w1.data") for name in expected) == 2
+        assert all(torch.equal(loaded[name], t) for name, t in expected.items())
+    with pytest.raises(ValueError, match="mxfp4 has blocks of 32 along the summed dim, which is 24 here"):
+        load_pretrained(tmp_path, quantize="mxfp4")
+    with torch.no_grad():
+        (bad := make_model("Mixtral")).model.layers[1].mlp.experts.down_proj[3, 0, 0] = torch.inf
+    bad.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.experts.w2', expert 3: .* not finite"):
+        load_pretrained(tmp_path, quantize="int8")
 
 
 def test_half_precision_has_adapters_in_fp32():

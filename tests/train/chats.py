@@ -82,10 +82,10 @@ def tiny_tokenizer(template=PLAIN):
     return tokenizer
 
 
-def write_model(folder, family, *, dtype=torch.float32, template=PLAIN):
+def write_model(folder, family, *, dtype=torch.float32, template=PLAIN, **changes):
     """A pretrained model, as `save_pretrained` leaves it."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | changes))
     tokenizer = tiny_tokenizer(template)
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     config.bos_token_id = None

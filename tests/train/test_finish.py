@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from moesaic.train import finish
+from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
 
 
@@ -18,4 +19,4 @@ def test_an_export_that_cannot_be_written_is_a_training_error(tmp_path, monkeypa
 
     monkeypatch.setattr(finish, "export_pretrained", fail)
     with pytest.raises(TrainingError, match=r"cannot export to .*No space left.*--resume"):
-        finish.export(nn.Linear(1, 1), tmp_path / "export", None)
+        finish.export(nn.Linear(1, 1), tmp_path / "export", None, TrainConfig(), None)

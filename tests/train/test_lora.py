@@ -187,6 +187,46 @@ def test_the_whole_program(adapted, capsys):
     assert (with_adapters(input_ids=IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_quantised_experts(adapted, capsys):
+    assert _call(adapted, "--quantize-experts", "nf4", "--steps", "8") == 0
+    shown = capsys.readouterr().out
+    assert "parameters of adapters around experts in nf4" in shown
+    assert re.search(r"Those were not quantised: logits differ by \de-\d\d of the largest", shown)
+    # The merged model is the pretrained one, as it was, with the adapters.
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (adapted.model, adapted.out / "export"))
+    with_adapters = peft.PeftModel.from_pretrained(before, adapted.out / "export" / "adapter")
+    expected = with_adapters(input_ids=IDS).logits
+    assert (after(input_ids=IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert AutoTokenizer.from_pretrained(adapted.out / "export").chat_template == PLAIN
+    assert main(["train", "--model", adapted.model, "--quantize-experts", "nf4"]) == 2
+    assert "only adapters beside them can be trained; add --lora-rank" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("format", "mesh"), [("nf4", {"tp": 2, "ep": 2, "etp": 2}), ("mxfp4", {"ep": 4})])
+def test_ranks_train_adapters_around_quantised_experts(adapted, cache, ranks, tmp_path, format, mesh):
+    write_model(tmp_path / "model", "mixtral", hidden_size=64, intermediate_size=128)
+    adapted = dataclasses.replace(adapted, quantize_experts=format, compute="local")
+    alone = dataclasses.replace(adapted, out=tmp_path / "alone")
+    _whole_run(alone, cache)
+    ranks(_whole_run, 4, dataclasses.replace(adapted, **mesh), cache)
+    for one, other in zip(_steps(alone), _steps(adapted), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    _assert_same_exports(adapted, alone)
+
+
+@pytest.mark.long
+def test_a_resume_with_quantised_experts_is_exact(adapted, cache, tmp_path):
+    adapted = dataclasses.replace(adapted, quantize_experts="nf4")
+    whole = dataclasses.replace(adapted, out=tmp_path / "whole")
+    _fit(whole, cache)
+    _fit(adapted, cache, {2: [signal.SIGTERM]})
+    with pytest.raises(UserError, match="--model had other contents"):
+        _fit(dataclasses.replace(adapted, resume=True, quantize_experts="int8"), cache)
+    _fit(dataclasses.replace(adapted, resume=True), cache)
+    assert _rows(adapted.out) == _rows(whole.out)
+
+
 def test_where_it_cannot_be(adapted, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else True)
     assert _call(adapted) == 2
@@ -211,8 +251,12 @@ def test_ranks_train_the_adapters_that_one_process_trains(adapted, cache, ranks,
     for one, other in zip(_steps(alone), _steps(adapted), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    _assert_same_exports(adapted, alone)
+
+
+def _assert_same_exports(config, alone):
     for file in ("export/adapter/adapter_model.safetensors", "export/model.safetensors"):
-        theirs, ours = load_file(alone.out / file), _all_tensors((adapted.out / file).parent)
+        theirs, ours = load_file(alone.out / file), _all_tensors((config.out / file).parent)
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from moesaic import ranks
 from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
+from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
-from moesaic.train.lora import ADAPTER, save_and_merge
+from moesaic.train.lora import ADAPTER, export_merged, merge_adapters, save_adapters
 from moesaic.train.model import quiet
 from moesaic.train.step import evaluating
 
@@ -24,10 +26,11 @@ from moesaic.train.step import evaluating
 _TOLERANCE = 1e-3
 
 
-def export(model: Any, folder: Path, tokenizer: Any, *, adapted: bool = False) -> None:
+def export(model: Any, folder: Path, tokenizer: Any, config: TrainConfig, weights: str | None) -> None:
     """Write the model and its tokenizer for `AutoModelForCausalLM.from_pretrained`. Collective.
 
-    Adapters are merged into the model, which has none then, and written beside it for peft.
+    Adapters are merged into the model, which has none then, and written beside it for peft. If its experts are
+    quantised, the adapters are merged into the pretrained `weights` instead, and the model keeps them.
 
     Raises `TrainingError` on all ranks if it cannot be written.
     """
@@ -35,14 +38,23 @@ def export(model: Any, folder: Path, tokenizer: Any, *, adapted: bool = False) -
 
     def take_adapters(new: Path) -> None:
         # Into the new folder before it gets its name: an export with its adapters is there at once, or not at all.
-        if adapted:
+        if config.lora_rank:
             shutil.move(beside, new / ADAPTER)
+
+    def take_all(new: Path) -> None:
+        tokenizer.save_pretrained(new)
+        take_adapters(new)
 
     try:
         with quiet():
-            if adapted:
+            if config.lora_rank:
                 ranks.on_leader(lambda: shutil.rmtree(beside, ignore_errors=True))
-                save_and_merge(model, beside)
+                save_adapters(model, beside)
+            if config.quantize_experts:
+                export_merged(config, str(weights), beside, folder, take_all)
+                return
+            if config.lora_rank:
+                merge_adapters(model)
             export_pretrained(model, folder, tokenizer=tokenizer, add=take_adapters)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
@@ -51,8 +63,12 @@ def export(model: Any, folder: Path, tokenizer: Any, *, adapted: bool = False) -
         ) from error
 
 
-def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes) -> float:
+def compare_with_export(
+    model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes, *, quantised: bool = False
+) -> float:
     """The largest difference of logits between the sharded model and the exported one, relative to the largest logit.
+
+    If experts were `quantised` in the sharded model, the two differ, and any difference is given back.
 
     `tokens [B, S]` are the same on all ranks; so is the result. Only rank 0 has `exported`, and it compares its own
     part of the sequence. Collective. Raises `TrainingError` if the two are not the same model.
@@ -66,7 +82,7 @@ def compare_with_export(model: nn.Module, exported: nn.Module | None, tokens: Te
             theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())
     difference = ranks.from_leader(difference)
-    if not difference <= _TOLERANCE:
+    if not (difference <= _TOLERANCE or (quantised and math.isfinite(difference))):
         raise TrainingError(
             f"the exported model's logits differ from the trained model's, by {difference:.1e} of the largest"
         )

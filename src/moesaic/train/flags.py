@@ -60,6 +60,9 @@ class AdapterOptions:
     """Scale adapters by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
     lora_on: Literal["all", "attention", "experts"] = "all"
     """Where adapters are: in the attention projections, in the experts, or in both."""
+    quantize_experts: Literal["nf4", "mxfp4", "int8"] | None = None
+    """Hold the weights of the experts in 4 or 8 bits while adapters are trained (QLoRA). Each process quantises its
+    part as it reads it. The export has the adapters merged into the weights before they were quantised."""
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,11 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         numbers, text = scores.compare(_first_value(run.folder / METRICS, scores.name), now)
         screen.message(f"\n{text}")
     folder = run.folder / EXPORT
-    finish.export(model, folder, run.text.tokenizer(), adapted=config.lora_rank > 0)
+    finish.export(model, folder, run.text.tokenizer(), config, run.weights)
     exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
-    difference = finish.compare_with_export(model, exported, tokens, run.meshes)
+    quantised = config.quantize_experts is not None
+    difference = finish.compare_with_export(model, exported, tokens, run.meshes, quantised=quantised)
     if leader:
         prompt, ids = scores.prompt()
         text = prompt + finish.sample(
@@ -238,11 +239,20 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         result = {"step": run.training.step, scores.name: numbers, "export_difference": difference, "sample": text}
         write_json(run.folder / RESULT, result)
         screen.message(
-            f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, logits equal within "
-            f"{difference:.0e}{_of_adapters(run)}\n\nthe model continues {_shortened(prompt)!r} like this:\n\n{text}\n"
+            f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, {_equal(run, difference)}"
+            f"{_of_adapters(run)}\n\nthe model continues {_shortened(prompt)!r} like this:\n\n{text}\n"
         )
     # A rank that leaves early closes connections that other ranks still use.
     ranks.barrier()
+
+
+def _equal(run: Run, difference: float) -> str:
+    if not run.config.quantize_experts:
+        return f"logits equal within {difference:.0e}"
+    return (
+        f"with the adapters merged into its own weights. Those were not quantised: logits differ by {difference:.0e} "
+        "of the largest"
+    )
 
 
 def _of_adapters(run: Run) -> str:
@@ -273,6 +283,8 @@ def _introduce(run: Run) -> str:
     if run.config.lora_rank:
         tuned = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
         how += f" {tuned:,} parameters of adapters"
+        if run.config.quantize_experts:
+            how += f" around experts in {run.config.quantize_experts}"
     text = (
         f"{num_parameters(training.model) / 1e6:.1f} M parameters on {world_size} {device} {processes}: "
         f"{run.meshes.layout}\n"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from moesaic.integrations.transformers.loading import Source, model_on_meta, read_changed_config
@@ -24,6 +26,11 @@ ADAPTER = "adapter"
 def check_adapters(config: TrainConfig, source: ModelSource) -> None:
     """Raise `UserError` if adapters are asked for where they cannot be."""
     if not config.lora_rank:
+        if config.quantize_experts:
+            raise UserError(
+                f"--quantize-experts {config.quantize_experts}: quantised weights are read-only, so only adapters "
+                "beside them can be trained; add --lora-rank, or leave it out"
+            )
         return
     if not source.pretrained:
         raise UserError("--lora-rank adapts a pretrained model, but --model is a new one; leave one of them out")
@@ -69,11 +76,27 @@ def alpha_of(config: TrainConfig) -> float:
 def describe(config: TrainConfig) -> str:
     """What a run with other adapters differs in."""
     stabilised = ", rank-stabilised" if config.lora_rslora else ""
-    return f"adapters of rank {config.lora_rank} and alpha {alpha_of(config):g}{stabilised} on {config.lora_on}"
+    on = config.lora_on + (f" around experts in {config.quantize_experts}" if config.quantize_experts else "")
+    return f"adapters of rank {config.lora_rank} and alpha {alpha_of(config):g}{stabilised} on {on}"
 
 
-def save_and_merge(model: nn.Module, folder: Path) -> None:
-    """Write the adapters as peft's files, and add them to the weights. Collective."""
-    adapters = importlib.import_module("moesaic.integrations.peft")
-    adapters.save_adapters(model, folder)
-    adapters.merge_adapters(model)
+def write_adapter_config(model: nn.Module, folder: Path) -> None:
+    """Write peft's config of the adapters into the run folder, by which a checkpoint's adapters can be converted."""
+    config_of = importlib.import_module("moesaic.integrations.peft.switch").config_of
+    config_of(model, "default").save_pretrained(str(folder))
+
+
+def save_adapters(model: nn.Module, folder: Path) -> None:
+    """Write the adapters as peft's files. Collective."""
+    importlib.import_module("moesaic.integrations.peft").save_adapters(model, folder)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add the adapters to the weights. Collective."""
+    importlib.import_module("moesaic.integrations.peft").merge_adapters(model)
+
+
+def export_merged(config: TrainConfig, weights: str, adapter: Path, folder: Path, add: Callable[[Path], None]) -> None:
+    """Write the pretrained model with the adapters in a folder added, in fp32. Collective."""
+    source = Source(weights, torch.float32, ignore_unexpected=config.ignore_unexpected)
+    importlib.import_module("moesaic.integrations.peft.merged").export_merged(source, adapter, folder, add)

@@ -136,6 +136,7 @@ def load_model(
                 device=device,
                 ignore_unexpected=config.ignore_unexpected,
                 adapter=adapter,
+                quantize=config.quantize_experts,
                 **_balance(config),
             )
     except (ValueError, OSError, NotImplementedError, SafetensorError) as error:

@@ -28,7 +28,7 @@ from moesaic.train.folder import again_folder, check_free, new_folder, resumable
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lock import RunLock
-from moesaic.train.lora import adapter_config, describe
+from moesaic.train.lora import adapter_config, describe, write_adapter_config
 from moesaic.train.main_grads import MainGrads
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
@@ -48,9 +48,15 @@ class Run:
     text: PreparedText | PreparedConversations
     meshes: Meshes
     guard: ForwardGuard
-    pretrained: bool
+    weights: str | None
+    """Where those of a pretrained model are."""
     lock: RunLock | None
     """On the leader."""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether there were weights to begin with."""
+        return self.weights is not None
 
     def close(self) -> None:
         """Let go of the model's hooks, of the run's choice of implementations and of the folder."""
@@ -101,6 +107,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             _tell_of_balance_loss(folder, config, source.pretrained, own_coef, notify)
         try:
             write_json(folder / CONFIG, _describe(training, config, text.train_bytes, runtime.world_size))
+            if config.lora_rank:
+                write_adapter_config(model, folder)
             shutil.copytree(text.folder / "tokenizer", folder / TOKENIZER, dirs_exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into the run folder {folder}: {error.strerror or error}") from error
@@ -123,7 +131,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             lock.release()
         raise
     guard = ForwardGuard(model, runtime.device)
-    return Run(training, folder, config, runtime, text, meshes, guard, source.pretrained, lock)
+    return Run(training, folder, config, runtime, text, meshes, guard, source.weights, lock)
 
 
 def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:

@@ -51,24 +51,17 @@ def _pair(name: str, a: Tensor, b: Tensor) -> list[tuple[str, Tensor]]:
 def _names(plain: Any, target: Target) -> dict[tuple[int, int], str]:
     """The layer's name by expert and weight; one name for what is no weight of experts."""
     if target.link is None:
-        weight = f"{_path(target)}.weight"
-        (name,) = revert_weight_conversion(plain, {weight: torch.empty(1, 1)})
+        (name,) = revert_weight_conversion(plain, {target.weight_in_plain: torch.empty(1, 1)})
         return {(0, 0): name.removesuffix(".weight")}
     # transformers takes such a tensor apart, and its numbers say what went where.
     parts = len(target.weights)
     numbers = torch.arange(target.experts * parts, dtype=torch.float32).view(target.experts, parts, 1)
-    path = f"{_path(target).removesuffix('experts')}{target.link.theirs}"
-    found = revert_weight_conversion(plain, {path: numbers})
+    found = revert_weight_conversion(plain, {target.weight_in_plain: numbers})
     if len(found) != numbers.numel():
         raise ValueError(
             f"each_expert: {type(plain).__name__} has no tensor for each expert in its files; leave it out"
         )
     return {divmod(int(t.item()), parts): name.removesuffix(".weight") for name, t in found.items()}
-
-
-def _path(target: Target) -> str:
-    """The name of a module in the plain model."""
-    return target.key.removeprefix(_PREFIX).replace(".base_layer", "")
 
 
 def _config(config: Any, targets: list[Target], names: Mapping[str, Mapping[Any, str]]) -> Any:

@@ -7,7 +7,8 @@ Legend: E experts, r rank, I and O the dims that peft takes for those that a wei
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,48 +134,65 @@ def load_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
 
 
 def read_config(path: str | Path) -> Any:
-    """The config of saved adapters.
+    """The config of saved adapters, which have to be there too.
 
     Raises:
         OSError: there is no such folder, or a file is missing.
         ValueError: the config is damaged.
     """
-    for file in (Path(path) / CONFIG_NAME, Path(path) / SAFETENSORS_WEIGHTS_NAME):
-        if not file.is_file():
-            raise OSError(f"path: there is no {file}")
+    config = read_config_alone(path)
+    if not (file := Path(path) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise OSError(f"path: there is no {file}")
+    return config
+
+
+def read_config_alone(path: str | Path) -> Any:
+    """The config in a folder. Raises as :func:`read_config` does."""
+    file = Path(path) / CONFIG_NAME
+    if not file.is_file():
+        raise OSError(f"path: there is no {file}")
     try:
         return peft.PeftConfig.from_pretrained(str(path))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{Path(path) / CONFIG_NAME} is damaged: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 @torch.no_grad()
 def fill_adapters(model: nn.Module, path: str | Path, name: str) -> None:
     """Read the numbers of adapters that the model has. Each rank reads its part."""
-    targets = adapters_of(model, name)
-    place = Path(path) / SAFETENSORS_WEIGHTS_NAME
 
     def read() -> None:
-        try:
-            with safe_open(place, framework="pt") as file:
-                files = Files()
-                # peft's file has a key for each tensor.
-                stored = {key: files.leaf(file, key, place) for key in file.keys()}  # noqa: SIM118, a file is no dict
-                wanted = {k: shape for target in targets for k, shape, _ in _described(model, target, name)}
-                if stored.keys() != wanted.keys():
-                    stored = _converted(model, stored, config_of(model, name))
-                _check(place, stored, wanted)
-                for target in targets:
-                    tensors = _of_ours(
-                        target, stored[f"{target.key}.lora_A.weight"], stored[f"{target.key}.lora_B.weight"]
-                    )
-                    for factor, parameter in factors_of(model, target, name):
-                        local, box = local_part(parameter)
-                        tensors[factor].read_into(local, box)
-        except SafetensorError as error:
-            raise ValueError(f"{place} is damaged: {error}") from error
+        with stored_factors(model, path, name) as stored:
+            for target in adapters_of(model, name):
+                tensors = _of_ours(target, *(stored[f"{target.key}.lora_{letter}.weight"] for letter in "AB"))
+                for factor, parameter in factors_of(model, target, name):
+                    local, box = local_part(parameter)
+                    tensors[factor].read_into(local, box)
 
     ranks.together(read)
+
+
+@contextmanager
+def stored_factors(model: nn.Module, path: str | Path, name: str) -> Iterator[dict[str, LazyTensor]]:
+    """The tensors in the files of adapters that the model has, under today's names, while the file is open.
+
+    Raises:
+        ValueError: the file is damaged, or does not fit the adapters.
+    """
+    place = Path(path) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(place, framework="pt") as file:
+            files = Files()
+            # peft's file has a key for each tensor.
+            stored = {key: files.leaf(file, key, place) for key in file.keys()}  # noqa: SIM118, a file is no dict
+            targets = adapters_of(model, name)
+            wanted = {k: shape for target in targets for k, shape, _ in _described(model, target, name)}
+            if stored.keys() != wanted.keys():
+                stored = _converted(model, stored, config_of(model, name))
+            _check(place, stored, wanted)
+            yield stored
+    except SafetensorError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
 
 
 def _described(
@@ -206,8 +224,7 @@ def _of_ours(target: Target, a: LazyTensor, b: LazyTensor) -> dict[str, LazyTens
     if target.link is None:
         names = ("a", "b") if target.is_router else ("lora_a", "lora_b")
         return dict(zip(names, (a, b), strict=True))
-    a_ErI, b_EOr = _by_expert(a, b, target)
-    left, right = (b_EOr, a_ErI) if target.swapped else (a_ErI.mT, b_EOr.mT)
+    left, right = factors_by_expert(a, b, target)
     inner, outer = (right.mT, left) if _transposes(target) else (left, right)
     split: Any = target.link.split
     factors = {f"{weight}_b": part for weight, part in zip(target.weights, split(outer), strict=True)}
@@ -220,8 +237,11 @@ def _transposes(target: Target) -> bool:
     return target.link.split(torch.empty(1, 2, 4, device="meta"))[0].shape[1] == 4
 
 
-def _by_expert(a: LazyTensor, b: LazyTensor, target: Target) -> tuple[LazyTensor, LazyTensor]:
-    """``[E, r, I]`` and ``[E, O, r]``. In files experts come first in the rows of a, and last in the columns of b."""
+def factors_by_expert(a: LazyTensor, b: LazyTensor, target: Target) -> tuple[LazyTensor, LazyTensor]:
+    """Two tensors of each expert whose product has the layout of the block's weight.
+
+    In files experts come first in the rows of a, and last in the columns of b.
+    """
     E, r = target.experts, target.rank.r
 
     def rows(box: Box) -> Tensor:
@@ -234,7 +254,9 @@ def _by_expert(a: LazyTensor, b: LazyTensor, target: Target) -> tuple[LazyTensor
         read = b.read((outer, slice(0, r * E)))
         return read.unflatten(1, (r, E)).permute(2, 0, 1)[experts][..., of_rank]
 
-    return LazyTensor([E, r, a.shape[1]], a.dtype, rows), LazyTensor([E, b.shape[0], r], b.dtype, columns)
+    a_ErI = LazyTensor([E, r, a.shape[1]], a.dtype, rows)
+    b_EOr = LazyTensor([E, b.shape[0], r], b.dtype, columns)
+    return (b_EOr, a_ErI) if target.swapped else (a_ErI.mT, b_EOr.mT)
 
 
 def _converted(model: nn.Module, stored: Mapping[str, LazyTensor], config: Any) -> dict[str, LazyTensor]:

@@ -64,6 +64,18 @@ class Target:
         """The names of the experts' weights."""
         return () if self.link is None else tuple(name.removeprefix("experts.") for name in self.link.ours)
 
+    @property
+    def path_in_plain(self) -> str:
+        """The name, in the model before the swap, of the module that peft puts the adapter on."""
+        return self.key.removeprefix(_PREFIX).replace(".base_layer", "")
+
+    @property
+    def weight_in_plain(self) -> str:
+        """The name of the weight in the model before the swap."""
+        if self.link is None:
+            return f"{self.path_in_plain}.weight"
+        return f"{self.path_in_plain.removesuffix('experts')}{self.link.theirs}"
+
 
 def targets_of(model: nn.Module, config: Any) -> tuple[list[Target], Any]:
     """The weights that a ``LoraConfig`` adapts, in the order of peft's files, and the config as peft keeps it.

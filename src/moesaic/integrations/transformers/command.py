@@ -28,7 +28,9 @@ _ERRORS = (OSError, ValueError, NotImplementedError)
 class ConvertOptions:
     """Convert a transformers checkpoint to the format of moesaic train (DCP), or back, and verify the result.
 
-    With --to hf --dtype bfloat16 a transformers checkpoint is cast.
+    With --to hf --dtype bfloat16 a transformers checkpoint is cast. With --adapter it gets adapters added to its
+    weights. With --to peft the adapters (LoRA) of a run become files of peft, and a folder of such files becomes a
+    checkpoint of adapters with --to dcp.
 
     Tensors are read and written one by one. Peak memory is twice the experts of one layer, plus one file of the
     result.
@@ -37,16 +39,23 @@ class ConvertOptions:
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A transformers checkpoint (a folder or a name on the hub), a run folder, or one checkpoint in a run folder."""
+    """A transformers checkpoint (a folder or a name on the hub), a run folder, or one checkpoint in a run folder; or a
+    folder of adapters of peft."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
-    to: Literal["dcp", "hf"] | None = None
-    """The format to write. By default the other format than that of SRC. The same one only to cast hf."""
+    to: Literal["dcp", "hf", "peft"] | None = None
+    """The format to write. By default dcp for hf and peft, and hf for dcp. The same one only to change hf or peft."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
     ignore_unexpected: bool = False
     """Leave out tensors of SRC that the language model does not have, such as a vision model or MTP layers. They are
     counted on the screen."""
+    adapter: str | None = None
+    """A folder of adapters of peft. They are added to the weights of SRC, a transformers checkpoint."""
+    base: str | None = None
+    """If SRC is a folder of adapters: the model that they belong to. By default the one that their config names."""
+    each_expert: bool = False
+    """With --to peft: write a pair of tensors for each expert, under the names of the model's files."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,9 @@ def run_convert(arguments: Sequence[str]) -> int:
                 to=options.to,
                 dtype=dtype,
                 ignore_unexpected=options.ignore_unexpected,
+                adapter=options.adapter,
+                base=options.base,
+                each_expert=options.each_expert,
                 progress=progress,
             )
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Convert checkpoints of transformers to those of :mod:`moesaic.checkpoint`, and back.
+"""Convert checkpoints of transformers to those of :mod:`moesaic.checkpoint`, and back; and adapters of peft.
 
 A converted checkpoint has weights and no optimizer state. ``moesaic.checkpoint.load`` reads it, but
 ``moesaic train --resume`` does not.
@@ -11,9 +11,12 @@ bit.
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +28,7 @@ from moesaic import checkpoint
 from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
-from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
+from moesaic.checkpoint.run_folder import ADAPTER_CONFIG, CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
 from moesaic.checkpoint.store import verify
 from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.configs import config_for, damage_is_value_error, read_values
@@ -43,15 +46,19 @@ from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.saving import to_file_names, to_original_names, write_pretrained
 from moesaic.integrations.transformers.swap import swap_moe
 
-Format = Literal["dcp", "hf"]
+Format = Literal["dcp", "hf", "peft"]
 _PREFIX = "model."
+_OTHER: dict[Format, Format] = {"dcp": "hf", "hf": "dcp", "peft": "dcp"}
 
 
 def format_of(path: str | Path) -> Format:
-    """The format of a checkpoint: ``"dcp"`` for a run folder or one of its checkpoints, else ``"hf"``."""
+    """The format of a checkpoint: ``"dcp"`` for a run folder or one of its checkpoints, ``"peft"`` for a folder of
+    adapters, else ``"hf"``.
+    """
     place = Path(path)
-    is_checkpoint = (place / MANIFEST).is_file()
-    return "dcp" if is_checkpoint or checkpoint.checkpoints(place / CHECKPOINTS) else "hf"
+    if (place / MANIFEST).is_file() or checkpoint.checkpoints(place / CHECKPOINTS):
+        return "dcp"
+    return "peft" if (place / ADAPTER_CONFIG).is_file() else "hf"
 
 
 def convert(
@@ -61,47 +68,106 @@ def convert(
     to: Format | None = None,
     dtype: torch.dtype | None = None,
     ignore_unexpected: bool = False,
+    adapter: str | Path | None = None,
+    base: str | None = None,
+    each_expert: bool = False,
     progress: Progress | None = None,
 ) -> Format:
-    """Convert a checkpoint to the other format, or cast one of transformers; verify the result, and return its format.
+    """Convert a checkpoint to another format, or change one of transformers; verify the result, return its format.
 
     Args:
         source: a checkpoint of transformers (a folder or a name on the hub), a run folder of ``moesaic train``, or one
-            checkpoint in it. From a run folder the newest checkpoint is taken.
+            checkpoint in it; or a folder of adapters of peft. From a run folder the newest checkpoint is taken.
         target: the folder to write. For ``"dcp"`` it is like a run folder, with a config and one checkpoint of step 0.
-        to: the format of the result. None takes the other one. ``"hf"`` for a checkpoint of transformers casts it.
+        to: the format of the result. None takes the other one of ``"dcp"`` and ``"hf"``, and ``"dcp"`` for adapters.
+            ``"hf"`` for a checkpoint of transformers casts it, or adds adapters to it. ``"peft"`` takes the adapters of
+            a run, or writes those of a folder again in another form.
         dtype: cast tensors to this dtype, except those that transformers keeps in fp32. None casts nothing.
         ignore_unexpected: leave out what the model does not have; see :func:`load_pretrained`. For a checkpoint of
             transformers only.
+        adapter: a folder of adapters to add to the weights of a checkpoint of transformers.
+        base: for adapters, the model that they belong to; None takes the one that their config names. Its config alone
+            is read.
+        each_expert: write adapters with a pair of tensors for each expert; see
+            :func:`moesaic.integrations.peft.save_adapters`.
         progress: is called while the work goes on.
 
     Raises:
         OSError, ValueError: the source is incomplete, or its model cannot be swapped; or it has the format ``to``
-            already, and there is nothing to cast; or the target has other files or
-            cannot be written.
+            already, and there is nothing to change; or the target has other files or cannot be written; or an option
+            does not go with the formats.
         CheckpointError: the source is damaged, or what was written differs from it.
 
     After an error nothing stays in the target.
     """
     own = format_of(source)
-    if to == own and (own == "dcp" or dtype is None):
-        remedy = "give --dtype to cast it" if own == "hf" else "leave out --to"
-        raise ValueError(f"--to {to}: {source} already has this format; {remedy}")
+    to = to or ("hf" if adapter is not None else _OTHER[own])
+    if own == to == "hf" and dtype is None and adapter is None:
+        raise ValueError(f"--to hf: {source} already has this format; give --dtype to cast it, or --adapter")
+    _check_formats(source, own, to)
+    _check_options(own, to, adapter, base, each_expert=each_expert)
     require_new(source, Path(target), "target")
     progress = progress or Progress()
     try:
-        if own == to:
-            _cast_hf(Source(source, dtype, ignore_unexpected=ignore_unexpected), Path(target), progress)
-            return "hf"
-        if own == "hf":
-            _to_dcp(Source(source, dtype, ignore_unexpected=ignore_unexpected), Path(target), progress)
-            return "dcp"
-        _to_hf(Path(source), Path(target), dtype, progress)
-        return "hf"
+        if "peft" in (own, to):
+            _convert_adapters(Path(source), own, Path(target), to, dtype, base, each_expert=each_expert)
+        elif own == "dcp":
+            _to_hf(Path(source), Path(target), dtype, progress)
+        else:
+            described = Source(source, dtype, ignore_unexpected=ignore_unexpected)
+            if to == "dcp":
+                _to_dcp(described, Path(target), progress)
+            else:
+                _change_hf(described, Path(target), progress, adapter)
+        return to
     except BaseException:
         # The target was new or empty. Leave nothing there, so that another try can write to it.
         shutil.rmtree(target, ignore_errors=True)
         raise
+
+
+def _check_formats(source: str | Path, own: Format, to: Format) -> None:
+    if own == "peft" and to == "hf":
+        raise ValueError(
+            f"--to hf: {source} has adapters and no weights; give the model in its place, and --adapter {source}"
+        )
+    if own == "hf" and to == "peft":
+        raise ValueError(f"--to peft: {source} has weights and no adapters; leave it out")
+    if own == to == "dcp":
+        raise ValueError(f"--to dcp: {source} already has this format; leave out --to")
+
+
+def _check_options(own: Format, to: Format, adapter: Any, base: str | None, *, each_expert: bool) -> None:
+    if adapter is not None and (own, to) != ("hf", "hf"):
+        raise ValueError(
+            f"--adapter: adapters are added to a transformers checkpoint, and the result is one; this is {own} to {to}"
+        )
+    if base is not None and own != "peft":
+        raise ValueError("--base: names the model of adapters; leave it out, for SRC is no folder of adapters")
+    if each_expert and to != "peft":
+        raise ValueError(f"--each-expert: is a form of adapters; add --to peft, this writes {to}")
+
+
+def _convert_adapters(
+    source: Path,
+    own: Format,
+    target: Path,
+    to: Format,
+    dtype: torch.dtype | None,
+    base: str | None,
+    *,
+    each_expert: bool,
+) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("adapters need the package peft: pip install 'moesaic[lora]'")
+    adapters = importlib.import_module("moesaic.integrations.peft.convert")
+    if own == "dcp":
+        place, run = _checkpoint_and_run(source)
+        adapters.adapters_of_run(place, run, _config_of(run), target, dtype, each_expert=each_expert)
+    elif to == "dcp":
+        adapters.adapters_to_dcp(source, target, base, dtype)
+    else:
+        adapters.adapters_to_peft(source, target, base, dtype, each_expert=each_expert)
 
 
 def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
@@ -130,18 +196,33 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         _compare(_stored(place), progress.watch("verifying", ours))
 
 
-def _cast_hf(source: Source, target: Path, progress: Progress) -> None:
-    with open_files(source.path) as files:
-        plain = empty_model(source, files)
-        plain.config.architectures = [type(plain).__name__]
-        with damage_is_value_error(source.path):
-            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
-        meant = _cast(state, plain)
+def _change_hf(source: Source, target: Path, progress: Progress, adapter: str | Path | None) -> None:
+    with cast_and_merged(source, adapter) as (plain, meant):
         tensors = to_file_names(plain, meant)
         add = partial(copy_tokenizer, source.path)
         write_pretrained(plain, progress.watch("writing", tensors), target, add=add)
         with open_files(target) as written:
             _compare(_named_as(meant, plain, target, written), progress.watch("verifying", meant))
+
+
+@contextmanager
+def cast_and_merged(source: Source, adapter: str | Path | None = None) -> Iterator[tuple[Any, dict[str, LazyTensor]]]:
+    """A model of transformers on the meta device, and its tensors, while the files are open.
+
+    Args:
+        source: the checkpoint. Tensors are cast to its dtype.
+        adapter: a folder of adapters, which are added to the weights; None for none.
+    """
+    with ExitStack() as stack:
+        files = stack.enter_context(open_files(source.path))
+        plain = empty_model(source, files)
+        plain.config.architectures = [type(plain).__name__]
+        with damage_is_value_error(source.path):
+            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+        if adapter is not None:
+            merged = importlib.import_module("moesaic.integrations.peft.merged")
+            state = stack.enter_context(merged.merged_state(plain, state, adapter))
+        yield plain, _cast(state, plain)
 
 
 def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -151,7 +232,8 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
     stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
     if any(".lora_" in name for name in stored):
         raise ValueError(
-            f"source: {place} has adapters beside the weights; use the export of the run, which has them merged"
+            f"source: {place} has adapters beside the weights; use the export of the run, which has them merged, or "
+            "--to peft to get them alone"
         )
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     with damage_is_value_error(run / CONFIG, vars(config)):

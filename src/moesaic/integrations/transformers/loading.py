@@ -25,10 +25,13 @@ from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
+from moesaic.integrations.transformers.packed import fill_packed
 from moesaic.integrations.transformers.plain import is_of_adapter, name_without_wrappers
 from moesaic.integrations.transformers.swap import swap_moe
+from moesaic.layers import quantize_
 from moesaic.ops import Implementation
 from moesaic.ops.arguments import nearest
+from moesaic.ops.quantized import Format
 from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.mesh import check_meshes
@@ -53,6 +56,7 @@ def load_pretrained(
     revision: str | None = None,
     attn_implementation: str | None = None,
     adapter: Any = None,
+    quantize: Format | None = None,
     **options: Any,
 ) -> Any:
     """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
@@ -80,6 +84,9 @@ def load_pretrained(
         adapter: low-rank adapters to put on the model: a ``peft.LoraConfig`` for new ones, or the folder of some. See
             :func:`moesaic.integrations.peft.add_adapters` and :func:`moesaic.integrations.peft.load_adapters`. They are
             active and called ``"default"``, and the rest of the model is frozen.
+        quantize: hold the experts' weights in this format, read-only, as :func:`moesaic.layers.quantize_` does. Each
+            rank quantises its part, expert by expert, so that none has them in another form. With ``adapter`` this is
+            QLoRA.
         options: those of :func:`swap_moe`, such as ``aux_loss_coef``; and values of the config that take the place of
             those in ``config.json``, such as ``rope_parameters``.
 
@@ -114,7 +121,14 @@ def load_pretrained(
     )
     moe_options = {name: value for name, value in options.items() if name in of_swap}
     return load_and_count(
-        source, meshes, compute=compute, impl=impl, device=device, moe_options=moe_options, adapter=adapter
+        source,
+        meshes,
+        compute=compute,
+        impl=impl,
+        device=device,
+        moe_options=moe_options,
+        adapter=adapter,
+        quantize=quantize,
     )[0]
 
 
@@ -140,6 +154,7 @@ def load_and_count(
     device: torch.device | str | None = None,
     moe_options: Mapping[str, Any] | None = None,
     adapter: Any = None,
+    quantize: Format | None = None,
 ) -> tuple[Any, int]:
     """The result of :func:`load_pretrained`, and the number of bytes that this rank has read from the files."""
     place = torch.device(device or meshes.device_type or "cpu")
@@ -165,6 +180,8 @@ def load_and_count(
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
             tensors = to_our_names(model, ties.without_copies(plain, state))
+            if quantize is not None:
+                quantize_(model, quantize)
             if adapter is not None:
                 _adapters().prepare_adapters(model, adapter)
 
@@ -289,6 +306,7 @@ def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
     """Read this rank's part of every parameter and every persistent buffer. Adapters are left as they are."""
     filled: set[int] = set()
     state = model.state_dict(keep_vars=True)
+    filled.update(map(id, fill_packed(model, tensors).values()))
     for name, tensor in state.items():
         plain = name_without_wrappers(name)
         if plain in tensors:
