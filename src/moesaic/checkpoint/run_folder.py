@@ -1,18 +1,5 @@
 """The names in a run folder. Who writes or reads one takes its name from here.
 
-config.json       settings, model and versions
-tokenizer/        the tokenizer, as transformers saves it
-metrics.jsonl     one line for every logged step
-tensorboard/      the same numbers as TensorBoard events
-checkpoints/      step-00000100, ...
-export/           the trained model in Hugging Face format
-result.json       what was measured at the end
-report.html       a page about the run, of `moesaic report`
-report.html          a page about the run, of `moesaic report`
-lock              which process writes into the folder
-failures/         rank-0.log, ...: tracebacks, if there were any
-================  ==============================================
-=======
 ===================  ==============================================
 config.json          settings, model and versions
 adapter_config.json  peft's config of the adapters, if any
