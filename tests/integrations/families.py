@@ -95,6 +95,11 @@ def make_model(family: str, **changes: Any) -> Any:
     stem, sizes = FAMILIES[family]
     config_class = getattr(transformers, f"{stem}TextConfig" if family == "Llama-4" else f"{stem}Config")
     model = getattr(transformers, f"{stem}ForCausalLM")(config_class(**(_COMMON | sizes | changes)))
+    return spread(model).eval()
+
+
+def spread(model: Any) -> Any:
+    """Give a model spread-out random weights, biases too. Returns it."""
     generator = torch.Generator().manual_seed(0)
     # Other buffers are computed from the config, as MiniMax's decays, and would be wrong.
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if "bias" in name]
@@ -103,7 +108,7 @@ def make_model(family: str, **changes: Any) -> Any:
             # Large enough for experts and tokens to differ, and for no bias to be zero.
             if tensor.ndim > 1 or "bias" in name:
                 tensor.normal_(std=0.2, generator=generator)
-    return model.eval()
+    return model
 
 
 def make_published_llama4() -> Any:

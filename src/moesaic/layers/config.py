@@ -27,12 +27,17 @@ class MoEConfig:
         score: how logits become scores. With ``"sigmoid"`` the score of an expert depends on its own logit only
             (DeepSeek-V3).
         normalize_top_k: divide the K chosen scores by their sum.
+        normalize_eps: added to that sum. LFM2 has 1e-6.
         route_scale: factor on the routing weights, after normalisation.
         weigh_inputs: multiply the inputs of the experts by the routing weights, and not their outputs (Llama 4).
         num_groups, top_groups: group-limited routing (DeepSeek-V3). The experts form ``num_groups`` equal groups. The
             score of a group is the sum of its ``group_best`` best scores. A token chooses its experts from the
             ``top_groups`` groups with the highest scores.
         group_best: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+        input_jitter: in training, multiply the layer's input by noise that is uniform in ``1 - input_jitter`` to
+            ``1 + input_jitter`` (Mixtral's ``router_jitter_noise``). 0 for none.
+        router_jitter: the same for what the router sees alone; the experts get the tokens as they are (Switch,
+            Megatron-Core's ``moe_input_jitter_eps``).
         aux_loss_coef: coefficient of the load-balancing loss; 0 turns it off.
         aux_loss: what that loss balances. With ``"batch"`` it balances all tokens of a forward pass on all processes
             (:func:`moesaic.layers.balance.load_balancing_loss`). With ``"sequence"`` it is the mean of a loss for each
@@ -62,11 +67,14 @@ class MoEConfig:
     gated: bool = True
     score: Score = "softmax"
     normalize_top_k: bool = True
+    normalize_eps: float = 1e-20
     route_scale: float = 1.0
     weigh_inputs: bool = False
     num_groups: int = 1
     top_groups: int = 1
     group_best: int = 2
+    input_jitter: float = 0.0
+    router_jitter: float = 0.0
     aux_loss_coef: float = 0.0
     aux_loss: AuxLoss = "batch"
     z_loss_coef: float = 0.0
@@ -93,10 +101,14 @@ class MoEConfig:
         for name in ("dim", "hidden_dim", "num_experts", "top_k", "num_groups", "top_groups", "group_best"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim"):
+        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_speed", "shared_hidden_dim", "normalize_eps"):
             # A NaN is not at least 0 either.
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        for name in ("input_jitter", "router_jitter"):
+            # At 1 a token could become zero, and beyond that change its sign.
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 0 and less than 1, got {getattr(self, name)}")
         if not math.isfinite(self.route_scale):
             raise ValueError(f"route_scale: must be finite, got {self.route_scale}")
         choices_of = {"score": get_args(Score), "aux_loss": get_args(AuxLoss), "activation": ACTIVATIONS}

@@ -15,6 +15,7 @@ from moesaic.layers.balance import without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
 from moesaic.layers.experts import GroupedExperts
+from moesaic.layers.jitter import jittered
 from moesaic.layers.router import Routing, TopKRouter
 from moesaic.ops import Implementation, gated
 from moesaic.ops.arguments import check_floats, check_given
@@ -45,7 +46,8 @@ class MoE(nn.Module):
 
     ``weight`` and ``id`` come from the :class:`TopKRouter`. The experts are :class:`GroupedExperts`. No token is
     dropped, and nothing is padded. If ``token_mask_t`` is False, the token is padding and ``y_t = 0``. It goes to no
-    expert, counts in no loss and no load, and gets no gradient.
+    expert, counts in no loss and no load, and gets no gradient. In training mode ``input_jitter`` multiplies ``x`` by
+    noise before all of that.
 
     Args:
         config: sizes and choices.
@@ -120,6 +122,8 @@ class MoE(nn.Module):
             mask_T = _checked(token_mask, x).flatten()
             # No value of padding may reach a sum over tokens: zero times NaN is NaN. The shared expert gives 0 for 0.
             x_TD = without_padding(x_TD, mask_T)
+        if self.training:
+            x_TD = jittered(x_TD, self.config.input_jitter)
         routing = self.router(x_TD, mask_T, num_sequences=max(math.prod(x.shape[:-2]), 1))
         rows_RD = x_TD
         if self.config.weigh_inputs:

@@ -14,6 +14,7 @@ from moesaic.layers.balance import attach_loss, load_balancing_loss, record_loss
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.initial import check_generators
+from moesaic.layers.jitter import jittered
 from moesaic.layers.lora import active_adapter
 from moesaic.layers.recompute import count_once
 from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
@@ -41,6 +42,8 @@ class TopKRouter(nn.Module):
     ``normalize_top_k``, times ``route_scale``. The bias balances the load without an auxiliary loss (DeepSeek-V3,
     arXiv 2408.15664). It changes which experts are chosen, but never the weights.
     :func:`moesaic.layers.update_expert_bias` moves it.
+
+    In training mode ``router_jitter`` multiplies ``x`` by noise first.
 
     Tokens with ``token_mask`` False are padding. They get no expert, and count in no loss and no load.
 
@@ -113,6 +116,8 @@ class TopKRouter(nn.Module):
         self, x: Float[Tensor, "T D"], token_mask: Bool[Tensor, " T"] | None = None, num_sequences: int = 1
     ) -> Routing:
         """Route the tokens of ``x``. All sequences are equally long. Tokens with ``token_mask`` False are padding."""
+        if self.training:
+            x = jittered(x, self.config.router_jitter)
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
@@ -134,7 +139,7 @@ class TopKRouter(nn.Module):
         ids_TK = steer(self, self._choose(scores_TE.detach(), bias), logits)
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.config.normalize_top_k:
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-20)
+            weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + self.config.normalize_eps)
         weights_TK = without_padding(weights_TK * self.config.route_scale, token_mask)
         if token_mask is not None:
             ids_TK = ids_TK.masked_fill(~token_mask.unsqueeze(1), -1)

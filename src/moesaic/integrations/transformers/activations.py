@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import (
     GELUActivation,
@@ -28,7 +29,8 @@ _NAMES: dict[type, Activation] = {
 
 def activation_name(function: object) -> Activation | None:
     """Our name for an activation, or None. The type has to match exactly: a subclass may compute something else."""
-    return _NAMES.get(type(function))
+    # LFM2 has the function itself.
+    return "silu" if function is F.silu else _NAMES.get(type(function))
 
 
 def own_gate_name(experts: Any) -> Activation | None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.integrations.transformers import hooks, masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
-from moesaic.integrations.transformers.families import FAMILIES, Family, family_of
+from moesaic.integrations.transformers.families import FAMILIES, Family, family_of, why_not
 from moesaic.integrations.transformers.links import Link, without_numbers
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.integrations.transformers.plain import has_adapters
@@ -162,11 +162,13 @@ def _check_block(block: nn.Module) -> None:
 def _check_all_are_known(model: nn.Module, swaps: list[_Swap]) -> None:
     inside = {module for swap in swaps for module in swap.block.modules()}
     # transformers' experts interface leaves this attribute on every module that uses it.
-    unknown = {type(m).__name__ for m in model.modules() if hasattr(m, "has_post_expert_norm") and m not in inside}
+    unknown = {type(m) for m in model.modules() if hasattr(m, "has_post_expert_norm") and m not in inside}
     if unknown:
+        reason = next((f": {reason}" for cls in unknown if (reason := why_not(cls))), "")
         raise ValueError(
-            f"model: moesaic.MoE cannot replace the blocks with {', '.join(sorted(unknown))} in "
-            f'{type(model).__name__}; use register() and experts_implementation="moesaic" to run them on our kernels'
+            f"model: moesaic.MoE cannot replace the blocks with {', '.join(sorted(c.__name__ for c in unknown))} in "
+            f'{type(model).__name__}{reason}; use register() and experts_implementation="moesaic" to run them on our '
+            "kernels"
         )
     if not swaps:
         known = sorted(place.rpartition(":")[2] for place in FAMILIES)
@@ -188,7 +190,8 @@ def _config(block: Any, family: Family, options: dict[str, Any]) -> MoEConfig:
 
 
 def _shared_activation(block: Any) -> Activation:
-    dense = block.shared_experts if hasattr(block, "shared_experts") else block.shared_expert
+    names = ("shared_experts", "shared_expert", "shared_mlp")
+    dense: Any = next(getattr(block, name) for name in names if hasattr(block, name))
     function = dense.act_fn if hasattr(dense, "act_fn") else dense.activation_fn
     if (name := activation_name(function)) is None:
         raise ValueError(
