@@ -22,7 +22,7 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-isa test-long test-torch test-references test-torchtitan lint format bench bench-gpu clean
+.PHONY: help setup train test test-isa test-long test-torch test-references test-torchtitan lint format docs bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,10 @@ lint: $(STAMP) ## style, format, types and import contracts; changes nothing
 format: $(STAMP) ## fix what can be fixed by machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the site in build/site; it runs the notebook, and a warning is an error
+	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs build/site
+	@echo "build/site/index.html"
 
 bench: $(STAMP) ## run every benchmark; each prints one table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import re
+import runpy
 import subprocess
 import tomllib
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from moesaic.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 # How code names files: from the root of the repository, or from that of the package.
 FILE = re.compile(
     r"(?:src|docs|tests|benchmarks|examples|csrc|ops|sharding|layers|parallel|checkpoint|train)/[\w./-]*\w"
@@ -277,6 +278,25 @@ def test_the_readme_says_what_the_program_prints():
     assert f"({float(ours):.2f}; a bigram model has {float(bigram):.2f})" in readme
     [millions] = re.findall(r"^([\d.]+) M parameters on 4 cpu processes", log, re.MULTILINE)
     assert f"{float(millions):.0f} M parameter" in readme
+
+
+def test_the_readme_says_what_was_measured():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "benchmarks.md").read_text()
+    layer = page.partition("## MoE layer on CPU")[2]
+    rows = [row.split(" | ") for row in re.findall(r"^\| \d+ \w+: (.*) \|$", layer, re.MULTILINE)][:12]
+    ratios, saved = [float(row[6].rstrip("x")) for row in rows], [float(row[8]) for row in rows]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} times the tokens" in readme
+    assert f"{min(saved):.2f} to {max(saved):.2f} of transformers'" in readme
+    wire = page.partition("### Bytes on the wire")[2].partition("\n#")[0]
+    times = [float(value) for value in re.findall(r"^\| \d.* ([\d.]+)x \|$", wire, re.MULTILINE)]
+    assert f"{min(times):.2f} to {max(times):.2f} times as many" in readme
+    kills = re.findall(r"(\d+) kills", (ROOT / "docs" / "reliability.md").read_text())
+    assert f"| {sum(map(int, kills))}, and nothing lost |" in readme
+
+
+def test_pictures_are_those_of_their_scripts():
+    for script in (ROOT / "docs" / "pictures").glob("*.py"):
+        assert runpy.run_path(str(script))["draw"]() == script.with_suffix(".svg").read_text()
 
 
 def test_the_number_of_families_is_that_of_the_table():

@@ -1,9 +1,11 @@
 """Every example runs, and so does the Python of the README and of the documents."""
 
+import contextlib
 import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -33,40 +35,92 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
 
-def python_of(page: str) -> list[str]:
-    """The blocks of a page, each with its lines where they are in the page. Those marked as fragments are left out."""
-    text = (ROOT / page).read_text()
-    blocks = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in blocks]
+class Program(NamedTuple):
+    """The Python of a page: all its blocks one after the other, or one block with the name of a file."""
+
+    page: str
+    file: str
+    code: str
+
+    @property
+    def starts_ranks(self) -> bool:
+        return re.search(r"^ *dist\.init_process_group\(", self.code, re.MULTILINE) is not None
+
+    @property
+    def needs_ranks(self) -> bool:
+        return "build_meshes(" in self.code
 
 
-LAYER, OPERATOR = python_of("README.md")
-ON_RANKS = ["docs/checkpoints.md", "docs/transformers.md", "docs/pipelines.md", "docs/routing.md"]
+def programs_of(page: Path) -> list[Program]:
+    """The programs of a page, with their lines where they are in the page. Blocks marked as fragments are left out."""
+    text, found = page.read_text(), {}
+    for block in re.finditer(r"^```python *(.*)\n((?s:.*?))^```", text, re.MULTILINE):
+        if block[1] != "fragment":
+            lines = text.count("\n", 0, block.start(2))
+            before = found.get(block[1], "")
+            found[block[1]] = before + "\n" * (lines - before.count("\n")) + block[2]
+    return [Program(page.relative_to(ROOT).as_posix(), file, code) for file, code in found.items()]
 
 
-def test_readme_trains_a_layer_on_ranks(tmp_path):
-    script = tmp_path / "layer.py"
-    script.write_text(LAYER)
-    assert "(Shard(dim=0), Shard(dim=2))" in run(script)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PROGRAMS = [program for page in PAGES for program in programs_of(page)]
+BY_FILE = {program.file: program for program in PROGRAMS if program.file}
+# A program that makes no process group of its own runs on ranks that have one.
+ON_RANKS = [p for p in PROGRAMS if p.needs_ranks and (not p.starts_ranks or "is_initialized" in p.code)]
+ALONE = [program for program in PROGRAMS if program not in ON_RANKS]
+
+
+@pytest.fixture(scope="module")
+def run_again(tmp_path_factory):
+    """Runs the program of a page, in a folder that it keeps. Tests that ask for a run that was done get its output."""
+    folders: dict[Program, Path] = {}
+    printed: dict[tuple[Program, int], str] = {}
+
+    def run_it(program: Program, time: int = 1) -> str:
+        if (program, time) not in printed:
+            folder = folders.setdefault(program, tmp_path_factory.mktemp("page"))
+            (folder / "program.py").write_text(program.code)
+            with contextlib.chdir(folder):
+                printed[program, time] = run(folder / "program.py")
+        return printed[program, time]
+
+    return run_it
+
+
+@pytest.mark.parametrize("program", ALONE, ids=lambda program: f"{program.page}-{program.file}")
+def test_program_of_a_page(program, run_again):
+    run_again(program)
+
+
+def test_programs_are_found():
+    assert {"one_process.py", "four_ranks.py", "mylib.py", "loop.py"} <= BY_FILE.keys()
+    assert len(PROGRAMS) >= 8
+    assert len(ON_RANKS) >= 4
+
+
+def test_four_ranks_get_the_result_of_one_process(run_again):
+    """The README says so, and which."""
+    printed = [run_again(BY_FILE[name]) for name in ("one_process.py", "four_ranks.py")]
+    losses = [float(text.split()[0]) for text in printed]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert printed[0].split()[1:] == printed[1].split()[1:]
+    assert f"the same loss, {losses[0]:.4f}," in (ROOT / "README.md").read_text()
+
+
+def test_a_loop_goes_on(run_again):
+    steps = [re.findall(r"^step (\d+) ", run_again(BY_FILE["loop.py"], time), re.MULTILINE) for time in (1, 2)]
+    assert steps[0] + steps[1] == [str(step) for step in range(1, 13)]
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_readme_proves_an_operator(tmp_path, monkeypatch, capsys):
-    [command] = re.findall(r"^moesaic (prove .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    (tmp_path / "mylib.py").write_text(OPERATOR)
+def test_a_page_proves_an_operator(tmp_path, monkeypatch, capsys):
+    [command] = re.findall(r"^moesaic (prove .*)$", (ROOT / "docs" / "own_kernel.md").read_text(), re.MULTILINE)
+    (tmp_path / "mylib.py").write_text(BY_FILE["mylib.py"].code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     # Fewer ranks than by default, to save time.
     assert main([*command.split(), "--axes", "2", "--meshes"]) == 0
     assert "nothing wrong, nothing missing" in capsys.readouterr().out
-
-
-def test_the_tutorial_runs(forked_python, tmp_path):
-    script = tmp_path / "tutorial.py"
-    script.write_text("".join(python_of("docs/sharding_rules.md")))
-    printed = forked_python(script).stdout
-    assert "proof of mylib::linear" in printed
-    assert "nothing wrong, nothing missing" in printed
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +134,12 @@ def models(tmp_path_factory):
     return folder
 
 
-def run_pages(folder, pages):
+def run_programs(folder, programs):
     os.chdir(folder)
-    for page in pages:
-        names = {"__name__": page}
-        for block in python_of(page):
-            exec(compile(block, ROOT / page, "exec"), names)
+    for program in programs:
+        exec(compile(program.code, ROOT / program.page, "exec"), {"__name__": program.page})
 
 
-def test_pages_run_on_ranks(ranks, models):
-    ranks(run_pages, 4, models, ON_RANKS)
+def test_programs_of_pages_run_on_ranks(ranks, models):
+    ranks(run_programs, 4, models, ON_RANKS)
     assert (models / "out" / "model.safetensors.index.json").is_file()
-
-
-def test_no_page_is_forgotten():
-    run_elsewhere = ["README.md", "docs/sharding_rules.md", "docs/check.md"]
-    pages = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
-    assert {page for page in pages if python_of(page)} == {*run_elsewhere, *ON_RANKS}

@@ -23,7 +23,7 @@ def without_numbers_of_this_run(report: str) -> list[str]:
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_page_prints_what_it_says(tmp_path, monkeypatch, capsys):
-    [program], [command], [report] = blocks("python"), blocks("bash"), blocks("text")
+    [program], [command], [report] = blocks("python mycheck.py"), blocks("bash"), blocks("text")
     (tmp_path / "mycheck.py").write_text(program)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
