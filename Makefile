@@ -22,7 +22,7 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-isa test-long test-torch test-references test-torchtitan lint format docs bench bench-gpu clean
+.PHONY: help setup train test test-slow test-isa test-long test-torch test-references test-torchtitan lint format docs bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,10 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+test-slow: export OMP_NUM_THREADS ?= 1
+test-slow: $(STAMP) ## run the proofs of our own operators, and the Triton kernels in Triton's interpreter
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long" $(ARGS)
+
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.
 OPERATORS := $(addprefix tests/,$(addsuffix .py,ops/test_experts_mlp ops/test_grouped_mm ops/test_accumulate_weight_grad layers/test_moe))
 test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose; sanitizers; a sample of kernels for GPUs
@@ -73,7 +77,7 @@ test-torch: ## run the tests that depend on torch's version with TORCH=2.15.0 (a
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --disable-pip-version-check 'torch==$(TORCH)' -e '.[test]'
 	@$(OTHER)/bin/python -c 'import torch; print("torch", torch.__version__)'
-	$(OTHER)/bin/python -m pytest -W default $(or $(ARGS),tests/ops tests/sharding)
+	$(OTHER)/bin/python -m pytest -W default -m "not long" $(or $(ARGS),tests/ops tests/sharding)
 
 REFERENCES := .venv-references
 test-references: ## compare with Megatron-Core and torchtitan, in a venv of their own

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).with_name("interpreted")
 ROOT = FOLDER.parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_interpreted():
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

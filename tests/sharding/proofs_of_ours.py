@@ -60,26 +60,19 @@ def permuting() -> dict:
 def fused() -> dict:
     """experts_mlp and its backward: 2 or 4 blocks of 5 tokens, 3 copies each, of 3 experts a block or fewer.
 
-    Proofs of so many tensors take long: of one form each, larger axes are tried, the rest is left to the long tests. Of
-    4 blocks, each axis of a mesh of 2 x 2 can cut some.
+    Of 4 blocks, each axis of a mesh of 2 x 2 can cut some.
     """
     calls = {}
     forms = {"biased": (2, 6), "plain": (2, 6), "fewer": (4, 11)}
-    meshes = {
-        "biased": {"axes": (2,), "meshes": []},
-        "plain": {"axes": (2,), "meshes": []},
-        "fewer": MESHES,
-    }
     for form, (B, W) in forms.items():
         args = operands(B, W, gated=form != "plain", biased=form == "biased")
-        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, None), meshes[form]
-        once = meshes[form] | {"backward": False}
-        calls[f"inference, {form}"] = ops.experts_mlp_inference, (*args, SILU, None), once
+        calls[f"experts_mlp, {form}"] = ops.experts_mlp, (*args, SILU, None), MESHES
+        calls[f"inference, {form}"] = ops.experts_mlp_inference, (*args, SILU, None), ALONE
         if form == "biased":
             _, h1, h3 = ops.experts_mlp(*args, SILU, None)
             # It has no gradient.
             everything = (random(*args[0].shape).flip(0), *args, h1, h3, SILU, None, [True] * 8)
-            calls["experts_backward, biased"] = ops.experts_mlp_backward, everything, once | {"axes": (2, 3, 4)}
+            calls["experts_backward, biased"] = ops.experts_mlp_backward, everything, ALONE
     return calls
 
 

@@ -9,6 +9,8 @@ import pytest
 import moesaic
 from tests.sharding import proofs_of_ours
 
+pytestmark = pytest.mark.slow
+
 FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
 BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
 FUSED = [f"{op}, {form}" for op in ("experts_mlp", "inference") for form in ("biased", "plain", "fewer")]
