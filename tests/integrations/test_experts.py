@@ -1,6 +1,7 @@
 """Depth 1: `experts_implementation="moesaic"`."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -113,9 +114,23 @@ def test_a_model_computes_what_it_did(family):
     assert_equal_results(results_of(model), expected)
 
 
-def test_llama4_ignores_it():
-    model = make_model("Llama-4", experts_implementation="moesaic")
-    assert not any(hasattr(module, "has_gate") for module in model.modules())
+@pytest.mark.parametrize(
+    "name", ["doge:Doge", "jetmoe:JetMoe", "llama4:Llama4Text", "longcat_flash:LongcatFlash", "step3p7:Step3p7Text"]
+)
+def test_models_that_ignore_it_say_so(name):
+    folder, stem = name.split(":")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    cls, size = getattr(module, f"{stem}Model"), {"num_hidden_layers": 1}
+    remedy = r"swap_moe\(\) can replace them" if folder == "llama4" else "leave it out"
+    with torch.device("meta"):
+        with pytest.warns(UserWarning, match=f"the experts of transformers.models.{folder}.* do not ask .*; {remedy}"):
+            model = cls(cls.config_class(**size, experts_implementation="moesaic"))
+        assert not any(hasattr(part, "has_gate") for part in model.modules())
+        with pytest.warns(UserWarning, match="experts_implementation: the experts of"):
+            cls(cls.config_class(**size)).set_experts_implementation("moesaic")
+        # Dense models have no experts, and others of transformers are none of our business.
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, experts_implementation="moesaic"))
+        cls(cls.config_class(**size, experts_implementation="eager"))
 
 
 @each_layout

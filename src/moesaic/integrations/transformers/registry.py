@@ -3,6 +3,7 @@
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.integrations.moe import ExpertsInterface
 
+from moesaic.integrations.transformers import ignored
 from moesaic.integrations.transformers.expert_parallel import MoesaicEP
 from moesaic.integrations.transformers.experts import experts_forward
 
@@ -28,8 +29,8 @@ def register() -> None:
     ``triton`` kernels read them in place; ``triton`` then has half the speed that it has on adjacent columns.
     ``torch`` copies them in every call.
 
-    Models whose experts do not use the interface (Llama-4) ignore ``experts_implementation``, ours as well as those of
-    transformers. Use :func:`swap_moe` for them.
+    Models whose experts do not use the interface ignore ``experts_implementation``, ours as well as those of
+    transformers. A warning says so (Llama-4, Doge, JetMoe, LongCat-Flash, Step-3.7). For Llama-4 use :func:`swap_moe`.
 
     Example:
         >>> moesaic.integrations.transformers.register()
@@ -40,3 +41,4 @@ def register() -> None:
     """
     ExpertsInterface.register(NAME, experts_forward)
     EPImplementationInterface.register(NAME, MoesaicEP)
+    ignored.watch(NAME)
