@@ -72,6 +72,7 @@ _INDEXER = {
 }
 _SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 _MROPE = {**_ROPE, "mrope_section": [1, 1, 2]}
+_SMALL = {"index_head_dim": 8, "index_n_heads": 2, "linear_head_dim": 8, "linear_num_heads": 2}
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -102,10 +103,13 @@ OTHERS: dict[str, Row] = {
     "exaone_moe": Row("ExaoneMoeForCausalLM"),
     "flex_olmo": Row("FlexOlmoForCausalLM"),
     "flint": Row("FlintForCausalLM", {"num_hidden_layers": 3}),
-    "gemma4": Row("Gemma4ForCausalLM", {"enable_moe_block": True}),
+    "gemma4": Row(
+        "Gemma4ForCausalLM",
+        {"enable_moe_block": True, "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8},
+    ),
     "glm4_moe_lite": Row("Glm4MoeLiteForCausalLM", _LATENT),
     "glm4v_moe": Row("Glm4vMoeTextModel", {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}}),
-    "glm5_next": Row("Glm5NextTextModel", {**_LATENT, **_SPARSE, "qk_rope_head_dim": 0, "head_dim": 8}),
+    "glm5_next": Row("Glm5NextTextModel", {**_LATENT, **_SPARSE, "qk_rope_head_dim": 0, "head_dim": 8, **_SMALL}),
     "glm_moe_dsa": Row("GlmMoeDsaForCausalLM", _LATENT),
     "granitemoe_swa": Row("GraniteMoeSWAForCausalLM"),
     "granitemoehybrid": Row("GraniteMoeHybridForCausalLM", {"mamba_n_heads": 4, "layer_types": ["mamba", "attention"]}),

@@ -1,4 +1,4 @@
-"""Depth 3 for every folder of transformers that has a depth 2: four ranks against one process, without tp and with it."""
+"""Depth 3 for every folder of transformers that has a depth 2: four ranks against one process, with tp and without."""
 
 import copy
 from typing import Any
