@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.moesaic-installed
-EXTRAS := train,datasets,dev
+EXTRAS := train,datasets,dev,release
 
 NPROC  ?= 4
 LAYOUT ?= --tp 2 --ep 2 --etp 2
@@ -22,7 +22,7 @@ KERNELS := $(if $(and $(shell command -v c++),$(shell command -v cmake)),MOESAIC
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test test-slow test-isa test-long test-torch test-references test-torchtitan lint format docs bench bench-gpu clean
+.PHONY: help setup train test test-slow test-isa test-long test-torch test-references test-torchtitan lint format docs wheel bench bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +31,7 @@ help: ## this list
 # The build back end is installed first and used without isolation, so that its version is pinned as well.
 $(STAMP): pyproject.toml constraints.txt tests/torchtitan/package.txt $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h csrc/CMakeLists.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core setuptools-scm
 	$(KERNELS) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip check
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchtitan -r tests/torchtitan/package.txt
@@ -105,6 +105,15 @@ format: $(STAMP) ## fix what can be fixed by machine
 docs: $(STAMP) ## build the site in build/site; it runs the notebook, and a warning is an error
 	$(BIN)/python -m sphinx -q -n -W --keep-going -b html docs build/site
 	@echo "build/site/index.html"
+
+# The names of files have the version, which is that of the newest tag.
+wheel: $(STAMP) ## build the sdist and a wheel for manylinux in dist/, and check both
+	rm -rf dist build/wheel
+	MOESAIC_REQUIRE_CPU_KERNELS=1 $(BIN)/python -m build --no-isolation --sdist -o dist .
+	mkdir -p build/wheel && tar -xzf dist/moesaic-*.tar.gz --strip-components 1 -C build/wheel
+	MOESAIC_REQUIRE_CPU_KERNELS=1 $(BIN)/python -m build --no-isolation --wheel -C cmake.define.MOESAIC_STATIC_CXX=ON -o build/wheel/dist build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/dist/*.whl
+	$(BIN)/twine check --strict dist/*
 
 bench: $(STAMP) ## run every benchmark; each prints one table
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done

@@ -11,8 +11,7 @@ DOCS = Path(__file__).parent
 project = "moesaic"
 author = "The moesaic authors"
 copyright = author
-release = version_of("moesaic")
-version = release
+release = version = version_of("moesaic").partition("+")[0]
 
 extensions = [
     "myst_nb",

@@ -294,6 +294,13 @@ def test_the_readme_says_what_was_measured():
     assert f"| {sum(map(int, kills))}, and nothing lost |" in readme
 
 
+def test_the_site_has_all_pages():
+    """An error of `make docs`, found before."""
+    trees = re.findall(r"^```{toctree}\n(.*?)^```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL | re.MULTILINE)
+    listed = {line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")}
+    assert listed == {page.stem for page in (ROOT / "docs").iterdir() if page.suffix in (".md", ".ipynb")} - {"index"}
+
+
 def test_pictures_are_those_of_their_scripts():
     for script in (ROOT / "docs" / "pictures").glob("*.py"):
         assert runpy.run_path(str(script))["draw"]() == script.with_suffix(".svg").read_text()

@@ -64,10 +64,11 @@ def test_a_library_of_other_sources(monkeypatch):
 
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads /proc and ELF")
-def test_one_openmp_for_torch_and_the_kernels(fresh_python):
+@pytest.mark.parametrize("order", ["moesaic, torch", "torch, moesaic"])
+def test_one_openmp_for_torch_and_the_kernels(fresh_python, order):
     # Two of them would have twice the threads, which fight for the cores.
     said = fresh_python(
-        "from moesaic.ops.native import kernels; kernels()\n"
+        f"import {order}\nfrom moesaic.ops.native import kernels; kernels()\n"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
     )
     assert said.stdout.strip() == "1"

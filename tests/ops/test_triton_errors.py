@@ -25,7 +25,7 @@ except RuntimeError as error:
 def test_without_triton_says_how_to_get_it(fresh_python):
     block = "sys.meta_path.insert(0, Blocker()); sys.modules.pop('triton', None)"
     said = fresh_python(_CALL.format(block=block)).stdout
-    assert 'impl: "triton" needs triton, which is not installed; pip install "moesaic[triton]"' in said
+    assert 'impl: "triton" needs triton, which is not installed; pip install ".[triton]"' in said
 
 
 def test_on_the_cpu_says_so(forked_python):

@@ -207,7 +207,7 @@ def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys, arguments, message)
 def test_without_plotly_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["report", str(write_run(tmp_path / "run"))]) == 2
-    assert "pip install 'moesaic[report]'" in capsys.readouterr().err
+    assert "pip install '.[report]'" in capsys.readouterr().err
 
 
 def test_settings_that_cannot_be_read_name_the_file(tmp_path):

@@ -10,7 +10,7 @@ INTEGRATION = "moesaic.integrations.torchtitan"
 
 @pytest.mark.skipif(importlib.util.find_spec("torchtitan") is not None, reason="torchtitan is installed")
 def test_without_torchtitan_the_error_says_how_to_get_it():
-    with pytest.raises(ImportError, match=r"needs torchtitan 0.3: pip install 'moesaic\[torchtitan\]'"):
+    with pytest.raises(ImportError, match=r"needs torchtitan 0.3: pip install '.\[torchtitan\]'"):
         importlib.import_module(INTEGRATION)
 
 

@@ -159,7 +159,7 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch, ca
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, err = _fails(capsys)
     assert status == 2
-    assert "pip install 'moesaic[train]'" in err
+    assert "pip install '.[train]'" in err
 
 
 def test_usage(capsys):

@@ -162,7 +162,7 @@ def test_datasets(tmp_path, form, monkeypatch):
 
 def test_without_the_datasets_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'moesaic\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[datasets\]'"):
         documents("someone/some-texts")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moesaic.checkpoint import checkpoints, read_manifest
-from moesaic.ops import fastest, native
+from moesaic.ops import fastest, library, native
 from moesaic.ops.choices import CASES, from_json, to_json
 from moesaic.train import implementations
 from moesaic.train.errors import UserError
@@ -26,6 +26,20 @@ ALL_TORCH = dict.fromkeys(CASES, "torch")
 def chooses_anew():
     yield
     fastest.use(None)
+
+
+def test_an_install_without_kernels_says_so(monkeypatch, tmp_path):
+    said = []
+    implementations.tell_of_missing_kernels(torch.device("cpu"), said.append)
+    assert said == []
+    monkeypatch.setattr(library, "PATH", tmp_path / "libmoesaic_cpu.so")
+    implementations.tell_of_missing_kernels(torch.device("meta"), said.append)
+    assert said == []
+    implementations.tell_of_missing_kernels(torch.device("cpu"), said.append)
+    assert said == [
+        "without the CPU kernels: they were not built: install a C++20 compiler with OpenMP, then moesaic again. "
+        "Until then torch computes the experts"
+    ]
 
 
 def _run(config, steps, own=None):

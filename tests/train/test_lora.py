@@ -230,7 +230,7 @@ def test_a_resume_with_quantised_experts_is_exact(adapted, cache, tmp_path):
 def test_where_it_cannot_be(adapted, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else True)
     assert _call(adapted) == 2
-    assert "pip install 'moesaic[lora]'" in capsys.readouterr().err
+    assert "pip install '.[lora]'" in capsys.readouterr().err
     monkeypatch.undo()
     assert _call(dataclasses.replace(adapted, model="qwen3-moe-small")) == 2
     assert "--model is a new one" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def check_packages() -> None:
     """Raise `UserError` unless what draws the page is installed."""
     for package in ("plotly", "jinja2"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"it needs the package {package}: pip install 'moesaic[report]'")
+            raise UserError(f"it needs the package {package}: pip install '.[report]' in a checkout of moesaic")
 
 
 def render(runs: Sequence[Record]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moesaic import ranks
-from moesaic.ops import fastest
+from moesaic.ops import fastest, library
 from moesaic.ops.choices import from_json, to_json
 from moesaic.ops.processor import processor
 from moesaic.train.errors import UserError
@@ -30,6 +30,12 @@ def settle(device: torch.device) -> dict[str, Any] | None:
         return None
     fastest.use(fastest.in_force())
     return {"kernels": processor().kernels, "choices": to_json(fastest.in_force())}
+
+
+def tell_of_missing_kernels(device: torch.device, notify: Callable[[str], None]) -> None:
+    """Say so where an install without a compiler computes more slowly than it could."""
+    if device.type == "cpu" and isinstance(why := library.load(), str):
+        notify(f"without the CPU kernels: {why}. Until then torch computes the experts")
 
 
 def take_up(saved: dict[str, Any] | None, device: torch.device, folder: Path, notify: Callable[[str], None]) -> None:

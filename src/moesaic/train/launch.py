@@ -18,7 +18,7 @@ def check_launch(config: TrainConfig) -> None:
     """Raise `UserError` if this config cannot run on the processes that were launched, or a package is missing."""
     for package in ("transformers", "tokenizers"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"training needs the package {package}: pip install 'moesaic[train]'")
+            raise UserError(f"training needs the package {package}: pip install '.[train]' in a checkout of moesaic")
     try:
         layout = resolve_layout(launched_world_size(), **sizes_in(config))
     except ValueError as error:

@@ -212,7 +212,9 @@ def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) ->
         try:
             writers.append(LenientWriter(kind(folder / name, last), str(folder / name), screen.message))
         except ImportError:
-            screen.message("no TensorBoard events: pip install 'moesaic[tensorboard]', or --no-tensorboard")
+            screen.message(
+                "no TensorBoard events: pip install '.[tensorboard]' in a checkout of moesaic, or --no-tensorboard"
+            )
         except OSError as error:
             screen.message(f"warning: cannot write {folder / name}: {error.strerror or error}; training continues")
     return writers

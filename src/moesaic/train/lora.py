@@ -35,7 +35,7 @@ def check_adapters(config: TrainConfig, source: ModelSource) -> None:
     if not source.pretrained:
         raise UserError("--lora-rank adapts a pretrained model, but --model is a new one; leave one of them out")
     if importlib.util.find_spec("peft") is None:
-        raise UserError("--lora-rank needs the package peft: pip install 'moesaic[lora]'")
+        raise UserError("--lora-rank needs the package peft: pip install '.[lora]' in a checkout of moesaic")
 
 
 def adapter_config(config: TrainConfig, source: ModelSource) -> Any:

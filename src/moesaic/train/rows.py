@@ -154,7 +154,8 @@ def _load_dataset(source: str, path: Path) -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            f"--data {shown(source)}: it needs the `datasets` package: pip install 'moesaic[datasets]'"
+            f"--data {shown(source)}: it needs the `datasets` package: "
+            "pip install '.[datasets]' in a checkout of moesaic"
         ) from error
     kind = kind_of(path)
     if kind is None:

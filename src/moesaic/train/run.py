@@ -75,6 +75,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
     text = _prepare_text(config, source, runtime, notify)
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
+    implementations.tell_of_missing_kernels(runtime.device, notify)
     loader = BatchLoader(
         _rows(text, config, notify),
         batch_size=config.batch_size,

@@ -4,7 +4,7 @@
 of torchtitan replaces parts of every MoE layer of the model. Options follow the name as JSON:
 ``'moesaic.integrations.torchtitan.routed_experts={"etp": 2}'``.
 
-Needs the extra: ``pip install moesaic[torchtitan]``.
+Needs the extra: ``pip install '.[torchtitan]'`` in a checkout of moesaic.
 
 torchtitan finds a function by the module that it is written in. So these stand here, and no module of this package may
 have the name of one of them.

@@ -96,7 +96,7 @@ def check_seams() -> None:
         titan = version("torchtitan")
     except ImportError as error:  # of which PackageNotFoundError is one
         raise ImportError(
-            "moesaic.integrations.torchtitan needs torchtitan 0.3: pip install 'moesaic[torchtitan]'"
+            "moesaic.integrations.torchtitan needs torchtitan 0.3: pip install '.[torchtitan]' in a checkout of moesaic"
         ) from error
     lacking = [f"{m}.{name}" for m, name in TORCH_SEAMS.items() if not hasattr(import_module(m), name)]
     if lacking:

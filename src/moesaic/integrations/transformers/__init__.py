@@ -1,6 +1,6 @@
 """transformers models on moesaic: its kernels (:func:`register`), its layers (:func:`swap_moe`), and back again.
 
-Needs the extra: ``pip install moesaic[transformers]``.
+Needs the extra: ``pip install '.[transformers]'`` in a checkout of moesaic.
 """
 
 try:
@@ -14,7 +14,7 @@ except ImportError as error:
         found = "it is not installed"
     raise ImportError(
         f"moesaic.integrations.transformers needs transformers 5.23 or a later 5, and {found}: "
-        "pip install 'moesaic[transformers]'"
+        "pip install '.[transformers]' in a checkout of moesaic"
     ) from error
 
 from moesaic.integrations.transformers.export import to_transformers_state_dict

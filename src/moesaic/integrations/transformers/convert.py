@@ -159,7 +159,7 @@ def _convert_adapters(
     each_expert: bool,
 ) -> None:
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("adapters need the package peft: pip install 'moesaic[lora]'")
+        raise ValueError("adapters need the package peft: pip install '.[lora]' in a checkout of moesaic")
     adapters = importlib.import_module("moesaic.integrations.peft.convert")
     if own == "dcp":
         place, run = _checkpoint_and_run(source)

@@ -297,7 +297,7 @@ def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str,
 def _adapters() -> Any:
     """The integration of peft, which is optional and knows this one."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("adapter: this needs the package peft: pip install 'moesaic[lora]'")
+        raise ValueError("adapter: this needs the package peft: pip install '.[lora]' in a checkout of moesaic")
     return importlib.import_module("moesaic.integrations.peft.load")
 
 

@@ -23,7 +23,8 @@ def refuses(x: Tensor, *others: Weight) -> Exception | None:
         is_interpreted = _prepare()
     except ModuleNotFoundError as error:
         refusal = RuntimeError(
-            'impl: "triton" needs triton, which is not installed; pip install "moesaic[triton]", or use "torch" or None'
+            'impl: "triton" needs triton, which is not installed; pip install ".[triton]" in a checkout of moesaic, '
+            'or use "torch" or None'
         )
         refusal.__cause__ = error
         return refusal
