@@ -80,6 +80,18 @@ def _report(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def _eval(arguments: Sequence[str]) -> int:
+    from moesaic.trained.eval_command import run
+
+    return run(arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from moesaic.trained.generate_command import run
+
+    return run(arguments)
+
+
 def _tune(arguments: Sequence[str]) -> int:
     from moesaic.tune.command import run
 
@@ -118,6 +130,8 @@ def _checkpoint_command(name: str, arguments: Sequence[str]) -> int:
 COMMANDS = {
     "check": Command("check that a parallel model's gradients are those of one process", _check),
     "convert": Command("convert a transformers checkpoint to the format of moesaic train, or back", _convert),
+    "eval": Command("measure a trained model, and how its routers spread the tokens", _eval),
+    "generate": Command("let a trained model continue a text, or answer a message", _generate),
     "info": Command("show versions, and the kernels that run on this machine", _info),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
     "report": Command("write a page about runs, to be opened in a browser", _report),

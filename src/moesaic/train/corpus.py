@@ -78,13 +78,7 @@ def documents(
     Raises:
         UserError: There are not two documents, a row is not like the first, or a message is not one.
     """
-    try:
-        found = _find(source, text_column, roles, notify)
-        result = _unique(found)
-    except UnreadableError as error:
-        raise UserError(f"--data {shown(source)}: {error}") from error
-    if not result:
-        raise UserError(f"--data {shown(source)}: there is no text in it")
+    result = all_documents(source, text_column, roles=roles, notify=notify)
     if isinstance(result[0], Conversation):
         if len(result) < 2:
             raise UserError(
@@ -99,6 +93,23 @@ def documents(
         raise UserError(
             f"--data {shown(source)}: one line of text is too few to train on some and hold out others; give more"
         )
+    return result
+
+
+def all_documents(
+    source: str,
+    text_column: str | None = None,
+    *,
+    roles: Set[str] = frozenset(),
+    notify: Callable[[str], None] = lambda text: None,
+) -> list[Document]:
+    """As :func:`documents`, for data of which nothing is held out: one document is enough, and few are not cut."""
+    try:
+        result = _unique(_find(source, text_column, roles, notify))
+    except UnreadableError as error:
+        raise UserError(f"--data {shown(source)}: {error}") from error
+    if not result:
+        raise UserError(f"--data {shown(source)}: there is no text in it")
     return result
 
 

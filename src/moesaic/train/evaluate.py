@@ -24,7 +24,7 @@ from moesaic.train.step import autocast, evaluating, forward, sum_of_losses
 from moesaic.train.tokenizer import encode
 
 # Of a long document only the beginning counts, so that the measured text is of many kinds.
-_DOCUMENT_CHARACTERS = 16_384
+DOCUMENT_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class HeldOut:
     """`[N, S]`"""
     positions: Tensor | None = None
     """`[N, S]`, of each token in its conversation, where several share a row."""
+    mask: Tensor | None = None
+    """`[N, S]`, False for padding. Where it is given, padding goes to no expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,25 @@ class HeldOutText(HeldOut):
     num_bytes: int
 
 
-def choose_texts(documents: Sequence[Document], max_bytes: int) -> list[str]:
-    """The beginnings of the first documents, `max_bytes` bytes in all (less by a character that would be cut)."""
+def choose_texts(
+    documents: Sequence[Document], max_bytes: int, characters: int | None = DOCUMENT_CHARACTERS
+) -> list[str]:
+    """The beginnings of the first documents, `max_bytes` bytes in all (less by a character that would be cut).
+
+    A beginning has at most `characters` characters; with None it is the whole document.
+    """
     texts: list[str] = []
     left = max_bytes
     for document in documents:
-        head = document.text[:_DOCUMENT_CHARACTERS].encode()[:left].decode(errors="ignore")
+        head = document.text[:characters].encode()[:left].decode(errors="ignore")
         if head:
             texts.append(head)
             left -= len(head.encode())
     return texts
 
 
-def cut_windows(texts: list[str], tokenizer: Any, seq_len: int) -> HeldOutText:
-    """Windows over `texts`, each text after an end-of-text token. Windows do not overlap."""
+def cut_windows(texts: list[str], tokenizer: Any, seq_len: int, *, masked: bool = False) -> HeldOutText:
+    """Windows over `texts`, each text after an end-of-text token. Windows do not overlap. `masked`: with a mask."""
     end = tokenizer.eos_token_id
     tokens = [end]
     for ids in encode(tokenizer, texts):
@@ -74,14 +81,15 @@ def cut_windows(texts: list[str], tokenizer: Any, seq_len: int) -> HeldOutText:
     inputs = torch.from_numpy(padded[:-1]).view(count, seq_len)
     targets = torch.from_numpy(padded[1:]).view(count, seq_len)
     num_bytes = sum(len(text.encode()) for text in texts)
+    mask = (torch.arange(count * seq_len) < len(tokens) - 1).view(count, seq_len) if masked else None
     targets = targets.masked_fill(targets == end, IGNORED)
-    return HeldOutText(inputs, targets, texts=texts, num_bytes=num_bytes)
+    return HeldOutText(inputs, targets, mask=mask, texts=texts, num_bytes=num_bytes)
 
 
-def take_rows(rows: Rows) -> HeldOut:
-    """All of the rows."""
+def take_rows(rows: Rows, *, masked: bool = False) -> HeldOut:
+    """All of the rows. `masked`: with a mask."""
     batch = collate([rows.row(index) for index in range(len(rows))], 0)
-    return HeldOut(batch.inputs, batch.targets, batch.positions)
+    return HeldOut(batch.inputs, batch.targets, batch.positions, batch.mask if masked else None)
 
 
 def bits_per_byte(model: nn.Module, held_out: HeldOutText, **options: Any) -> float:
@@ -109,13 +117,16 @@ def nats(
     missing = -len(held_out.inputs) % batch_size
     inputs_NS = F.pad(held_out.inputs, (0, 0, 0, missing))
     targets_NS = F.pad(held_out.targets, (0, 0, 0, missing), value=IGNORED)
-    positions_NS = None if held_out.positions is None else F.pad(held_out.positions, (0, 0, 0, missing))
+    positions_NS, mask_NS = (
+        None if t is None else F.pad(t, (0, 0, 0, missing)) for t in (held_out.positions, held_out.mask)
+    )
     total = torch.zeros((), dtype=torch.float64, device=device)
     with evaluating(model):
         for start in range(meshes.dp_rank * size, len(inputs_NS), batch_size):
             own = slice(start, start + size)
             positions_BS = None if positions_NS is None else positions_NS[own]
-            batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0).to(device)
+            mask_BS = None if mask_NS is None else mask_NS[own]
+            batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0, mask_BS).to(device)
             with autocast(device, dtype):
                 logits_BsV = forward(model, batch)
             targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]

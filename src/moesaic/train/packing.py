@@ -60,6 +60,7 @@ class PackedRows:
     Attributes:
         conversations: all of them.
         cut: how many conversations were.
+        shortened: of how many learned tokens were cut.
         left_out: how many have nothing to learn in what is left.
     """
 
@@ -75,6 +76,8 @@ class PackedRows:
             total[np.minimum(starts + 1, conversations.ends) + lengths]
             - total[np.minimum(starts + 1, conversations.ends)]
         )
+        whole = total[conversations.ends] - total[np.minimum(starts + 1, conversations.ends)]
+        self.shortened = int((counts < whole).sum())
         learned = np.flatnonzero((lengths > 0) & (counts > 0))
         self.cut = int((conversations.ends - starts - 1 > seq_len).sum())
         self.left_out = len(conversations.ends) - len(learned)
@@ -87,6 +90,12 @@ class PackedRows:
     def shared(self) -> bool:
         """Whether there is a row of more than one conversation."""
         return any(len(row) > 1 for row in self._rows)
+
+    def describe_cut(self, limit: str) -> str:
+        """What is cut, and what is lost by that."""
+        total = len(self.conversations.ends)
+        lost = f", and {self.shortened} of them lose tokens to learn" if self.shortened else ""
+        return f"{self.cut} of {total} conversations are longer than {limit}; they are cut{lost}"
 
     def __len__(self) -> int:
         return len(self._rows)

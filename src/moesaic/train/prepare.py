@@ -26,6 +26,7 @@ from moesaic.train.corpus import Conversation, Document, documents, fingerprint,
 from moesaic.train.errors import UserError
 from moesaic.train.packing import Conversations
 from moesaic.train.prepared import PreparedConversations, PreparedText, save_conversations
+from moesaic.train.sets import render_all, token_dtype
 
 # Counts up when what is in a folder changes, or what may be.
 _FORMAT = 5
@@ -122,7 +123,7 @@ def _build(
     parts: dict[str, Conversations] = {}
     if loss_on is not None:
         renderer = Renderer(tokenizer, loss_on)
-        parts = {"train": _render(renderer, train), "held_out": _render(renderer, held_out)}
+        parts = {"train": render_all(renderer, train), "held_out": render_all(renderer, held_out)}
         if renderer.without_tools:
             notify(f"conversations with tools that the chat template does not print: {renderer.without_tools}")
     try:
@@ -159,26 +160,11 @@ def _build(
 
 
 def _join(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    end = np.array([tokenizer.eos_token_id], _dtype(tokenizer))
+    end = np.array([tokenizer.eos_token_id], token_dtype(tokenizer))
     parts = [end]
     for ids in tokenizers.encode(tokenizer, texts):
         parts += [np.asarray(ids, end.dtype), end]
     return np.concatenate(parts)
-
-
-def _render(renderer: Renderer, conversations: Sequence[Any]) -> Conversations:
-    dtype = _dtype(renderer.tokenizer)
-    rendered = [renderer.render(conversation) for conversation in conversations]
-    return Conversations(
-        np.concatenate([np.asarray(part.ids, dtype) for part in rendered]),
-        np.concatenate([np.asarray(part.counted, bool) for part in rendered]),
-        np.cumsum([len(part.ids) for part in rendered], dtype=np.int64),
-    )
-
-
-def _dtype(tokenizer: Any) -> type[np.unsignedinteger]:
-    # Not by their number: ids may have gaps.
-    return np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
 
 
 def _beginning(held_out: Sequence[Document]) -> list[Document]:

@@ -21,7 +21,7 @@ from moesaic.parallel.build import build_meshes
 from moesaic.parallel.mesh import Meshes, sizes_in
 from moesaic.train import implementations
 from moesaic.train import model as models
-from moesaic.train.architecture import ModelSource, find_model
+from moesaic.train.architecture import find_model
 from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.folder import again_folder, check_free, new_folder, resumable_folder, settle_resume, write_json
@@ -73,7 +73,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     source = find_model(config.model)
     own_coef = models.own_aux_loss_coef(source)
     config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
-    text = _prepare_text(config, source, runtime, notify)
+    text = prepare_on_ranks(config, runtime, notify)
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
     implementations.tell_of_missing_kernels(runtime.device, notify)
     loader = BatchLoader(
@@ -182,7 +182,7 @@ def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notif
     rows = PackedRows(text.train(), config.seq_len, packed=config.packing, pad_id=text.eos_id)
     total = len(rows.conversations.ends)
     if rows.cut:
-        notify(f"{rows.cut} of {total} conversations are longer than --seq-len {config.seq_len}; they are cut")
+        notify(rows.describe_cut(f"--seq-len {config.seq_len}"))
     if rows.left_out:
         notify(f"{rows.left_out} of {total} conversations have nothing to learn within --seq-len; they are left out")
     if not len(rows):
@@ -192,9 +192,12 @@ def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notif
     return rows
 
 
-def _prepare_text(
-    config: TrainConfig, source: ModelSource, runtime: Runtime, notify: Callable[[str], None]
+def prepare_on_ranks(
+    config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]
 ) -> PreparedText | PreparedConversations:
+    """The text of a run, which the first process of each host prepares. Collective. Raises `UserError` on all ranks."""
+    source = find_model(config.model)
+
     def on_host_leader() -> str | None:
         if not runtime.host_leader:
             return None

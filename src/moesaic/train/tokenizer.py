@@ -44,17 +44,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def load(name: str | Path) -> Any:
-    """The transformers tokenizer in a folder, or of a name. Raises `UserError` if there is none or it has no end."""
+def load(name: str | Path, flag: str = "--tokenizer") -> Any:
+    """The transformers tokenizer in a folder, or of a name. Raises `UserError` if there is none or it has no end.
+
+    `flag` is what errors call it.
+    """
     if not os.path.exists(name):
-        check_is_name("--tokenizer", str(name))
-        check_on_hub("--tokenizer", str(name), "model")
+        check_is_name(flag, str(name))
+        check_on_hub(flag, str(name), "model")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"--tokenizer {name}: transformers cannot load it: {first_line(error)}") from error
+        raise UserError(f"{flag} {name}: transformers cannot load it: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer {name} has no end-of-text token (eos_token), which has to part documents")
+        raise UserError(f"{flag} {name} has no end-of-text token (eos_token), which has to part documents")
     return tokenizer
 
 

@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,12 @@ from torch import Tensor
 from moesaic import checkpoint
 from moesaic.checkpoint import CheckpointError
 from moesaic.checkpoint.folder import MANIFEST
-from moesaic.checkpoint.lazy import LazyPlanner, read_tensor, stored_tensors
-from moesaic.checkpoint.run_folder import ADAPTER_CONFIG, CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
+from moesaic.checkpoint.lazy import LazyPlanner
+from moesaic.checkpoint.run_folder import ADAPTER_CONFIG, CHECKPOINTS, CONFIG
 from moesaic.checkpoint.store import verify
 from moesaic.integrations.transformers import ties
-from moesaic.integrations.transformers.configs import config_for, damage_is_value_error, read_values
+from moesaic.integrations.transformers.configs import damage_is_value_error
 from moesaic.integrations.transformers.files import (
-    TOKENIZER_FILES,
     Files,
     copy_tokenizer,
     open_files,
@@ -43,11 +42,18 @@ from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
 from moesaic.integrations.transformers.loading import Source, empty_model, model_on_meta, to_our_names
 from moesaic.integrations.transformers.naming import to_model_names, twins
 from moesaic.integrations.transformers.progress import Progress
+from moesaic.integrations.transformers.run_weights import (
+    PREFIX,
+    checkpoint_and_run,
+    config_of,
+    refuse_adapters,
+    stored_tensors_of,
+    tokenizer_of,
+)
 from moesaic.integrations.transformers.saving import to_file_names, to_original_names, write_pretrained
 from moesaic.integrations.transformers.swap import swap_moe
 
 Format = Literal["dcp", "hf", "peft"]
-_PREFIX = "model."
 _OTHER: dict[Format, Format] = {"dcp": "hf", "hf": "dcp", "peft": "dcp"}
 
 
@@ -162,8 +168,8 @@ def _convert_adapters(
         raise ValueError("adapters need the package peft: pip install '.[lora]' in a checkout of moesaic")
     adapters = importlib.import_module("moesaic.integrations.peft.convert")
     if own == "dcp":
-        place, run = _checkpoint_and_run(source)
-        adapters.adapters_of_run(place, run, _config_of(run), target, dtype, each_expert=each_expert)
+        place, run = checkpoint_and_run(source)
+        adapters.adapters_of_run(place, run, config_of(run), target, dtype, each_expert=each_expert)
     elif to == "dcp":
         adapters.adapters_to_dcp(source, target, base, dtype)
     else:
@@ -180,7 +186,7 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         state = ties.with_copies(plain, state)
         model = swap_moe(plain)
         tensors = _cast(to_our_names(model, state), model if source.dtype else None)
-        ours = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+        ours = {PREFIX + name: tensor for name, tensor in tensors.items()}
         target.mkdir(parents=True, exist_ok=True)
         told = progress.watch("writing", ours)
         place = checkpoint.save(
@@ -193,7 +199,7 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         (target / CONFIG).write_text(json.dumps({"model": model.config.to_dict()}, indent=2, default=str) + "\n")
         copy_tokenizer(source.path, target)
         verify(place)
-        _compare(_stored(place), progress.watch("verifying", ours))
+        _compare(stored_tensors_of(place), progress.watch("verifying", ours))
 
 
 def _change_hf(source: Source, target: Path, progress: Progress, adapter: str | Path | None) -> None:
@@ -226,15 +232,11 @@ def cast_and_merged(source: Source, adapter: str | Path | None = None) -> Iterat
 
 
 def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
-    place, run = _checkpoint_and_run(source)
+    place, run = checkpoint_and_run(source)
     verify(place)
-    config = _config_of(run)
-    stored = {name.removeprefix(_PREFIX): t for name, t in _stored(place).items() if name.startswith(_PREFIX)}
-    if any(".lora_" in name for name in stored):
-        raise ValueError(
-            f"source: {place} has adapters beside the weights; use the export of the run, which has them merged, or "
-            "--to peft to get them alone"
-        )
+    config = config_of(run)
+    stored = {n.removeprefix(PREFIX): t for n, t in stored_tensors_of(place).items() if n.startswith(PREFIX)}
+    refuse_adapters(stored, place, ", or --to peft to get them alone")
     own = next((tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     with damage_is_value_error(run / CONFIG, vars(config)):
         plain = model_on_meta(config, dtype or own)
@@ -242,7 +244,7 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
         swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
         original = to_original_names(swapped, stored, restore_dtypes=False)
         tensors = to_file_names(plain, _cast(original, plain if dtype else None))
-    write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, _tokenizer_of(run)))
+    write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, tokenizer_of(run)))
     with open_files(target) as files:
         meant = _cast(original, plain if dtype else None)
         _compare(_named_as(meant, plain, target, files), progress.watch("verifying", meant))
@@ -260,39 +262,6 @@ def _named_as(meant: Mapping[str, LazyTensor], plain: Any, target: Path, files: 
         if (found := next((n for n in (name, *tied[name]) if n in written), None)) is not None:
             named[name] = written[found]
     return named
-
-
-def _checkpoint_and_run(source: Path) -> tuple[Path, Path]:
-    if (source / MANIFEST).is_file():
-        return source, source.absolute().parents[1]
-    newest = checkpoint.latest(source / CHECKPOINTS)
-    if newest is None:
-        raise ValueError(f"source: there is no checkpoint in {source / CHECKPOINTS}")
-    return newest, source
-
-
-def _config_of(run: Path) -> Any:
-    place = run / CONFIG
-    values = read_values(place).get("model")
-    if not isinstance(values, dict):
-        raise ValueError(f"source: {place} does not describe a model: it has no object 'model'")
-    return config_for(values, place)
-
-
-def _tokenizer_of(run: Path) -> Path:
-    """The folder with the tokenizer of a run, or of a converted checkpoint, which has it beside its config."""
-    places = (run / TOKENIZER, run / EXPORT, run)
-    return next((place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES)), run)
-
-
-def _stored(place: Path) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint. Keeps the last two that were read, since a file may need one expert at a time."""
-    kept = lru_cache(maxsize=2)(partial(read_tensor, place))
-
-    def leaf(name: str, shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
-        return LazyTensor(shape, dtype, lambda box: kept(name, shape, dtype)[box])
-
-    return {name: leaf(name, shape, dtype) for name, (shape, dtype) in stored_tensors(place).items()}
 
 
 def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor]) -> None:
