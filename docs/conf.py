@@ -105,6 +105,12 @@ def exists(target: str) -> bool:
     return True
 
 
+def says_nothing(app, what, name, obj, skip, options) -> bool | None:
+    """The fields of a NamedTuple are told in the docstring of their class."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
 def setup(app) -> None:
+    app.connect("autodoc-skip-member", says_nothing)
     app.connect("builder-inited", write_reference)
     app.connect("missing-reference", find_by_last_name)

@@ -1,6 +1,8 @@
 """Fine-tune a model on conversations with the training program: first all weights, then low-rank adapters.
 
-python examples/finetune_chat.py
+python examples/finetune_chat.py          # in a temporary folder
+python examples/finetune_chat.py chats    # in this new folder, and longer; then ask the model:
+moesaic generate chats/tuned "what comes after 7?" --chat
 
 With a model of your own it is one line; several processes share its experts and its sequences:
 torchrun --nproc-per-node 8 -m moesaic train --model path/to/model --data chats.jsonl --ep 8 --dtype bf16 --seq-len 2048
@@ -8,6 +10,7 @@ torchrun --nproc-per-node 8 -m moesaic train --model path/to/model --data chats.
 
 import importlib.util
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,12 +48,12 @@ def write_model(folder: Path, chats: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def finetune(folder: Path) -> None:
+def finetune(folder: Path, steps: int) -> None:
     write_chats(folder / "chats.jsonl")
     write_model(folder / "model", folder / "chats.jsonl")
     data = ["--data", str(folder / "chats.jsonl"), "--seq-len", "64", "--batch-size", "8", "--sample-tokens", "12"]
     tuned = str(folder / "tuned")
-    weights = ["--model", str(folder / "model"), "--out", tuned, "--steps", "60", "--lr", "3e-3"]
+    weights = ["--model", str(folder / "model"), "--out", tuned, "--steps", str(steps), "--lr", "3e-3"]
     assert main(["train", *data, *weights]) == 0
     # What a run exports is a pretrained model like any other.
     if importlib.util.find_spec("peft") is not None:
@@ -59,5 +62,9 @@ def finetune(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        finetune(Path(temporary))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).mkdir()
+        finetune(Path(sys.argv[1]), steps=240)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            finetune(Path(temporary), steps=60)
