@@ -41,7 +41,7 @@ def check(config: TrainConfig) -> None:
     }
     for least, names in at_least.items():
         for name in names:
-            if getattr(config, name) < least:
+            if getattr(config, name) is not None and getattr(config, name) < least:
                 raise UserError(f"{flag(name)} must be at least {least}, not {getattr(config, name)}")
     if config.dp_shard is not None and config.dp_shard < 1:
         raise UserError(f"--dp-shard must be at least 1, not {config.dp_shard}")
@@ -60,7 +60,7 @@ def check(config: TrainConfig) -> None:
 
 
 def with_defaults(config: TrainConfig, *, pretrained: bool, own_aux_loss_coef: float | None) -> TrainConfig:
-    """Fill in the defaults that depend on the model.
+    """Fill in the defaults that depend on the model and on other settings. `seq_len` depends on the data, see `fit`.
 
     `own_aux_loss_coef` is what transformers multiplies its balance loss of a pretrained model by, None where it adds
     none.
@@ -70,6 +70,8 @@ def with_defaults(config: TrainConfig, *, pretrained: bool, own_aux_loss_coef: f
         "weight_decay": 0.0 if pretrained else 0.1,
         "aux_loss_coef": (own_aux_loss_coef or 0.0) if pretrained else 0.05,
         "aux_loss": "batch" if own_aux_loss_coef is None else "pooled",
+        # The default of 160 steps has 20.
+        "warmup_steps": min(20, config.steps // 8),
     }
     missing: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
@@ -97,7 +99,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     values["out"] = None if config.out is None else str(config.out)
     values["betas"] = list(config.betas)
     # Every call decides for itself whether to resume, and how.
-    del values["resume"], values["choose_again"]
+    del values["config"], values["resume"], values["choose_again"]
     return values
 
 

@@ -91,15 +91,16 @@ class OptimisationOptions:
     """Total number of optimizer steps."""
     batch_size: int = 16
     """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks."""
-    seq_len: int = 128
-    """Tokens in a sequence."""
+    seq_len: int | None = None
+    """Tokens in a sequence. By default 128 for text. For conversations it is the length of the longest, at most 4,096
+    and what the model has positions for."""
     lr: float | None = None
     """Peak learning rate. By default 3e-3 for a new model, 1e-5 for a pretrained one and 1e-4 for adapters."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """The learning rate after the warm-up: a cosine; or (wsd) constant, with a linear decay in the last 20 % of the
     steps."""
-    warmup_steps: int = 20
-    """Steps in which the learning rate rises from zero to its peak."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises from zero to its peak. By default 20, but at most an eighth of --steps."""
     min_lr_ratio: float = 0.1
     """The last learning rate, as a fraction of the peak."""
     weight_decay: float | None = None
@@ -124,6 +125,9 @@ class OptimisationOptions:
 class RunOptions:
     """The run folder, and how to go on in it."""
 
+    config: Path | None = None
+    """A file of settings: YAML or TOML, with the names of these flags, or the config.json of a run. Flags override what
+    is in it. All settings of a run, whatever they are from, are in the config.json of its folder."""
     out: Path | None = None
     """The run folder. By default a new folder, runs/<date>-<time>."""
     resume: Annotated[bool | Literal["auto"], tyro.conf.arg(constructor=bool)] = False

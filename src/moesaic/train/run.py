@@ -24,6 +24,7 @@ from moesaic.train import model as models
 from moesaic.train.architecture import find_model
 from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
 from moesaic.train.errors import UserError
+from moesaic.train.fit import fit_seq_len
 from moesaic.train.folder import again_folder, check_free, new_folder, resumable_folder, settle_resume, write_json
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import BatchLoader, Rows, Windows
@@ -74,6 +75,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     own_coef = models.own_aux_loss_coef(source)
     config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
     text = prepare_on_ranks(config, runtime, notify)
+    config = fit_seq_len(config, text, source.text_values.get("max_position_embeddings"), notify)
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
     implementations.tell_of_missing_kernels(runtime.device, notify)
     loader = BatchLoader(
@@ -177,6 +179,7 @@ def _tell_of_balance_loss(
 
 
 def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notify: Callable[[str], None]) -> Rows:
+    assert config.seq_len is not None  # fit_seq_len has seen to it
     if isinstance(text, PreparedText):
         return Windows(text.tokens(), config.seq_len)
     rows = PackedRows(text.train(), config.seq_len, packed=config.packing, pad_id=text.eos_id)

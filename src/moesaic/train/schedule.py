@@ -13,7 +13,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
     Warm-up is linear and ends at the peak in step `warmup_steps`; the last step has `min_lr_ratio` of the peak.
     """
-    assert config.lr is not None  # with_defaults has seen to it
+    assert config.lr is not None  # with_defaults has seen to both
+    assert config.warmup_steps is not None
     warmup = min(config.warmup_steps, config.steps - 1)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

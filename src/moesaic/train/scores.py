@@ -68,6 +68,7 @@ class _OfText:
         self._text = text
         self._prompt = config.prompt
         self._model, self._options = model, options
+        assert config.seq_len is not None
         chosen = evaluate.choose_texts(text.held_out(), config.eval_bytes)
         self._held_out = evaluate.cut_windows(chosen, text.tokenizer(), config.seq_len)
         self.inputs = self._held_out.inputs
@@ -110,6 +111,7 @@ class _OfConversations:
         count = max(1, int(np.searchsorted(sizes, config.eval_bytes, side="right")))
         everything = text.held_out()
         chosen = Conversations(everything.tokens, everything.counted, everything.ends[:count])
+        assert config.seq_len is not None
         rows = PackedRows(chosen, config.seq_len, packed=config.packing, pad_id=text.eos_id)
         if not len(rows):
             raise UserError(
