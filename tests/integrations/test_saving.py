@@ -1,6 +1,7 @@
 """Checkpoints that all ranks write: as transformers would have written them, and whole or not there."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from moesaic.integrations.transformers import export_pretrained, load_pretrained
 from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
 from moesaic.integrations.transformers.shard_file import ShardFile
 from moesaic.testing.pool import RankError
+from moesaic.train.tokenizer import train_bpe
 from tests.integrations.families import make_model
 from tests.integrations.test_loading_files import SWAPPED
 
@@ -46,6 +48,21 @@ def test_one_process_writes_what_transformers_writes(tmp_path, family, tied, dty
         assert mine == theirs
     mine, theirs = ({p.name for p in (tmp_path / who).iterdir()} for who in ("ours", "theirs"))
     assert mine == theirs
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_all_that_an_export_writes_can_be_read_by_the_group(tmp_path):
+    """As the umask says, in spite of the folder that only its user may read, in which it is made."""
+    tokenizer = train_bpe(["to be or not to be"], 257)
+    before = os.umask(0o027)
+    try:
+        export_pretrained(swap_moe(make_model("Mixtral")), tmp_path / "out", tokenizer=tokenizer, max_shard_size=20_000)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert {"model.safetensors.index.json", "tokenizer.json"} <= {path.name for path in written}
+    modes = {str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777) for path in written}
+    assert modes == {str(path.relative_to(tmp_path)): "0o750" if path.is_dir() else "0o640" for path in written}
 
 
 def export_and_load_on_another_mesh(folders, layout, other):
