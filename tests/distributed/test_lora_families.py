@@ -19,7 +19,7 @@ from tests.distributed.test_lora_parity import name_of
 from tests.integrations.families import make_model, token_ids
 
 peft = pytest.importorskip("peft")
-from moesaic.integrations.peft import load_adapters, save_adapters  # noqa: E402, needs peft
+from moesaic.integrations.peft import add_adapters, load_adapters, save_adapters  # noqa: E402, needs peft
 from moesaic.integrations.peft.add import factors_of  # noqa: E402
 from moesaic.integrations.peft.files import in_files  # noqa: E402
 from moesaic.integrations.peft.switch import adapters_of  # noqa: E402
@@ -31,9 +31,10 @@ FAMILIES = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3")
 FILE = "adapter_model.safetensors"
 
 
-def config_of() -> Any:
+def config_of(dropout: float = 0.0) -> Any:
     return peft.LoraConfig(
         r=4,
+        lora_dropout=dropout,
         lora_alpha=6,
         use_rslora=True,
         target_modules=["q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
@@ -154,6 +155,50 @@ def test_every_layout(by_peft, same_ranks, family, world, number, layout):
     if layout["tp"] > (4 if family == "DeepSeek-V3" else 2):
         pytest.skip("fewer heads than ranks of tp")
     same_ranks(check, world, family, by_peft(family), layout, ("dtensor", "local")[number % 2])
+
+
+def with_dropout(family: str) -> Any:
+    """In training mode, on one process. No number of a factor is zero."""
+    model = add_adapters(swap_moe(base_of(family)), config_of(0.3))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.train()
+
+
+def check_dropout(family: str, layout: dict[str, int], way: Any) -> None:
+    """Each rank has its part of the masks of one process, on linear layers too."""
+    ids, alone, model, meshes = steps()[0], with_dropout(family), with_dropout(family), meshes_of(layout)
+    torch.manual_seed(0)
+    expected = alone(input_ids=ids, labels=ids)
+    expected.loss.backward()
+    # Other masks for another number.
+    assert alone(input_ids=ids).logits.sub(expected.logits).abs().max() > 0.01
+    moesaic.parallelize(model, meshes, compute=way)
+    rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
+    torch.manual_seed(dist.get_rank())
+    out = model(input_ids=ids[rows], labels=ids[rows])
+    out.loss.backward()
+    mine = (rows, meshes.sequence_slice(LENGTH))
+    if out.logits.numel():
+        assert_close("logits", out.logits.detach(), expected.logits.detach()[mine])
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if q.requires_grad:
+            assert_close(f"gradient of {name}", whole(p.grad), q.grad)
+
+
+DROPPED = [
+    ("Mixtral", 2, {"tp": 2, "ep": 2}, "local"),
+    pytest.param("Mixtral", 4, {"ep": 2, "dp_replicate": 2}, "dtensor", marks=pytest.mark.long),
+    pytest.param("DeepSeek-V3", 4, {"tp": 4, "etp": 2}, "local", marks=pytest.mark.long),
+    pytest.param("Qwen3-MoE", 8, {"tp": 2, "ep": 2, "etp": 2}, "dtensor", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("family", "world", "layout", "way"), DROPPED, ids=name_of)
+def test_dropout(same_ranks, family, world, layout, way):
+    same_ranks(check_dropout, world, family, layout, way)
 
 
 def test_peft_reads_what_ranks_have_saved(by_peft, same_ranks):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import moesaic
@@ -19,7 +20,9 @@ from tests.distributed.parity import LocalAdamW, clip, legal_layouts, meshes_of
 DIM, BATCH, LENGTH, STEPS = 32, 8, 5, 3
 
 
-def make_moe(experts: int = 8, gated: bool = True, share: bool = False, format: Format | None = None) -> moesaic.MoE:
+def make_moe(
+    experts: int = 8, gated: bool = True, share: bool = False, format: Format | None = None, dropout: float = 0.0
+) -> moesaic.MoE:
     """A layer whose weights are frozen, with adapters that are not zero. One expert gets no token."""
     torch.manual_seed(0)
     form = {"gated": gated, "activation": "silu" if gated else "relu2", "expert_biases": gated, "logit_bias": True}
@@ -35,8 +38,8 @@ def make_moe(experts: int = 8, gated: bool = True, share: bool = False, format: 
         quantize_(moe, format)
     ranks = {"w1": Rank(4, 0.5), "w3": Rank(4 if share else 2, 2.0), "w2": Rank(6, 1.0)}
     ranks = ranks if gated else {"w2": ranks["w2"]}
-    add_adapter(moe.experts, "default", ExpertsAdapter(moe.experts, ranks, share=share))
-    add_adapter(moe.router, "default", RouterAdapter(moe.router, Rank(2, 0.7)))
+    add_adapter(moe.experts, "default", ExpertsAdapter(moe.experts, ranks, share=share, dropout=dropout))
+    add_adapter(moe.router, "default", RouterAdapter(moe.router, Rank(2, 0.7), dropout=dropout))
     for name, parameter in moe.named_parameters():
         if "adapters" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -53,6 +56,8 @@ def inputs(rank: int, layout: Layout) -> list[dict[str, Tensor]]:
 
 
 def loss(moe: moesaic.MoE, batch: dict[str, Tensor]) -> Tensor:
+    # The masks of dropout depend on what the first rank draws.
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
     return (moe(batch["x"]) - batch["target"]).square().sum() / (BATCH * LENGTH)
 
 
@@ -88,7 +93,8 @@ SOME = [
     (2, {"tp": 2, "etp": 2}, "dtensor", {"share": True}),
     (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {}),
     (4, {"ep": 2}, "dtensor", {"experts": 7, "gated": False}),
-    (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {"format": "mxfp4"}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}, "local", {"format": "mxfp4", "dropout": 0.3}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}, "dtensor", {"dropout": 0.3, "share": True}),
 ]
 
 
@@ -101,7 +107,7 @@ def test_some_layouts(equal_gradients, world, layout, way, form):
 @pytest.mark.parametrize("way", ["dtensor", "local"])
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout(equal_gradients, world, layout, way):
-    for form in ({}, {"share": True}, {"gated": False}):
+    for form in ({}, {"share": True}, {"gated": False, "dropout": 0.3}):
         check(equal_gradients, world, layout, way, **form)
 
 

@@ -258,7 +258,7 @@ MISTAKES = {
     "modules_to_save=": {"modules_to_save": ["lm_head"]},
     "use_dora=True is not supported": {"use_dora": True},
     "'model.embed_tokens' is adapted as Embedding; choose linear layers": {"target_modules": ["embed_tokens"]},
-    "does not work with lora_dropout": {"lora_dropout": 0.1},
+    "config: lora_dropout: must be a number, at least 0 and below 1, got 1.5": {"lora_dropout": 1.5},
 }
 
 

@@ -21,7 +21,7 @@ def adapted(names=("default",), **options):
         nn.init.normal_(parameter, std=0.3)
     for name in names:
         add_adapter(moe.experts, name, ExpertsAdapter(moe.experts, RANKS, **options))
-        add_adapter(moe.router, name, RouterAdapter(moe.router, Rank(2, 0.7)))
+        add_adapter(moe.router, name, RouterAdapter(moe.router, Rank(2, 0.7), dropout=options.get("dropout", 0.0)))
     for name, parameter in moe.named_parameters():
         if "adapters" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -68,24 +68,50 @@ def test_new_adapters_change_nothing():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant):
-    moe = adapted()
+    """Dropout has the same masks when a layer is computed again."""
+    moe = adapted(dropout=0.4)
     x = X.clone().requires_grad_()
     factors = [p for p in moe.parameters() if p.requires_grad]
+    torch.manual_seed(1)
     moe(x).square().sum().backward()
     expected = [p.grad.clone() for p in (x, *factors)]
     for p in (x, *factors):
         p.grad = None
+    torch.manual_seed(1)
     checkpoint(moe, x, use_reentrant=use_reentrant).square().sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip((x, *factors), expected, strict=True))
+
+
+def test_dropout():
+    moe, plain = adapted(dropout=0.4), adapted()
+    assert "dropout=0.4" in repr(moe.experts)
+    assert "dropout=0.4" in repr(moe.router)
+    torch.manual_seed(1)
+    first, second = moe(X), moe(X)
+    torch.manual_seed(1)
+    assert torch.equal(moe(X), first)
+    assert (first - second).norm() > 0.05 * first.norm()
+    # Of sequences too, and of experts alone, which draw for themselves.
+    assert moe(X.view(2, 5, 8)).shape == (2, 5, 8)
+    args = X, torch.randint(4, (10, 2)), torch.rand(10, 2)
+    assert (moe.experts(*args) - plain.experts(*args)).norm() > 0
+    # On average it is what it is without, where that is linear: the output of w2's adapter.
+    moe.experts.adapters["default"] = ExpertsAdapter(moe.experts, {"w2": Rank(2, 1.0)}, dropout=0.4)
+    nn.init.normal_(moe.experts.adapters["default"].w2_b)
+    mean = torch.stack([moe.experts(*args) for _ in range(100)]).mean(0)
+    moe.eval()
+    assert torch.equal(moe.experts(*args), moe.experts(*args))
+    assert (mean - moe.experts(*args)).norm() < 0.2 * moe.experts(*args).norm()
 
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled():
-    moe = adapted()
+    moe = adapted(dropout=0.4)
     compiled = torch.compile(moe, fullgraph=True)
     for length in (10, 7):
-        torch.testing.assert_close(compiled(X[:length]), moe(X[:length]))
+        torch.testing.assert_close(compiled.eval()(X[:length]), moe.eval()(X[:length]))
+        assert compiled.train()(X[:length]).shape == (length, 8)
 
 
 def test_mistakes():
@@ -98,6 +124,9 @@ def test_mistakes():
     ]:
         with pytest.raises(ValueError, match=message):
             ExpertsAdapter(moe.experts, ranks, share=share)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match="dropout: must be a number, at least 0 and below 1"):
+            ExpertsAdapter(moe.experts, RANKS, dropout=wrong)
     with pytest.raises(ValueError, match="r: must be at least 1, got 0"):
         RouterAdapter(moe.router, Rank(0, 1.0))
     adapter = ExpertsAdapter(moe.experts, RANKS)

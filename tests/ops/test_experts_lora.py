@@ -137,31 +137,36 @@ def operands(gated: bool = True) -> tuple[Any, ...]:
     p = problem(IDS[:6], 3 + 1, gated=gated)
     base = [p["x"][None], p["topk_ids"][None], p["topk_weights"][None], torch.rand(1, 4)]
     base += [p.get(name) for name in ("w1", "w3", "w2", "b1", "b3", "b2")]
-    return (*base, *(t for name in FACTORS for t in p.get(name, (None, None))))
+    # With dropout.
+    indices = torch.arange(12).view(1, 6, 2), torch.arange(5)
+    return (*base, *(t for name in FACTORS for t in p.get(name, (None, None))), *indices)
+
+
+FLAGS = "silu", None, 0.3
 
 
 @pytest.mark.parametrize("gated", [pytest.param(True, marks=pytest.mark.long), False])
 def test_opcheck(gated):
     args = operands(gated)
-    torch.library.opcheck(ops.experts_lora_inference, (*args, "silu", None))
-    _, h1, h3 = ops.experts_lora(*args, "silu", None)
+    torch.library.opcheck(ops.experts_lora_inference, (*args, *FLAGS))
+    _, h1, h3 = ops.experts_lora(*args, *FLAGS)
     for needs in ([True] * 8, [True, *[False] * 7]):
-        torch.library.opcheck(ops.experts_lora_backward, (args[0], *args, h1, h3, "silu", None, needs))
-    wants = [i in (0, 2) or i > 9 for i in range(len(args))]
+        torch.library.opcheck(ops.experts_lora_backward, (args[0], *args, h1, h3, *FLAGS, needs))
+    wants = [i in (0, 2) or 9 < i < 16 for i in range(len(args))]
     leaves = (t.requires_grad_() if t is not None and w else t for t, w in zip(args, wants, strict=True))
-    torch.library.opcheck(ops.experts_lora, (*leaves, "silu", None))
+    torch.library.opcheck(ops.experts_lora, (*leaves, *FLAGS))
 
 
 def test_fakes_say_what_comes():
     args = operands()
-    z, h1, h3 = ops.experts_lora(*args, "silu", None)
+    z, h1, h3 = ops.experts_lora(*args, *FLAGS)
     with FakeTensorMode() as mode:
         fake = tuple(map(mode.from_tensor, args))
-        outputs = ops.experts_lora(*fake, "silu", None)
+        outputs = ops.experts_lora(*fake, *FLAGS)
     for needs in ([True] * 8, [True, *[False] * 7]):
-        real = (z, h1, h3, *ops.experts_lora_backward(z, *args, h1, h3, "silu", None, needs))
+        real = (z, h1, h3, *ops.experts_lora_backward(z, *args, h1, h3, *FLAGS, needs))
         with mode:
-            said = (*outputs, *ops.experts_lora_backward(outputs[0], *fake, *outputs[1:], "silu", None, needs))
+            said = (*outputs, *ops.experts_lora_backward(outputs[0], *fake, *outputs[1:], *FLAGS, needs))
         assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in said]
 
 
@@ -193,6 +198,19 @@ def test_mistakes_are_named():
         ({"lora2": (a.float(), b)}, TypeError, r"w2_a: dtype torch.float32 differs from x's torch.float64"),
         ({"w3": None, "b3": None}, ValueError, "lora3: given without w3"),
         ({"w2": w2.clone().requires_grad_()}, ValueError, r"w2: requires a gradient.*w2.requires_grad_\(False\)"),
+        ({"dropout": 1.0}, ValueError, "dropout: must be a number, at least 0 and below 1, got 1.0"),
+        ({"dropout": 0.1}, ValueError, "keys: dropout 0.1 needs a number for each copy"),
+        ({"keys": IDS}, ValueError, "keys, columns: are for a dropout, which is 0; leave them out"),
+        (
+            {"dropout": 0.1, "keys": IDS[1:]},
+            ValueError,
+            r"keys: expected int64 \[40, 2\], as topk_ids, got .*\[39, 2\]",
+        ),
+        (
+            {"dropout": 0.1, "keys": IDS, "columns": IDS[:3, 0]},
+            ValueError,
+            r"columns: expected int64 \[5\], got .*\[3\]",
+        ),
         ({"impl": "cuda"}, ValueError, "impl: unknown implementation 'cuda'"),
         ({"activation": "tanh"}, ValueError, "activation: unknown"),
     ]:

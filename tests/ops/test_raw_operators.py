@@ -37,6 +37,7 @@ NEEDS = [True] * 8
 ADAPTED = (
     *EXPERTS,
     *(random(E, D, 2), random(E, 2, F), random(E, D, 3), random(E, 3, F), random(E, F, 4), random(E, 4, D)),
+    *(torch.arange(T * K).view(1, T, K), torch.arange(F)),
 )
 LORA = random(1, T, D) + 1, *ADAPTED, random(1, T, K, F), random(1, T, K, F) + 1
 
@@ -76,9 +77,9 @@ CALLS = {
         ["silu", "impl", NEEDS],
         {(4, 1)},
     ),
-    "lora": (ops.experts_lora, ADAPTED, ["silu", "impl"], {(3, 1)}),
-    "lora, inference": (ops.experts_lora_inference, ADAPTED, ["silu", "impl"], {(3, 1)}),
-    "lora, backward": (ops.experts_lora_backward, LORA, ["silu", "impl", NEEDS], {(4, 1)}),
+    "lora": (ops.experts_lora, ADAPTED, ["silu", "impl", 0.2], {(3, 1)}),
+    "lora, inference": (ops.experts_lora_inference, ADAPTED, ["silu", "impl", 0.2], {(3, 1)}),
+    "lora, backward": (ops.experts_lora_backward, LORA, ["silu", "impl", 0.2, NEEDS], {(4, 1)}),
     "permute": (ops.permute, (random(T, D), *permuted(), random(T, K)), [], {(0, 1), (1, 0)}),
     "combine": (ops.combine, (random(R, D), *permuted(), random(T, K)), [], {(0, 1)}),
     "combine_weight_grad": (ops.combine_weight_grad, (random(R, D), random(T, D), *permuted()), [], {(3, 1)}),

@@ -46,9 +46,13 @@ def experts() -> dict:
             if form == "biased":
                 pairs = ((W, D, 3), (W, 3, F), (W, D, 2), (W, 2, F), (W, F, 2), (W, 2, D))
                 factors = tuple(random(*shape) / 8 + i / 50 for i, shape in enumerate(pairs))
-                calls[f"lora, {name}"] = ops.quantized_experts_lora_inference, (*operands, *factors, *flags)
-                _, *kept = ops.quantized_experts_lora(*operands, *factors, *flags)
-                of_lora = (random(*operands[0].shape).flip(0), *operands, *factors, *kept, *flags, [True] * 8)
+                # With dropout.
+                ids = operands[1]
+                adapters = (*factors, torch.arange(ids.numel()).view(ids.shape), torch.arange(F))
+                of_lora = (*operands, *adapters, *flags, 0.3)
+                calls[f"lora, {name}"] = ops.quantized_experts_lora_inference, of_lora
+                _, *kept = ops.quantized_experts_lora(*of_lora)
+                of_lora = (random(*operands[0].shape).flip(0), *operands, *adapters, *kept, *flags, 0.3, [True] * 8)
                 calls[f"backward of lora, {name}"] = ops.quantized_experts_lora_backward, of_lora
                 _, *pre = ops.quantized_experts_mlp(*operands, *flags)
                 grad = random(*operands[0].shape).flip(0)

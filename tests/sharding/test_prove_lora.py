@@ -3,10 +3,14 @@
 from typing import Any
 
 import pytest
+import torch
 
 import moesaic
 from moesaic.sharding.rule import short
 from tests.sharding.proofs_of_ours import SILU, operands, ops, random
+
+# Forms with a dropout.
+DROPPED = {"fewer": 0.3, "dropped": 0.5}
 
 
 def call_of(form: str) -> tuple[Any, ...]:
@@ -15,7 +19,9 @@ def call_of(form: str) -> tuple[Any, ...]:
     gated, D, F = form != "plain", 6, 7
     third = (random(W, D, 2) + 1, random(W, 2, F)) if gated else (None, None)
     factors = (random(W, D, 2), random(W, 2, F) + 1, *third, random(W, F, 3), random(W, 3, D))
-    return (*operands(B, W, gated=gated, biased=form == "biased"), *factors)
+    base = operands(B, W, gated=gated, biased=form == "biased")
+    indices = (torch.arange(base[1].numel()).view(base[1].shape), torch.arange(F)) if form in DROPPED else (None, None)
+    return (*base, *factors, *indices)
 
 
 def text_of(record: Any) -> list[str]:
@@ -24,23 +30,24 @@ def text_of(record: Any) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("form", ["biased", "plain", "fewer"])
+@pytest.mark.parametrize("form", ["biased", "plain", "fewer", "dropped"])
 def test_nothing_is_wrong(form):
-    args = call_of(form)
+    args, p = call_of(form), DROPPED.get(form, 0.0)
     alone = {"axes": (2,), "make_up": False, "meshes": []}
-    forward = moesaic.prove(ops.experts_lora, *args, SILU, None, **alone | {"meshes": [(2, 2)] * (form == "fewer")})
-    inference = moesaic.prove(ops.experts_lora_inference, *args, SILU, None, backward=False, **alone)
-    _, h1, h3 = ops.experts_lora(*args, SILU, None)
+    forward = moesaic.prove(ops.experts_lora, *args, SILU, None, p, **alone | {"meshes": [(2, 2)] * (form == "fewer")})
+    inference = moesaic.prove(ops.experts_lora_inference, *args, SILU, None, p, backward=False, **alone)
+    _, h1, h3 = ops.experts_lora(*args, SILU, None, p)
     grad = random(*args[0].shape).flip(0)
     reports = [forward, inference]
     # Without a gate h3 is zeros, which prove nothing.
     if form != "plain":
-        call = (grad, *args, h1, h3, SILU, None, [True] * 8)
+        call = (grad, *args, h1, h3, SILU, None, p, [True] * 8)
         reports.append(moesaic.prove(ops.experts_lora_backward, *call, backward=False, **alone))
     for report in reports:
         assert report.admitted
         assert report.wrong == []
     given = [t is not None for t in args]
-    by_hidden = [*"RRRR", "S(2)", "S(2)", "S(1)", "S(1)", "S(1)", "P", "R", "S(2)", "R", "S(2)", "S(1)", "R"]
+    weights = [f"S({dim})" for dim in (2, 2, 1, 1, 1)]
+    by_hidden = [*"RRRR", *weights, *"PR", "S(2)", "R", "S(2)", "S(1)", *"RR", "S(0)"]
     assert [p for p, there in zip(by_hidden, given, strict=True) if there] in map(text_of, forward.admitted)
-    assert ["S(0)"] * sum(given) in map(text_of, forward.admitted)
+    assert ["S(0)"] * sum(given[:-1]) + ["R"] * given[-1] in map(text_of, forward.admitted)

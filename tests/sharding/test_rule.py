@@ -133,30 +133,30 @@ TABLES = {
         "f": "R R R R R S(2) S(2) S(1) S(1) S(1) P S(3) S(3) -> P P S(2) S(2) S(1) S(1) S(1) R",
         "linear in grad": "P R R R R R R R R R R R R -> P P P P P P P P",
     },
-    # As experts_mlp, and then w1_a, w1_b, w3_a, w3_b, w2_a, w2_b.
+    # As experts_mlp, and then w1_a, w1_b, w3_a, w3_b, w2_a, w2_b, keys, columns.
     ("experts_lora", 0): {
-        "replicate": "R R R R R R R R R R R R R R R R -> R R R",
-        "b": " ".join(["S(0)"] * 16) + " -> S(0) S(0) S(0)",
-        "n": "S(1) S(1) S(1) R R R R R R R R R R R R R -> S(1) S(1) S(1)",
-        "k": "R S(2) S(2) R R R R R R R R R R R R R -> P S(2) S(2)",
-        "f": "R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R -> P S(3) S(3)",
+        "replicate": " ".join(["R"] * 18) + " -> R R R",
+        "b": " ".join(["S(0)"] * 17) + " R -> S(0) S(0) S(0)",
+        "n": "S(1) S(1) S(1) R R R R R R R R R R R R R S(1) R -> S(1) S(1) S(1)",
+        "k": "R S(2) S(2) R R R R R R R R R R R R R S(2) R -> P S(2) S(2)",
+        "f": "R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R R S(0) -> P S(3) S(3)",
     },
     ("experts_lora_inference", 0): {
-        "replicate": "R R R R R R R R R R R R R R R R -> R",
-        "b": " ".join(["S(0)"] * 16) + " -> S(0)",
-        "n": "S(1) S(1) S(1) R R R R R R R R R R R R R -> S(1)",
-        "k": "R S(2) S(2) R R R R R R R R R R R R R -> P",
-        "f": "R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R -> P",
-        "linear in weights": "R R P R R R R R R R R R R R R R -> P",
+        "replicate": " ".join(["R"] * 18) + " -> R",
+        "b": " ".join(["S(0)"] * 17) + " R -> S(0)",
+        "n": "S(1) S(1) S(1) R R R R R R R R R R R R R S(1) R -> S(1)",
+        "k": "R S(2) S(2) R R R R R R R R R R R R R S(2) R -> P",
+        "f": "R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R R S(0) -> P",
+        "linear in weights": "R R P R R R R R R R R R R R R R R R -> P",
     },
     # grad, the operands, h1, h3 -> gradients of x, weights and the six factors: those that f does not cut are Partial.
     ("experts_lora_backward", 0): {
-        "replicate": " ".join(["R"] * 19) + " -> R R R R R R R R",
-        "b": " ".join(["S(0)"] * 19) + " -> S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0)",
-        "n": "S(1) S(1) S(1) S(1) R R R R R R R R R R R R R S(1) S(1) -> S(1) S(1) P P P P P P",
-        "k": "R R S(2) S(2) R R R R R R R R R R R R R S(2) S(2) -> P S(2) P P P P P P",
-        "f": "R R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R S(3) S(3) -> P P P S(2) P S(2) S(1) P",
-        "linear in grad": " ".join(["P", *["R"] * 18]) + " -> P P P P P P P P",
+        "replicate": " ".join(["R"] * 21) + " -> R R R R R R R R",
+        "b": " ".join([*["S(0)"] * 18, "R", "S(0)", "S(0)"]) + " -> S(0) S(0) S(0) S(0) S(0) S(0) S(0) S(0)",
+        "n": "S(1) S(1) S(1) S(1) R R R R R R R R R R R R R S(1) R S(1) S(1) -> S(1) S(1) P P P P P P",
+        "k": "R R S(2) S(2) R R R R R R R R R R R R R S(2) R S(2) S(2) -> P S(2) P P P P P P",
+        "f": "R R R R R S(2) S(2) S(1) S(1) S(1) P R S(2) R S(2) S(1) R R S(0) S(3) S(3) -> P P P S(2) P S(2) S(1) P",
+        "linear in grad": " ".join(["P", *["R"] * 20]) + " -> P P P P P P P P",
     },
 }
 # Two add to buffers in place, and DTensor might add to a redistributed copy; one is of counts that are a rank's own.

@@ -22,6 +22,7 @@ class Dispatched(NamedTuple):
         topk_ids, topk_weights: the routing of these tokens.
         record: for the dispatcher that made it, and for no one else.
         beside: what ``meanwhile`` gave.
+        keys: those of the routing, for the dropout of adapters, in the form of ``topk_ids``.
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class Dispatched(NamedTuple):
     topk_weights: Tensor
     record: Any
     beside: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Dispatcher(Protocol):
@@ -51,7 +53,8 @@ class LocalDispatcher:
     def dispatch(
         self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
     ) -> Dispatched:
-        return Dispatched(x, routing.ids, routing.weights, None, None if meanwhile is None else meanwhile())
+        beside = None if meanwhile is None else meanwhile()
+        return Dispatched(x, routing.ids, routing.weights, None, beside, routing.keys)
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         return z

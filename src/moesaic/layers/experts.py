@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moesaic.layers.dropout import copy_keys
 from moesaic.layers.initial import check_generators
-from moesaic.layers.lora import WEIGHTS, active_adapter
+from moesaic.layers.lora import WEIGHTS, active_adapter, dropout_of
 from moesaic.layers.packed import unpacked
 from moesaic.ops import Activation, Implementation, experts_lora, experts_mlp
 from moesaic.ops.arguments import check_int
@@ -53,6 +54,7 @@ class GroupedExperts(nn.Module):
             each rank's buffers hold its part of the sum.
         adapters, active_adapter: low-rank adapters by name, and the name of the one that is used; both None if there
             are none: see :mod:`moesaic.layers.lora`.
+        hidden_columns: gives the numbers of the hidden columns that this rank has; None if it has all.
 
     Example:
         >>> experts = GroupedExperts(num_experts=3, dim=8, hidden_dim=16)
@@ -88,6 +90,7 @@ class GroupedExperts(nn.Module):
         self.main_grads: MainGrads | None = None
         self.adapters: nn.ModuleDict | None = None
         self.active_adapter: str | None = None
+        self.hidden_columns: Callable[[torch.device], Tensor] | None = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
@@ -113,8 +116,13 @@ class GroupedExperts(nn.Module):
         x: Float[Tensor, "*B T D"],
         topk_ids: Int[Tensor, "*B T K"],
         topk_weights: Float[Tensor, "*B T K"],
+        keys: Int[Tensor, "*B T K"] | None = None,
     ) -> Float[Tensor, "*B T D"]:
-        """Send each token through its experts, and sum their results with the weights ``topk_weights``."""
+        """Send each token through its experts, and sum their results with the weights ``topk_weights``.
+
+        With an adapter that has a dropout, ``keys`` decide what it drops; see :func:`moesaic.ops.experts_lora`. None
+        draws some.
+        """
         operands = (x, topk_ids, topk_weights, *(unpacked(w) for w in (self.w1, self.w3, self.w2)))
         options: Any = {"activation": self.activation, "b1": self.b1, "b3": self.b3, "b2": self.b2, "impl": self.impl}
         adapter = active_adapter(self)
@@ -123,6 +131,11 @@ class GroupedExperts(nn.Module):
         if self.main_grads is not None:
             raise ValueError("main_grads: experts with adapters are frozen; set main_grads to None")
         lora1, lora3, lora2 = (adapter.scaled(weight, x.dtype) for weight in WEIGHTS)
+        if dropout := dropout_of(self):
+            if keys is None:
+                keys = copy_keys(topk_ids.shape[:-1], topk_ids.shape[-1], x.device).view(topk_ids.shape)
+            columns = None if self.hidden_columns is None else self.hidden_columns(x.device)
+            options |= {"dropout": dropout, "keys": keys, "columns": columns}
         return experts_lora(*operands, lora1=lora1, lora3=lora3, lora2=lora2, **options)
 
     def extra_repr(self) -> str:

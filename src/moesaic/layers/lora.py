@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.initial import check_generators
 from moesaic.ops.arguments import check_int
+from moesaic.ops.experts_lora.dropout import ROUTER, dropped, kept
 
 WEIGHTS = ("w1", "w3", "w2")
 
@@ -39,15 +40,17 @@ class ExpertsAdapter(nn.Module):
         experts: whose weights these are. Sizes, device and, where it is not given, dtype are theirs.
         ranks: the rank and the scale for each weight that has an adapter.
         share: whether ``w3`` has the ``a`` of ``w1``, as in checkpoints with both in one tensor.
+        dropout: in training mode, the share of numbers that are zero in what the factors are applied to.
 
     Attributes:
         w1_a, w3_a: ``[E, D, r]``; ``w3_a`` is None where it is that of ``w1``.
         w1_b, w3_b: ``[E, r, F]``.
         w2_a, w2_b: ``[E, F, r]`` and ``[E, r, D]``.
-        ranks: as given.
+        ranks, dropout: as given.
 
     Raises:
-        ValueError: an unknown weight, or none; a rank below 1; ``share`` with two ranks.
+        ValueError: an unknown weight, or none; a rank below 1; ``share`` with two ranks; a dropout that is no
+            probability below 1.
     """
 
     w1_a: nn.Parameter | None
@@ -58,11 +61,18 @@ class ExpertsAdapter(nn.Module):
     w2_b: nn.Parameter | None
 
     def __init__(
-        self, experts: Any, ranks: Mapping[str, Rank], *, share: bool = False, dtype: torch.dtype | None = None
+        self,
+        experts: Any,
+        ranks: Mapping[str, Rank],
+        *,
+        share: bool = False,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_ranks(experts, ranks, share)
-        self.ranks, self.share = dict(ranks), share
+        check_dropout(dropout)
+        self.ranks, self.share, self.dropout = dict(ranks), share, dropout
         for weight in WEIGHTS:
             a = b = None
             if weight in ranks:
@@ -100,7 +110,8 @@ class ExpertsAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         ranks = (f"{weight}: r={rank.r}, scale={rank.scale:g}" for weight, rank in self.ranks.items())
-        return "; ".join([*ranks, *["w3 shares a with w1"] * self.share])
+        dropout = [f"dropout={self.dropout:g}"] if self.dropout else []
+        return "; ".join([*ranks, *["w3 shares a with w1"] * self.share, *dropout])
 
 
 class RouterAdapter(nn.Module):
@@ -109,14 +120,17 @@ class RouterAdapter(nn.Module):
     Args:
         router: whose weight this is.
         rank: the rank and the scale.
+        dropout: as that of :class:`ExpertsAdapter`.
 
     Attributes:
         a: ``[r, D]``.
         b: ``[E, r]``.
     """
 
-    def __init__(self, router: Any, rank: Rank, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, router: Any, rank: Rank, *, dropout: float = 0.0, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_dropout(dropout)
+        self.dropout = dropout
         check_int("r", rank.r)
         if rank.r < 1:
             raise ValueError(f"r: must be at least 1, got {rank.r}")
@@ -132,12 +146,19 @@ class RouterAdapter(nn.Module):
         nn.init.uniform_(self.a, -(bound := 1 / math.sqrt(self.a.shape[1])), bound)
         nn.init.zeros_(self.b)
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits ``[T, E]``, computed in ``dtype``."""
+    def forward(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> Tensor:
+        """What is added to the logits ``[T, E]``, computed in ``dtype``.
+
+        ``keys [T]`` decide what is dropped; None drops nothing.
+        """
+        if keys is not None:
+            columns = torch.arange(x.shape[1], device=x.device)
+            x = dropped(x, kept(keys, columns, ROUTER, self.dropout), self.dropout)
         return self.rank.scale * nn.functional.linear(gate_logits(x, self.a, dtype), self.b.to(dtype))
 
     def extra_repr(self) -> str:
-        return f"r={self.rank.r}, scale={self.rank.scale:g}"
+        dropout = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"r={self.rank.r}, scale={self.rank.scale:g}{dropout}"
 
 
 def add_adapter(owner: Any, name: str, adapter: ExpertsAdapter | RouterAdapter) -> None:
@@ -159,6 +180,18 @@ def add_adapter(owner: Any, name: str, adapter: ExpertsAdapter | RouterAdapter) 
 def active_adapter(owner: Any) -> Any:
     """The adapter that is active, or None."""
     return None if owner.active_adapter is None else owner.adapters[owner.active_adapter]
+
+
+def dropout_of(owner: Any) -> float:
+    """The dropout of the adapter that is active; 0 without one, and in evaluation mode."""
+    adapter = active_adapter(owner)
+    return 0.0 if adapter is None or not owner.training else adapter.dropout
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ``ValueError`` for what is no probability below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: must be a number, at least 0 and below 1, got {dropout!r}")
 
 
 def _check_ranks(experts: Any, ranks: Mapping[str, Rank], share: bool) -> None:

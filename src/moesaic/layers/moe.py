@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from moesaic.layers.balance import without_padding
 from moesaic.layers.config import MoEConfig
 from moesaic.layers.dispatch import Dispatcher, LocalDispatcher
+from moesaic.layers.dropout import ALONE, Holders, copy_keys
 from moesaic.layers.experts import GroupedExperts
 from moesaic.layers.jitter import jittered
+from moesaic.layers.lora import dropout_of
 from moesaic.layers.router import Routing, TopKRouter
 from moesaic.ops import Implementation, gated
 from moesaic.ops.arguments import check_floats, check_given
@@ -57,6 +59,7 @@ class MoE(nn.Module):
     Attributes:
         router, experts, shared: the parts. ``shared`` is None if ``shared_hidden_dim`` is 0.
         dispatcher: brings tokens to the experts and results back. :func:`moesaic.parallelize` replaces it.
+        holders: the ranks that hold the layer's tokens, for the dropout of adapters. It replaces these too.
 
     Example:
         >>> moe = MoE(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -94,6 +97,7 @@ class MoE(nn.Module):
         )
         self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_hidden_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.holders: Holders = ALONE
 
     def forward(
         self,
@@ -122,16 +126,19 @@ class MoE(nn.Module):
             mask_T = _checked(token_mask, x).flatten()
             # No value of padding may reach a sum over tokens: zero times NaN is NaN. The shared expert gives 0 for 0.
             x_TD = without_padding(x_TD, mask_T)
+        # First, for what is drawn for each token depends on how many there are.
+        keys_TK = self._keys(x)
         if self.training:
             x_TD = jittered(x_TD, self.config.input_jitter)
-        routing = self.router(x_TD, mask_T, num_sequences=max(math.prod(x.shape[:-2]), 1))
+        of_router = None if keys_TK is None or not dropout_of(self.router) else keys_TK[:, 0]
+        routing = self.router(x_TD, mask_T, max(math.prod(x.shape[:-2]), 1), of_router)._replace(keys=keys_TK)
         rows_RD = x_TD
         if self.config.weigh_inputs:
             rows_RD, routing = _weighed(x_TD, routing)
         shared = self.shared
         meanwhile = None if shared is None else lambda: shared(x_TD)
         dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts, meanwhile)
-        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights)
+        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights, dispatched.keys)
         y_TD = self.dispatcher.combine(z, dispatched)
         if self.config.weigh_inputs:
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)
@@ -139,6 +146,12 @@ class MoE(nn.Module):
             y_TD = y_TD + dispatched.beside
         # Not a view: FSDP warns about views, since an in-place op on one would drop FSDP's backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
+
+    def _keys(self, x: Tensor) -> Tensor | None:
+        """What decides which numbers adapters drop, for each copy; None if they drop nothing."""
+        if not (dropout_of(self.experts) or dropout_of(self.router)):
+            return None
+        return copy_keys(x.shape[:-1], self.config.top_k, x.device, self.holders)
 
 
 def _checked(token_mask: Tensor, x: Tensor) -> Tensor:
@@ -160,4 +173,6 @@ def _weighed(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
     """Make each copy of a token a token of its own, for each has another weight. Llama 4 has one copy of a token."""
     weighed_TKD = (x_TD.unsqueeze(1) * routing.weights.unsqueeze(2)).to(x_TD.dtype)
     one_expert = Routing(routing.ids.reshape(-1, 1), torch.ones_like(routing.weights).reshape(-1, 1))
+    if routing.keys is not None:
+        one_expert = one_expert._replace(keys=routing.keys.reshape(-1, 1))
     return weighed_TKD.flatten(0, 1), one_expert

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moesaic.layers.balance import attach_loss, load_balancing_loss, record_loss, router_z_loss, without_padding
@@ -26,12 +26,13 @@ class Routing(NamedTuple):
     """Where tokens go: ``ids [T, K]`` int64 and ``weights [T, K]`` fp32 (fp64 for an fp64 input).
 
     Padding goes to no expert: its ids are -1 and its weights are 0. A router also returns the ``logits [T, E]``, in the
-    dtype of the weights.
+    dtype of the weights. ``keys [T, K]``, with a dropout of adapters, decide what is dropped.
     """
 
     ids: Tensor
     weights: Tensor
     logits: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class TopKRouter(nn.Module):
@@ -113,16 +114,23 @@ class TopKRouter(nn.Module):
             buffer.zero_()
 
     def forward(
-        self, x: Float[Tensor, "T D"], token_mask: Bool[Tensor, " T"] | None = None, num_sequences: int = 1
+        self,
+        x: Float[Tensor, "T D"],
+        token_mask: Bool[Tensor, " T"] | None = None,
+        num_sequences: int = 1,
+        keys: Int[Tensor, " T"] | None = None,
     ) -> Routing:
-        """Route the tokens of ``x``. All sequences are equally long. Tokens with ``token_mask`` False are padding."""
+        """Route the tokens of ``x``. All sequences are equally long. Tokens with ``token_mask`` False are padding.
+
+        ``keys`` decide what the dropout of an adapter drops; None drops nothing.
+        """
         if self.training:
             x = jittered(x, self.config.router_jitter)
         gate_dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x.device.type):
             logits_TE = gate_logits(x, self.weight, gate_dtype)
             if (adapter := active_adapter(self)) is not None:
-                logits_TE = logits_TE + adapter(x, gate_dtype)
+                logits_TE = logits_TE + adapter(x, gate_dtype, keys)
             if self.logit_bias is not None:
                 logits_TE = logits_TE + self.logit_bias.to(gate_dtype)
             return self.route(logits_TE, self.bias, token_mask, num_sequences)

@@ -1,8 +1,14 @@
 """Linear layers with low-rank adapters of peft. They are known by what they have, since peft is not imported here."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moesaic.layers.dropout import Holders, KeyedDropout
+from moesaic.parallel.collectives import all_gather
 
 
 def base_of(module: Any) -> Any:
@@ -21,7 +27,45 @@ def tensor_parallel_problem(module: Any) -> str | None:
     if base_of(module) is module:
         return None
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.lora_dropout.values()):
-        return "has a dropout, which each rank would draw for itself; set lora_dropout to 0"
+        return (
+            "has a dropout, which each rank would draw for itself; set lora_dropout to 0, or add adapters by "
+            "moesaic.integrations.peft.add_adapters, of whose dropout each rank has its part"
+        )
     if any(True for _ in module.lora_magnitude_vector.parameters()):
         return "normalizes whole columns of the weight (DoRA), of which a rank has a part; set use_dora to False"
     return None
+
+
+def holders_of(all_ranks: dist.ProcessGroup, parts: int) -> Holders:
+    """All ranks, of which ``parts`` hold parts of the same sequences."""
+    return Holders(partial(_gather, group=all_ranks), all_ranks.rank(), parts)
+
+
+def share_dropout(model: nn.Module, all_ranks: dist.ProcessGroup, parts: int) -> None:
+    """Let each rank have its part of the masks of adapters on linear layers. See :class:`KeyedDropout`."""
+    holders = holders_of(all_ranks, parts)
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.holders = holders
+
+
+def share_dropout_of_whole(layer: nn.Module, group: dist.ProcessGroup, *, of_heads: bool) -> None:
+    """The same for a layer in an attention, which ranks of ``group`` give whole sequences.
+
+    With ``of_heads`` each of them has the columns of its heads.
+    """
+    for module in layer.modules():
+        if isinstance(module, KeyedDropout):
+            everyone, parts = module.holders, group.size()
+            module.holders = Holders(partial(_one_of_each, everyone.gather, parts), everyone.rank // parts)
+            if of_heads:
+                linear: Any = base_of(layer)
+                module.first = linear.in_features // parts * group.rank()
+
+
+def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return all_gather(t.unsqueeze(0), group)
+
+
+def _one_of_each(gather: Callable[[Tensor], Tensor], parts: int, t: Tensor) -> Tensor:
+    return gather(t)[::parts]

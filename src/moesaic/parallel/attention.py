@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesaic.parallel.adapted import base_of, factors, tensor_parallel_problem
+from moesaic.parallel.adapted import base_of, factors, share_dropout_of_whole, tensor_parallel_problem
 from moesaic.parallel.collectives import sum_over_ranks
 
 Role = Literal["column", "row", "wide norm", "whole"]
@@ -149,6 +149,8 @@ def split_by_heads(parts: list[Part], scatter: Callable[[Tensor], Tensor], group
         group: the tp ranks.
     """
     for _, what, role in parts:
+        if isinstance(what, nn.Module):
+            share_dropout_of_whole(what, group, of_heads=role == "row")
         if role == "row" and base_of(what) is not what:
             _sum_with_adapters(what, scatter, group)
         elif role == "row":

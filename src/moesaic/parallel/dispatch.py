@@ -95,13 +95,21 @@ class MeshDispatcher:
             sent = in_places(sent, P, self.capacity)
         ids_SK = _local_ids(routing.ids, owner_TK, sent, ranks_TQ, experts_per_rank)
         rows = start_all_to_all(permute(x, sent), traffic.send, traffic.receive, self.ep)
-        routings = self._start_routing(permute(routing.weights, sent), ids_SK, traffic)
+        numbers_S = ids_SK
+        if routing.keys is not None:
+            keys_SK = _rows(routing.keys, sent.slots // ranks_TQ.shape[1])
+            # In halves, for a number has no more than 32 bits on its way.
+            numbers_S = torch.cat([ids_SK, keys_SK >> 32, keys_SK << 32 >> 32], 1)
+        routings = self._start_routing(permute(routing.weights, sent), numbers_S, traffic)
         beside = None if meanwhile is None else meanwhile()
         x_ND = all_gather_rows(rows(), traffic.gather, self.etp)
-        weights_NK, ids_NK = routings()
+        weights_NK, numbers_N = routings()
+        ids_NK, *halves_NK = numbers_N.split(weights_NK.shape[1], dim=1)
 
         here = _copies_here(ids_NK, traffic.copies if self.local else traffic.capacity)
         of_copies = here._replace(positions=here.positions.reshape(-1, 1))
+        # Numbers of copies lie as ids do.
+        keys = None if not halves_NK else self._as_block(_rows(_keys(*halves_NK).reshape(-1, 1), here.slots), "ids")
         ids_C = torch.where(here.slots < 0, -1, _rows(ids_NK.reshape(-1, 1), here.slots).squeeze(1))
         return Dispatched(
             self._as_block(permute(x_ND, here), "x"),
@@ -109,6 +117,7 @@ class MeshDispatcher:
             self._as_block(permute(weights_NK.reshape(-1, 1), of_copies), "weights"),
             _Record(sent, here, traffic, most),
             beside,
+            keys,
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
@@ -129,18 +138,18 @@ class MeshDispatcher:
         return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
     def _start_routing(
-        self, weights_SK: Tensor, ids_SK: Tensor, traffic: Traffic
+        self, weights_SK: Tensor, numbers_S: Tensor, traffic: Traffic
     ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Weights and ids in one message, in which the bits of an id stand where those of another weight would."""
+        """Weights and numbers in one message, in which the bits of a number stand where those of a weight would."""
         K, integers = weights_SK.shape[1], torch.int64 if weights_SK.element_size() == 8 else torch.int32
-        as_weights = ids_SK.to(integers).view(weights_SK.dtype)
+        as_weights = numbers_S.to(integers).view(weights_SK.dtype)
         message = torch.cat([weights_SK, as_weights], 1)
         arrived = start_all_to_all(message, traffic.send, traffic.receive, self.ep, columns=K)
 
         def finish() -> tuple[Tensor, Tensor]:
             message = all_gather_rows(arrived(), traffic.gather, self.etp, columns=K)
-            ids_NK = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
-            return message.narrow(1, 0, K), ids_NK.to(ids_SK.dtype)
+            numbers_N = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
+            return message.narrow(1, 0, K), numbers_N.to(numbers_S.dtype)
 
         return finish
 
@@ -179,6 +188,10 @@ def _copies_here(ids_NK: Tensor, num_rows: int) -> Permutation:
     slots = torch.arange(ids_NK.numel(), device=ids_NK.device)
     slots_C = slots.new_full((num_rows + 1,), -1).scatter(0, torch.where(is_here, place, num_rows), slots)
     return Permutation(slots_C.narrow(0, 0, num_rows), positions_NK, is_here.sum(0, keepdim=True))
+
+
+def _keys(high: Tensor, low: Tensor) -> Tensor:
+    return high << 32 | (low & 0xFFFFFFFF)
 
 
 def _rows(t: Tensor, numbers: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the operators' sharding rules, ``"local"`` runs it on their local tensors.
 from functools import partial
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,13 +15,14 @@ from torch.distributed.tensor import distribute_tensor
 
 from moesaic.layers import GroupedExperts, MoE
 from moesaic.layers.lora import ExpertsAdapter
+from moesaic.parallel.adapted import holders_of
 from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, unshadow_parameters
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.packed import check_packed, distribute_packed, local_weights, packed_weights
-from moesaic.parallel.placements import FACTORS, GRADIENTS, TERMS, WEIGHTS
+from moesaic.parallel.placements import COLUMNS, FACTORS, GRADIENTS, TERMS, WEIGHTS
 
 ComputeOn = Literal["dtensor", "local"]
 
@@ -78,6 +80,10 @@ def distribute_experts(
         compute = "local"
     else:
         moe.dispatcher = MeshDispatcher(mesh, local=compute == "local", capacity=capacity)
+    parts = 1 if tp is None else tp.size()
+    moe.holders = holders_of(all_ranks, parts)
+    local = compute == "local"
+    moe.experts.hidden_columns = partial(_hidden_columns, moe.config.hidden_dim, mesh, local)
     moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
     if tp is not None:
         moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()
@@ -88,6 +94,12 @@ def distribute_experts(
 def adapter_parameters(experts: GroupedExperts) -> list[nn.Parameter]:
     """The parameters of all adapters."""
     return [] if experts.adapters is None else list(experts.adapters.parameters())
+
+
+def _hidden_columns(hidden_dim: int, mesh: DeviceMesh, local: bool, device: torch.device) -> Tensor:
+    whole = torch.arange(hidden_dim, device=device)
+    columns = distribute_tensor(whole, mesh, COLUMNS, src_data_rank=None)
+    return columns.to_local() if local else columns
 
 
 def _compute_with_local_weights(experts: GroupedExperts, etp: DeviceMesh) -> None:

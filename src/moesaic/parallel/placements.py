@@ -24,6 +24,8 @@ WEIGHTS = {name: PLACES[f"grad_{name}"] for name in ("w1", "w3", "w2", "b1", "b3
 # So do the factors of adapters, but for sums: those that etp does not cut have gradients that are Partial over it.
 _lora = on(_ops.experts_lora, ep="b", etp="f") | on(_ops.experts_lora_backward, ep="b", etp="f")
 FACTORS = {name: _lora[name] for name in FACTOR_NAMES}
+# With dropout: the numbers of hidden columns.
+COLUMNS = _lora["columns"]
 GRADIENTS = WEIGHTS | {name: _lora[f"grad_{name}"] for name in FACTOR_NAMES}
 _quantized = rule_of(_ops.quantized_experts_mlp)
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moesaic import ranks
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.parallel.adapted import share_dropout
 from moesaic.parallel.afterwards import guard
 from moesaic.parallel.capacity import check_capacity
 from moesaic.parallel.decoder import (
@@ -126,6 +127,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     tp = meshes.dense.get_group("tp") if meshes.tp_size > 1 else None
     for moe in moes.values():
         distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute, capacity)
+    share_dropout(model, all_ranks, meshes.tp_size)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         dims = {p: dim for decoder in found for p, dim in attention_shard_dims(decoder).items()}

@@ -78,16 +78,18 @@ sharding_rule(
 
 # Adapters, of ranks `p`, `q` and `s`, have the letters of their weights. A factor without `f` is whole where `f` is
 # cut, and its gradient is then a sum over `f`. The weights are frozen: no gradient lies as they do.
+# What is dropped depends on numbers of copies and of hidden columns, which lie as these do.
 _factors = "(b e)? d! p!, (b e)? p! f, (b e)? d! q!, (b e)? q! f, (b e)? f s!, (b e)? s! d!"
-sharding_rule(f"{_operands}, {_factors} -> b n d!, {_hidden}", redistribute=["experts"], when=_fused)(_ops.experts_lora)
+_adapted = f"{_operands}, {_factors}, b n k, f"
+sharding_rule(f"{_adapted} -> b n d!, {_hidden}", redistribute=["experts"], when=_fused)(_ops.experts_lora)
 sharding_rule(
-    f"{_operands}, {_factors} -> b n d!",
+    f"{_adapted} -> b n d!",
     linear=["weights"],
     redistribute=["experts"],
     when=_fused,
 )(_ops.experts_lora_inference)
 sharding_rule(
-    f"b n d!, {_tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_factors}, {_hidden} "
+    f"b n d!, {_tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_factors}, b n k, f, {_hidden} "
     f"-> b n d!, b n k, {_factors}",
     linear=["grad"],
     redistribute=["grad", "experts"],

@@ -85,6 +85,11 @@ class _Form(NamedTuple):
         f = self.hidden
         return f"(b e)? d! i!, (b e)? i! {f}, (b e)? d! j!, (b e)? j! {f}, (b e)? {f} l!, (b e)? l! d!"
 
+    @property
+    def adapters(self) -> str:
+        """Factors, and the numbers of copies and hidden columns, on which dropout depends."""
+        return f"{self.factors}, b n k, {self.hidden}"
+
     def biases(self, sign: str = "", of_sum: str = "") -> str:
         of_hidden = f"{sign}(b e)? {self.hidden}"
         return f"{of_hidden}, {of_hidden}, {of_sum if self.hidden != 'f!' else ''}(b e)? d!"
@@ -126,13 +131,13 @@ sharding_rule(
 )(_ops.quantized_experts_mlp_backward)
 
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.factors} -> b n d!, {form.pre}" for form in _FORMS),
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters} -> b n d!, {form.pre}" for form in _FORMS),
     redistribute=["experts"],
     when=_when,
 )(_ops.quantized_experts_lora)
 
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.factors} -> b n d!" for form in _FORMS),
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters} -> b n d!" for form in _FORMS),
     linear=["weights"],
     redistribute=["experts"],
     when=_when,
@@ -140,7 +145,7 @@ sharding_rule(
 
 sharding_rule(
     *(
-        f"b n d!, {form.operands}, {form.biases('~', '+f: ')}, {form.factors}, {form.pre} "
+        f"b n d!, {form.operands}, {form.biases('~', '+f: ')}, {form.adapters}, {form.pre} "
         f"-> b n d!, b n k, {form.factors}"
         for form in _FORMS
     ),

@@ -51,6 +51,8 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"{flag(name)} must be a number, 0 or more, not {value}")
     if config.choose_again and not config.resume:
         raise UserError("--choose-again: a new run chooses anyway; add --resume to continue one")
+    if not 0 <= config.lora_dropout < 1:
+        raise UserError(f"--lora-dropout must be at least 0 and below 1, not {config.lora_dropout}")
     if config.lr == 0:
         raise UserError("--lr must be more than 0")
     if not 0 <= config.min_lr_ratio <= 1:

@@ -58,6 +58,8 @@ class AdapterOptions:
     """Adapters are scaled by lora_alpha / lora_rank. By default this factor is 2."""
     lora_rslora: bool = False
     """Scale adapters by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
+    lora_dropout: float = 0.0
+    """The share of numbers that are zero in what adapters are applied to, other ones in each step."""
     lora_on: Literal["all", "attention", "experts"] = "all"
     """Where adapters are: in the attention projections, in the experts, or in both."""
     quantize_experts: Literal["nf4", "mxfp4", "int8"] | None = None

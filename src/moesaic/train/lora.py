@@ -61,6 +61,7 @@ def adapter_config(config: TrainConfig, source: ModelSource) -> Any:
         r=config.lora_rank,
         lora_alpha=alpha_of(config),
         use_rslora=config.lora_rslora,
+        lora_dropout=config.lora_dropout,
         target_modules=[] if config.lora_on == "experts" else sorted(attention),
         target_parameters=None if config.lora_on == "attention" else sorted(experts),
         base_model_name_or_path=str(source.weights),
@@ -77,6 +78,7 @@ def describe(config: TrainConfig) -> str:
     """What a run with other adapters differs in."""
     stabilised = ", rank-stabilised" if config.lora_rslora else ""
     on = config.lora_on + (f" around experts in {config.quantize_experts}" if config.quantize_experts else "")
+    on += f", dropout {config.lora_dropout:g}" if config.lora_dropout else ""
     return f"adapters of rank {config.lora_rank} and alpha {alpha_of(config):g}{stabilised} on {on}"
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from moesaic.integrations.peft.switch import adapters_of, configs_of, set_adapter
 from moesaic.integrations.peft.targets import Target, targets_of
 from moesaic.layers.blocks import fill_by_position
+from moesaic.layers.dropout import KeyedDropout
 from moesaic.layers.lora import ExpertsAdapter, RouterAdapter, add_adapter
 from moesaic.sharding.parts import local_part
 
@@ -34,8 +35,8 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
         model: a transformers model with our layers, not yet parallelized. It may be on the meta device.
         config: a ``peft.LoraConfig`` with ``target_modules``, ``target_parameters``, or both, for instance
             ``target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. Also ``r``, ``lora_alpha``,
-            ``use_rslora``, patterns of both, and what chooses layers. ``lora_dropout`` is for linear layers only, and
-            peft refuses it for experts.
+            ``use_rslora``, patterns of both, and what chooses layers. ``lora_dropout`` is for experts and routers too,
+            where peft itself refuses it. Its masks do not depend on the layout: :mod:`moesaic.layers.dropout`.
         name: of these adapters.
         seed: another seed gives other numbers.
 
@@ -64,7 +65,8 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
             of_experts.setdefault(target.module, []).append(target)
         elif target.is_router:
             router: Any = model.get_submodule(target.module)
-            add_adapter(router, name, RouterAdapter(router, target.rank, dtype=_dtype(router.weight)))
+            adapter = RouterAdapter(router, target.rank, dropout=config.lora_dropout, dtype=_dtype(router.weight))
+            add_adapter(router, name, adapter)
         else:
             _wrap_linear(model, target, name, kept)
     for path, of_one in of_experts.items():
@@ -73,7 +75,8 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
         ranks = {weight: ranks[weight] for weight in ("w1", "w3", "w2") if weight in ranks}
         # One weight of the block, so one factor for both of ours.
         share = any(target.weights == ("w1", "w3") for target in of_one)
-        add_adapter(experts, name, ExpertsAdapter(experts, ranks, share=share, dtype=_dtype(experts.w1)))
+        options: dict[str, Any] = {"share": share, "dropout": config.lora_dropout, "dtype": _dtype(experts.w1)}
+        add_adapter(experts, name, ExpertsAdapter(experts, ranks, **options))
     configs_of(model)[name] = kept
     if not any(p.is_meta for p in model.parameters()):
         reset_adapters(model, name, seed)
@@ -96,6 +99,8 @@ def _wrap_linear(model: nn.Module, target: Target, name: str, config: Any) -> No
             parent, _, child = target.module.rpartition(".")
             linear = lora.Linear(linear, name, **options)
             setattr(model.get_submodule(parent), child, linear)
+    if config.lora_dropout:
+        linear.lora_dropout[name] = KeyedDropout(config.lora_dropout)
     linear.lora_A[name].to(_dtype(linear.weight))
     linear.lora_B[name].to(_dtype(linear.weight))
 

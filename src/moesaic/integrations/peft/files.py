@@ -5,6 +5,7 @@ Of every tensor each rank reads its part. Tensors are gathered and written one b
 Legend: E experts, r rank, I and O the dims that peft takes for those that a weight comes from and goes to.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,8 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, 
     """Write the adapters of one name as a folder that ``peft.PeftModel.from_pretrained`` loads around the plain model.
 
     Collective on a parallelized model. Names and layouts are those of peft for the model before the swap. Rank 0
-    writes, and has one tensor whole at a time. Files that are there already are replaced, each at once.
+    writes, and has one tensor whole at a time. Files that are there already are replaced, each at once. With
+    ``target_parameters`` the config that is written has no ``lora_dropout``, for peft would not load it.
 
     Args:
         model: with adapters from :func:`add_adapters`.
@@ -64,11 +66,12 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, 
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        before, config.inference_mode = config.inference_mode, True
-        try:
-            config.save_pretrained(str(folder))
-        finally:
-            config.inference_mode = before
+        saved = copy.copy(config)
+        saved.inference_mode = True
+        if saved.target_parameters:
+            # Of these peft loads no adapter whose config has one.
+            saved.lora_dropout = 0.0
+        saved.save_pretrained(str(folder))
 
     ranks.on_leader(begin)
     unfinished = folder / f".{SAFETENSORS_WEIGHTS_NAME}.unfinished"
@@ -105,7 +108,8 @@ def load_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
 
     If the model has no adapters of this name, they are added as the folder's config says, which has to be before
     :func:`moesaic.parallelize`. If it has some, their numbers are replaced, in any layout, and each rank reads its
-    part. Files that name every expert (of transformers 4) are converted by peft, which reads them whole.
+    part. Files that name every expert (of transformers 4) are converted by peft, which reads them whole. To go on
+    training with a dropout, call :func:`add_adapters` with a config that has it, and then this.
 
     Args:
         model: a transformers model with our layers.

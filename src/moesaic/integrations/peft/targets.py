@@ -19,7 +19,7 @@ from torch import nn
 from moesaic.integrations.transformers.links import Link
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.plain import plain_on_meta
-from moesaic.layers.lora import Rank
+from moesaic.layers.lora import Rank, check_dropout
 
 _PREFIX = "base_model.model."
 # Settings that change more than which weights have factors, each with the value that does not.
@@ -89,13 +89,21 @@ def targets_of(model: nn.Module, config: Any) -> tuple[list[Target], Any]:
     for setting, value in _LEFT_ALONE.items():
         if (given := getattr(config, setting, value)) != value and given:
             raise ValueError(f"config: {setting}={given!r} is not supported; leave it out")
+    try:
+        check_dropout(config.lora_dropout)
+    except ValueError as error:
+        raise ValueError(f"config: lora_{error}") from None
     plain = plain_on_meta(model, without_adapters=True)
     with warnings.catch_warnings():
         # A config is used again for each model.
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(plain, copy.deepcopy(config), autocast_adapter_dtype=False)
+        without_dropout = copy.deepcopy(config)
+        # peft would refuse it for experts: what it makes of them is a sum of weights.
+        without_dropout.lora_dropout = 0.0
+        wrapped = peft.get_peft_model(plain, without_dropout, autocast_adapter_dtype=False)
     origins = {name: origin for name, module in model.named_modules() if (origin := origin_of(module))}
-    kept = wrapped.peft_config["default"]
+    kept: Any = wrapped.peft_config["default"]
+    kept.lora_dropout = config.lora_dropout
     # peft puts the plain model's, which has none.
     kept.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     targets = []

@@ -151,7 +151,7 @@ class Choice(Module):
             self.count.one_more()
         # Not flatten: it cannot tell what is in a dim of size zero.
         with no_autocast(logits_BLE.device.type):
-            ids_TK, weights_TK, _ = self.chooser.route(logits_BLE.reshape(B * L, E), bias_E, mask_T, B)
+            ids_TK, weights_TK, *_ = self.chooser.route(logits_BLE.reshape(B * L, E), bias_E, mask_T, B)
         ids = ids_TK.flatten()
         # Floats, as torchtitan's own counters are.
         counts_E = logits_BLE.new_zeros(E, dtype=torch.float32)

@@ -38,6 +38,9 @@ def experts_lora(
     b1: Float[Tensor, "W F"] | None = None,
     b3: Float[Tensor, "W F"] | None = None,
     b2: Float[Tensor, "W D"] | None = None,
+    dropout: float = 0.0,
+    keys: Int[Tensor, "*B T K"] | None = None,
+    columns: Int[Tensor, " F"] | None = None,
     impl: Implementation | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """:func:`moesaic.experts_mlp` of frozen experts with low-rank adapters (LoRA) on their weights.
@@ -57,8 +60,15 @@ def experts_lora(
         lora1, lora3: None, or the factors ``a [W, D, r]`` and ``b [W, r, F]``, of any rank r. One ``a`` may be that of
             both, as in checkpoints with gate and up projection in one tensor.
         lora2: None, or ``a [W, F, r]`` and ``b [W, r, D]``.
-        impl: ``"reference"`` adds the products to the weights. Others compute as above, with the products of
-            :func:`moesaic.grouped_mm` of this name; None takes the fastest.
+        dropout: the share of the numbers of ``x``, and of those of the hidden rows, that are zero in what adapters are
+            applied to, as ``lora_dropout`` of peft; the others are divided by ``1 - dropout``. Each copy of a token has
+            a mask of its own, which w1 and w3 share.
+        keys: with dropout, an int64 number for each copy that decides its mask. Copies with the same key have the same.
+            Draw new ones for each step; :func:`moesaic.layers.dropout.copy_keys` does.
+        columns: with dropout, the numbers of the hidden columns, int64, for a rank that has some of them. None takes
+            ``0 .. F - 1``.
+        impl: ``"reference"`` adds the products to the weights, unless there is dropout. Others compute as above, with
+            the products of :func:`moesaic.grouped_mm` of this name; None takes the fastest.
 
     Returns:
         The shape and dtype of ``x``. Of half types, products are accumulated in fp32 and rounded, and the sums of two
@@ -69,7 +79,7 @@ def experts_lora(
 
     Raises:
         ValueError: as :func:`moesaic.experts_mlp`; factors that do not fit; no factors at all; a weight or a bias that
-            requires a gradient.
+            requires a gradient; a dropout that is no probability below 1, or has no keys, or keys without dropout.
         TypeError: dtypes that do not fit.
         NotImplementedError: under forward-mode differentiation, and for second derivatives.
 
@@ -105,19 +115,23 @@ def experts_lora(
     check_shapes({name: t for name, t in given.items() if name in base}, topk_ids, topk_weights)
     _check_factors(given)
 
+    given |= _mask(dropout, keys, columns, topk_ids, w1)
+
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = (t if in_blocks else t.unsqueeze(0) for t in (given["x"], topk_ids, topk_weights))
     B, W = x_BTD.shape[0], w1.shape[0]
     like = w1.data if isinstance(w1, QuantizedWeight) else w1
     experts_BG = like.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
     given |= {"x": x_BTD, "ids": ids_BTK, "weights": weights_BTK, "experts": experts_BG}
+    if keys is not None and not in_blocks:
+        given["keys"] = keys.unsqueeze(0)
     operands = tuple(map(given.get, NAMES))
     if quantized:
-        z_BTD = lora_op(given, quantized["w1"].format, w1.shape[2], activation, impl)
+        z_BTD = lora_op(given, quantized["w1"].format, w1.shape[2], activation, impl, dropout)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
-        z_BTD, *_ = torch.ops.moesaic.experts_lora(*operands, activation, impl)
+        z_BTD, *_ = torch.ops.moesaic.experts_lora(*operands, activation, impl, dropout)
     else:
-        z_BTD = torch.ops.moesaic.experts_lora_inference(*operands, activation, impl)
+        z_BTD = torch.ops.moesaic.experts_lora_inference(*operands, activation, impl, dropout)
     # Not a view: an in-place operation on a view of what an operator made is an error.
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
@@ -143,6 +157,28 @@ def _check_frozen(base: dict[str, Tensor]) -> None:
                 f"{name}: requires a gradient, and experts with adapters have none for it; call "
                 f"{name}.requires_grad_(False), or train without adapters"
             )
+
+
+def _mask(
+    dropout: float, keys: Tensor | None, columns: Tensor | None, ids: Tensor, w1: Tensor | QuantizedWeight
+) -> dict[str, Tensor]:
+    """The operands that decide what is dropped, if anything is."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: must be a number, at least 0 and below 1, got {dropout!r}")
+    if not dropout:
+        if keys is not None or columns is not None:
+            raise ValueError("keys, columns: are for a dropout, which is 0; leave them out")
+        return {}
+    if keys is None:
+        raise ValueError(f"keys: dropout {dropout} needs a number for each copy; moesaic.layers.dropout draws some")
+    F = w1.shape[2]
+    if keys.shape != ids.shape or keys.dtype != torch.int64:
+        raise ValueError(f"keys: expected int64 {list(ids.shape)}, as topk_ids, got {keys.dtype} {list(keys.shape)}")
+    if columns is None:
+        columns = torch.arange(F, device=ids.device)
+    elif list(columns.shape) != [F] or columns.dtype != torch.int64:
+        raise ValueError(f"columns: expected int64 {[F]}, got {columns.dtype} {list(columns.shape)}")
+    return {"keys": keys, "columns": columns}
 
 
 def _check_factors(given: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The operands of experts_lora: those of experts_mlp, and two factors for each weight.
 
-Legend: W matrices of all blocks, D model dim, F hidden dim, P, Q, S the ranks of the adapters of w1, w3 and w2.
+Legend: B blocks, N tokens a block, K copies a token (top-k), W matrices of all blocks, D model dim, F hidden dim, P, Q,
+S the ranks of the adapters of w1, w3 and w2.
 """
 
 from typing import Any
@@ -18,10 +19,18 @@ FACTORS = (
     Operand("w2_b", "W S D", optional=True),
 )
 FACTOR_NAMES = tuple(operand.name for operand in FACTORS)
-NAMES = (*BASE, *FACTOR_NAMES)
+# With dropout: a key for each copy, and the number of each hidden column, of which a rank may have some.
+INDICES = (
+    Operand("keys", "B N K", optional=True, differentiable=False),
+    Operand("columns", "F", optional=True, differentiable=False),
+)
+# In the schemas behind the operands of experts_mlp.
+OWN_NAMES = (*FACTOR_NAMES, *(operand.name for operand in INDICES))
+OWN_SCHEMA = ", ".join(f"Tensor? {name}" for name in OWN_NAMES)
+NAMES = (*BASE, *OWN_NAMES)
 # The weights and biases are frozen.
 WITH_GRADIENT = ("x", "weights", *FACTOR_NAMES)
-SCHEMA = ", ".join([BASE_SCHEMA, *(f"Tensor? {name}" for name in FACTOR_NAMES)])
+SCHEMA = f"{BASE_SCHEMA}, {OWN_SCHEMA}"
 
 
 def named(tensors: tuple[Any, ...]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moesaic.ops.autocast import no_autocast
 from moesaic.ops.experts_lora.impl import reference, rows
-from moesaic.ops.experts_lora.operands import FACTORS, NAMES, SCHEMA, WITH_GRADIENT, named
-from moesaic.ops.experts_lora.problem import Wanted, adapted, by_factor
+from moesaic.ops.experts_lora.operands import FACTORS, INDICES, NAMES, SCHEMA, WITH_GRADIENT, named
+from moesaic.ops.experts_lora.problem import Adapted, Wanted, adapted, by_factor
 from moesaic.ops.experts_mlp.definitions import (
     AGAIN,
     fake_inference,
@@ -23,9 +23,8 @@ from moesaic.ops.experts_mlp.definitions import (
     zeros,
 )
 from moesaic.ops.experts_mlp.operands import Given, check_operands
-from moesaic.ops.grouped_mm.implementations import Implementation
 
-_FLAGS = "str activation, str? impl"
+_FLAGS = "str activation, str? impl, float dropout"
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
 torch.library.define("moesaic::experts_lora", f"({SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
 torch.library.define("moesaic::experts_lora_inference", f"({SCHEMA}, {_FLAGS}) -> Tensor")
@@ -35,40 +34,41 @@ torch.library.define(
 )
 
 
-def _module(impl: Implementation | None) -> Any:
-    return reference if impl == "reference" else rows
+def module_of(impl: str | None, problem: Adapted) -> Any:
+    """What computes it. A sum of weights, which the reference makes, has no place for a mask."""
+    return reference if impl == "reference" and problem.dropout is None else rows
 
 
 @torch.library.impl("moesaic::experts_lora", "default")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, activation, impl = args
+    *tensors, activation, impl, dropout = args
     given = named((x, *tensors))
-    check_operands("experts_lora", given, activation, factors=FACTORS)
-    problem = adapted(given, activation)
+    check_operands("experts_lora", given, activation, factors=FACTORS, indices=INDICES)
+    problem = adapted(given, activation, dropout)
     with no_autocast(x.device.type):
-        z_TD, kept = _module(impl).forward(problem, save=True, impl=impl)
+        z_TD, kept = module_of(impl, problem).forward(problem, save=True, impl=impl)
     return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::experts_lora_inference", "default")
 def _inference(x: Tensor, *args: Any) -> Tensor:
-    *tensors, activation, impl = args
+    *tensors, activation, impl, dropout = args
     given = named((x, *tensors))
-    check_operands("experts_lora_inference", given, activation, factors=FACTORS)
-    problem = adapted(given, activation)
+    check_operands("experts_lora_inference", given, activation, factors=FACTORS, indices=INDICES)
+    problem = adapted(given, activation, dropout)
     with no_autocast(x.device.type):
-        return like_x(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
+        return like_x(module_of(impl, problem).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::experts_lora_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *operands, h1, h3, activation, impl, needs = args
-    given = named(tuple(operands))
-    check_operands("experts_lora_backward", given, activation, {"grad": grad, "h1": h1, "h3": h3}, factors=FACTORS)
-    problem = adapted(given, activation)
+    *operands, h1, h3, activation, impl, dropout, needs = args
+    given, beside = named(tuple(operands)), {"grad": grad, "h1": h1, "h3": h3}
+    check_operands("experts_lora_backward", given, activation, beside, factors=FACTORS, indices=INDICES)
+    problem = adapted(given, activation, dropout)
     pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
     with no_autocast(grad.device.type):
-        found = _module(impl).backward(
+        found = module_of(impl, problem).backward(
             grad.flatten(0, 1), problem, pre, Wanted(needs[0], needs[1], any(needs[2:])), impl
         )
     of = {"x": found.x_TD, "weights": found.weights_TK} | by_factor(found)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from moesaic.ops.experts_lora.dropout import Dropout
 from moesaic.ops.experts_lora.operands import FACTOR_NAMES
 from moesaic.ops.experts_mlp.activation import Activation
 from moesaic.ops.experts_mlp.operands import NAMES as BASE
@@ -28,11 +29,13 @@ class Adapted(NamedTuple):
         base: the experts without adapters.
         up: for each projection to the hidden dim its factors, or None.
         down: those of the projection back.
+        dropout: of what the factors are applied to; None for none.
     """
 
     base: Problem
     up: tuple[LowRank | None, ...]
     down: LowRank | None
+    dropout: Dropout | None = None
 
 
 class FactorGradients(NamedTuple):
@@ -59,11 +62,21 @@ class Wanted(NamedTuple):
     factors: bool
 
 
-def adapted(given: Mapping[str, Any], activation: Activation) -> Adapted:
-    """The operands of an operator, of all blocks together."""
+def adapted(given: Mapping[str, Any], activation: Activation, dropout: float) -> Adapted:
+    """The operands of an operator, of all blocks together.
+
+    Raises:
+        ValueError: a dropout that is no probability below 1, or one without keys or columns.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: must be at least 0 and below 1, got {dropout}")
+    keys_BNK, columns_F = given["keys"], given["columns"]
+    if dropout and (keys_BNK is None or columns_F is None):
+        raise ValueError(f"dropout: {dropout} needs keys and columns; give both")
     base = one_block({name: given[name] for name in BASE}, activation)
     w1, w3, w2 = (_factors(given, weight) for weight in ("w1", "w3", "w2"))
-    return Adapted(base, (w1, w3)[: len(base.projections)], w2)
+    mask = Dropout(dropout, keys_BNK.flatten(0, 1), columns_F) if dropout else None
+    return Adapted(base, (w1, w3)[: len(base.projections)], w2, mask)
 
 
 def by_factor(gradients: Gradients) -> dict[str, Any]:

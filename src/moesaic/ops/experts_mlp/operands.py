@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moesaic.ops.arguments import check_dtype_of, check_fit
@@ -85,6 +86,7 @@ def check_operands(
     backward: Mapping[str, Tensor | None] = MappingProxyType({}),
     buffers: Mapping[str, Tensor | None] = MappingProxyType({}),
     factors: Sequence[Operand] = (),
+    indices: Sequence[Operand] = (),
 ) -> None:
     """Raise unless the operands of an operator fit: sizes, device, dtypes, the activation.
 
@@ -92,6 +94,7 @@ def check_operands(
         backward: what a backward operator takes besides, ``grad``, ``h1`` and ``h3``.
         buffers: what gradients of weights are added to, by the names of these.
         factors: further operands, of the dtype of ``x``.
+        indices: further operands, of int64.
 
     Raises:
         ValueError: shapes, devices, activation, or a buffer that is neither contiguous nor the ``.mT`` of what is.
@@ -102,7 +105,8 @@ def check_operands(
     others = [(name, t, _GRAD if name == "grad" else _HIDDEN) for name, t in backward.items()]
     others += [(factor.name, given[factor.name], tuple(factor.dims.split())) for factor in factors]
     into = [(f"the buffer for {name}", t, _DIMS[name]) for name, t in buffers.items()]
-    check_fit(operator, [*own, *others, *into])
+    numbers = [(operand.name, given[operand.name], tuple(operand.dims.split())) for operand in indices]
+    check_fit(operator, [*own, *others, *into, *numbers])
     x, ids, weights = given["x"], given["ids"], given["weights"]
     assert x is not None
     assert ids is not None
@@ -112,6 +116,7 @@ def check_operands(
         raise TypeError(
             f"{operator}: ids, weights: expected int32 or int64 and floats, got {ids.dtype}, {weights.dtype}"
         )
+    check_dtype_of(operator, torch.int64, [(name, t) for name, t, _ in numbers])
     check_dtype_of(operator, accumulation_dtype(x.dtype), [(name, t) for name, t, _ in into])
     for name, t, _ in into:
         if t is not None and not (t.is_contiguous() or t.mT.is_contiguous()):

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.autocast import no_autocast
-from moesaic.ops.experts_lora.impl import reference, rows
-from moesaic.ops.experts_lora.operands import FACTOR_NAMES, FACTORS, WITH_GRADIENT
-from moesaic.ops.experts_lora.ops import in_order
+from moesaic.ops.experts_lora.operands import FACTORS, INDICES, OWN_NAMES, OWN_SCHEMA, WITH_GRADIENT
+from moesaic.ops.experts_lora.ops import in_order, module_of
 from moesaic.ops.experts_lora.problem import Adapted, Wanted, adapted, by_factor
 from moesaic.ops.experts_mlp.activation import Activation
 from moesaic.ops.experts_mlp.definitions import (
@@ -25,60 +24,60 @@ from moesaic.ops.quantized.experts import FLAGS, SCHEMA, hidden_of, in_parts, pu
 from moesaic.ops.quantized.experts import NAMES as BASE
 from moesaic.ops.quantized.formats import Format
 
-NAMES = (*BASE, *FACTOR_NAMES)
-_OPERANDS = ", ".join([SCHEMA, *(f"Tensor? {name}" for name in FACTOR_NAMES)])
+NAMES = (*BASE, *OWN_NAMES)
+_OPERANDS, _FLAGS = f"{SCHEMA}, {OWN_SCHEMA}", f"{FLAGS}, float dropout"
+_NUM_FLAGS = 5
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
-torch.library.define("moesaic::quantized_experts_lora", f"({_OPERANDS}, {FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::quantized_experts_lora_inference", f"({_OPERANDS}, {FLAGS}) -> Tensor")
+torch.library.define("moesaic::quantized_experts_lora", f"({_OPERANDS}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::quantized_experts_lora_inference", f"({_OPERANDS}, {_FLAGS}) -> Tensor")
 torch.library.define(
     "moesaic::quantized_experts_lora_backward",
-    f"(Tensor grad, {_OPERANDS}, Tensor h1, Tensor h3, {FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad, {_OPERANDS}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
 )
 
 
-def lora_op(given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None) -> Tensor:
+def lora_op(
+    given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None, dropout: float
+) -> Tensor:
     """The result, from the operands that are given, weights and factors among them."""
-    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl)
+    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl, dropout)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return torch.ops.moesaic.quantized_experts_lora_inference(*operands, *flags)
     return torch.ops.moesaic.quantized_experts_lora(*operands, *flags)[0]
 
 
-def _module(impl: str | None) -> Any:
-    return reference if impl == "reference" else rows
-
-
 def _problem(operator: str, tensors: Any, flags: Any, kept: Mapping[str, Tensor]) -> tuple[Adapted, str | None]:
-    format, hidden, activation, impl = flags
+    format, hidden, activation, impl, dropout = flags
     given = put_together(dict(zip(NAMES, tensors, strict=True)), format, hidden)
-    check_operands(operator, given, activation, kept, factors=FACTORS)
-    return adapted(given, activation), impl
+    check_operands(operator, given, activation, kept, factors=FACTORS, indices=INDICES)
+    return adapted(given, activation, dropout), impl
 
 
 @torch.library.impl("moesaic::quantized_experts_lora", "default")
 def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    problem, impl = _problem("quantized_experts_lora", (x, *args[:-4]), args[-4:], {})
+    problem, impl = _problem("quantized_experts_lora", (x, *args[:-_NUM_FLAGS]), args[-_NUM_FLAGS:], {})
     with no_autocast(x.device.type):
-        z_TD, kept = _module(impl).forward(problem, save=True, impl=impl)
+        z_TD, kept = module_of(impl, problem).forward(problem, save=True, impl=impl)
     return results(z_TD, kept, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_inference", "default")
 def _inference(x: Tensor, *args: Any) -> Tensor:
-    problem, impl = _problem("quantized_experts_lora_inference", (x, *args[:-4]), args[-4:], {})
+    tensors, flags = (x, *args[:-_NUM_FLAGS]), args[-_NUM_FLAGS:]
+    problem, impl = _problem("quantized_experts_lora_inference", tensors, flags, {})
     with no_autocast(x.device.type):
-        return like_x(_module(impl).forward(problem, save=False, impl=impl).z_TD, x)
+        return like_x(module_of(impl, problem).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, h1, h3 = args[:-5]
-    *flags, needs = args[-5:]
+    *tensors, h1, h3 = args[: -_NUM_FLAGS - 1]
+    *flags, needs = args[-_NUM_FLAGS - 1 :]
     kept = {"grad": grad, "h1": h1, "h3": h3}
     problem, impl = _problem("quantized_experts_lora_backward", tensors, flags, kept)
     pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
     with no_autocast(grad.device.type):
-        found = _module(impl).backward(
+        found = module_of(impl, problem).backward(
             grad.flatten(0, 1), problem, pre, Wanted(needs[0], needs[1], any(needs[2:])), impl
         )
     of = {"x": found.x_TD, "weights": found.weights_TK} | by_factor(found)
@@ -88,8 +87,8 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("moesaic::quantized_experts_lora")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    t = dict(zip(NAMES, args[:-4], strict=True))
-    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, args[-4], args[-3]))
+    t, (format, hidden, *_) = dict(zip(NAMES, args[:-_NUM_FLAGS], strict=True)), args[-_NUM_FLAGS:]
+    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden))
 
 
 torch.library.register_fake("moesaic::quantized_experts_lora_inference", fake_inference)
