@@ -173,7 +173,7 @@ def test_python_and_shell_blocks_parse(document):
         if language.startswith("python"):
             # A decorator alone is a fragment that shows a rule.
             ast.parse(code if not re.fullmatch(r"@.*\n", code) else code + "def f(): ...")
-        elif language == "bash":
+        elif language in ("bash", "sh"):
             subprocess.run(["bash", "-n"], input=code, text=True, check=True)
 
 
@@ -298,7 +298,10 @@ def test_the_site_has_all_pages():
     """An error of `make docs`, found before."""
     trees = re.findall(r"^```{toctree}\n(.*?)^```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL | re.MULTILINE)
     listed = {line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")}
-    assert listed == {page.stem for page in (ROOT / "docs").iterdir() if page.suffix in (".md", ".ipynb")} - {"index"}
+    pages = {page for page in (ROOT / "docs").iterdir() if page.suffix in (".md", ".ipynb") and page.stem != "index"}
+    assert listed == {page.stem for page in pages}
+    linked = set(re.findall(r"\]\(docs/(\w+\.\w+)\)", (ROOT / "README.md").read_text()))
+    assert {page.name for page in pages} - linked == set()
 
 
 def test_pictures_are_those_of_their_scripts():
