@@ -1,13 +1,14 @@
 """Decode with experts of 8 and 4 bits: one token through a layer's experts, against bf16, in one interleaved run.
 
-Time is the median of ``--pairs`` rounds, in each of which every format has its turn. Bytes are those of all experts.
+Time is the median of ``--pairs`` rounds, in each of which every format has its turn: with one thread that thread's own
+processor time, with more by the clock. Bytes are those of all experts.
 
     python benchmarks/quantized_cpu.py [--quick] [--pairs 15] [--threads 1] [--json benchmarks/results/NAME.json]
 """
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,20 +41,24 @@ class Options:
     json: Annotated[Path | None, tyro.conf.arg(help="also write the results there")] = None
 
 
-def seconds_of(weights: list[Any], x_TD: Tensor, routing_TK: Tensor, num_experts: int) -> float:
+def seconds_of(
+    weights: list[Any], x_TD: Tensor, routing_TK: Tensor, num_experts: int, clock: Callable[[], float]
+) -> float:
     """A call's, with other experts each time, so that none is in a cache."""
     T, K = routing_TK.shape
     total = 0.0
     for _ in range(CALLS):
         ids_TK = torch.stack([torch.randperm(num_experts)[:K] for _ in range(T)])
-        start = time.perf_counter()
+        start = clock()
         experts_mlp(x_TD, ids_TK, routing_TK, *weights, impl="cpu")
-        total += time.perf_counter() - start
+        total += clock() - start
     return total / CALLS
 
 
 @torch.no_grad()
 def measure(options: Options) -> Iterator[dict[str, Any]]:
+    # On a busy machine a thread's own time leaves out what others take.
+    clock = time.thread_time if options.threads == 1 else time.perf_counter
     for shape in options.shapes:
         E, K, D, F = SHAPES[shape]
         weights = [torch.randn(E, *sizes).mul_(sizes[0] ** -0.5) for sizes in ((D, F), (D, F), (F, D))]
@@ -65,7 +70,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         times: dict[str, list[float]] = {name: [] for name in forms}
         for turn in range(options.pairs + 2):
             for name, form in forms.items():
-                seconds = seconds_of(form, x_TD, routing_TK, E)
+                seconds = seconds_of(form, x_TD, routing_TK, E, clock)
                 if turn >= 2:
                     times[name].append(seconds)
         base = statistics.median(times[BASE])

@@ -4,56 +4,9 @@
 // sums over outputs. In both a panel is packed once for all rows of a task, as that of other weights.
 #pragma once
 
-#include "product.hpp"
+#include "stored_dots.hpp"
 
 namespace moesaic::MOESAIC_ISA {
-
-// One matrix. Strides are in bytes from output to output, and in scales.
-struct Stored {
-  const uint8_t *data;
-  const void *scales;
-  int64_t row_bytes, scale_row;
-  int format;
-  bool sums_outputs;
-
-  Stored(const Term &t, int64_t matrix)
-      : data(static_cast<const uint8_t *>(t.w.data) + matrix * t.w_stride),
-        scales(static_cast<const char *>(t.scales.data) +
-               matrix * t.scales.stride * (t.scales.format == MOESAIC_MXFP4 ? 1 : 4)),
-        row_bytes(t.w.row_stride ? t.w.row_stride : t.w.column_stride),
-        scale_row(t.scales.row_stride),
-        format(t.scales.format),
-        sums_outputs(t.w.row_stride != 0) {}
-};
-
-// What the codes of 4 bits mean: see ops/quantized/formats.py.
-alignas(64) constexpr float kNF4[16] = {-1.0f,
-                                        -0.6961928009986877f,
-                                        -0.5250730514526367f,
-                                        -0.39491748809814453f,
-                                        -0.28444138169288635f,
-                                        -0.18477343022823334f,
-                                        -0.09105003625154495f,
-                                        0.0f,
-                                        0.07958029955625534f,
-                                        0.16093020141124725f,
-                                        0.24611230194568634f,
-                                        0.33791524171829224f,
-                                        0.44070982933044434f,
-                                        0.5626170039176941f,
-                                        0.7229568362236023f,
-                                        1.0f};
-alignas(64) constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                         -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-constexpr int64_t kNF4Block = 64, kMXFP4Block = 32;
-
-// A power of two of type E8M0; 255 is NaN.
-INLINE float power_of_two(uint8_t e) {
-  const uint32_t bits = e == 255 ? 0x7fc00000u : e ? uint32_t{e} << 23 : 0x00400000u;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
 
 // A vector of codes, of which the first of each byte is in its high half or its low one, as numbers of a table.
 template <bool FIRST_IS_HIGH>
@@ -74,18 +27,6 @@ INLINE Reg numbers_of_codes(const uint8_t *p, const float *table) {
   const __m256i index = _mm256_cvtepu8_epi32(codes);
   const Reg first = _mm256_permutevar8x32_ps(load(table), index), second = _mm256_permutevar8x32_ps(load(table + 8), index);
   return _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-#endif
-}
-
-// A vector of int8 as fp32, of which `n` are there.
-INLINE Reg numbers_of_bytes(const uint8_t *p, int64_t n) {
-#ifdef __AVX512F__
-  const __m128i bytes = _mm_maskz_loadu_epi8(n < kLanes ? (1u << n) - 1 : 0xffffu, p);
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-#else
-  uint8_t copy[kLanes] = {};
-  __builtin_memcpy(copy, p, least<int64_t>(n, kLanes));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(copy))));
 #endif
 }
 
@@ -176,65 +117,15 @@ static void pack_stored(const Stored &s, int64_t first, int64_t n, int64_t colum
   }
 }
 
-// Up to ROWS rows against a panel of outputs, without packing it.
-template <class Kind, int FORMAT, int ROWS>
-static void stored_dots(const Product &p, const ProductTask &t, const Place &out) {
-  constexpr int kAtOnce = 4;
-  const int64_t words = ceil_div(p.inner, Kind::kStep);
-  float sums[ROWS][kPanel] = {};
-  for (int term = 0; term < p.num_terms; ++term) {
-    const Stored s(p.terms[term], t.matrix);
-    const float *x[ROWS];
-    for (int i = 0; i < ROWS; ++i) {
-      x[i] = reinterpret_cast<const float *>(words_of_x<Kind>(p.terms[term], row_of_x(p, t.first_row + i), 0));
-    }
-    for (int64_t c = 0; c < t.columns; c += kAtOnce) {
-      Reg sum[kAtOnce][ROWS];
-      int64_t outputs[kAtOnce];
-#pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; ++j) {
-        outputs[j] = t.column + least<int64_t>(c + j, t.columns - 1);
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) sum[j][i] = zero();
-      }
-      for (int64_t w = 0; w < words; w += kLanes) {
-        const int64_t k = w * Kind::kStep;
-        Reg a[ROWS];
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) a[i] = load_f32(x[i] + w, words - w);
-#pragma GCC unroll 4
-        for (int j = 0; j < kAtOnce; ++j) {
-          const Reg b = words_along<Kind, FORMAT>(s, outputs[j], k, p.inner - k);
-#pragma GCC unroll 4
-          for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
-        }
-      }
-      for (int j = 0; j < kAtOnce && c + j < t.columns; ++j)
-        for (int i = 0; i < ROWS; ++i) sums[i][c + j] += total(sum[j][i]);
-    }
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int64_t c = 0; c < t.columns; c += kLanes) {
-      char *at = Place::at(out, i, c);
-      const Reg v = load_f32(sums[i] + c, t.columns - c);
-      if (out.is_bf16) {
-        store_bf16(reinterpret_cast<uint16_t *>(at), v, t.columns - c);
-      } else {
-        store_f32(reinterpret_cast<float *>(at), v, t.columns - c);
-      }
-    }
-  }
-}
-
 // A task of one panel, whose weights are stored in a format.
 template <class Kind, int FORMAT>
 static void stored_task(const Product &p, const ProductTask &t, const Place &out, char *packed, float *sums) {
   if (t.rows <= kFewRows && !Stored(p.terms[0], t.matrix).sums_outputs) {
     switch (t.rows) {
-      case 1: return stored_dots<Kind, FORMAT, 1>(p, t, out);
-      case 2: return stored_dots<Kind, FORMAT, 2>(p, t, out);
-      case 3: return stored_dots<Kind, FORMAT, 3>(p, t, out);
-      default: return stored_dots<Kind, FORMAT, 4>(p, t, out);
+      case 1: return stored_dots<Kind, FORMAT, 1>(p, t, out, packed);
+      case 2: return stored_dots<Kind, FORMAT, 2>(p, t, out, packed);
+      case 3: return stored_dots<Kind, FORMAT, 3>(p, t, out, packed);
+      default: return stored_dots<Kind, FORMAT, 4>(p, t, out, packed);
     }
   }
   const Strips strips(t.rows);

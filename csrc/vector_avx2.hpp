@@ -126,7 +126,59 @@ INLINE void transpose(Reg *v) {
   }
 }
 
-struct F32 {
+// 32 bytes, of which each lane has 4.
+using Bits = __m256i;
+INLINE Bits load_bits(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+INLINE Bits shifted(Bits v, int n) { return _mm256_srli_epi32(v, n); }
+
+// A vector of int8 as fp32, of which `n` are there.
+INLINE Reg numbers_of_bytes(const uint8_t *p, int64_t n) {
+  uint8_t copy[8] = {};
+  __builtin_memcpy(copy, p, n < 8 ? n : 8);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(copy))));
+}
+
+// Powers of two of type E8M0, of which `n` are there: 0 is 2^-127, 255 is NaN.
+INLINE Reg powers_of_two(const uint8_t *p, int64_t n) {
+  uint8_t copy[8] = {};
+  __builtin_memcpy(copy, p, n < 8 ? n : 8);
+  const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(copy)));
+  const __m256i half = _mm256_set1_epi32(0x400000);
+  const __m256i is_nan = _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255));
+  const __m256i bits = _mm256_max_epu32(_mm256_slli_epi32(e, 23), half);
+  return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(is_nan, half)));
+}
+
+// Each of the numbers from `p` on for N lanes; four may be read.
+template <int N>
+INLINE Reg spread(const float *p) {
+  return N == 8 ? _mm256_set1_ps(*p) : _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+}
+
+// Of N vectors that follow each other, the words 0, N, 2N, ...; 1, N + 1, 2N + 1, ...; and so on.
+template <int N>
+INLINE void every_nth(Reg (&v)[N]) {
+  static_assert(N == kLanes);
+  transpose(v);
+}
+
+// What kinds of elements share whose words are fp32.
+struct WordsOfF32 {
+  using InWord = float;
+  struct Table {
+    Reg low, high;
+  };
+  INLINE Table table(const float *numbers) { return {load(numbers), load(numbers + 8)}; }
+  // The numbers that stand for the lowest 4 bits of lanes.
+  INLINE Reg looked_up(Table table, Bits bits) {
+    const Reg low = _mm256_permutevar8x32_ps(table.low, bits), high = _mm256_permutevar8x32_ps(table.high, bits);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28)));
+  }
+  // Of vectors of which each lane has numbers that follow each other: that of number `i`.
+  INLINE Reg number(const Reg *v, int i) { return v[i]; }
+};
+
+struct F32 : WordsOfF32 {
   using Element = float;
   static constexpr int kStep = 1;
   static constexpr bool kWidens = false;
@@ -143,7 +195,7 @@ struct F32 {
 };
 
 // Nothing multiplies bf16 here: it is converted when packed.
-struct BF16 {
+struct BF16 : WordsOfF32 {
   using Element = uint16_t;
   static constexpr int kStep = 1;
   static constexpr bool kWidens = true;

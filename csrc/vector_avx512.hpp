@@ -115,7 +115,68 @@ INLINE void transpose(Reg *v) {
   }
 }
 
-struct F32 {
+// 64 bytes, of which each lane has 4.
+using Bits = __m512i;
+INLINE Bits load_bits(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE Bits shifted(Bits v, unsigned n) { return _mm512_srli_epi32(v, n); }
+
+// A vector of int8 as fp32, of which `n` are there.
+INLINE Reg numbers_of_bytes(const uint8_t *p, int64_t n) {
+  const __m128i bytes =
+      n >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)) : _mm_maskz_loadu_epi8(first(n), p);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+
+// Powers of two of type E8M0, of which `n` are there: 0 is 2^-127, 255 is NaN.
+INLINE Reg powers_of_two(const uint8_t *p, int64_t n) {
+  const __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)), half = _mm512_set1_epi32(0x400000);
+  const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(e, 23), half);
+  const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, is_nan, bits, half));
+}
+
+// Each of the numbers from `p` on for N lanes; four may be read.
+template <int N>
+INLINE Reg spread(const float *p) {
+  const __m512i numbers = N == 8 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+                                 : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  return _mm512_permutexvar_ps(numbers, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+// Of N vectors that follow each other, the words 0, N, 2N, ...; 1, N + 1, 2N + 1, ...; and so on.
+template <int N>
+INLINE void every_nth(Reg (&v)[N]) {
+  if constexpr (N > 1) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    Reg evens[N / 2], odds[N / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < N / 2; ++i) {
+      evens[i] = _mm512_permutex2var_ps(v[2 * i], even, v[2 * i + 1]);
+      odds[i] = _mm512_permutex2var_ps(v[2 * i], odd, v[2 * i + 1]);
+    }
+    every_nth(evens);
+    every_nth(odds);
+#pragma GCC unroll 4
+    for (int i = 0; i < N / 2; ++i) {
+      v[2 * i] = evens[i];
+      v[2 * i + 1] = odds[i];
+    }
+  }
+}
+
+// What kinds of elements share whose words are fp32.
+struct WordsOfF32 {
+  using InWord = float;
+  using Table = Reg;
+  INLINE Table table(const float *numbers) { return load(numbers); }
+  // The numbers that stand for the lowest 4 bits of lanes.
+  INLINE Reg looked_up(Table table, Bits bits) { return _mm512_permutexvar_ps(bits, table); }
+  // Of vectors of which each lane has numbers that follow each other: that of number `i`.
+  INLINE Reg number(const Reg *v, int i) { return v[i]; }
+};
+
+struct F32 : WordsOfF32 {
   using Element = float;
   static constexpr int kStep = 1;
   static constexpr bool kWidens = false;
@@ -132,7 +193,7 @@ struct F32 {
 };
 
 // bf16 where nothing multiplies it: converted when packed.
-struct WideBF16 {
+struct WideBF16 : WordsOfF32 {
   using Element = uint16_t;
   static constexpr int kStep = 1;
   static constexpr bool kWidens = true;
@@ -180,6 +241,21 @@ struct PairsOfBF16 {
   }
   INLINE Reg along(const uint16_t *p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first32(n), p));
+  }
+  // See WordsOfF32. Twice in a register, for the bit above the 4 counts, too.
+  using InWord = uint16_t;
+  using Table = __m512i;
+  INLINE Table table(const float *numbers) {
+    const __m256i once = narrow(load(numbers));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
+  }
+  INLINE Reg looked_up(Table table, Bits bits) { return _mm512_castsi512_ps(_mm512_permutexvar_epi16(bits, table)); }
+  // Lanes have 8 numbers, of which a pair is `i` and `i + 4`.
+  INLINE Reg number(const Reg *v, int i) {
+    const __m512i a = _mm512_castps_si512(v[i / 2]), b = _mm512_castps_si512(v[i / 2 + 2]);
+    const __m512i high = _mm512_set1_epi32(0xffff0000);
+    return _mm512_castsi512_ps(i % 2 ? _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, high))
+                                     : _mm512_or_si512(_mm512_andnot_si512(high, a), _mm512_slli_epi32(b, 16)));
   }
 
  private:

@@ -43,6 +43,32 @@ def test_products_and_their_gradients(impl, dtype, format, inputs):
         assert torch.equal(grouped_mm(grad, w.mT, sizes, impl=impl), gx)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "inputs"), [("int8", 2115), ("nf4", 4096 + 64), ("mxfp4", 2048 + 32)])
+def test_few_rows_meet_long_outputs(dtype, format, inputs):
+    # The kernels of few rows go over the summed dim in pieces, of which the last is not whole.
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(10, inputs, generator=generator).to(dtype), torch.randn(4, inputs, 70, generator=generator)
+    w, sizes = quantize(w, format), torch.tensor([1, 2, 3, 4])
+    exact, rounded = w.dequantize().double(), w.dequantize().to(dtype).float()
+    truth = grouped_mm(x.double(), exact, sizes, impl="reference")
+    naive = grouped_mm(x.float(), rounded, sizes, impl="reference").to(dtype)
+    sums = grouped_mm(x.double().abs(), exact.abs(), sizes, impl="reference")
+    assert_accurate(grouped_mm(x, w, sizes), naive, truth, sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_scales_at_the_ends_of_their_range(dtype, rows):
+    w = quantize(torch.eye(160)[None], "mxfp4")
+    w.scales[0, :, 1:4] = torch.tensor([0, 255, 254], dtype=torch.uint8)
+    w.scales[0, 100:] = 127
+    y = grouped_mm(torch.full((rows, 160), 2.0**60, dtype=dtype), w, torch.tensor([rows]))
+    numbers = w.dequantize()[0]
+    assert torch.equal(y.isnan(), numbers.isnan().any(0).expand(rows, -1))
+    torch.testing.assert_close(y[:, 100:].float(), (numbers[:, 100:].sum(0) * 2.0**60).expand(rows, -1), rtol=0, atol=0)
+
+
 def test_second_derivatives_of_a_product():
     w, sizes = quantize(torch.randn(3, 7, 5), "nf4"), torch.tensor([2, 0, 3])
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
