@@ -14,12 +14,19 @@ from torch import Tensor
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
+from moesaic.integrations.transformers.files import Files
+from moesaic.sharding.parts import local_part
 from tests.distributed.parity import assert_close, legal_layouts, meshes_of, whole
 from tests.distributed.test_lora_parity import name_of
 from tests.integrations.families import make_model, token_ids
 
 peft = pytest.importorskip("peft")
-from moesaic.integrations.peft import add_adapters, load_adapters, save_adapters  # noqa: E402, needs peft
+from moesaic.integrations.peft import (  # noqa: E402, needs peft
+    add_adapters,
+    files,
+    load_adapters,
+    save_adapters,
+)
 from moesaic.integrations.peft.add import factors_of  # noqa: E402
 from moesaic.integrations.peft.files import in_files  # noqa: E402
 from moesaic.integrations.peft.switch import adapters_of  # noqa: E402
@@ -186,6 +193,36 @@ def check_dropout(family: str, layout: dict[str, int], way: Any) -> None:
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         if q.requires_grad:
             assert_close(f"gradient of {name}", whole(p.grad), q.grad)
+
+
+def check_reading(family: str, folder: Path, layout: dict[str, int]) -> None:
+    """Each rank reads its part of every tensor, and nothing else."""
+    read: list[Files] = []
+
+    class Counted(Files):
+        def __init__(self) -> None:
+            super().__init__()
+            read.append(self)
+
+    model = swap_moe(base_of(family))
+    add_adapters(model, config_of())
+    moesaic.parallelize(model, meshes_of(layout))
+    files.Files = Counted
+    try:
+        load_adapters(model, folder / "before")
+    finally:
+        files.Files = Files
+    parts = {n: local_part(p)[0].nbytes for n, p in model.named_parameters() if p.requires_grad}
+    assert read[0].bytes_read == sum(parts.values())
+    assert sum(n for name, n in parts.items() if "experts" in name) == sum(
+        p.nbytes // (layout["ep"] * (layout["etp"] if name[-4:] in ("w1_b", "w3_b", "w2_a") else 1))
+        for name, p in model.named_parameters()
+        if p.requires_grad and "experts" in name
+    )
+
+
+def test_each_rank_reads_its_part(by_peft, same_ranks):
+    same_ranks(check_reading, 2, "Mixtral", by_peft("Mixtral"), {"tp": 2, "ep": 2, "etp": 1})
 
 
 DROPPED = [

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import moesaic
 from moesaic.layers import quantize_
@@ -157,6 +160,43 @@ def check_what_is_frozen() -> None:
         assert trained == {name for name, _ in moe.named_parameters() if "adapters" in name}
         optimizer.step()
         assert len(optimizer.state) == len(trained)
+
+
+class Reduced(TorchDispatchMode):
+    """Counts the numbers that are summed over ranks and scattered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "reduce_scatter" in str(func):
+            self.numbers += max(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def check_buffers() -> None:
+    """On two ranks that share all weights: FSDP has gradients of adapters to reduce, and of nothing else."""
+    for frozen in (True, False):
+        moe = make_moe()
+        for name, parameter in moe.named_parameters():
+            parameter.requires_grad_("adapters" in name or not (frozen or "experts" in name))
+        moe = moesaic.parallelize(moe, meshes_of({}))
+        with Reduced() as reduced:
+            moe(torch.randn(6, DIM)).square().sum().backward()
+        trained = sum(p.numel() for p in moe.parameters() if p.requires_grad)
+        whole = sum(p.numel() for p in moe.parameters())
+        assert trained <= reduced.numbers < 1.05 * trained < 0.5 * whole
+        for module in moe.modules():
+            if isinstance(module, FSDPModule):
+                group = module._get_fsdp_state()._fsdp_param_group
+                for p in [] if group is None else group.fsdp_params:
+                    assert p.sharded_param.requires_grad == (p.sharded_param.grad is not None)
+                    assert p.unsharded_accumulated_grad is None
+
+
+def test_fsdp_has_no_gradient_buffer_for_frozen_weights(same_ranks):
+    same_ranks(check_buffers, 2)
 
 
 def test_frozen_weights_have_neither_gradient_nor_optimizer_state(same_ranks):

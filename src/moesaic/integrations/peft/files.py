@@ -255,8 +255,10 @@ def factors_by_expert(a: LazyTensor, b: LazyTensor, target: Target) -> tuple[Laz
 
     def columns(box: Box) -> Tensor:
         experts, outer, of_rank = box
-        read = b.read((outer, slice(0, r * E)))
-        return read.unflatten(1, (r, E)).permute(2, 0, 1)[experts][..., of_rank]
+        # One box for each number of the rank, so that no other expert is read.
+        firsts = range(of_rank.start * E, of_rank.stop * E, E)
+        read = [b.read((outer, slice(first + experts.start, first + experts.stop))) for first in firsts]
+        return torch.stack(read, -1).transpose(0, 1)
 
     a_ErI = LazyTensor([E, r, a.shape[1]], a.dtype, rows)
     b_EOr = LazyTensor([E, b.shape[0], r], b.dtype, columns)
