@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,15 @@ def remove(path: Path) -> None:
     shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(root: Path, keep: int, newest: int) -> None:
-    """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes have left behind."""
+def prune(root: Path, keep: int, newest: int, spare: Collection[int] = ()) -> None:
+    """Remove all but the `keep` newest checkpoints up to step `newest`, and what crashes have left behind.
+
+    Checkpoints of the steps in `spare` stay.
+    """
     # These first: what is left of a checkpoint that was replaced must not outlive the one that replaced it.
     for path in root.iterdir():
         if path.name.endswith((".tmp", OLD, _GONE)) and _NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
     for path in [path for path in checkpoints(root) if step_of(path) <= newest][:-keep]:
-        remove(path)
+        if step_of(path) not in spare:
+            remove(path)

@@ -31,3 +31,13 @@ def restore(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> No
     set_model_state_dict(model, state["model"])
     current = get_optimizer_state_dict(model, optimizer)
     set_optimizer_state_dict(model, optimizer, {_STATE: state["optimizer"], _GROUPS: current[_GROUPS]})
+
+
+def weights(model: nn.Module) -> dict[str, Any]:
+    """The part of `training_state` that is the model's."""
+    return {"model": get_model_state_dict(model)}
+
+
+def restore_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Put a state of `weights`, filled by `read_into`, into the model."""
+    set_model_state_dict(model, state["model"])

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ def save(
     keep: int = 2,
     planner: dcp.SavePlanner | None = None,
     blocking: bool = True,
+    spare: Collection[int] = (),
 ) -> Path:
     """Write `state` (tensors and DTensors, nested in dicts) as `root/step-<step>` and keep the `keep` newest ones.
 
-    `info` is JSON; that of rank 0 is written. `planner` is for states that are not in memory. All ranks must see
-    `root`. If any rank fails, all raise, and earlier checkpoints are unchanged.
+    `info` is JSON; that of rank 0 is written. `planner` is for states that are not in memory. Checkpoints of the steps
+    in `spare` are kept as well. All ranks must see `root`. If any rank fails, all raise, and earlier checkpoints are
+    unchanged.
 
     With `blocking=False` it returns when the state is copied to the host's memory, and a thread writes the copy. The
     tensors of `state` may change then. One save is in the background at a time: the next call of `save`, `load` or
@@ -58,20 +60,26 @@ def save(
     final = root / folder.folder_name(step)
     if blocking:
         background.wait()
-        _write(final, step, state, info, keep, planner)
+        _write(final, step, state, info, keep, planner, spare)
         return final
     if planner is not None:
         raise ValueError("planner: a state that is not in memory cannot be saved in the background; use blocking=True")
     ranks.on_leader(lambda: folder.check_info(info))
     # Copied after the save before is done: so there is one copy in memory.
     background.wait()
-    copy, note = background.copied(state), json.loads(json.dumps(info))
-    background.start(lambda: _write(final, step, copy, note, keep, None))
+    copy, note, kept = background.copied(state), json.loads(json.dumps(info)), frozenset(spare)
+    background.start(lambda: _write(final, step, copy, note, keep, None, kept))
     return final
 
 
 def _write(
-    final: Path, step: int, state: dict[str, Any], info: dict[str, Any], keep: int, planner: dcp.SavePlanner | None
+    final: Path,
+    step: int,
+    state: dict[str, Any],
+    info: dict[str, Any],
+    keep: int,
+    planner: dcp.SavePlanner | None,
+    spare: Collection[int],
 ) -> None:
     work = final.with_name(final.name + ".tmp")
     try:
@@ -88,7 +96,7 @@ def _write(
         described = ranks.together(lambda: _describe_own(work))
         files = {name: entry for part in described for name, entry in part.items()}
         manifest = Manifest(step=step, world_size=ranks.world_size(), info=info, files=files)
-        ranks.on_leader(lambda: _finish(work, final, manifest, keep))
+        ranks.on_leader(lambda: _finish(work, final, manifest, keep, spare))
     except (OSError, CheckpointException) as error:
         if ranks.is_leader():
             shutil.rmtree(work, ignore_errors=True)
@@ -199,10 +207,10 @@ def _describe_own(work: Path) -> dict[str, dict[str, Any]]:
     return {path.name: describe_file(path) for path in own}
 
 
-def _finish(work: Path, final: Path, manifest: Manifest, keep: int) -> None:
+def _finish(work: Path, final: Path, manifest: Manifest, keep: int, spare: Collection[int]) -> None:
     folder.write_manifest(work, manifest)
     exchange.publish(work, final)
-    folder.prune(final.parent, keep, manifest.step)
+    folder.prune(final.parent, keep, manifest.step, spare)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def check(config: TrainConfig) -> None:
     at_least = {
         1: ("tp", "ep", "etp", "dp_replicate", "steps", "batch_size", "keep", "log_every", "eval_bytes", "timeout"),
         2: ("seq_len",),
-        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank"),
+        0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank", "early_stop"),
     }
     for least, names in at_least.items():
         for name in names:
@@ -53,6 +53,9 @@ def check(config: TrainConfig) -> None:
         raise UserError("--choose-again: a new run chooses anyway; add --resume to continue one")
     if not 0 <= config.lora_dropout < 1:
         raise UserError(f"--lora-dropout must be at least 0 and below 1, not {config.lora_dropout}")
+    for name in ("early_stop", "keep_best"):
+        if getattr(config, name) and not config.eval_every:
+            raise UserError(f"{flag(name)} needs measurements: give --eval-every, the steps between them")
     if config.lr == 0:
         raise UserError("--lr must be more than 0")
     if not 0 <= config.min_lr_ratio <= 1:
@@ -92,6 +95,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return name if path is None or not path.exists() else str(path.absolute())
 
     paths: dict[str, Any] = {name: absolute(getattr(config, name)) for name in ("data", "model", "tokenizer")}
+    paths["eval_data"] = tuple(absolute(name) for name in config.eval_data)
     return dataclasses.replace(config, **paths)
 
 
@@ -100,6 +104,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values["out"] = None if config.out is None else str(config.out)
     values["betas"] = list(config.betas)
+    values["eval_data"] = list(config.eval_data)
     # Every call decides for itself whether to resume, and how.
     del values["config"], values["resume"], values["choose_again"]
     return values
@@ -119,8 +124,8 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     values.setdefault("aux_loss", "batch")
     if values.get("out") is not None:
         values["out"] = Path(values["out"])
-    if "betas" in values:
-        values["betas"] = tuple(values["betas"])
+    for name in {"betas", "eval_data"} & values.keys():
+        values[name] = tuple(values[name])
     return TrainConfig(**values)
 
 

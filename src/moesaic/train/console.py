@@ -52,7 +52,13 @@ def describe(values: Mapping[str, Any]) -> str:
         "bits_per_byte": "held-out {:.3f} bits/byte",
         "held_out_loss": "held-out loss {:.4f}",
     }
-    return "  ".join(text.format(values[name]) for name, text in form.items() if name in values)
+    said = [text.format(values[name]) for name, text in form.items() if name in values]
+    # Of further sets: bits_per_byte/set.
+    for name in values:
+        kind, _, label = name.partition("/")
+        if label:
+            said.append(form[kind].format(values[name]).replace("held-out", label))
+    return "  ".join(said)
 
 
 class _Silent:

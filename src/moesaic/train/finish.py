@@ -18,7 +18,7 @@ from moesaic.integrations.transformers import export_pretrained
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
-from moesaic.train.lora import ADAPTER, export_merged, merge_adapters, save_adapters
+from moesaic.train.lora import ADAPTER, EXPORT_DTYPES, export_merged, merge_adapters, save_adapters
 from moesaic.train.model import quiet
 from moesaic.train.step import evaluating
 
@@ -55,12 +55,22 @@ def export(model: Any, folder: Path, tokenizer: Any, config: TrainConfig, weight
                 return
             if config.lora_rank:
                 merge_adapters(model)
-            export_pretrained(model, folder, tokenizer=tokenizer, add=take_adapters)
+            dtype = EXPORT_DTYPES[config.export_dtype]
+            if dtype is not torch.float32:
+                round_parameters(model, dtype)
+            export_pretrained(model, folder, tokenizer=tokenizer, dtype=dtype, add=take_adapters)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"cannot export to {folder}: {error}. The training is saved. To export again, run the same command with "
             f"--resume --out {folder.parent}"
         ) from error
+
+
+@torch.no_grad()
+def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights of a trained model, in place, so that they are those of an export in this dtype."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
 
 def compare_with_export(

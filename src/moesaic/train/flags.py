@@ -143,6 +143,11 @@ class RunOptions:
     """Steps between checkpoints. 0: only one, at the end. There is always a checkpoint at the end."""
     keep: int = 2
     """How many checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best score, and export that at the end. A checkpoint is written whenever a
+    measurement is better than all before it. Needs --eval-every."""
+    export_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The dtype of the weights in the export."""
     async_checkpoints: bool = False
     """Write checkpoints in the background: training waits only while a copy is made in the host's memory. The last one
     is written before the program ends."""
@@ -163,7 +168,13 @@ class MeasuringOptions:
     """Steps between measurements on held-out data. 0: none in between. There is always one at the end, and one
     before the first step of a pretrained model."""
     eval_bytes: int = 131_072
-    """How many bytes of held-out data to measure."""
+    """How many bytes of held-out data to measure, and of each set of --eval-data."""
+    eval_data: tuple[str, ...] = ()
+    """More data to measure, none of which is held out of --data: files, folders or datasets, as for --data. The score
+    that decides for --early-stop and --keep-best is that of the first set, and without any that of what is held out."""
+    early_stop: int = 0
+    """End the training when this many measurements in a row were no better than the best before them. 0: never. Needs
+    --eval-every."""
     prompt: str | None = None
     """What the trained model continues at the end: a text, or a message of the user. By default 'def main(', or a
     held-out conversation without its last answer."""

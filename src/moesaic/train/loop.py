@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from moesaic.train.schedule import learning_rate
 from moesaic.train.scores import Scores, scores_of
 from moesaic.train.signals import StopRequest, linger_on_sigterm
 from moesaic.train.step import StepResult, train_step
-from moesaic.train.training import Training, save
+from moesaic.train.training import Training, save, take_best
 
 
 def train(config: TrainConfig) -> None:
@@ -59,8 +60,9 @@ def train(config: TrainConfig) -> None:
                 scores = scores_of(run.text, run.config, run.training.model, run.meshes, runtime.device)
                 screen.message(_introduce(run))
                 with closing(run.guard):
-                    finished = fit(run, screen, lambda: {scores.name: scores.measure()})
+                    finished = fit(run, screen, lambda: measure_all(run, scores))
                 if finished:
+                    _take_best(run, screen)
                     _finish(run, scores, screen)
         except (UserError, CheckpointError, TrainingError):
             # All ranks have it.
@@ -75,7 +77,7 @@ def fit(run: Run, screen: Screen, measure: Callable[[], Mapping[str, float]] = d
     After an error on any rank all raise `TrainingError`, and have saved the last step if its weights are sound.
     """
     training, config, runtime = run.training, run.config, run.runtime
-    if training.step >= config.steps:
+    if training.step >= config.steps or _is_enough(run):
         return True
     runtime.wait_for_long()
     writers = _open_writers(run.folder, training.step, config.tensorboard, screen) if runtime.leader else []
@@ -127,7 +129,7 @@ def _steps(
     clock, clock_step = time.perf_counter(), training.step
     # The first step compiles and warms up, on each rank in its own time.
     pace = runtime.slowly
-    while training.step < config.steps and not stopped:
+    while training.step < config.steps and not stopped and not _is_enough(run):
         with pace():
             result = train_step(
                 training,
@@ -144,16 +146,22 @@ def _steps(
             seconds = (time.perf_counter() - clock) / (training.step - clock_step)
             values = _metrics(training, config, runtime.device, result, seconds)
         reset_expert_load(training.model)
-        if config.eval_every and training.step % config.eval_every == 0:
+        better = False
+        if _is_measured(training.step, config):
             with runtime.slowly():
-                values = (values or {}) | dict(measure())
+                measured = dict(measure())
+            values = (values or {}) | measured
+            if measured:
+                # The first score decides. Ranks must not differ in what they do next.
+                better = training.best.note(ranks.from_leader(next(iter(measured.values()))), training.step)
         if values is not None:
             _write(writers, values, training.step)
             # The time of measurements is not part of the speed.
             clock, clock_step = time.perf_counter(), training.step
         screen.update(training.step, values)
-        last = stopped or training.step == config.steps
-        if last or (config.save_every and training.step % config.save_every == 0):
+        last = stopped or training.step == config.steps or _is_enough(run)
+        regular = config.save_every and training.step % config.save_every == 0
+        if last or regular or (better and config.keep_best):
             before = time.perf_counter()
             with runtime.slowly():
                 # A full disk must not end the training: there may be room again at the next checkpoint.
@@ -171,6 +179,41 @@ def _steps(
                     screen.message(f"warning: {error}; training continues")
             clock += time.perf_counter() - before
     return stopped
+
+
+def measure_all(run: Run, scores: Scores) -> dict[str, float]:
+    """The scores of all sets, and of what is held out: the one that decides is the first. Collective."""
+    config, runtime = run.config, run.runtime
+    options = {"meshes": run.meshes, "batch_size": config.batch_size, "device": runtime.device, "dtype": config.dtype}
+    return {one.name: one.measure(run.training.model, **options) for one in run.sets} | {scores.name: scores.measure()}
+
+
+def _is_measured(step: int, config: TrainConfig) -> bool:
+    """Whether scores are measured after a step. Where the best is kept, the last step may be the best."""
+    return bool(config.eval_every) and (step % config.eval_every == 0 or (config.keep_best and step == config.steps))
+
+
+def _is_enough(run: Run) -> bool:
+    """Whether measurements have been no better for so long that the training is over."""
+    return bool(run.config.early_stop) and run.training.best.misses >= run.config.early_stop
+
+
+def _take_best(run: Run, screen: Screen) -> None:
+    """Say why the training has ended early, and go back to the best weights if they are kept."""
+    training, best = run.training, run.training.best
+    if _is_enough(run) and training.step < run.config.steps:
+        screen.message(
+            f"ended after step {training.step} of {run.config.steps} (--early-stop): {best.misses} measurements in a "
+            f"row were no better than {best.score:.4f}, after step {best.step}"
+        )
+    if not run.config.keep_best or best.step in (0, training.step):
+        return
+    try:
+        take_best(training, run.folder)
+    except CheckpointError as error:
+        screen.message(f"warning: the best weights, of step {best.step}, cannot be read: {error}; these are the last")
+    else:
+        screen.message(f"the best weights are those of step {best.step}, which are exported (--keep-best)")
 
 
 def _write(writers: Sequence[MetricWriter], values: Mapping[str, Value], step: int) -> None:
@@ -222,11 +265,13 @@ def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) ->
 
 def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     model, config, leader = run.training.model, run.config, run.runtime.leader
-    now = scores.measure()
+    *others, now = measure_all(run, scores).items()
     numbers: dict[str, float] = {}
     if leader:
-        numbers, text = scores.compare(_first_value(run.folder / METRICS, scores.name), now)
+        numbers, text = scores.compare(_first_value(run.folder / METRICS, scores.name), now[1])
         screen.message(f"\n{text}")
+        for name, value in others:
+            screen.message(describe({name: value}))
     folder = run.folder / EXPORT
     finish.export(model, folder, run.text.tokenizer(), config, run.weights)
     exported = finish.load_exported(folder)
@@ -238,7 +283,11 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         text = prompt + finish.sample(
             exported, run.text.tokenizer(), ids, max_new_tokens=config.sample_tokens, seed=config.seed
         )
-        result = {"step": run.training.step, scores.name: numbers, "export_difference": difference, "sample": text}
+        result: dict[str, Any] = {"step": run.training.step, scores.name: numbers, **dict(others)}
+        result["export_difference"] = difference
+        if config.keep_best and run.training.best.step:
+            result["best_step"] = run.training.best.step
+        result["sample"] = text
         write_json(run.folder / RESULT, result)
         screen.message(
             f"\nexported to {folder}: AutoModelForCausalLM.from_pretrained loads it, {_equal(run, difference)}"

@@ -21,6 +21,8 @@ from moesaic.train.errors import UserError
 
 # In the folder of the export.
 ADAPTER = "adapter"
+# By --export-dtype.
+EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check_adapters(config: TrainConfig, source: ModelSource) -> None:
@@ -99,6 +101,6 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def export_merged(config: TrainConfig, weights: str, adapter: Path, folder: Path, add: Callable[[Path], None]) -> None:
-    """Write the pretrained model with the adapters in a folder added, in fp32. Collective."""
-    source = Source(weights, torch.float32, ignore_unexpected=config.ignore_unexpected)
+    """Write the pretrained model with the adapters in a folder added. Collective."""
+    source = Source(weights, EXPORT_DTYPES[config.export_dtype], ignore_unexpected=config.ignore_unexpected)
     importlib.import_module("moesaic.integrations.peft.merged").export_merged(source, adapter, folder, add)

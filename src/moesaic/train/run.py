@@ -35,6 +35,7 @@ from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
 from moesaic.train.runtime import Runtime
+from moesaic.train.sets import EvalSet, read_eval_sets
 from moesaic.train.training import Training, restore
 
 
@@ -48,6 +49,8 @@ class Run:
     runtime: Runtime
     text: PreparedText | PreparedConversations
     meshes: Meshes
+    sets: tuple[EvalSet, ...]
+    """What is measured beside the held-out data."""
     guard: ForwardGuard
     weights: str | None
     """Where those of a pretrained model are."""
@@ -76,6 +79,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
     text = prepare_on_ranks(config, runtime, notify)
     config = fit_seq_len(config, text, source.text_values.get("max_position_embeddings"), notify)
+    sets = read_eval_sets(config, text.tokenizer(), notify) if config.eval_data else ()
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
     implementations.tell_of_missing_kernels(runtime.device, notify)
     loader = BatchLoader(
@@ -134,7 +138,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             lock.release()
         raise
     guard = ForwardGuard(model, runtime.device)
-    return Run(training, folder, config, runtime, text, meshes, guard, source.weights, lock)
+    return Run(training, folder, config, runtime, text, meshes, sets, guard, source.weights, lock)
 
 
 def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from moesaic import ranks
 from moesaic.train import evaluate
 from moesaic.train.chat import LossOn, Renderer, named_in_template
+from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import Conversation, Document, all_documents, fingerprint
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED
@@ -92,6 +94,44 @@ def as_rows(documents: Sequence[Document], tokenizer: Any, form: Form, notify: C
     return Measured(
         evaluate.take_rows(packed, masked=True), count - packed.left_out, len(documents) - count + packed.left_out
     )
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A set that a run measures beside what it holds out."""
+
+    label: str
+    """The name of its file or folder, different for each set."""
+    measured: Measured
+
+    @property
+    def name(self) -> str:
+        """Of its score, in metrics: `bits_per_byte/label` of text, and `held_out_loss/label` of conversations."""
+        kind = "bits_per_byte" if isinstance(self.measured.rows, evaluate.HeldOutText) else "held_out_loss"
+        return f"{kind}/{self.label}"
+
+    def measure(self, model: Any, **options: Any) -> float:
+        """Its score. Collective. Options are those of `evaluate.nats`."""
+        rows = self.measured.rows
+        if isinstance(rows, evaluate.HeldOutText):
+            return evaluate.bits_per_byte(model, rows, **options)
+        return evaluate.mean_loss(model, rows, **options)
+
+
+def read_eval_sets(config: TrainConfig, tokenizer: Any, notify: Callable[[str], None]) -> tuple[EvalSet, ...]:
+    """The sets of `--eval-data`. Collective. Raises `UserError` on all ranks."""
+    found: dict[str, EvalSet] = {}
+    form = Form(config.loss_on, config.packing, config.seq_len, max_bytes=config.eval_bytes)
+    for data in config.eval_data:
+        label, count = Path(data).stem or data, 2
+        while label in found:
+            label, count = f"{Path(data).stem or data}-{count}", count + 1
+        try:
+            documents = read_documents(data, tokenizer, config.text_column, notify)
+            found[label] = EvalSet(label, as_rows(documents, tokenizer, form, notify))
+        except UserError as error:
+            raise UserError(f"--eval-data {str(error).removeprefix('--data ')}") from error
+    return tuple(found.values())
 
 
 def render_all(renderer: Renderer, conversations: Sequence[Any]) -> Conversations:

@@ -78,9 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _from_yaml(text: str) -> Any:
     if importlib.util.find_spec("yaml") is None:
-        raise UserError(
-            "--config: YAML needs the package pyyaml: pip install 'moesaic[train]'; or write the file in TOML"
-        )
+        raise UserError("--config: YAML needs the package pyyaml: pip install pyyaml; or write the file in TOML")
     return importlib.import_module("yaml").safe_load(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moesaic import checkpoint
+from moesaic.checkpoint.folder import folder_name
 from moesaic.checkpoint.run_folder import CHECKPOINTS
+from moesaic.checkpoint.state import restore_weights, weights
+from moesaic.checkpoint.store import read_into, verify
 from moesaic.train import implementations
+from moesaic.train.best import Best
 from moesaic.train.config import TrainConfig, to_json
 from moesaic.train.errors import UserError
 from moesaic.train.loader import BatchLoader
@@ -40,6 +44,8 @@ class Training:
     """Whether all weights are those after this step. They are not while the optimizer changes them."""
     saved: int = 0
     """The last step that a checkpoint has. A new model need not be saved."""
+    best: Best = field(default_factory=Best)
+    """What was measured best so far."""
 
 
 def save(training: Training, config: TrainConfig, folder: Path) -> Path:
@@ -49,10 +55,19 @@ def save(training: Training, config: TrainConfig, folder: Path) -> Path:
         "identities": training.identities,
         "settings": to_json(config),
         implementations.KEY: training.implementations,
+        "best": asdict(training.best),
     }
     state = checkpoint.training_state(training.model, training.optimizer)
     blocking = not config.async_checkpoints
-    path = checkpoint.save(folder / CHECKPOINTS, training.step, state, info, keep=config.keep, blocking=blocking)
+    path = checkpoint.save(
+        folder / CHECKPOINTS,
+        training.step,
+        state,
+        info,
+        keep=config.keep,
+        blocking=blocking,
+        spare=[training.best.step] if config.keep_best else [],
+    )
     if blocking:
         training.saved = training.step
     return path
@@ -79,4 +94,17 @@ def restore(training: Training, folder: Path) -> checkpoint.Manifest:
     training.loader.load_state_dict(manifest.info["loader"])
     checkpoint.restore(training.model, training.optimizer, state)
     training.step = training.saved = manifest.step
+    training.best = Best(**manifest.info.get("best", {}))
     return manifest
+
+
+def take_best(training: Training, folder: Path) -> None:
+    """Take the weights of the step that was measured best. Collective. Raises `CheckpointError` if they are not there.
+
+    Optimizer and step stay as they are.
+    """
+    place = folder / CHECKPOINTS / folder_name(training.best.step)
+    verify(place)
+    state = weights(training.model)
+    read_into(place, state)
+    restore_weights(training.model, state)

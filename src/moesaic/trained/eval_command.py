@@ -157,7 +157,7 @@ def _rows(options: Options, found: Trained, tokenizer: Any, positions: Any, runt
 
     if options.data is not None:
         if settings is not None:
-            form |= {"loss_on": settings.loss_on}
+            form |= {"loss_on": settings.loss_on, "seq_len": settings.seq_len}
         documents = read_documents(options.data, tokenizer, options.text_column, notify)
         name = options.data
     else:

@@ -25,7 +25,7 @@ def run_on_ranks(command: str, work: Callable[[T, Runtime], None], options: T, c
     try:
         for package in ("transformers", "tokenizers"):
             if importlib.util.find_spec(package) is None:
-                raise UserError(f"it needs the package {package}: pip install 'moesaic[train]'")
+                raise UserError(f"it needs the package {package}: pip install '.[train]' in a checkout of moesaic")
         check(options)
         try:
             resolve_layout(launched_world_size(), **sizes_in(options))

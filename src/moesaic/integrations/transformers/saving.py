@@ -6,6 +6,7 @@ one at a time, and written as they come. So a rank holds its own shards and one 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.export import origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
+from moesaic.integrations.transformers.loading import model_on_meta
 from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
 from moesaic.integrations.transformers.shard_file import ShardFile
 
@@ -45,6 +47,7 @@ def export_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
     add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a model, parallelized or not, as a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
@@ -59,6 +62,8 @@ def export_pretrained(
         path: the folder to write. It may hold an earlier export.
         tokenizer: a tokenizer to save in the same folder.
         max_shard_size: the most bytes that a file may have. A file of a single tensor may have more.
+        dtype: cast tensors to this dtype, but for those that transformers keeps in fp32. For causal language models.
+            None casts nothing.
         add: writes more files into the folder, on rank 0, before the folder gets its name.
 
     Raises:
@@ -76,7 +81,12 @@ def export_pretrained(
     ties.tie_what_is_one(plain, state)
     # Tied weights are one parameter, and become one lazy tensor.
     leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
-    tensors = to_file_names(plain, to_original_names(model, {name: leaves[id(t)] for name, t in state.items()}))
+    original = to_original_names(model, {name: leaves[id(t)] for name, t in state.items()})
+    if dtype is not None:
+        plain.config.dtype = dtype
+        wanted = {n: t.dtype for n, t in model_on_meta(copy.deepcopy(plain.config), dtype).state_dict().items()}
+        original = {name: tensor.to(wanted.get(name, tensor.dtype)) for name, tensor in original.items()}
+    tensors = to_file_names(plain, original)
 
     def add_all(folder: Path) -> None:
         if tokenizer is not None:
