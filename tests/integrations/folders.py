@@ -76,6 +76,10 @@ _SMALL = {"index_head_dim": 8, "index_n_heads": 2, "linear_head_dim": 8, "linear
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 
 
+# Folders that transformers 5.23 does not have yet.
+SINCE_5_24 = ["hy_v4_vl", "inkling2_loop", "lara_mini"]
+
+
 class Row(NamedTuple):
     """The class of a model, and what its config has on top of the common sizes."""
 
@@ -117,12 +121,15 @@ OTHERS: dict[str, Row] = {
     "hunyuan_v1_moe": Row("HunYuanMoEV1ForCausalLM"),
     "hy_v3": Row("HYV3ForCausalLM"),
     "hy_v4": Row("HYV4ForCausalLM"),
+    "hy_v4_vl": Row("HYV4VLTextModel"),
     "inkling": Row("InklingForCausalLM"),
     "inkling2": Row("Inkling2ForCausalLM"),
+    "inkling2_loop": Row("Inkling2LoopForCausalLM"),
     "jamba": Row("JambaForCausalLM"),
     "kimi_linear": Row("KimiLinearForCausalLM", {**_LATENT, **_LINEAR}),
     "kolibri1": Row("Kolibri1ForCausalLM"),
     "laguna": Row("LagunaForCausalLM"),
+    "lara_mini": Row("LaraMiniForCausalLM"),
     "lfm2_moe": Row("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "mellum": Row("MellumForCausalLM"),
     "mimo_v2_flash": Row("MiMoV2FlashForCausalLM"),

@@ -18,6 +18,7 @@ from tests.integrations.families import VOCAB, assert_close, make_model, results
 
 BATCH, LENGTH = 4, 9
 LAYOUTS = {
+    "fsdp2 ep2": {"fsdp_size": 2, "ep_size": 2},
     "fsdp4 ep4": {"fsdp_size": 4, "ep_size": 4},
     # Two copies of each expert.
     "fsdp4 ep2": {"fsdp_size": 4, "ep_size": 2},
@@ -79,9 +80,15 @@ def check_equals_one_process(family: str, folder: Path, implementation: str, lay
         assert_close(model(input_ids=ids[rows]).logits, expected.logits[rows].detach(), "logits without gradients")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def check(same_ranks: Any, saved: Any, family: str, implementation: str, name: str) -> None:
+    layout = LAYOUTS[name]
+    world_size = layout["fsdp_size"] * layout.get("tp_size", 1)
+    same_ranks(check_equals_one_process, world_size, family, saved(family), implementation, layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "fsdp2 ep2"])
 def test_ranks_compute_what_one_process_does(same_ranks, saved, layout):
-    same_ranks(check_equals_one_process, 4, "Qwen3-MoE", saved("Qwen3-MoE"), "moesaic", LAYOUTS[layout])
+    check(same_ranks, saved, "Qwen3-MoE", "moesaic", layout)
 
 
 @pytest.mark.long
@@ -89,7 +96,7 @@ def test_ranks_compute_what_one_process_does(same_ranks, saved, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt-oss"])
 def test_other_families(same_ranks, saved, family, layout, implementation):
-    same_ranks(check_equals_one_process, 4, family, saved(family), implementation, LAYOUTS[layout])
+    check(same_ranks, saved, family, implementation, layout)
 
 
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "gpt-oss"])
@@ -165,9 +172,7 @@ def trained(folder: Path, layout: dict[str, int]) -> tuple[list[float], dict[str
 
 # Over tp, accelerate refuses processes on CPU.
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "layout", [{"fsdp_size": 2, "ep_size": 2}, LAYOUTS["fsdp4 ep4"], LAYOUTS["fsdp4 ep2"]], ids=str
-)
+@pytest.mark.parametrize("layout", [LAYOUTS["fsdp2 ep2"], LAYOUTS["fsdp4 ep4"], LAYOUTS["fsdp4 ep2"]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer(ranks, saved, family, layout):
     check_three_steps(ranks, family, saved(family), layout)

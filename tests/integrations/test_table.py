@@ -3,15 +3,20 @@
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic
 from moesaic.integrations.transformers import register, swap_moe
+from moesaic.integrations.transformers.families import WHY_NOT as WHY_NOT_2
 from tests.distributed.test_families import PLANNED
+from tests.distributed.test_folders import WITH_TP
 from tests.distributed.test_plan import fake_meshes
 from tests.integrations.families import FAMILIES, make_model, token_ids
+from tests.integrations.folders import NAMED, OTHERS, SINCE_5_24, make
 from tests.integrations.test_experts import SERVED
+from tests.integrations.test_folders import FOLDERS
 from tests.integrations.test_swap import SWAPPED
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
@@ -86,6 +91,31 @@ TESTED = (
     (2, SWAPPED, "also round trip, files"),
     (3, list(PLANNED), "results, gradients, a step"),
 )
+
+
+def folder_row(folder: str) -> str:
+    name = NAMED.get(folder)
+    model = f"{FAMILIES[name][0]}ForCausalLM" if name else OTHERS[folder].model
+    depth_2, depth_3 = f"no: {WHY_NOT_2.get(folder)}", "no"
+    if folder not in WHY_NOT_2:
+        depth_2, depth_3 = "yes", "yes" if name in PLANNED or folder in WITH_TP else "tp 1"
+    since = " (5.24)" if folder in SINCE_5_24 else ""
+    return f"| {folder}{since} | `{model}` | yes | {depth_2} | {depth_3} |"
+
+
+def test_the_table_of_folders_is_complete():
+    rows = [folder_row(folder) for folder in sorted([*NAMED, *OTHERS])]
+    assert "\n".join(rows) in DOCUMENT.read_text(), "\n".join(["the table should be:", *rows])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_tp_is_where_the_table_has_it(folder):
+    if folder_row(folder).endswith("| yes |"):
+        moesaic.parallelize(swap_moe(make(folder)), fake_meshes(2, tp=2))
+    else:
+        with pytest.raises(ValueError, match="cannot replace the blocks|use tp=1"):
+            moesaic.parallelize(swap_moe(make(folder)), fake_meshes(2, tp=2))
 
 
 def test_the_table_is_what_one_finds():

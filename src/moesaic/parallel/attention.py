@@ -47,6 +47,7 @@ _STYLES: dict[str, Role] = {
 }
 
 _HEADS: dict[str, Role] = {"q_proj": "column", "k_proj": "column", "v_proj": "column", "o_proj": "row"}
+_HEAD_NORMS: dict[str, Role] = {**_HEADS, "q_norm": "whole", "k_norm": "whole"}
 _WIDE_NORMS: dict[str, Role] = {**_HEADS, "q_norm": "wide norm", "k_norm": "wide norm"}
 _LATENT: dict[str, Role] = {
     "q_proj": "column",
@@ -63,11 +64,18 @@ _LATENT: dict[str, Role] = {
 TABLE: dict[str, dict[str, Role]] = {
     "DeepseekV2Attention": _LATENT,
     "DeepseekV3Attention": _LATENT,
-    "Glm4MoeAttention": {**_HEADS, "q_norm": "whole", "k_norm": "whole"},
+    "FlexOlmoAttention": _WIDE_NORMS,
+    "Glm4MoeAttention": _HEAD_NORMS,
+    "Glm4MoeLiteAttention": _LATENT,
     "GptOssAttention": {**_HEADS, "sinks": "column"},
     "GraniteMoeAttention": _HEADS,
+    "GraniteMoeSharedAttention": _HEADS,
+    "HunYuanMoEV1Attention": {**_HEADS, "query_layernorm": "whole", "key_layernorm": "whole"},
     "MiniMaxM2Attention": _WIDE_NORMS,
+    "Mistral4Attention": _LATENT,
     "OlmoeAttention": _WIDE_NORMS,
+    "Qwen3OmniMoeThinkerTextAttention": _HEAD_NORMS,
+    "Qwen3VLMoeTextAttention": _HEAD_NORMS,
 }
 
 

@@ -137,11 +137,15 @@ class _SequenceAxis:
 
 def _sequence_length(kwargs: dict[str, Any]) -> int:
     """The length of the whole sequence, from the positions that attention gets beside its shard of hidden states."""
-    embeddings = kwargs.get("position_embeddings")
-    if embeddings is None:
-        raise ValueError("tp > 1 needs attention to be given position_embeddings=, as transformers 5 does; use tp=1")
-    # Cosines and sines, or complex numbers.
-    return (embeddings if isinstance(embeddings, Tensor) else embeddings[0]).shape[1]
+    embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    if embeddings is not None:
+        # Cosines and sines, or complex numbers.
+        return (embeddings if isinstance(embeddings, Tensor) else embeddings[0]).shape[1]
+    if ids is not None:  # a layer without rotary embedding
+        return ids.shape[-1]
+    raise ValueError(
+        "tp > 1 needs attention to be given position_embeddings= or position_ids=, as transformers 5 does; use tp=1"
+    )
 
 
 def _replace_hidden_states(change: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

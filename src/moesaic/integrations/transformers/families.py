@@ -232,6 +232,10 @@ def _flint(block: Any) -> dict[str, Any]:
     }
 
 
+def _lara(block: Any) -> dict[str, Any]:
+    return _softmax(block) | {"shared_hidden_dim": block.shared_expert.gate_proj.out_features}
+
+
 def _cohere2(block: Any) -> dict[str, Any]:
     # The best logits are those of the best scores, and a softmax over them gives the weights of a normalised one.
     gate, fields = block.gate, {}
@@ -331,6 +335,7 @@ FAMILIES: dict[str, Family] = {
     "hy_v3.modeling_hy_v3:HYV3MoE": Family((*_PLAIN, _BIAS_ON_BLOCK, *_SHARED), _scaled_minimax_m2),
     "jamba.modeling_jamba:JambaSparseMoeBlock": Family((*EXPERTS, _ROUTER), _jamba),
     "laguna.modeling_laguna:LagunaSparseMoeBlock": Family(_DEEPSEEK_V3, _laguna),
+    "lara_mini.modeling_lara_mini:LaraMiniSparseMoeBlock": Family((*_PLAIN, *shared("shared_expert")), _lara),
     "lfm2_moe.modeling_lfm2_moe:Lfm2MoeSparseMoeBlock": Family((*_PLAIN, same("expert_bias", "router.bias")), _lfm2),
     "llama4.modeling_llama4:Llama4TextMoe": Family(
         (*TRANSPOSED_EXPERTS, _ROUTER, *shared("shared_expert")), _llama4, returns_pair=True
@@ -361,8 +366,10 @@ WHY_NOT: dict[str, str] = {
     "gemma4": "its router sees other numbers than its experts do, and has a scale for each expert",
     "glm5_next": "its experts clamp gate and up projections",
     "hy_v4": "its experts clamp gate and up projections",
+    "hy_v4_vl": "its experts clamp gate and up projections",
     "inkling": "its router weighs the shared experts too",
     "inkling2": "its experts have an activation of gate and up projection together",
+    "inkling2_loop": "its experts have an activation of gate and up projection together",
     "kolibri1": "its bias is on logits, before the sigmoid",
     "minimax_m3_vl": "its experts clamp gate and up projections, which do not alternate as in gpt-oss",
     "muse_spark": "projections and norms are around its experts",
