@@ -17,6 +17,7 @@ from moesaic.train.errors import UserError
 
 LAYERS = ("model.layers.0.mlp", "model.layers.1.mlp")
 SAMPLE = "</script><script>throw 1</script>"
+MORE = {"bits_per_byte/other": 2.25, "best_step": 18, "sample": SAMPLE}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -44,7 +45,7 @@ def write_run(folder, *, steps=20, rows=10, result=True, loads=True, **changes):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if result:
         scores = {"unigram": 4.5, "bigram": 3.5, "model": 2.4}
-        (folder / "result.json").write_text(json.dumps({"step": steps, "bits_per_byte": scores, "sample": SAMPLE}))
+        (folder / "result.json").write_text(json.dumps({"step": steps, "bits_per_byte": scores, **MORE}))
     return folder
 
 
@@ -92,6 +93,8 @@ def test_the_page_compares_runs(two, capsys, monkeypatch, tmp_path):
     assert rows["state"] == ["finished, step 20 of 20", "not finished, step 7 of 50"]
     assert rows["held out: this model, bits a byte"] == ["2.4000", "2.5000"]
     assert rows["held out: bigram bytes, bits a byte"] == ["3.5000", ""]
+    assert rows["other, bits a byte"] == ["2.2500", ""]
+    assert rows["exported, of step"] == ["18", ""]
     assert rows["last training loss"] == ["0.8000", "2.0000"]
     assert rows["time"] == ["6 min 0 s", "2 min 0 s"]
     assert rows["parameters"] == ["12,345,678"] * 2

@@ -35,7 +35,13 @@ def summary(runs: Sequence[Record]) -> list[tuple[str, list[str]]]:
         rows += [
             (f"held out: {_NAMES.get(key, key)}, {unit}", [_number(found.get(key)) for found in scores]) for key in keys
         ]
+        names = dict.fromkeys(key for run in runs for key in (run.result or {}) if key.startswith(f"{name}/"))
+        rows += [
+            (f"{key.partition('/')[2]}, {unit}", [_number((run.result or {}).get(key)) for run in runs])
+            for key in names
+        ]
     rows += [
+        ("exported, of step", [str((run.result or {}).get("best_step", "")) for run in runs]),
         ("tokens a second, median", [_median(run, "tokens_per_second") for run in runs]),
         ("most memory of a process", [_most(run, "memory_gib", "{:.2f} GiB") for run in runs]),
         ("time", [_time(run) for run in runs]),
