@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.utils.checkpoint import checkpoint
 
 import moesaic
 from moesaic.layers import attach_balance_losses, expert_load, uncounted, update_expert_bias
@@ -121,3 +122,51 @@ def train_step(
 def test_a_pipeline_equals_one_process(same_ranks, schedule, layout, compute):
     stages = one_process(layout["dp"])
     same_ranks(train_step, layout["pp"] * layout["dp"], stages, schedule, **layout, compute=compute)
+
+
+def replayed(
+    stages: list[tuple[Tensor, dict[str, Tensor]]], schedule_of: Callable[..., Any], checkpointed: bool
+) -> None:
+    """Microbatches of both stages go where another program sent their tokens."""
+    world = init_device_mesh("cpu", (2, 1, 1, 1), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+    index, group = world.get_local_rank("pp"), world["pp"].get_group()
+    ids, expected = stages[index]
+    blocks, x, target = problem()
+    block = moesaic.parallelize(copy.deepcopy(blocks[index]), moesaic.build_meshes(mesh=world))
+    if checkpointed:
+        moe = block.moe.forward
+        block.moe.forward = lambda *args: checkpoint(moe, *args, use_reentrant=False)
+    like = torch.empty(B // MICROBATCHES, S, D, dtype=x.dtype, requires_grad=True)
+    stage = PipelineStage(block, index, 2, torch.device("cpu"), input_args=like, output_args=like, group=group)
+    schedule = schedule_of(stage, MICROBATCHES, loss_fn=loss_fn, scale_grads=False)
+    # One layer, a pass for each microbatch: the order in which a stage calls its layer.
+    record = moesaic.routing.Record()
+    record.layers = [[moesaic.routing.Pass(part.flatten(0, 1), None) for part in ids.chunk(MICROBATCHES)]]
+    with moesaic.routing.replay(record), moesaic.routing.record() as again:
+        schedule.step(x) if index == 0 else schedule.step(target=target)
+    assert torch.equal(torch.cat([p.ids for p in again.layers[0]]), ids.flatten(0, 1))
+    assert len(again.layers[0]) == MICROBATCHES
+    assert_gradients_close(block, expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "checkpointed"),
+    [
+        (Schedule1F1B, True),
+        pytest.param(Schedule1F1B, False, marks=pytest.mark.long),
+        pytest.param(ScheduleGPipe, True, marks=pytest.mark.long),
+        pytest.param(ScheduleGPipe, False, marks=pytest.mark.long),
+    ],
+)
+def test_routing_is_played_in_a_pipeline(same_ranks, schedule, checkpointed):
+    blocks, x, target = problem()
+    model = nn.Sequential(*blocks)
+    with moesaic.routing.record() as r, torch.no_grad():
+        model(x)
+    # Other experts than by score.
+    routed = (r.routed_experts().long() + 1) % CONFIG.num_experts
+    with moesaic.routing.replay(moesaic.routing.Record.from_routed_experts(routed)):
+        loss_fn(model(x), target).backward()
+    ids = routed.unflatten(0, (B, S)).unbind(2)
+    gradients = [{name: p.grad for name, p in block.named_parameters()} for block in blocks]
+    same_ranks(replayed, 2, list(zip(ids, gradients, strict=True)), schedule, checkpointed)
