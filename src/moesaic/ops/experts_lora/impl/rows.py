@@ -67,19 +67,22 @@ class _Products:
         y_RO = self.forward(x_RI, projection.weight)
         if factors is None:
             return self.rows.add_bias(y_RO, projection.bias)
+        added_RO = self.forward(self.forward(dropped_RI, factors.a), factors.b)
+        if projection.bias is None:
+            # One pass: torch adds numbers of half types in fp32, and rounds once.
+            return y_RO.add_(added_RO)
         acc = accumulation_dtype(x_RI.dtype)
-        y_RO = y_RO.to(acc) + self.forward(self.forward(dropped_RI, factors.a), factors.b)
-        return self.rows.add_bias(y_RO, None if projection.bias is None else projection.bias.to(acc)).to(x_RI.dtype)
+        return self.rows.add_bias(y_RO.to(acc) + added_RO, projection.bias.to(acc)).to(x_RI.dtype)
 
     def back(self, grad_RO: Tensor, mask: Mask, projection: Projection, factors: LowRank | None) -> Tensor:
-        """The gradient of :meth:`project` by its rows: ``grad w^T + (grad b^T) a^T``, in the accumulation dtype.
+        """The gradient of :meth:`project` by its rows: ``grad w^T + (grad b^T) a^T``, summed as there.
 
         The second one is that of the rows that were dropped.
         """
-        gx_RI = self.input_grad(grad_RO, projection.weight).to(accumulation_dtype(grad_RO.dtype))
+        gx_RI = self.input_grad(grad_RO, projection.weight)
         if factors is None:
             return gx_RI
-        return gx_RI + mask.drop(self.input_grad(self.input_grad(grad_RO, factors.b), factors.a))
+        return gx_RI.add_(mask.drop(self.input_grad(self.input_grad(grad_RO, factors.b), factors.a)))
 
     def of_factors(self, x_RI: Tensor, grad_RO: Tensor, factors: LowRank | None) -> FactorGradients | None:
         """``ga = x^T (grad b^T)`` and ``gb = (x a)^T grad``, expert by expert, of rows ``x`` that were dropped."""
@@ -134,7 +137,7 @@ def backward(grad_TD: Tensor, adapted: Adapted, pre: tuple[Tensor, ...], wanted:
         of_up.append(products.of_factors(dropped_RD, gh_RF, factors) if wanted.factors else None)
         if wanted.x:
             of_one_RD = products.back(gh_RF, mask_RD, up, factors)
-            gx_RD = of_one_RD if gx_RD is None else gx_RD + of_one_RD
+            gx_RD = of_one_RD if gx_RD is None else gx_RD.add_(of_one_RD)
     if gx_RD is not None:
-        gx_TD = rows.to_tokens(gx_RD.to(dtype))
+        gx_TD = rows.to_tokens(gx_RD)
     return Gradients(gx_TD, gweights_TK, tuple(of_up), of_down)
