@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.integrations.transformers.origin import Origin, origin_of
 from moesaic.layers import MoE
+from moesaic.layers.packed import PackedWeight
 
 
 @torch.no_grad()
@@ -16,13 +17,14 @@ def to_transformers_state_dict(model: nn.Module, *, keep: bool = True) -> dict[s
     but gets an empty state.
 
     Raises:
-        ValueError: :func:`swap_moe` did not make one of the layers; the message names it.
+        ValueError: :func:`swap_moe` did not make one of the layers, or its experts are quantised; the message names it.
     """
     return original_state(model, model.state_dict(), keep)
 
 
 def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """A state of the model, or one with the same names and shapes, in the original names and layouts."""
+    check_not_quantised(model)
     origins = origins_of(model)
     ours = dict(ours)
     state: dict[str, Tensor] = {}
@@ -45,6 +47,16 @@ def original_state(model: nn.Module, ours: dict[str, Tensor], keep: bool = True)
     for name, tensor in ours.items():
         put(name, _whole(tensor))
     return state
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """Raise ``ValueError`` if experts are quantised: blocks of transformers have no place for them."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            raise ValueError(
+                f"model: '{name}' is quantised to {module.format}, and cannot be written in the layout of "
+                "transformers; keep the files that it was made from, and save adapters by themselves"
+            )
 
 
 def origins_of(model: nn.Module) -> dict[str, Origin]:

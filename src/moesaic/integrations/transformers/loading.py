@@ -23,6 +23,7 @@ from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.configs import damage_is_value_error, read_config, read_generation_config
 from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import LazyTensor
+from moesaic.integrations.transformers.mxfp4 import FORMAT, Stored, is_mxfp4, set_apart, to_our_parts
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.packed import fill_packed
@@ -86,7 +87,8 @@ def load_pretrained(
             active and called ``"default"``, and the rest of the model is frozen.
         quantize: hold the experts' weights in this format, read-only, as :func:`moesaic.layers.quantize_` does. Each
             rank quantises its part, expert by expert, so that none has them in another form. With ``adapter`` this is
-            QLoRA.
+            QLoRA. None leaves them as the files have them: those of gpt-oss in MXFP4 stay so, and are never all
+            decoded.
         options: those of :func:`swap_moe`, such as ``aux_loss_coef``; and values of the config that take the place of
             those in ``config.json``, such as ``rope_parameters``.
 
@@ -165,14 +167,24 @@ def load_and_count(
         plain: Any = None
         state: dict[str, LazyTensor] = {}
         tensors: dict[str, LazyTensor] = {}
+        stored: dict[str, Stored] | None = None
         files = Files()
 
         def describe() -> None:
-            nonlocal plain, state, files
+            nonlocal plain, state, stored, files
             files = stack.enter_context(open_files(source.path, source.revision))
-            plain = empty_model(source, files)
+            config, found = read_changed_config(source), files.tensors
+            packed = is_mxfp4(config)
+            if packed:
+                # It is transformers' quantizers that would read it.
+                del config.quantization_config
+            plain = empty_model(source, files, config)
+            if packed:
+                if quantize not in (None, FORMAT):
+                    raise ValueError(f"quantize: got {quantize!r}, but {source.path} is {FORMAT} already; leave it out")
+                found, stored = set_apart(source.path, found, plain.dtype)
             with damage_is_value_error(source.path):
-                state = to_model_names(plain, files.tensors, cast=True, ignore_unexpected=source.ignore_unexpected)
+                state = to_model_names(plain, found, cast=True, ignore_unexpected=source.ignore_unexpected)
 
         def build(untied: list[str]) -> None:
             nonlocal model, tensors
@@ -180,7 +192,10 @@ def load_and_count(
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
             tensors = to_our_names(model, ties.without_copies(plain, state))
-            if quantize is not None:
+            if stored is not None:
+                quantize_(model, FORMAT)
+                tensors |= to_our_parts(model, stored)
+            elif quantize is not None:
                 quantize_(model, quantize)
             if adapter is not None:
                 _adapters().prepare_adapters(model, adapter)
@@ -199,17 +214,20 @@ def load_and_count(
         return model.eval(), files.bytes_read
 
 
-def empty_model(source: Source, files: Files) -> Any:
+def empty_model(source: Source, files: Files, config: Any = None) -> Any:
     """The transformers model of a checkpoint, on the meta device. Each parameter has the dtype that it will have.
+
+    ``config`` is that of :func:`read_changed_config`, if it has been read.
 
     Raises:
         ValueError: the weights are quantized.
         TypeError: the config does not have one of the values that are to be changed.
     """
     path, revision = source.path, source.revision
-    config = read_changed_config(source)
+    config = read_changed_config(source) if config is None else config
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
+        also = ", and only load_pretrained reads that" if is_mxfp4(config) else ""
+        raise ValueError(f"{path} is quantized (quantization_config){also}; dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
     chosen: Any = source.dtype or config.dtype or next(floats, torch.get_default_dtype())
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)

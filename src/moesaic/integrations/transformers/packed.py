@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
+from moesaic.integrations.transformers.plain import name_without_wrappers
 from moesaic.layers.packed import PackedWeight
 from moesaic.ops.quantized import FORMATS, quantize
 from moesaic.sharding.parts import local_part
@@ -24,7 +25,8 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> dict[str
     """
     filled: dict[str, Tensor] = {}
     for name, packed in model.named_modules():
-        if not isinstance(packed, PackedWeight):
+        # Of files that are quantised already, data and scales are read as they are.
+        if not isinstance(packed, PackedWeight) or f"{name_without_wrappers(name)}.data" in tensors:
             continue
         filled |= {f"{name}.{part}": t for part, t in packed.named_buffers(recurse=False)}
         (data, box), (scales, _) = local_part(packed.data), local_part(packed.scales)

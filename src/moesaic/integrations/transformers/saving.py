@@ -27,7 +27,7 @@ from moesaic.checkpoint.sealed import flush_all
 from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.configs import damage_is_value_error
 from moesaic.integrations.transformers.exchange import Exchange
-from moesaic.integrations.transformers.export import origins_of
+from moesaic.integrations.transformers.export import check_not_quantised, origins_of
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import model_on_meta
@@ -67,14 +67,15 @@ def export_pretrained(
         add: writes more files into the folder, on rank 0, before the folder gets its name.
 
     Raises:
-        ValueError: the model has adapters that were not merged, or a MoE that ``swap_moe`` did not make, or ``path``
-            has other files. All ranks raise it, before anything is written.
+        ValueError: the model has adapters that were not merged, a MoE that ``swap_moe`` did not make, or quantised
+            experts, or ``path`` has other files. All ranks raise it, before anything is written.
         OSError: a rank could not write. All ranks raise it. What was under ``path`` before is still there.
 
     Example:
         >>> export_pretrained(model, "out")
         >>> AutoModelForCausalLM.from_pretrained("out")
     """
+    check_not_quantised(model)
     exchange = Exchange()
     plain = plain_on_meta(model)
     state = {name_without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}

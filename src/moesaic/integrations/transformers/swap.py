@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.integrations.transformers import hooks, masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
+from moesaic.integrations.transformers.export import check_not_quantised
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of, why_not
 from moesaic.integrations.transformers.links import Link, without_numbers
 from moesaic.integrations.transformers.origin import Origin, origin_of
@@ -117,7 +118,8 @@ def unswap_moe(model: Model) -> Model:
     Names, shapes and dtypes are those from before the swap. The router's counts and all gradients are dropped.
 
     Raises:
-        ValueError: the model has no swapped layer, or it is parallelized. Nothing has changed then.
+        ValueError: the model has no swapped layer, it is parallelized, or its experts are quantised. Nothing has
+            changed then.
 
     Example:
         >>> keys = list(model.state_dict())
@@ -127,6 +129,7 @@ def unswap_moe(model: Model) -> Model:
     layers = [(name, module, origin) for name, module in model.named_modules() if (origin := origin_of(module))]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no layer that swap_moe made")
+    check_not_quantised(model)
     for name, layer, _ in layers:
         if any(isinstance(p, DTensor) for p in layer.parameters()):
             raise ValueError(f"model: '{name}' is parallelized; use export_pretrained() to write the original layout")
