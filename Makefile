@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything runs from .venv, which the first of them sets up.
 
 PYTHON ?= python3
-VENV   := .venv
+VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.moesaic-installed
 EXTRAS := train,datasets,dev,release
