@@ -111,7 +111,7 @@ wheel: $(STAMP) ## build the sdist and a wheel for manylinux in dist/, and check
 	rm -rf dist build/wheel
 	MOESAIC_REQUIRE_CPU_KERNELS=1 $(BIN)/python -m build --no-isolation --sdist -o dist .
 	mkdir -p build/wheel && tar -xzf dist/moesaic-*.tar.gz --strip-components 1 -C build/wheel
-	MOESAIC_REQUIRE_CPU_KERNELS=1 $(BIN)/python -m build --no-isolation --wheel -C cmake.define.MOESAIC_STATIC_CXX=ON -o build/wheel/dist build/wheel
+	MOESAIC_REQUIRE_CPU_KERNELS=1 $(BIN)/python -m build --no-isolation --wheel -o build/wheel/dist build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/dist/*.whl
 	$(BIN)/twine check --strict dist/*
 
