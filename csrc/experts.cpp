@@ -14,13 +14,16 @@ constexpr int64_t kCombinedElements = 32 << 10;  // of y, that a task combines
 struct Sorted {
   std::vector<int64_t> first;      // [experts + 1]: rows of each expert
   std::vector<int64_t> slots;      // copy of each row
+  std::vector<int64_t> lines;      // line of each row; none where that is the copy
   std::vector<int64_t> tokens;     // token of each row
   std::vector<int64_t> positions;  // row of each copy, or -1
   std::vector<Group> groups;       // experts that have rows
   int64_t rows;
+  int64_t num_lines;
 
   Sorted(const moesaic_routing &r, int64_t experts) : first(experts + 1, 0) {
     const int64_t copies = r.tokens * r.copies;
+    num_lines = r.lines || !copies ? r.num_lines : copies;  // an empty array may be NULL
     auto is_here = [&](int64_t s) { return r.ids[s] >= 0 && r.ids[s] < experts; };
     for (int64_t s = 0; s < copies; ++s) {
       if (is_here(s)) ++first[r.ids[s] + 1];
@@ -31,6 +34,7 @@ struct Sorted {
     }
     rows = first[experts];
     slots.resize(rows);
+    if (r.lines) lines.resize(rows);
     tokens.resize(rows);
     std::vector<int64_t> next(first.begin(), first.end() - 1);
     positions.assign(copies, -1);
@@ -38,10 +42,13 @@ struct Sorted {
       if (!is_here(s)) continue;
       const int64_t row = next[r.ids[s]]++;
       slots[row] = s;
+      if (r.lines) lines[row] = r.lines[s];
       tokens[row] = s / r.copies;
       positions[s] = row;
     }
   }
+
+  const int64_t *line_of_row() const { return (lines.empty() ? slots : lines).data(); }
 };
 
 // One call: what its steps share.
@@ -143,12 +150,14 @@ moesaic_matrix with_contiguous_rows(const moesaic_matrix &m, int64_t rows, int64
   return {to, columns, 1};
 }
 
-// Rows of copies that are not here.
-void zero_absent(const Call &c, void *rows) {
-  if (!rows || c.sorted.rows == static_cast<int64_t>(c.sorted.positions.size())) return;
+// Lines of no copy that is here.
+void zero_absent(const Call &c, void *lines) {
+  if (!lines || c.sorted.rows == c.sorted.num_lines) return;
   const int64_t bytes = c.experts.hidden * c.size();
-  for (size_t s = 0; s < c.sorted.positions.size(); ++s) {
-    if (c.sorted.positions[s] < 0) memset(static_cast<char *>(rows) + s * bytes, 0, bytes);
+  std::vector<bool> is_used(c.sorted.num_lines);
+  for (int64_t r = 0; r < c.sorted.rows; ++r) is_used[c.sorted.line_of_row()[r]] = true;
+  for (int64_t l = 0; l < c.sorted.num_lines; ++l) {
+    if (!is_used[l]) memset(static_cast<char *>(lines) + l * bytes, 0, bytes);
   }
 }
 
@@ -161,7 +170,7 @@ int forward(const Call &c, moesaic_matrix x, void *z, void *const *pre) {
     as_words(x, c.routing.tokens, e.dim, c.k, x_words, c.threads);
     const auto tasks = c.tasks(e.hidden, layout_of_projections(e, false), kKeptLimits);
     Up up{.num_projections = e.num_projections,
-          .slots = c.sorted.slots.data(),
+          .lines = c.sorted.line_of_row(),
           .hidden_rows = rows,
           .stride = c.hidden_stride(),
           .activation = e.activation,
@@ -256,6 +265,7 @@ int backward(const Call &c, const moesaic_matrix &x, const moesaic_matrix &grad,
   auto then = [&](int next) { status = status == MOESAIC_OK ? next : status; };
   Workspace pre_grads[MOESAIC_MAX_PROJECTIONS], weighted, dots, grad_words, bias_dots;
   Down down{.slots = c.sorted.slots.data(),
+            .lines = c.sorted.line_of_row(),
             .weights = c.routing.weights,
             .stride = c.hidden_stride(),
             .activation = e.activation};

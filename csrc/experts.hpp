@@ -51,13 +51,13 @@ static void finish_up(const Up &u, const ProductTask &t, const float *const *sum
   float biases[MOESAIC_MAX_PROJECTIONS][2 * kKeptPanels * kPanel];
   for (int i = 0; i < u.num_projections; ++i) read_bias<Kind>(u.biases[i], t, biases[i]);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t row = t.first_row + r, slot = u.slots[row];
+    const int64_t row = t.first_row + r, line = u.lines[row];
     if (r + ahead < t.rows) {
       bring_row<true>(at<Kind>(u.hidden_rows, row + ahead, u.stride, t.column), bytes);
-      for (void *pre : u.pre) bring_row<true>(at<Kind>(pre, u.slots[row + ahead], width, t.column), bytes);
+      for (void *pre : u.pre) bring_row<true>(at<Kind>(pre, u.lines[row + ahead], width, t.column), bytes);
     }
     Element *out = at<Kind>(u.hidden_rows, row, u.stride, t.column);
-    Element *pre[] = {at<Kind>(u.pre[0], slot, width, t.column), at<Kind>(u.pre[1], slot, width, t.column)};
+    Element *pre[] = {at<Kind>(u.pre[0], line, width, t.column), at<Kind>(u.pre[1], line, width, t.column)};
     for (int64_t c = 0; c < t.columns; c += kLanes) {
       const int64_t here = t.columns - c, kept = (c / kPanel * t.rows + r) * kPanel + c % kPanel;
       auto projected = [&](int i) __attribute__((always_inline)) {
@@ -97,17 +97,17 @@ static void finish_down(const Down &d, const ProductTask &t, const float *sums) 
   using Element = ElementOf<Kind>;
   const int64_t width = d.product.columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
   for (int64_t r = 0; r < t.rows; ++r) {
-    const int64_t row = t.first_row + r, slot = d.slots[row];
+    const int64_t row = t.first_row + r, line = d.lines[row];
     if (r + ahead < t.rows) {
-      for (const void *pre : d.pre) bring_row<false>(at<Kind>(pre, d.slots[row + ahead], width, t.column), bytes);
+      for (const void *pre : d.pre) bring_row<false>(at<Kind>(pre, d.lines[row + ahead], width, t.column), bytes);
       for (void *grad : d.pre_grads) bring_row<true>(at<Kind>(grad, row + ahead, d.stride, t.column), bytes);
       bring_row<true>(at<Kind>(d.weighted, row + ahead, d.stride, t.column), bytes);
     }
-    const Element *gate = at<Kind>(d.pre[0], slot, width, t.column), *up = at<Kind>(d.pre[1], slot, width, t.column);
+    const Element *gate = at<Kind>(d.pre[0], line, width, t.column), *up = at<Kind>(d.pre[1], line, width, t.column);
     Element *gate_grad = at<Kind>(d.pre_grads[0], row, d.stride, t.column);
     Element *up_grad = at<Kind>(d.pre_grads[1], row, d.stride, t.column);
     Element *weighted = at<Kind>(d.weighted, row, d.stride, t.column);
-    const Reg weight = all(d.weights[slot]);
+    const Reg weight = all(d.weights[d.slots[row]]);
     for (int64_t panel = 0; panel < t.columns; panel += kPanel) {
       Reg dot = zero();
       for (int64_t c = panel; c < least(t.columns, panel + kPanel); c += kLanes) {

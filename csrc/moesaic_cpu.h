@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* Changes with every change of a struct or of the meaning of an argument; the loader compares it. */
-#define MOESAIC_CPU_ABI 9
+#define MOESAIC_CPU_ABI 10
 
 #define MOESAIC_API __attribute__((visibility("default")))
 
@@ -92,6 +92,9 @@ typedef struct {
   const int64_t *ids;   /* [tokens, copies] */
   const float *weights; /* likewise */
   int64_t tokens, copies;
+  const int64_t *lines; /* likewise: where results of projections are kept, each copy that is here on a line of its own;
+                           NULL: one copy after the other */
+  int64_t num_lines;    /* without `lines` there are as many as copies */
 } moesaic_routing;
 
 /* What every expert multiplies rows by: x @ w[e] + b[e]. */
@@ -121,8 +124,8 @@ typedef struct {
 } moesaic_experts;
 
 /* z[t] = sum over the copies k of token t of weights[t, k] * mlp(x[t], expert of t, k).
-   x [tokens, dim]; z likewise, contiguous; pre[i] [tokens, copies, hidden], contiguous: the results of projection i,
-   which the backward pass needs, zero for copies that are not here; NULL where they are not wanted. */
+   x [tokens, dim]; z likewise, contiguous; pre[i] [num_lines, hidden], contiguous: the results of projection i, which
+   the backward pass needs, zero where no copy is that is here; NULL where they are not wanted. */
 MOESAIC_API int moesaic_cpu_experts(const moesaic_routing *routing, const moesaic_experts *experts, moesaic_matrix x, void *z,
                         void *const pre[MOESAIC_MAX_PROJECTIONS], int isa, int threads);
 

@@ -97,16 +97,16 @@ struct Gradient {
   bool adds;    // to what is there
 };
 
-// What the experts' kernels share: row r of the sorted order is copy `slots[r]` of a token. The projections are one or two,
-// and what is kept of each is an array.
+// What the experts' kernels share: row r of the sorted order is copy `slots[r]` of a token, and what is kept of it lies on
+// line `lines[r]`. The projections are one or two, and what is kept of each is an array.
 struct Up {
   Product products[MOESAIC_MAX_PROJECTIONS] = {};  // the task list is the first one's
   moesaic_matrix biases[MOESAIC_MAX_PROJECTIONS] = {};  // of elements; row e is expert e's; data may be NULL
   int num_projections;
-  const int64_t *slots;
+  const int64_t *lines;
   void *hidden_rows;  // sorted rows of `stride` elements
   int64_t stride;
-  void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by slot; may be NULL
+  void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by line; may be NULL
   int activation;
   int64_t num_tasks;
 };
@@ -114,9 +114,9 @@ struct Up {
 // From the gradient of the hidden rows those of what they are made of.
 struct Down {
   Product product = {};  // grad @ down^T; without terms only `weighted` is wanted
-  const int64_t *slots;
+  const int64_t *slots, *lines;
   const float *weights;                           // by slot
-  const void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by slot; NULL where there is no such projection
+  const void *pre[MOESAIC_MAX_PROJECTIONS] = {};  // by line; NULL where there is no such projection
   void *pre_grads[MOESAIC_MAX_PROJECTIONS] = {};  // sorted rows of `stride` elements; may be NULL
   void *weighted = nullptr;                       // likewise: weight * hidden row
   int64_t stride;

@@ -121,6 +121,38 @@ ExpertsResults by_loop(const ExpertsProblem &p) {
   return r;
 }
 
+// Where results of projections are kept, if not one copy after the other.
+struct Lines {
+  std::vector<int64_t> of_copy;  // -1 for a copy that is not here
+  int64_t number;
+};
+
+Lines draw_lines(const ExpertsProblem &p) {
+  Lines lines = {std::vector<int64_t>(p.T * p.K, -1), draw(0, 3)};
+  for (int64_t s = 0; s < p.T * p.K; ++s) lines.number += p.here(s);
+  std::vector<int64_t> order(lines.number);
+  for (int64_t l = 0; l < lines.number; ++l) {
+    const int64_t other = draw(0, l);
+    order[l] = order[other];
+    order[other] = l;
+  }
+  for (int64_t s = 0, here = 0; s < p.T * p.K; ++s) {
+    if (p.here(s)) lines.of_copy[s] = order[here++];
+  }
+  return lines;
+}
+
+// Rows of copies as they lie on lines, zeros on the others.
+std::vector<float> on_lines(const std::vector<float> &rows, const Lines &lines, int64_t columns) {
+  std::vector<float> found(lines.number * columns, 0.f);
+  for (size_t s = 0; s < lines.of_copy.size(); ++s) {
+    for (int64_t c = 0; lines.of_copy[s] >= 0 && c < columns; ++c) {
+      found[lines.of_copy[s] * columns + c] = rows[s * columns + c];
+    }
+  }
+  return found;
+}
+
 std::vector<float> transposed_matrices(const std::vector<float> &matrices, int64_t experts, int64_t rows, int64_t columns) {
   std::vector<float> transposed(matrices.size());
   for (int64_t e = 0; e < experts; ++e) {
@@ -148,12 +180,24 @@ bool compare(const ExpertsProblem &p, const Guarded *ours, const std::vector<flo
 
 bool one_experts_problem(int isa) {
   const ExpertsProblem p = draw_experts();
-  const ExpertsResults expected = by_loop(p);
+  ExpertsResults expected = by_loop(p);
+  const bool has_lines = draw(0, 1) && p.T * p.K;
+  Lines lines;
+  if (has_lines) {
+    lines = draw_lines(p);
+    expected.h1 = on_lines(expected.h1, lines, p.F);
+    expected.h3 = on_lines(expected.h3, lines, p.F);
+  }
   const int threads = static_cast<int>(draw(1, 3));
   auto projection = [&](const Operand &w, const Operand &b) {
     return moesaic_projection{.w = {w.matrix, w.stride}, .b = p.biased ? b.matrix : moesaic_matrix{}};
   };
-  const moesaic_routing routing = {.ids = p.ids.data(), .weights = p.weights.data(), .tokens = p.T, .copies = p.K};
+  const moesaic_routing routing = {.ids = p.ids.data(),
+                                   .weights = p.weights.data(),
+                                   .tokens = p.T,
+                                   .copies = p.K,
+                                   .lines = has_lines ? lines.of_copy.data() : nullptr,
+                                   .num_lines = has_lines ? lines.number : 0};
   const moesaic_experts experts = {
       .projections = {projection(p.w1, p.b1), p.gated ? projection(p.w3, p.b3) : moesaic_projection{}},
       .down = projection(p.w2, p.b2),

@@ -23,6 +23,7 @@ class Dispatched(NamedTuple):
         record: for the dispatcher that made it, and for no one else.
         beside: what ``meanwhile`` gave.
         keys: those of the routing, for the dropout of adapters, in the form of ``topk_ids``.
+        copies: which of the tokens' copies are here, as :func:`moesaic.experts_mlp` takes it; None if all may be.
     """
 
     x: Tensor
@@ -31,6 +32,7 @@ class Dispatched(NamedTuple):
     record: Any
     beside: Tensor | None = None
     keys: Tensor | None = None
+    copies: Tensor | None = None
 
 
 class Dispatcher(Protocol):

@@ -117,14 +117,16 @@ class GroupedExperts(nn.Module):
         topk_ids: Int[Tensor, "*B T K"],
         topk_weights: Float[Tensor, "*B T K"],
         keys: Int[Tensor, "*B T K"] | None = None,
+        copies: Int[Tensor, "*B C"] | None = None,
     ) -> Float[Tensor, "*B T D"]:
         """Send each token through its experts, and sum their results with the weights ``topk_weights``.
 
         With an adapter that has a dropout, ``keys`` decide what it drops; see :func:`moesaic.ops.experts_lora`. None
-        draws some.
+        draws some. ``copies`` lists the copies that are here, if not all are; see :func:`moesaic.experts_mlp`.
         """
         operands = (x, topk_ids, topk_weights, *(unpacked(w) for w in (self.w1, self.w3, self.w2)))
-        options: Any = {"activation": self.activation, "b1": self.b1, "b3": self.b3, "b2": self.b2, "impl": self.impl}
+        options: Any = {"activation": self.activation, "copies": copies, "impl": self.impl}
+        options |= {"b1": self.b1, "b3": self.b3, "b2": self.b2}
         adapter = active_adapter(self)
         if adapter is None:
             return experts_mlp(*operands, main_grads=self.main_grads, **options)

@@ -138,7 +138,8 @@ class MoE(nn.Module):
         shared = self.shared
         meanwhile = None if shared is None else lambda: shared(x_TD)
         dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts, meanwhile)
-        z = self.experts(dispatched.x, dispatched.topk_ids, dispatched.topk_weights, dispatched.keys)
+        routed = dispatched.topk_ids, dispatched.topk_weights, dispatched.keys, dispatched.copies
+        z = self.experts(dispatched.x, *routed)
         y_TD = self.dispatcher.combine(z, dispatched)
         if self.config.weigh_inputs:
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)

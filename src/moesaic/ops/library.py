@@ -7,7 +7,7 @@ from pathlib import Path
 import torch  # noqa: F401 -- the OpenMP that both use has to be loaded first
 
 PATH = Path(__file__).with_name("libmoesaic_cpu.so")
-ABI = 9
+ABI = 10
 
 
 def load() -> ctypes.CDLL | str:

@@ -63,6 +63,8 @@ class CRouting(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("copies", ctypes.c_int64),
+        ("lines", ctypes.c_void_p),
+        ("num_lines", ctypes.c_int64),
     )
 
 

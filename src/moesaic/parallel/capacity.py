@@ -35,7 +35,8 @@ def check_capacity(capacity: Any) -> None:
 def bounded_traffic(capacity: int, ep: int, etp: int) -> Traffic:
     """What goes where: as much to and from every rank."""
     rows = ep * capacity
-    return Traffic([capacity] * ep, [capacity] * ep, [rows] * etp, rows * etp, rows * etp)
+    # As many copies as rows, which is the most: a row is sent for its first copy.
+    return Traffic([capacity] * ep, [capacity] * ep, [rows] * etp, rows * etp, rows * etp, rows * etp)
 
 
 def in_places(sent: Permutation, num_ranks: int, capacity: int) -> Permutation:

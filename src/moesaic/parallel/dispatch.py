@@ -4,11 +4,13 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
-The experts are given a row for each copy that is here, and so compute and keep nothing of those that are not.
+The experts are given the rows as they come, and a list of the copies that are here. So nothing is computed or kept of
+those that are not, and no row is in memory once for each of its copies.
 
 Legend: T this rank's tokens, K top-k, P ep ranks, Q ranks that a token goes to at most, D model dim, E experts,
-e experts a rank (the last ranks may have fewer), S rows sent, M rows received over ep, N rows gathered over etp, C
-copies of them that go to this rank's experts, rounded up, or the most of any rank.
+e experts a rank (the last ranks may have fewer), S rows sent, M rows received over ep, N rows gathered over etp, of
+blocks of DTensors the most of any rank, C copies of them that go to this rank's experts, rounded up, or the most of any
+rank.
 """
 
 from collections.abc import Callable
@@ -33,7 +35,6 @@ from moesaic.sharding.internals import group_over_all_axes
 
 class _Record(NamedTuple):
     sent: Permutation
-    here: Permutation
     traffic: Traffic
     most: Tensor
 
@@ -41,14 +42,14 @@ class _Record(NamedTuple):
 class MeshDispatcher:
     """Dispatch over an (ep, etp) mesh. What it hands to the experts are DTensors in blocks, ``[Shard(0), Replicate]``.
 
-    A row is a copy of a token that goes to an expert of this rank: of one expert, where the routing had K. Rows of no
-    expert, id -1, fill a block up.
+    A row is a token that some rank sent, with K ids: those of this rank's experts, and -1 for those elsewhere. Rows of
+    no expert fill a block up.
 
     Args:
         mesh: with axes ``ep, etp``. Expert ``i`` lives on ep rank ``i // ceil(E / ep)``; the last ranks may have fewer
             experts, or none.
         local: hand over this rank's block alone, a plain tensor, and take the experts' results for it likewise. It is
-            as long as this rank needs it; as a DTensor, as the rank with most copies does.
+            as long as this rank needs it; as a DTensor, as the rank with most rows does.
         everyone: the group of all ranks of the mesh, in its order; None makes one, which is collective.
         capacity: room for so many copies from each rank to each other, whatever the routing is: nothing is counted, and
             the tokens of a rank that has more come back as NaN. None for what the routing needs.
@@ -106,36 +107,41 @@ class MeshDispatcher:
         weights_NK, numbers_N = routings()
         ids_NK, *halves_NK = numbers_N.split(weights_NK.shape[1], dim=1)
 
-        here = _copies_here(ids_NK, traffic.copies if self.local else traffic.capacity)
-        of_copies = here._replace(positions=here.positions.reshape(-1, 1))
-        # Numbers of copies lie as ids do.
-        keys = None if not halves_NK else self._as_block(_rows(_keys(*halves_NK).reshape(-1, 1), here.slots), "ids")
-        ids_C = torch.where(here.slots < 0, -1, _rows(ids_NK.reshape(-1, 1), here.slots).squeeze(1))
+        # In memory of their own, for what is kept of them would keep the whole message.
+        ids_NK, keys_NK = ids_NK.contiguous(), _keys(*halves_NK) if halves_NK else None
+        copies_C = _copies_here(ids_NK, traffic.copies if self.local else traffic.most_copies)
+        if not self.local:
+            # Below the rows of this rank, those of no expert.
+            end = (0, 0, 0, traffic.most_rows - sum(traffic.gather))
+            x_ND, weights_NK, ids_NK = pad(x_ND, end), pad(weights_NK, end), pad(ids_NK, end, value=-1)
+            keys_NK = None if keys_NK is None else pad(keys_NK, end)
         return Dispatched(
-            self._as_block(permute(x_ND, here), "x"),
-            self._as_block(ids_C.unsqueeze(1).to(routing.ids.dtype), "ids"),
-            self._as_block(permute(weights_NK.reshape(-1, 1), of_copies), "weights"),
-            _Record(sent, here, traffic, most),
+            self._as_block(x_ND, "x"),
+            self._as_block(ids_NK, "ids"),
+            self._as_block(weights_NK, "weights"),
+            _Record(sent, traffic, most),
             beside,
-            keys,
+            # Numbers of copies lie as ids do.
+            None if keys_NK is None else self._as_block(keys_NK, "ids"),
+            self._as_block(copies_C, "copies"),
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         record: _Record = dispatched.record
-        z_1CD = z if self.local else from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
-        z_ND = combine(z_1CD[0], record.here)
+        z_1ND = z if self.local else from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
+        z_ND = z_1ND[0] if self.local else z_1ND[0].narrow(0, 0, sum(record.traffic.gather))
         z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
         z_SD = all_to_all(z_MD, record.traffic.receive, record.traffic.send, self.ep)
         z_TD = combine(z_SD, record.sent)
         return z_TD if self.capacity is None else spoiled(z_TD, record.most, self.capacity)
 
-    def _as_block(self, t_C: Tensor, operand: str) -> Tensor:
+    def _as_block(self, t: Tensor, operand: str) -> Tensor:
         """This rank's block."""
-        t_1C = t_C.unsqueeze(0)
+        block = t.unsqueeze(0)
         if self.local:
-            return t_1C
+            return block
         grads = PLACES.get(f"grad_{operand}")
-        return to_dtensor(t_1C, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
+        return to_dtensor(block, self.mesh, PLACES[operand], grad_placements=grads, blocks=self.ep.size())
 
     def _start_routing(
         self, weights_SK: Tensor, numbers_S: Tensor, traffic: Traffic
@@ -149,7 +155,7 @@ class MeshDispatcher:
         def finish() -> tuple[Tensor, Tensor]:
             message = all_gather_rows(arrived(), traffic.gather, self.etp, columns=K)
             numbers_N = message.detach().narrow(1, K, as_weights.shape[1]).contiguous().view(integers)
-            return message.narrow(1, 0, K), numbers_N.to(numbers_S.dtype)
+            return message.narrow(1, 0, K).contiguous(), numbers_N
 
         return finish
 
@@ -177,21 +183,18 @@ def _local_ids(ids_TK: Tensor, owner_TK: Tensor, sent: Permutation, ranks_TQ: Te
     return torch.where(is_there, _rows(ids_TK, token_S) - rank_S1 * experts_per_rank, -1)
 
 
-def _copies_here(ids_NK: Tensor, num_rows: int) -> Permutation:
-    """A row for each copy that is here, those of a token one after the other; rows of no copy at the end."""
+def _copies_here(ids_NK: Tensor, num_copies: int) -> Tensor:
+    """The numbers ``n * K + k`` of the copies that are here, in order, and -1 to fill the list up."""
     is_here = ids_NK.flatten() >= 0
     place = is_here.cumsum(0) - 1
-    # Only a bound that was exceeded leaves some without a place.
-    is_here = is_here & (place < num_rows)
-    positions_NK = torch.where(is_here, place, -1).view_as(ids_NK)
-    # What has no place is written past the end.
-    slots = torch.arange(ids_NK.numel(), device=ids_NK.device)
-    slots_C = slots.new_full((num_rows + 1,), -1).scatter(0, torch.where(is_here, place, num_rows), slots)
-    return Permutation(slots_C.narrow(0, 0, num_rows), positions_NK, is_here.sum(0, keepdim=True))
+    # What has no place is written past the end. Of those that are here, only a bound that was exceeded leaves some so.
+    place = torch.where(is_here & (place < num_copies), place, num_copies)
+    numbers = torch.arange(ids_NK.numel(), device=ids_NK.device)
+    return numbers.new_full((num_copies + 1,), -1).scatter(0, place, numbers).narrow(0, 0, num_copies)
 
 
 def _keys(high: Tensor, low: Tensor) -> Tensor:
-    return high << 32 | (low & 0xFFFFFFFF)
+    return high.to(torch.int64) << 32 | (low.to(torch.int64) & 0xFFFFFFFF)
 
 
 def _rows(t: Tensor, numbers: Tensor) -> Tensor:

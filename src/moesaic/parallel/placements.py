@@ -32,7 +32,7 @@ _quantized = rule_of(_ops.quantized_experts_mlp)
 
 def places_of_quantized(format: Format) -> dict[str, Placements]:
     """Where data (``w1``) and scales (``s1``) of quantised weights lie, if blocks do not run over the ends of rows."""
-    flags = {"format": format, "activation": "silu", "impl": None}
+    flags = {"format": format, "activation": "silu", "impl": None, "copies": None}
     lines = tuple(line for line in _quantized.lines if stands(line, flags))
     return on(replace(_quantized, lines=lines), ep="b", etp="f")
 

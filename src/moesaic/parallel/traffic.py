@@ -18,15 +18,17 @@ class Traffic(NamedTuple):
     Attributes:
         send, receive: rows to and from each ep rank.
         gather: rows that each etp rank brings to the all-gather, N in all.
-        copies: how many copies of tokens go to this rank's experts, rounded up.
-        capacity: C, the most of any rank.
+        copies: C, how many copies of tokens go to this rank's experts, rounded up.
+        most_copies: the most of any rank.
+        most_rows: the most rows that any rank gathers, rounded up.
     """
 
     send: list[int]
     receive: list[int]
     gather: list[int]
     copies: int
-    capacity: int
+    most_copies: int
+    most_rows: int
 
 
 @torch.no_grad()
@@ -44,15 +46,15 @@ def exchange_counts(
     counts = all_gather(torch.stack([rows_P, copies_P]), everyone)
     sizes = torch.ops.moesaic.traffic(counts, P, Q, ep.rank(), etp.rank()).tolist()
     if torch.compiler.is_compiling():  # there they are symbols, of which nothing is known
-        for size in sizes[:-2]:
+        for size in sizes[:-3]:
             torch._check(size >= 0)
-        for size in sizes[-2:]:
+        for size in sizes[-3:]:
             torch._check(size >= 2)
-    send, receive, gather = sizes[:P], sizes[P : 2 * P], sizes[2 * P : -2]
+    send, receive, gather = sizes[:P], sizes[P : 2 * P], sizes[2 * P : -3]
     # A compiler does not know which numbers are equal: this rank brings to the all-gather what it received.
     receive = send if P == 1 else receive
     gather[etp.rank()] = sum(receive)
-    return Traffic(send, receive, gather, *sizes[-2:])
+    return Traffic(send, receive, gather, *sizes[-3:])
 
 
 # An operator, so that a compiler need not know how a capacity is rounded. No sharding rule: counts are a rank's own.
@@ -63,20 +65,21 @@ torch.library.define("moesaic::traffic", "(Tensor counts, int ep, int etp, int e
 def _traffic(counts: Tensor, ep: int, etp: int, ep_rank: int, etp_rank: int) -> Tensor:
     # [ep source, etp source, ep destination]
     rows_PQP, copies_PQP = counts.view(ep, etp, 2, ep).cpu().unbind(2)
-    copies_P = copies_PQP.sum((0, 1)).tolist()
+    copies_P, gathered_P = copies_PQP.sum((0, 1)).tolist(), rows_PQP.sum((0, 1)).tolist()
+    rounded = map(round_up_capacity, (copies_P[ep_rank], max(copies_P), max(gathered_P)))
     return torch.cat(
         [
             rows_PQP[ep_rank, etp_rank],
             rows_PQP[:, etp_rank, ep_rank],
             rows_PQP[:, :, ep_rank].sum(0),
-            rows_PQP.new_tensor([round_up_capacity(copies_P[ep_rank]), round_up_capacity(max(copies_P))]),
+            rows_PQP.new_tensor([*rounded]),
         ]
     )
 
 
 @torch.library.register_fake("moesaic::traffic")
 def _traffic_fake(counts: Tensor, ep: int, etp: int, ep_rank: int, etp_rank: int) -> Tensor:
-    return counts.new_empty(2 * ep + etp + 2, device="cpu")
+    return counts.new_empty(2 * ep + etp + 3, device="cpu")
 
 
 def round_up_capacity(rows: int) -> int:

@@ -14,6 +14,7 @@ import moesaic.ops  # noqa: F401 -- defines the operators
 from moesaic.ops.experts_mlp.activation import ACTIVATIONS
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS
 from moesaic.ops.quantized.formats import FORMATS
+from moesaic.sharding.library import FORMS, LISTS, CopiesForm
 from moesaic.sharding.register import sharding_rule
 
 _ops = torch.ops.moesaic
@@ -70,14 +71,24 @@ class _Form(NamedTuple):
     up: str
     down: str
     hidden: str = "f!"
+    of_copies: CopiesForm = FORMS[0]
+
+    @property
+    def x(self) -> str:
+        return self.of_copies.x
 
     @property
     def operands(self) -> str:
-        return f"b n d!, b n k, b n k, ~b e, {self.up}, {self.up}, {self.down}"
+        return f"{self.of_copies.tokens}, {self.up}, {self.up}, {self.down}"
 
     @property
     def pre(self) -> str:
-        return f"b n k {self.hidden}, b n k {self.hidden}"
+        h = f"{self.of_copies.hidden.removesuffix('f')}{self.hidden}"
+        return f"{h}, {h}"
+
+    @property
+    def copies(self) -> str:
+        return self.of_copies.copies
 
     @property
     def factors(self) -> str:
@@ -88,7 +99,7 @@ class _Form(NamedTuple):
     @property
     def adapters(self) -> str:
         """Factors, and the numbers of copies and hidden columns, on which dropout depends."""
-        return f"{self.factors}, b n k, {self.hidden}"
+        return f"{self.factors}, {self.of_copies.copy}, {self.hidden}"
 
     def biases(self, sign: str = "", of_sum: str = "") -> str:
         of_hidden = f"{sign}(b e)? {self.hidden}"
@@ -96,24 +107,27 @@ class _Form(NamedTuple):
 
 
 _FLAT_UP, _FLAT_DOWN = "(b e)? t! q!, (b e)? t!", "(b e)? s! q!, (b e)? s!"
-_FORMS = (
+_KINDS = (
     _Form("(b e)? f d!, (b e)? f", "(b e)? d! f, (b e)? d!", "f"),
     _Form("(b e)? (f p) a! q!, (b e)? (f p) a!", "(b e)? d! f q!, (b e)? d! f", "(f p)"),
     _Form("(b e)? f! a! q!, (b e)? f! a!", _FLAT_DOWN),
     _Form(_FLAT_UP, "(b e)? d! g! q!, (b e)? d! g!"),
     _Form(_FLAT_UP, _FLAT_DOWN),
 )
+_FORMS = [form._replace(of_copies=of_copies) for of_copies in FORMS for form in _KINDS]
 _when = [
-    {**_impl, "activation": [*ACTIVATIONS], "format": formats} for formats in (_ONE_SCALE, _BLOCKS, _FLAT, _FLAT, _FLAT)
+    {**_impl, "activation": [*ACTIVATIONS], "format": formats, **lists}
+    for lists in LISTS
+    for formats in (_ONE_SCALE, _BLOCKS, _FLAT, _FLAT, _FLAT)
 ]
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')} -> b n d!, {form.pre}" for form in _FORMS),
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.copies} -> {form.x}, {form.pre}" for form in _FORMS),
     redistribute=["experts"],
     when=_when,
 )(_ops.quantized_experts_mlp)
 
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')} -> b n d!" for form in _FORMS),
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.copies} -> {form.x}" for form in _FORMS),
     linear=["weights"],
     redistribute=["experts"],
     when=_when,
@@ -121,8 +135,8 @@ sharding_rule(
 
 sharding_rule(
     *(
-        f"b n d!, {form.operands}, {form.biases('~', '+f: ')}, {form.pre} "
-        f"-> b n d!, b n k, {form.biases('', 'same f: ')}"
+        f"{form.x}, {form.operands}, {form.biases('~', '+f: ')}, {form.pre}, {form.copies} "
+        f"-> {form.x}, {form.of_copies.copy}, {form.biases('', 'same f: ')}"
         for form in _FORMS
     ),
     linear=["grad"],
@@ -131,13 +145,16 @@ sharding_rule(
 )(_ops.quantized_experts_mlp_backward)
 
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters} -> b n d!, {form.pre}" for form in _FORMS),
+    *(
+        f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters}, {form.copies} -> {form.x}, {form.pre}"
+        for form in _FORMS
+    ),
     redistribute=["experts"],
     when=_when,
 )(_ops.quantized_experts_lora)
 
 sharding_rule(
-    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters} -> b n d!" for form in _FORMS),
+    *(f"{form.operands}, {form.biases('', '+f: ')}, {form.adapters}, {form.copies} -> {form.x}" for form in _FORMS),
     linear=["weights"],
     redistribute=["experts"],
     when=_when,
@@ -145,8 +162,8 @@ sharding_rule(
 
 sharding_rule(
     *(
-        f"b n d!, {form.operands}, {form.biases('~', '+f: ')}, {form.adapters}, {form.pre} "
-        f"-> b n d!, b n k, {form.factors}"
+        f"{form.x}, {form.operands}, {form.biases('~', '+f: ')}, {form.adapters}, {form.pre}, {form.copies} "
+        f"-> {form.x}, {form.of_copies.copy}, {form.factors}"
         for form in _FORMS
     ),
     linear=["grad"],

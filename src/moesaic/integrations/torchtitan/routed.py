@@ -63,6 +63,7 @@ class _OnMesh(GroupedExperts):
             b1=t.get("b1"),
             b3=t.get("b3"),
             b2=t.get("b2"),
+            copies=sent.copies,
         )
 
 

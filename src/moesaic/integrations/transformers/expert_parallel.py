@@ -67,8 +67,9 @@ class MoesaicEP:
         num_experts = self.num_local * self.ep_mesh.size()
         ids_TK = ids_TK.masked_fill(ids_TK >= num_experts, -1)
         sent = self.dispatcher.dispatch(x_TD, Routing(ids_TK, weights_TK), num_experts)
-        z_CD = experts_forward(self.experts, sent.x[0], sent.topk_ids[0], sent.topk_weights[0])
-        z_TD = self.dispatcher.combine(z_CD.unsqueeze(0), sent)
+        assert sent.copies is not None
+        z_ND = experts_forward(self.experts, sent.x[0], sent.topk_ids[0], sent.topk_weights[0], sent.copies[0])
+        z_TD = self.dispatcher.combine(z_ND.unsqueeze(0), sent)
         return self._whole(z_TD, hidden_states) if shared else z_TD
 
     def _on_shared_tokens(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ class _Weights(NamedTuple):
     down_bias_ED: Tensor | None
 
 
-def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, copies: Tensor | None = None
+) -> Tensor:
     """Compute with our operators what an experts module of transformers computes.
 
     ``z[t] = sum over k of weights[t, k] * norm(gate(x[t] @ first[e] + b[e]) @ down[e] + c[e])``, where ``e`` is
@@ -36,6 +38,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         hidden_states: ``[T, D]``.
         top_k_index: ``[T, K]``.
         top_k_weights: ``[T, K]``.
+        copies: which copies are here, if most are not: see :func:`moesaic.experts_mlp`. All of them have ids of
+            experts, and no other copy has.
 
     Returns:
         ``[T, D]``, of the dtype of ``hidden_states``.
@@ -46,8 +50,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     weights = _weights(experts)
     activation = _fused_activation(experts)
     if activation is not None:
-        return _fused(experts, weights, activation, hidden_states, top_k_index, top_k_weights)
-    rows = sort_by_expert(top_k_index, weights.first_EDN.shape[0])
+        return _fused(experts, weights, activation, hidden_states, top_k_index, top_k_weights, copies)
+    num_rows = None if copies is None else len(copies)
+    rows = sort_by_expert(top_k_index, weights.first_EDN.shape[0], num_rows=num_rows)
     h_RN = _linear(permute(hidden_states, rows), weights.first_EDN, weights.first_bias_EN, rows.group_sizes)
     h_RF = experts._apply_gate(h_RN) if experts.has_gate else experts.act_fn(h_RN)
     y_RD = _linear(h_RF, weights.down_EFD, weights.down_bias_ED, rows.group_sizes)
@@ -66,7 +71,13 @@ def _fused_activation(experts: Any) -> Activation | None:
 
 
 def _fused(
-    experts: Any, weights: _Weights, activation: Activation, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    experts: Any,
+    weights: _Weights,
+    activation: Activation,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    copies: Tensor | None,
 ) -> Tensor:
     w1, w3 = _halves(experts, weights.first_EDN, activation) if experts.has_gate else (weights.first_EDN, None)
     b1, b3 = weights.first_bias_EN, None
@@ -83,6 +94,7 @@ def _fused(
         b1=b1,
         b3=b3,
         b2=weights.down_bias_ED,
+        copies=copies,
     )
     return z_TD.to(x_TD.dtype)
 

@@ -12,7 +12,7 @@ from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_lora import ops  # noqa: F401 -- registers the operators
 from moesaic.ops.experts_lora.operands import FACTORS, NAMES
 from moesaic.ops.experts_mlp.activation import Activation, check_activation
-from moesaic.ops.experts_mlp.api import check_dtypes, check_shapes
+from moesaic.ops.experts_mlp.api import check_copies, check_dtypes, check_shapes
 from moesaic.ops.forward_ad import refuse_forward_ad
 from moesaic.ops.grouped_mm.implementations import IMPLEMENTATIONS, Implementation
 from moesaic.ops.implementations import check_name
@@ -41,6 +41,7 @@ def experts_lora(
     dropout: float = 0.0,
     keys: Int[Tensor, "*B T K"] | None = None,
     columns: Int[Tensor, " F"] | None = None,
+    copies: Int[Tensor, "*B C"] | None = None,
     impl: Implementation | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """:func:`moesaic.experts_mlp` of frozen experts with low-rank adapters (LoRA) on their weights.
@@ -55,8 +56,8 @@ def experts_lora(
     ``a``, and ``b`` is whole. Then the gradients of ``a`` of ``w1`` and ``w3`` and of ``b`` of ``w2`` are ``Partial``.
 
     Args:
-        x, topk_ids, topk_weights, w1, w3, w2, activation, b1, b3, b2: see :func:`moesaic.experts_mlp`. Weights and
-            biases get no gradient. Quantised weights (:func:`moesaic.ops.quantize`) make this QLoRA.
+        x, topk_ids, topk_weights, w1, w3, w2, activation, b1, b3, b2, copies: see :func:`moesaic.experts_mlp`.
+            Weights and biases get no gradient. Quantised weights (:func:`moesaic.ops.quantize`) make this QLoRA.
         lora1, lora3: None, or the factors ``a [W, D, r]`` and ``b [W, r, F]``, of any rank r. One ``a`` may be that of
             both, as in checkpoints with gate and up projection in one tensor.
         lora2: None, or ``a [W, F, r]`` and ``b [W, r, D]``.
@@ -98,7 +99,7 @@ def experts_lora(
     check_given(
         x=x, topk_ids=topk_ids, topk_weights=topk_weights, **{n: plain[n] for n in ("w1", "w2") if not quantized}
     )
-    check_tensors(w3=plain["w3"], b1=b1, b3=b3, b2=b2)
+    check_tensors(w3=plain["w3"], b1=b1, b3=b3, b2=b2, copies=copies)
     check_activation(activation, w3 is not None)
     check_name(impl, IMPLEMENTATIONS)
     base = {"x": x, **plain, "b1": b1, "b3": b3, "b2": b2}
@@ -113,12 +114,14 @@ def experts_lora(
     given |= {name: w.to(given["x"].dtype) for name, w in quantized.items()}
     check_dtypes(given, topk_ids, topk_weights)
     check_shapes({name: t for name, t in given.items() if name in base}, topk_ids, topk_weights)
+    check_copies(copies, topk_ids)
     _check_factors(given)
 
     given |= _mask(dropout, keys, columns, topk_ids, w1)
 
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = (t if in_blocks else t.unsqueeze(0) for t in (given["x"], topk_ids, topk_weights))
+    copies_BC = copies if in_blocks or copies is None else copies.unsqueeze(0)
     B, W = x_BTD.shape[0], w1.shape[0]
     like = w1.data if isinstance(w1, QuantizedWeight) else w1
     experts_BG = like.new_empty(B, -(-W // max(B, 1)), dtype=topk_ids.dtype)
@@ -127,11 +130,12 @@ def experts_lora(
         given["keys"] = keys.unsqueeze(0)
     operands = tuple(map(given.get, NAMES))
     if quantized:
+        given["copies"] = copies_BC
         z_BTD = lora_op(given, quantized["w1"].format, w1.shape[2], activation, impl, dropout)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in given.values()):
-        z_BTD, *_ = torch.ops.moesaic.experts_lora(*operands, activation, impl, dropout)
+        z_BTD, *_ = torch.ops.moesaic.experts_lora(*operands, activation, impl, dropout, copies_BC)
     else:
-        z_BTD = torch.ops.moesaic.experts_lora_inference(*operands, activation, impl, dropout)
+        z_BTD = torch.ops.moesaic.experts_lora_inference(*operands, activation, impl, dropout, copies_BC)
     # Not a view: an in-place operation on a view of what an operator made is an error.
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 

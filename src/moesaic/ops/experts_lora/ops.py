@@ -20,17 +20,19 @@ from moesaic.ops.experts_mlp.definitions import (
     like_x,
     register_gradients,
     results,
+    to_lines,
+    with_copies,
     zeros,
 )
-from moesaic.ops.experts_mlp.operands import Given, check_operands
+from moesaic.ops.experts_mlp.operands import COPIES, Given, check_operands
 
 _FLAGS = "str activation, str? impl, float dropout"
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
-torch.library.define("moesaic::experts_lora", f"({SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::experts_lora_inference", f"({SCHEMA}, {_FLAGS}) -> Tensor")
+torch.library.define("moesaic::experts_lora", f"({SCHEMA}, {_FLAGS}, {COPIES}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::experts_lora_inference", f"({SCHEMA}, {_FLAGS}, {COPIES}) -> Tensor")
 torch.library.define(
     "moesaic::experts_lora_backward",
-    f"(Tensor grad, {SCHEMA}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad, {SCHEMA}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs, {COPIES}) -> ({_GRADIENTS})",
 )
 
 
@@ -40,33 +42,35 @@ def module_of(impl: str | None, problem: Adapted) -> Any:
 
 
 @torch.library.impl("moesaic::experts_lora", "default")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, activation, impl, dropout = args
-    given = named((x, *tensors))
-    check_operands("experts_lora", given, activation, factors=FACTORS, indices=INDICES)
-    problem = adapted(given, activation, dropout)
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, activation, impl, dropout, copies = with_copies(args, len(NAMES) + 4)
+    given = named(tuple(tensors))
+    x = given["x"]
+    check_operands("experts_lora", given, activation, factors=FACTORS, indices=INDICES, copies=copies)
+    problem = adapted(given, activation, dropout, copies)
     with no_autocast(x.device.type):
         z_TD, kept = module_of(impl, problem).forward(problem, save=True, impl=impl)
-    return results(z_TD, kept, x)
+    return results(z_TD, kept, x, given["ids"], copies)
 
 
 @torch.library.impl("moesaic::experts_lora_inference", "default")
-def _inference(x: Tensor, *args: Any) -> Tensor:
-    *tensors, activation, impl, dropout = args
-    given = named((x, *tensors))
-    check_operands("experts_lora_inference", given, activation, factors=FACTORS, indices=INDICES)
-    problem = adapted(given, activation, dropout)
+def _inference(*args: Any) -> Tensor:
+    *tensors, activation, impl, dropout, copies = with_copies(args, len(NAMES) + 4)
+    given = named(tuple(tensors))
+    x = given["x"]
+    check_operands("experts_lora_inference", given, activation, factors=FACTORS, indices=INDICES, copies=copies)
+    problem = adapted(given, activation, dropout, copies)
     with no_autocast(x.device.type):
         return like_x(module_of(impl, problem).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::experts_lora_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *operands, h1, h3, activation, impl, dropout, needs = args
+    *operands, h1, h3, activation, impl, dropout, needs, copies = with_copies(args, len(NAMES) + 7)
     given, beside = named(tuple(operands)), {"grad": grad, "h1": h1, "h3": h3}
-    check_operands("experts_lora_backward", given, activation, beside, factors=FACTORS, indices=INDICES)
-    problem = adapted(given, activation, dropout)
-    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
+    check_operands("experts_lora_backward", given, activation, beside, factors=FACTORS, indices=INDICES, copies=copies)
+    problem = adapted(given, activation, dropout, copies)
+    pre = tuple(to_lines(h) for h in (h1, h3)[: len(problem.up)])
     with no_autocast(grad.device.type):
         found = module_of(impl, problem).backward(
             grad.flatten(0, 1), problem, pre, Wanted(needs[0], needs[1], any(needs[2:])), impl
@@ -96,8 +100,9 @@ def in_order(given: Given, found: Mapping[str, Tensor | None], h1: Tensor) -> tu
 
 @torch.library.register_fake("moesaic::experts_lora")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    given = named(args[: len(NAMES)])
-    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2])
+    *tensors, _, _, _, copies = with_copies(args, len(NAMES) + 4)
+    given = named(tuple(tensors))
+    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2], copies)
 
 
 torch.library.register_fake("moesaic::experts_lora_inference", fake_inference)
@@ -105,7 +110,8 @@ torch.library.register_fake("moesaic::experts_lora_inference", fake_inference)
 
 @torch.library.register_fake("moesaic::experts_lora_backward")
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, h1, needs = named(args[: len(NAMES)]), args[len(NAMES)], args[-1]
+    *tensors, h1, _, _, _, _, needs, _ = with_copies(args, len(NAMES) + 7)
+    given = named(tuple(tensors))
     found = {
         name: t.new_empty(t.shape) if needed and (t := given[name]) is not None else None
         for name, needed in zip(WITH_GRADIENT, needs, strict=True)

@@ -62,7 +62,7 @@ class Wanted(NamedTuple):
     factors: bool
 
 
-def adapted(given: Mapping[str, Any], activation: Activation, dropout: float) -> Adapted:
+def adapted(given: Mapping[str, Any], activation: Activation, dropout: float, copies: Tensor | None = None) -> Adapted:
     """The operands of an operator, of all blocks together.
 
     Raises:
@@ -73,7 +73,7 @@ def adapted(given: Mapping[str, Any], activation: Activation, dropout: float) ->
     keys_BNK, columns_F = given["keys"], given["columns"]
     if dropout and (keys_BNK is None or columns_F is None):
         raise ValueError(f"dropout: {dropout} needs keys and columns; give both")
-    base = one_block({name: given[name] for name in BASE}, activation)
+    base = one_block({name: given[name] for name in BASE}, activation, copies)
     w1, w3, w2 = (_factors(given, weight) for weight in ("w1", "w3", "w2"))
     mask = Dropout(dropout, keys_BNK.flatten(0, 1), columns_F) if dropout else None
     return Adapted(base, (w1, w3)[: len(base.projections)], w2, mask)

@@ -35,6 +35,7 @@ def experts_mlp(
     b3: Float[Tensor, "W F"] | None = None,
     b2: Float[Tensor, "W D"] | None = None,
     main_grads: MainGrads | None = None,
+    copies: Int[Tensor, "*B C"] | None = None,
     impl: Implementation | None = None,
 ) -> Float[Tensor, "*B T D"]:
     """The routed experts, whole: gather, gated MLP of each token copy's expert, weighted sum over copies.
@@ -44,7 +45,8 @@ def experts_mlp(
     ``mlp(x, e) = act(x w1[e] + b1[e]) w2[e] + b2[e]``.
 
     For the backward pass it keeps its arguments (under autocast, as they were cast) and the pre-activations
-    ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]`` each, and nothing else. Where no gradient is asked for, nothing.
+    ``x w1 + b1`` and ``x w3 + b3``, ``[T, K, F]`` each, and nothing else. Where no gradient is asked for, nothing. With
+    ``copies`` it computes and keeps those of the listed copies alone, ``[C, F]`` each.
 
     **Blocked form**, ``x [B, T, D]``: block ``b`` has experts of its own, ``G = ceil(W / B)`` of them, of which
     ``topk_ids`` are the numbers within the block: ``0`` is matrix ``b * G``. Where ``B`` does not divide ``W`` the last
@@ -76,6 +78,9 @@ def experts_mlp(
             With Megatron's ``main_grad`` give ``tuple(w.main_grad for w in (w1, w3, w2))``, and before each backward
             pass set ``w.grad_added_to_main_grad = True`` and ``w.grad = w.new_empty(1).expand_as(w)`` of each: its hook
             then adds nothing, and drops that stand-in. See "Main gradients" in ``docs/design.md``.
+        copies: which copies of tokens are here, where most are not, as on a rank that has few of the experts: the
+            numbers ``t * K + k``, each at most once, int32 or int64, -1 for none. In blocks they are numbers within the
+            block. A copy that is not listed adds nothing, whatever its id. None: those are here whose ids say so.
         impl: ``"reference"``, ``"torch"``, ``"cpu"`` (kernels for fp32 and bf16, see ``moesaic info``) or ``"triton"``
             (kernels for CUDA in fp32, bf16 and fp16). ``None`` picks the fastest for the device and dtype. A named one
             never falls back.
@@ -112,7 +117,7 @@ def experts_mlp(
     check_given(
         x=x, topk_ids=topk_ids, topk_weights=topk_weights, **{n: weights[n] for n in ("w1", "w2") if not quantized}
     )
-    check_tensors(w3=weights["w3"], b1=b1, b3=b3, b2=b2)
+    check_tensors(w3=weights["w3"], b1=b1, b3=b3, b2=b2, copies=copies)
     floating = {"x": x, **weights, "b1": b1, "b3": b3, "b2": b2}
     given: dict[str, Any] = {name: t for name, t in floating.items() if t is not None}
     refuse_forward_ad("experts_mlp", topk_weights, *given.values())
@@ -122,6 +127,7 @@ def experts_mlp(
     given |= {name: w.to(given["x"].dtype) for name, w in quantized.items()}
     check_dtypes(given, topk_ids, topk_weights)
     check_shapes(given, topk_ids, topk_weights)
+    check_copies(copies, topk_ids)
     if main_grads is not None:
         if quantized:
             raise TypeError("main_grads: quantised weights are frozen and have no gradients; leave it out")
@@ -130,6 +136,7 @@ def experts_mlp(
     tokens = given["x"], topk_ids, topk_weights
     in_blocks = x.ndim == 3
     x_BTD, ids_BTK, weights_BTK = tokens if in_blocks else (t.unsqueeze(0) for t in tokens)
+    copies_BC = copies if in_blocks or copies is None else copies.unsqueeze(0)
     B, W = x_BTD.shape[0], w1.shape[0]
     given |= {
         "x": x_BTD,
@@ -141,13 +148,14 @@ def experts_mlp(
     }
     operands = tuple(map(given.get, NAMES))
     if quantized:
+        given["copies"] = copies_BC
         z_BTD = experts_op(given, quantized["w1"].format, w1.shape[2], activation, impl)
     elif not (torch.is_grad_enabled() and any(t.requires_grad for t in given.values())):
-        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation, impl)
+        z_BTD = torch.ops.moesaic.experts_mlp_inference(*operands, activation, impl, copies_BC)
     elif main_grads is None:
-        z_BTD, *_ = torch.ops.moesaic.experts_mlp(*operands, activation, impl)
+        z_BTD, *_ = torch.ops.moesaic.experts_mlp(*operands, activation, impl, copies_BC)
     else:
-        z_BTD = experts_mlp_into(main_grads, operands, activation, impl)
+        z_BTD = experts_mlp_into(main_grads, operands, activation, impl, copies_BC)
     # Not a view: an in-place operation on a view of what an operator made is an error.
     return z_BTD if in_blocks else torch.ops.aten._unsafe_view(z_BTD, x.shape)
 
@@ -199,6 +207,19 @@ def check_shapes(given: Mapping[str, Any], ids: Tensor, weights: Tensor) -> None
     for name, t in {**given, "topk_ids": ids, "topk_weights": weights}.items():
         if t.device != x.device:
             raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it there")
+
+
+def check_copies(copies: Tensor | None, ids: Tensor) -> None:
+    """Raise unless a list of copies fits the ids."""
+    if copies is None:
+        return
+    if copies.dtype not in INDICES:
+        raise TypeError(f"copies: dtype {copies.dtype} is not supported; use int32 or int64")
+    if copies.ndim != ids.ndim - 1 or copies.shape[:-1] != ids.shape[:-2]:
+        expected = ", ".join([*map(str, ids.shape[:-2]), "C"])
+        raise ValueError(f"copies: expected [{expected}] for topk_ids {list(ids.shape)}, got {list(copies.shape)}")
+    if copies.device != ids.device:
+        raise ValueError(f"copies: is on {copies.device}, topk_ids on {ids.device}; move it there")
 
 
 def _check_shape(name: str, t: Weight, shape: list[int]) -> None:

@@ -13,6 +13,11 @@ from torch import Tensor
 AGAIN = "build the experts of grouped_mm, permute and combine, which can be differentiated any number of times"
 
 
+def with_copies(args: tuple[Any, ...], length: int) -> tuple[Any, ...]:
+    """All ``length`` arguments of an operator: torch leaves out ``copies``, the last, where it has its default."""
+    return args if len(args) == length else (*args, None)
+
+
 def zeros(like: Any, shape: Any) -> Tensor:
     """Zeros without memory, in the place of what is not given or not wanted."""
     return like.new_zeros(1).expand(shape)
@@ -23,15 +28,23 @@ def like_x(z_TD: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(z_TD, x.shape)
 
 
-def results(z_TD: Tensor, kept: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    """The result and two pre-activations ``[B, N, K, F]``, the second of zeros without gate."""
-    pre = [h_TKF.unflatten(0, x.shape[:2]) for h_TKF in kept]
+def results(z_TD: Tensor, kept: Sequence[Tensor], x: Tensor, ids: Tensor, copies: Tensor | None) -> tuple[Tensor, ...]:
+    """The result and two pre-activations ``[B, N, K, F]``, of listed copies ``[B, C, F]``.
+
+    Without gate the second is zeros.
+    """
+    pre = [h_LF.unflatten(0, (ids if copies is None else copies).shape) for h_LF in kept]
     return like_x(z_TD, x), *pre, *(zeros(pre[0], pre[0].shape) for _ in range(2 - len(pre)))
 
 
-def fake_results(x: Tensor, ids: Tensor, w3: Tensor | None, F: Any) -> tuple[Tensor, ...]:
+def to_lines(h: Tensor) -> Tensor:
+    """Pre-activations of all blocks as implementations have them, ``[L, F]``."""
+    return h.flatten(0, -2)
+
+
+def fake_results(x: Tensor, ids: Tensor, w3: Tensor | None, F: Any, copies: Tensor | None) -> tuple[Tensor, ...]:
     """Tensors like :func:`results`."""
-    h1 = x.new_empty(*ids.shape, F)
+    h1 = x.new_empty(*(ids if copies is None else copies).shape, F)
     return x.new_empty(x.shape), h1, zeros(h1, h1.shape) if w3 is None else torch.empty_like(h1)
 
 
@@ -46,27 +59,28 @@ def register_gradients(
     """Register the gradient of the operator, and that the other two have none.
 
     Args:
-        names: its operands, after which it has flags.
+        names: its operands, after which it has flags, and then ``copies``.
         with_gradient: the operands that have a gradient, in the order of the results of its backward operator.
         of_inference, of_backward: what is said where the gradient of one of these is asked for.
     """
     backward = getattr(torch.ops.moesaic, f"{operator}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.flags = inputs[: len(names)], inputs[len(names) :]
+        tensors, ctx.flags, copies = inputs[: len(names)], inputs[len(names) : -1], inputs[-1]
         _, *pre = output
         # Nothing is differentiated through the pre-activations: no zeros of their size in the place of a gradient.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*pre)
-        ctx.save_for_backward(*tensors, *pre)
+        ctx.save_for_backward(*tensors, *pre, copies)
 
     def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        flags = (None,) * len(ctx.flags)
+        flags = (None,) * (len(ctx.flags) + 1)
         if grad is None:
             return (*[None] * len(names), *flags)
         needed = dict(zip(names, ctx.needs_input_grad, strict=False))
         needs = [needed[name] for name in with_gradient]
-        found = backward(grad, *ctx.saved_tensors, *ctx.flags, needs)
+        *saved, copies = ctx.saved_tensors
+        found = backward(grad, *saved, *ctx.flags, needs, copies)
         of = {name: t for name, t, wanted in zip(with_gradient, found, needs, strict=True) if wanted}
         return (*(of.get(name) for name in names), *flags)
 

@@ -21,5 +21,5 @@ IMPLEMENTATIONS: dict[str, Row] = {
 
 def module_for(operator: str, impl: str | None, problem: Problem) -> ModuleType:
     """What computes this call of an operator."""
-    call = Call(operator, (problem.x_TD,), problem.ids_TK.numel(), problem.num_experts)
+    call = Call(operator, (problem.x_TD,), problem.num_lines, problem.num_experts)
     return choose(IMPLEMENTATIONS, impl, call)

@@ -23,31 +23,41 @@ MainGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
 class _IntoMainGrads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, buffers: MainGrads, activation: Activation, impl: str | None, *operands: Tensor | None
+        ctx: Any,
+        buffers: MainGrads,
+        activation: Activation,
+        impl: str | None,
+        copies: Tensor | None,
+        *operands: Tensor | None,
     ) -> Tensor:
-        z, *pre = torch.ops.moesaic.experts_mlp(*operands, activation, impl)
+        z, *pre = torch.ops.moesaic.experts_mlp(*operands, activation, impl, copies)
         # Not saved for the backward pass: autograd would take what another backward pass adds for an error.
         ctx.buffers, ctx.flags = buffers, (activation, impl)
-        ctx.save_for_backward(*operands, *pre)
+        ctx.save_for_backward(*operands, *pre, copies)
         return z
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = wanted_by(ctx.needs_input_grad[3:])
+        needs = wanted_by(ctx.needs_input_grad[4:])
         wanted = dict(zip(WITH_GRADIENT, needs, strict=True))
         into = [buffer if wanted[weight] else None for weight, buffer in zip(WEIGHTS, ctx.buffers, strict=True)]
         needs = [needs and name not in WEIGHTS for name, needs in wanted.items()]
-        found = torch.ops.moesaic.experts_mlp_backward_into(*grads, *ctx.saved_tensors, *into, *ctx.flags, needs)
-        return None, None, None, *by_name(only(found, needs))
+        *saved, copies = ctx.saved_tensors
+        found = torch.ops.moesaic.experts_mlp_backward_into(*grads, *saved, *into, *ctx.flags, needs, copies)
+        return None, None, None, None, *by_name(only(found, needs))
 
 
 def experts_mlp_into(
-    buffers: MainGrads, operands: tuple[Tensor | None, ...], activation: Activation, impl: str | None
+    buffers: MainGrads,
+    operands: tuple[Tensor | None, ...],
+    activation: Activation,
+    impl: str | None,
+    copies: Tensor | None,
 ) -> Tensor:
     """The result of the operator ``experts_mlp``, whose backward pass adds the weights' gradients to buffers."""
-    return _IntoMainGrads.apply(buffers, activation, impl, *operands)
+    return _IntoMainGrads.apply(buffers, activation, impl, copies, *operands)
 
 
 def check_main_grads(main_grads: MainGrads, given: Given) -> None:

@@ -2,8 +2,8 @@
 
 Schemas, fakes, the flags that say which gradients are wanted, and the gradients' shapes follow from this table.
 
-Legend: B blocks, N tokens a block, K copies a token (top-k), D model dim, F hidden dim, G experts a block, W matrices
-of all blocks.
+Legend: B blocks, N tokens a block, K copies a token (top-k), C copies a block that are listed, D model dim, F hidden
+dim, G experts a block, W matrices of all blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,10 @@ NAMES = tuple(operand.name for operand in OPERANDS)
 WITH_GRADIENT = tuple(operand.name for operand in OPERANDS if operand.differentiable)
 SCHEMA = ", ".join(f"Tensor{'?' * operand.optional} {operand.name}" for operand in OPERANDS)
 
+# Which copies are here, ``[B, C]``: by their slots ``t * K + k`` in their block, -1 for none. It comes last, behind the
+# flags, and may be left out; then each slot has a place in the pre-activations.
+COPIES = "Tensor? copies=None"
+
 # Weight and bias of the gate and the up projection, and of the one down.
 UP = (("w1", "b1"), ("w3", "b3"))
 DOWN = ("w2", "b2")
@@ -76,7 +80,7 @@ def shapes(given: Given) -> dict[str, tuple[Any, ...]]:
     return {operand.name: tuple(sizes[dim] for dim in operand.dims.split()) for operand in OPERANDS}
 
 
-_GRAD, _HIDDEN = ("B", "N", "D"), ("B", "N", "K", "F")
+_GRAD, _HIDDEN, _LISTED = ("B", "N", "D"), ("B", "N", "K", "F"), ("B", "C", "F")
 
 
 def check_operands(
@@ -87,6 +91,7 @@ def check_operands(
     buffers: Mapping[str, Tensor | None] = MappingProxyType({}),
     factors: Sequence[Operand] = (),
     indices: Sequence[Operand] = (),
+    copies: Tensor | None = None,
 ) -> None:
     """Raise unless the operands of an operator fit: sizes, device, dtypes, the activation.
 
@@ -95,6 +100,7 @@ def check_operands(
         buffers: what gradients of weights are added to, by the names of these.
         factors: further operands, of the dtype of ``x``.
         indices: further operands, of int64.
+        copies: which copies are here.
 
     Raises:
         ValueError: shapes, devices, activation, or a buffer that is neither contiguous nor the ``.mT`` of what is.
@@ -102,11 +108,12 @@ def check_operands(
     """
     check_activation(activation, given["w3"] is not None)
     own = [(operand.name, given[operand.name], _DIMS[operand.name]) for operand in OPERANDS]
-    others = [(name, t, _GRAD if name == "grad" else _HIDDEN) for name, t in backward.items()]
+    kept = _HIDDEN if copies is None else _LISTED
+    others = [(name, t, _GRAD if name == "grad" else kept) for name, t in backward.items()]
     others += [(factor.name, given[factor.name], tuple(factor.dims.split())) for factor in factors]
     into = [(f"the buffer for {name}", t, _DIMS[name]) for name, t in buffers.items()]
     numbers = [(operand.name, given[operand.name], tuple(operand.dims.split())) for operand in indices]
-    check_fit(operator, [*own, *others, *into, *numbers])
+    check_fit(operator, [*own, ("copies", copies, ("B", "C")), *others, *into, *numbers])
     x, ids, weights = given["x"], given["ids"], given["weights"]
     assert x is not None
     assert ids is not None
@@ -116,6 +123,8 @@ def check_operands(
         raise TypeError(
             f"{operator}: ids, weights: expected int32 or int64 and floats, got {ids.dtype}, {weights.dtype}"
         )
+    if copies is not None and copies.dtype not in INDICES:
+        raise TypeError(f"{operator}: copies: expected int32 or int64, got {copies.dtype}")
     check_dtype_of(operator, torch.int64, [(name, t) for name, t, _ in numbers])
     check_dtype_of(operator, accumulation_dtype(x.dtype), [(name, t) for name, t, _ in into])
     for name, t, _ in into:

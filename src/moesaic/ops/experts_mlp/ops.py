@@ -5,11 +5,14 @@ for, ``experts_mlp_inference`` does not keep them. ``experts_mlp_backward`` give
 have one, in their order; those that ``needs`` does not ask for are zeros without memory. It has no gradient of its own.
 ``experts_mlp_backward_into`` does the same, and adds those of the weights to buffers where it is given some.
 
+``copies`` lists the copies that are here. Then the pre-activations are theirs alone, ``[B, C, F]`` in the list's order,
+and a copy that is not listed is not here, whatever its id.
+
 Tokens come in ``B`` blocks of ``N``, each with experts of its own: expert ``g`` of block ``b`` is matrix ``b * G + g``
 of the weights, and the last blocks may have fewer. An implementation sees one block: its ids are numbers of matrices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +26,13 @@ from moesaic.ops.experts_mlp.definitions import (
     like_x,
     register_gradients,
     results,
+    to_lines,
+    with_copies,
     zeros,
 )
 from moesaic.ops.experts_mlp.implementations import module_for
 from moesaic.ops.experts_mlp.operands import (
+    COPIES,
     DOWN,
     NAMES,
     OPERANDS,
@@ -46,33 +52,38 @@ _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
 # The weights' names, and the letters by which a schema says that their buffers are changed.
 _BUFFERS = ", ".join(f"Tensor({c}!)? g{weight}" for c, (weight, _) in zip("abc", (*UP, DOWN), strict=True))
 _BACKWARD = f"Tensor grad, {SCHEMA}, Tensor h1, Tensor h3"
-torch.library.define("moesaic::experts_mlp", f"({SCHEMA}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::experts_mlp_inference", f"({SCHEMA}, {_FLAGS}) -> Tensor")
-torch.library.define("moesaic::experts_mlp_backward", f"({_BACKWARD}, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})")
+torch.library.define("moesaic::experts_mlp", f"({SCHEMA}, {_FLAGS}, {COPIES}) -> (Tensor z, Tensor h1, Tensor h3)")
+torch.library.define("moesaic::experts_mlp_inference", f"({SCHEMA}, {_FLAGS}, {COPIES}) -> Tensor")
+torch.library.define(
+    "moesaic::experts_mlp_backward", f"({_BACKWARD}, {_FLAGS}, bool[] needs, {COPIES}) -> ({_GRADIENTS})"
+)
 # No sharding rule: DTensor might add to a redistributed copy, so it refuses the operator.
 torch.library.define(
-    "moesaic::experts_mlp_backward_into", f"({_BACKWARD}, {_BUFFERS}, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})"
+    "moesaic::experts_mlp_backward_into",
+    f"({_BACKWARD}, {_BUFFERS}, {_FLAGS}, bool[] needs, {COPIES}) -> ({_GRADIENTS})",
 )
 WEIGHTS = tuple(weight for weight, _ in (*UP, DOWN))
 
 
 @torch.library.impl("moesaic::experts_mlp", "default")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, activation, impl = args
-    given = named((x, *tensors))
-    check_operands("experts_mlp", given, activation)
-    problem = one_block(given, activation)
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, activation, impl, copies = with_copies(args, len(NAMES) + 3)
+    given = named(tuple(tensors))
+    x = given["x"]
+    check_operands("experts_mlp", given, activation, copies=copies)
+    problem = one_block(given, activation, copies)
     with no_autocast(x.device.type):
         z_TD, kept = module_for("experts_mlp", impl, problem).forward(problem, save=True)
-    return results(z_TD, kept, x)
+    return results(z_TD, kept, x, given["ids"], copies)
 
 
 @torch.library.impl("moesaic::experts_mlp_inference", "default")
-def _inference(x: Tensor, *args: Any) -> Tensor:
-    *tensors, activation, impl = args
-    given = named((x, *tensors))
-    check_operands("experts_mlp_inference", given, activation)
-    problem = one_block(given, activation)
+def _inference(*args: Any) -> Tensor:
+    *tensors, activation, impl, copies = with_copies(args, len(NAMES) + 3)
+    given = named(tuple(tensors))
+    x = given["x"]
+    check_operands("experts_mlp_inference", given, activation, copies=copies)
+    problem = one_block(given, activation, copies)
     with no_autocast(x.device.type):
         z_TD = module_for("experts_mlp_inference", impl, problem).forward(problem, save=False).z_TD
     return like_x(z_TD, x)
@@ -80,14 +91,15 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("moesaic::experts_mlp_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _all_gradients("experts_mlp_backward", grad, args[: len(NAMES) + 2], {}, *args[len(NAMES) + 2 :])
+    *tensors, activation, impl, needs, copies = with_copies(args, len(NAMES) + 6)
+    return _all_gradients("experts_mlp_backward", grad, tuple(tensors), {}, activation, impl, needs, copies)
 
 
 @torch.library.impl("moesaic::experts_mlp_backward_into", "default")
 def _backward_into(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, gw1, gw3, gw2, activation, impl, needs = args
+    *tensors, gw1, gw3, gw2, activation, impl, needs, copies = with_copies(args, len(NAMES) + 9)
     buffers = dict(zip(WEIGHTS, (gw1, gw3, gw2), strict=True))
-    return _all_gradients("experts_mlp_backward_into", grad, tuple(tensors), buffers, activation, impl, needs)
+    return _all_gradients("experts_mlp_backward_into", grad, tuple(tensors), buffers, activation, impl, needs, copies)
 
 
 def _all_gradients(
@@ -98,11 +110,12 @@ def _all_gradients(
     activation: Any,
     impl: str | None,
     needs: list[bool],
+    copies: Tensor | None,
 ) -> tuple[Tensor, ...]:
     *operands, h1, h3 = tensors
     given = named(tuple(operands))
-    check_operands(operator, given, activation, {"grad": grad, "h1": h1, "h3": h3}, buffers)
-    problem = one_block(given, activation)
+    check_operands(operator, given, activation, {"grad": grad, "h1": h1, "h3": h3}, buffers, copies=copies)
+    problem = one_block(given, activation, copies)
     wants = dict(zip(WITH_GRADIENT, needs, strict=True))
     targets = {
         name: Target(given[name], buffers.get(name))
@@ -114,7 +127,7 @@ def _all_gradients(
         return Targets(targets.get(weight), targets.get(bias))
 
     up = tuple(of(weight, bias) for weight, bias in UP if given[weight] is not None)
-    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(up)])
+    pre = tuple(to_lines(h) for h in (h1, h3)[: len(up)])
     with no_autocast(grad.device.type):
         module = module_for(operator, impl, problem)
         gx, gweights = module.backward(
@@ -136,17 +149,27 @@ def _in_order(given: Given, found: Mapping[str, Tensor | None]) -> tuple[Tensor,
 
 @torch.library.register_fake("moesaic::experts_mlp")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    given = named(args[: len(NAMES)])
-    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2])
+    *tensors, _, _, copies = with_copies(args, len(NAMES) + 3)
+    given = named(tuple(tensors))
+    return fake_results(given["x"], given["ids"], given["w3"], given["w1"].shape[2], copies)
 
 
 torch.library.register_fake("moesaic::experts_mlp_inference", fake_inference)
 
 
 @torch.library.register_fake("moesaic::experts_mlp_backward")
-@torch.library.register_fake("moesaic::experts_mlp_backward_into")
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, buffers, needs = named(args[: len(NAMES)]), args[len(NAMES) + 2 : -3], args[-1]
+    *tensors, _, _, _, _, needs, _ = with_copies(args, len(NAMES) + 6)
+    return _fake_gradients(named(tuple(tensors)), (), needs)
+
+
+@torch.library.register_fake("moesaic::experts_mlp_backward_into")
+def _backward_into_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, _, _, gw1, gw3, gw2, _, _, needs, _ = with_copies(args, len(NAMES) + 9)
+    return _fake_gradients(named(tuple(tensors)), (gw1, gw3, gw2), needs)
+
+
+def _fake_gradients(given: Given, buffers: Sequence[Tensor | None], needs: list[bool]) -> tuple[Tensor, ...]:
     found = {
         name: empty_gradient(t, t.dtype) if name in WEIGHTS else t.new_empty(t.shape)
         for name, wanted in zip(WITH_GRADIENT, needs, strict=True)

@@ -1,13 +1,14 @@
 """The passes over rows between the products of experts_mlp, each of which reads and writes what it has to once.
 
 Rows are copies of tokens sorted by expert. Slot ``t * K + k`` is copy ``k`` of token ``t``; ``positions`` say which row
-a slot has, -1 where its copy is not here, and ``slots`` which slot a row has.
+a slot has, -1 where its copy is not here, and ``slots`` which slot a row has. Where a call lists the copies that are
+here, lines of that list stand in the place of slots for all that lies by slot.
 
 They are operators so that a device has kernels of its own, and so that what they move can be counted on tensors without
 memory. They are called below autograd and DTensor, and have neither gradients nor sharding rules. What a row of no copy
 holds afterwards is not said.
 
-Legend: T tokens, K copies a token (top-k), R = T * K rows and slots, D model dim, F hidden dim, E experts.
+Legend: T tokens, K copies a token (top-k), R rows and slots, or lines of a list, D model dim, F hidden dim, E experts.
 """
 
 from collections.abc import Callable
@@ -115,13 +116,13 @@ def of_tokens(x_TD: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
 def by_slot(rows: Tensor, positions: Tensor) -> Tensor:
     """Rows in the order of slots; zeros for copies that are not here."""
     if not rows.numel():
-        return rows.clone()
+        return rows.new_zeros(len(positions), *rows.shape[1:])
     return rows.index_select(0, positions.clamp(min=0)).masked_fill_((positions < 0).unsqueeze(1), 0)
 
 
 def by_row(t: Tensor, slots: Tensor) -> Tensor:
     """Values of slots in the order of rows."""
-    return t.index_select(0, slots.clamp(min=0)) if t.numel() else t.clone()
+    return t.index_select(0, slots.clamp(min=0)) if t.numel() else t.new_zeros(len(slots), *t.shape[1:])
 
 
 def biases_of(b_EO: Tensor, ids: Tensor, slots: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ from moesaic.ops.experts_mlp.definitions import (
     like_x,
     register_gradients,
     results,
+    to_lines,
+    with_copies,
     zeros,
 )
 from moesaic.ops.experts_mlp.implementations import IMPLEMENTATIONS
-from moesaic.ops.experts_mlp.operands import DOWN, UP, check_operands
+from moesaic.ops.experts_mlp.operands import COPIES, DOWN, UP, check_operands
 from moesaic.ops.experts_mlp.problem import Problem, Target, Targets, Wanted, one_block
 from moesaic.ops.fastest import Call
 from moesaic.ops.quantized.formats import Format, is_flat, sizes_of
@@ -37,12 +39,15 @@ WITH_GRADIENT = ("x", "weights", "b1", "b3", "b2")
 _OPTIONAL = ("w3", "s3", "b1", "b3", "b2")
 SCHEMA = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in NAMES)
 FLAGS = "str format, SymInt hidden, str activation, str? impl"
+_LENGTH = len(NAMES) + 5  # of all arguments of the operator; of its backward there are three more
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
-torch.library.define("moesaic::quantized_experts_mlp", f"({SCHEMA}, {FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::quantized_experts_mlp_inference", f"({SCHEMA}, {FLAGS}) -> Tensor")
+torch.library.define(
+    "moesaic::quantized_experts_mlp", f"({SCHEMA}, {FLAGS}, {COPIES}) -> (Tensor z, Tensor h1, Tensor h3)"
+)
+torch.library.define("moesaic::quantized_experts_mlp_inference", f"({SCHEMA}, {FLAGS}, {COPIES}) -> Tensor")
 torch.library.define(
     "moesaic::quantized_experts_mlp_backward",
-    f"(Tensor grad, {SCHEMA}, Tensor h1, Tensor h3, {FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad, {SCHEMA}, Tensor h1, Tensor h3, {FLAGS}, bool[] needs, {COPIES}) -> ({_GRADIENTS})",
 )
 
 
@@ -50,7 +55,7 @@ def experts_op(
     given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None
 ) -> Tensor:
     """The result, from the operands that are given, weights among them."""
-    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl)
+    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl, given.get("copies"))
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return torch.ops.moesaic.quantized_experts_mlp_inference(*operands, *flags)
     return torch.ops.moesaic.quantized_experts_mlp(*operands, *flags)[0]
@@ -76,16 +81,17 @@ def put_together(tensors: Mapping[str, Any], format: Format, hidden: Any) -> dic
 
 
 @torch.library.impl("moesaic::quantized_experts_mlp", "default")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    problem, impl = _problem("quantized_experts_mlp", (x, *args))
+def _forward(x: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    args = with_copies((x, ids, *others), _LENGTH)
+    problem, impl = _problem("quantized_experts_mlp", args)
     with no_autocast(x.device.type):
         z_TD, kept = _module_for("quantized_experts_mlp", impl, problem).forward(problem, save=True)
-    return results(z_TD, kept, x)
+    return results(z_TD, kept, x, ids, args[-1])
 
 
 @torch.library.impl("moesaic::quantized_experts_mlp_inference", "default")
-def _inference(x: Tensor, *args: Any) -> Tensor:
-    problem, impl = _problem("quantized_experts_mlp_inference", (x, *args))
+def _inference(x: Tensor, *others: Any) -> Tensor:
+    problem, impl = _problem("quantized_experts_mlp_inference", with_copies((x, *others), _LENGTH))
     with no_autocast(x.device.type):
         module = _module_for("quantized_experts_mlp_inference", impl, problem)
         return like_x(module.forward(problem, save=False).z_TD, x)
@@ -93,16 +99,16 @@ def _inference(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("moesaic::quantized_experts_mlp_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, h1, h3 = args[: len(NAMES) + 2]
-    *flags, needs = args[len(NAMES) + 2 :]
+    *tensors, h1, h3, format, hidden, activation, impl, needs, copies = with_copies(args, _LENGTH + 3)
     kept = {"grad": grad, "h1": h1, "h3": h3}
+    flags = (format, hidden, activation, impl, copies)
     problem, impl = _problem("quantized_experts_mlp_backward", (*tensors, *flags), kept)
     given = dict(zip(NAMES, tensors, strict=True))
     wants = dict(zip(WITH_GRADIENT, needs, strict=True))
     targets = {name: Target(given[name]) for name in ("b1", "b3", "b2") if given[name] is not None and wants[name]}
     up = tuple(Targets(None, targets.get(bias)) for weight, bias in UP if given[weight] is not None)
     wanted = Wanted(wants["x"], wants["weights"], up, Targets(None, targets.get(DOWN[1])))
-    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(up)])
+    pre = tuple(to_lines(h) for h in (h1, h3)[: len(up)])
     with no_autocast(grad.device.type):
         module = _module_for("quantized_experts_mlp_backward", impl, problem)
         gx, gweights = module.backward(grad.flatten(0, 1), problem, pre, wanted)
@@ -118,15 +124,15 @@ def _problem(
     Args:
         kept: what a backward operator takes besides.
     """
-    *tensors, format, hidden, activation, impl = args
+    *tensors, format, hidden, activation, impl, copies = args
     given = put_together(dict(zip(NAMES, tensors, strict=True)), format, hidden)
-    check_operands(operator, given, activation, kept)
-    return one_block(given, activation), impl
+    check_operands(operator, given, activation, kept, copies=copies)
+    return one_block(given, activation, copies), impl
 
 
 def _module_for(operator: str, impl: str | None, problem: Problem) -> ModuleType:
     weights = (*(p.weight for p in problem.projections), problem.down.weight)
-    call = Call(operator, (problem.x_TD, *weights), problem.ids_TK.numel(), problem.num_experts)
+    call = Call(operator, (problem.x_TD, *weights), problem.num_lines, problem.num_experts)
     return choose_for_quantized(IMPLEMENTATIONS, impl, call)
 
 
@@ -149,9 +155,9 @@ def _in_order(given: Mapping[str, Any], found: Mapping[str, Tensor | None], h1: 
 
 @torch.library.register_fake("moesaic::quantized_experts_mlp")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *tensors, format, hidden, _, _ = args
+    *tensors, format, hidden, _, _, copies = with_copies(args, _LENGTH)
     t = dict(zip(NAMES, tensors, strict=True))
-    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden))
+    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden), copies)
 
 
 torch.library.register_fake("moesaic::quantized_experts_mlp_inference", fake_inference)
@@ -159,7 +165,8 @@ torch.library.register_fake("moesaic::quantized_experts_mlp_inference", fake_inf
 
 @torch.library.register_fake("moesaic::quantized_experts_mlp_backward")
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, h1, needs = dict(zip(NAMES, args, strict=False)), args[len(NAMES)], args[-1]
+    *tensors, h1, _, _, _, _, _, needs, _ = with_copies(args, _LENGTH + 3)
+    given = dict(zip(NAMES, tensors, strict=True))
     found = {
         name: given[name].new_empty(given[name].shape)
         for name, wanted in zip(WITH_GRADIENT, needs, strict=True)

@@ -18,21 +18,26 @@ from moesaic.ops.experts_mlp.definitions import (
     like_x,
     register_gradients,
     results,
+    to_lines,
+    with_copies,
 )
-from moesaic.ops.experts_mlp.operands import check_operands
+from moesaic.ops.experts_mlp.operands import COPIES, check_operands
 from moesaic.ops.quantized.experts import FLAGS, SCHEMA, hidden_of, in_parts, put_together
 from moesaic.ops.quantized.experts import NAMES as BASE
 from moesaic.ops.quantized.formats import Format
 
 NAMES = (*BASE, *OWN_NAMES)
 _OPERANDS, _FLAGS = f"{SCHEMA}, {OWN_SCHEMA}", f"{FLAGS}, float dropout"
-_NUM_FLAGS = 5
+_NUM_FLAGS = 6  # with the list of copies
+_LENGTH = len(NAMES) + _NUM_FLAGS  # of all arguments of the operator; of its backward there are three more
 _GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in WITH_GRADIENT)
-torch.library.define("moesaic::quantized_experts_lora", f"({_OPERANDS}, {_FLAGS}) -> (Tensor z, Tensor h1, Tensor h3)")
-torch.library.define("moesaic::quantized_experts_lora_inference", f"({_OPERANDS}, {_FLAGS}) -> Tensor")
+torch.library.define(
+    "moesaic::quantized_experts_lora", f"({_OPERANDS}, {_FLAGS}, {COPIES}) -> (Tensor z, Tensor h1, Tensor h3)"
+)
+torch.library.define("moesaic::quantized_experts_lora_inference", f"({_OPERANDS}, {_FLAGS}, {COPIES}) -> Tensor")
 torch.library.define(
     "moesaic::quantized_experts_lora_backward",
-    f"(Tensor grad, {_OPERANDS}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs) -> ({_GRADIENTS})",
+    f"(Tensor grad, {_OPERANDS}, Tensor h1, Tensor h3, {_FLAGS}, bool[] needs, {COPIES}) -> ({_GRADIENTS})",
 )
 
 
@@ -40,42 +45,42 @@ def lora_op(
     given: Mapping[str, Any], format: Format, hidden: Any, activation: Activation, impl: str | None, dropout: float
 ) -> Tensor:
     """The result, from the operands that are given, weights and factors among them."""
-    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl, dropout)
+    operands, flags = in_parts(given, NAMES), (format, hidden, activation, impl, dropout, given.get("copies"))
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return torch.ops.moesaic.quantized_experts_lora_inference(*operands, *flags)
     return torch.ops.moesaic.quantized_experts_lora(*operands, *flags)[0]
 
 
 def _problem(operator: str, tensors: Any, flags: Any, kept: Mapping[str, Tensor]) -> tuple[Adapted, str | None]:
-    format, hidden, activation, impl, dropout = flags
+    format, hidden, activation, impl, dropout, copies = flags
     given = put_together(dict(zip(NAMES, tensors, strict=True)), format, hidden)
-    check_operands(operator, given, activation, kept, factors=FACTORS, indices=INDICES)
-    return adapted(given, activation, dropout), impl
+    check_operands(operator, given, activation, kept, factors=FACTORS, indices=INDICES, copies=copies)
+    return adapted(given, activation, dropout, copies), impl
 
 
 @torch.library.impl("moesaic::quantized_experts_lora", "default")
-def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    problem, impl = _problem("quantized_experts_lora", (x, *args[:-_NUM_FLAGS]), args[-_NUM_FLAGS:], {})
+def _forward(x: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    args = with_copies((x, ids, *others), _LENGTH)
+    problem, impl = _problem("quantized_experts_lora", args[:-_NUM_FLAGS], args[-_NUM_FLAGS:], {})
     with no_autocast(x.device.type):
         z_TD, kept = module_of(impl, problem).forward(problem, save=True, impl=impl)
-    return results(z_TD, kept, x)
+    return results(z_TD, kept, x, ids, args[-1])
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_inference", "default")
-def _inference(x: Tensor, *args: Any) -> Tensor:
-    tensors, flags = (x, *args[:-_NUM_FLAGS]), args[-_NUM_FLAGS:]
-    problem, impl = _problem("quantized_experts_lora_inference", tensors, flags, {})
+def _inference(x: Tensor, *others: Any) -> Tensor:
+    args = with_copies((x, *others), _LENGTH)
+    problem, impl = _problem("quantized_experts_lora_inference", args[:-_NUM_FLAGS], args[-_NUM_FLAGS:], {})
     with no_autocast(x.device.type):
         return like_x(module_of(impl, problem).forward(problem, save=False, impl=impl).z_TD, x)
 
 
 @torch.library.impl("moesaic::quantized_experts_lora_backward", "default")
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, h1, h3 = args[: -_NUM_FLAGS - 1]
-    *flags, needs = args[-_NUM_FLAGS - 1 :]
-    kept = {"grad": grad, "h1": h1, "h3": h3}
+    *tensors, h1, h3, format, hidden, activation, impl, dropout, needs, copies = with_copies(args, _LENGTH + 3)
+    kept, flags = {"grad": grad, "h1": h1, "h3": h3}, (format, hidden, activation, impl, dropout, copies)
     problem, impl = _problem("quantized_experts_lora_backward", tensors, flags, kept)
-    pre = tuple(h.flatten(0, 1) for h in (h1, h3)[: len(problem.up)])
+    pre = tuple(to_lines(h) for h in (h1, h3)[: len(problem.up)])
     with no_autocast(grad.device.type):
         found = module_of(impl, problem).backward(
             grad.flatten(0, 1), problem, pre, Wanted(needs[0], needs[1], any(needs[2:])), impl
@@ -87,8 +92,9 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("moesaic::quantized_experts_lora")
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    t, (format, hidden, *_) = dict(zip(NAMES, args[:-_NUM_FLAGS], strict=True)), args[-_NUM_FLAGS:]
-    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden))
+    *tensors, format, hidden, _, _, _, copies = with_copies(args, _LENGTH)
+    t = dict(zip(NAMES, tensors, strict=True))
+    return fake_results(t["x"], t["ids"], t["w3"], hidden_of(t, format, hidden), copies)
 
 
 torch.library.register_fake("moesaic::quantized_experts_lora_inference", fake_inference)
@@ -96,7 +102,8 @@ torch.library.register_fake("moesaic::quantized_experts_lora_inference", fake_in
 
 @torch.library.register_fake("moesaic::quantized_experts_lora_backward")
 def _backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    given, h1, needs = dict(zip(NAMES, args, strict=False)), args[len(NAMES)], args[-1]
+    *tensors, h1, _, _, _, _, _, _, needs, _ = with_copies(args, _LENGTH + 3)
+    given = dict(zip(NAMES, tensors, strict=True))
     found = {
         name: given[name].new_empty(given[name].shape) if needed and given[name] is not None else None
         for name, needed in zip(WITH_GRADIENT, needs, strict=True)

@@ -9,7 +9,8 @@
 
 No sum is made by atomics, so the bits are the same every time.
 
-Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts, S tiles.
+Legend: T tokens, R rows sorted by expert, as many as lines L of pre-activations, D model dim, F hidden dim, E experts,
+S tiles.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Wanted(NamedTuple):
 
 
 class HiddenGradient(NamedTuple):
-    """``gh1``, ``gh3`` and ``weighted`` are ``[R, F]``, ``weights [T, K]`` and biases' gradients ``[E, F]`` fp32.
+    """``gh1``, ``gh3`` and ``weighted`` are ``[R, F]``, ``weights [L]`` and biases' gradients ``[E, F]`` fp32.
 
     What is not wanted has no elements, and ``gh3`` and ``b3`` none without gate.
     """
@@ -66,25 +67,24 @@ class HiddenGradient(NamedTuple):
 class _Operands(NamedTuple):
     grad_TD: Tensor
     w2_EFD: Tensor
-    h1_TKF: Tensor
-    h3_TKF: Tensor | None
-    weights_TK: Tensor
+    h1_LF: Tensor
+    h3_LF: Tensor | None
+    weights_L: Tensor
 
 
 def down_gradient(
     grad_TD: Tensor,
     w2_EFD: Tensor,
-    h1_TKF: Tensor,
-    h3_TKF: Tensor | None,
-    weights_TK: Tensor,
+    h1_LF: Tensor,
+    h3_LF: Tensor | None,
+    weights_L: Tensor,
     activation: str,
     routing: Routing,
     wanted: Wanted,
 ) -> HiddenGradient:
     """The gradients. Routing weights' gradients of copies that are not here are zero."""
-    T, K, F = h1_TKF.shape
-    E, R = w2_EFD.shape[0], T * K
-    is_gated = h3_TKF is not None
+    (R, F), E = h1_LF.shape, w2_EFD.shape[0]
+    is_gated = h3_LF is not None
 
     def rows(is_wanted: bool) -> Tensor:
         return grad_TD.new_empty(R if is_wanted else 0, F)
@@ -95,9 +95,9 @@ def down_gradient(
     gh1, gh3, weighted = rows(True), rows(is_gated), rows(wanted.weighted)
     if gh1.numel() == 0:
         biases = (sums(E, F), sums(E, F)) if wanted.biases else (sums(0, F), sums(0, F))
-        return HiddenGradient(gh1, gh3, weighted, sums(T, K), *biases)
-    h3_TKF = None if h3_TKF is None else h3_TKF.contiguous()
-    operands = _Operands(grad_TD, w2_EFD, h1_TKF.contiguous(), h3_TKF, weights_TK.contiguous())
+        return HiddenGradient(gh1, gh3, weighted, sums(R), *biases)
+    h3_LF = None if h3_LF is None else h3_LF.contiguous()
+    operands = _Operands(grad_TD, w2_EFD, h1_LF.contiguous(), h3_LF, weights_L.contiguous())
 
     def run(config: Config) -> HiddenGradient:
         return _launch(operands, activation, routing, config, wanted, (gh1, gh3, weighted))
@@ -116,12 +116,12 @@ def _launch(
     rows: tuple[Tensor, Tensor, Tensor],
 ) -> HiddenGradient:
     grad, w2, h1, h3, weights = operands
-    (E, F, D), (T, K) = w2.shape, weights.shape
+    (E, F, D), L = w2.shape, weights.numel()
     gpu = device.describe(grad.device)
     w = as_weight(w2.mT, config.BK, config.BN, gpu)
     tiles = tile_map(routing.groups, config.BM)
     num_tiles, num_columns = tiles.tiles.shape[0], triton.cdiv(F, config.BN)
-    partial = grad.new_empty(num_columns if wanted.routing_weights else 0, T * K, dtype=torch.float32)
+    partial = grad.new_empty(num_columns if wanted.routing_weights else 0, L, dtype=torch.float32)
     sums1 = grad.new_empty(num_tiles if wanted.biases else 0, F, dtype=torch.float32)
     sums3 = grad.new_empty(num_tiles if wanted.biases and h3 is not None else 0, F, dtype=torch.float32)
     _down_gradient_kernel[config.grid(gpu.num_sms, num_tiles * num_columns)](
@@ -140,7 +140,7 @@ def _launch(
         tiles.number,
         D,
         F,
-        T * K,
+        L,
         *grad.stride(),
         *w.strides,
         IS_GATED=h3 is not None,
@@ -155,7 +155,7 @@ def _launch(
         **config.options(),
     )
     gb1, gb3 = (_add_tiles(sums, tiles, E) for sums in (sums1, sums3))
-    return HiddenGradient(*rows, partial.sum(0).view(T, K), gb1, gb3)
+    return HiddenGradient(*rows, partial.sum(0), gb1, gb3)
 
 
 def _add_tiles(sums_SF: Tensor, tiles: TileMap, num_experts: int) -> Tensor:
@@ -231,7 +231,7 @@ def _finish_columns(
 def _down_gradient_kernel(
     grad,
     tokens,
-    slots,
+    lines,
     w,
     h1,
     h3,
@@ -246,7 +246,7 @@ def _down_gradient_kernel(
     count,
     D,
     F,
-    num_slots,
+    num_lines,
     stride_gt,
     stride_gd,
     stride_we,
@@ -268,8 +268,8 @@ def _down_gradient_kernel(
 ):
     N: tl.constexpr = BN // SUBTILES
     # Elements of 128 bytes.
-    LINE: tl.constexpr = 1024 // h1.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = (BN + LINE - 1) // LINE
+    CACHE_LINE: tl.constexpr = 1024 // h1.dtype.element_ty.primitive_bitwidth
+    CACHE_LINES: tl.constexpr = (BN + CACHE_LINE - 1) // CACHE_LINE
     num_tiles = tl.load(count)
     num_columns = tl.cdiv(F, BN)
     for work in tl.range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
@@ -279,12 +279,12 @@ def _down_gradient_kernel(
         rows = Rows(grad + tl.load(tokens + row).to(tl.int64) * stride_gt, stride_gd, D)
         weight = Matrices(w, stride_we, stride_wd, stride_wf, D, F)
         f = column * BN
-        slot = tl.load(slots + row).to(tl.int64)
+        line = tl.load(lines + row).to(tl.int64)
         # What the end of this tile reads of memory comes while its product is computed.
-        lines = tl.minimum(f + tl.arange(0, LINES) * LINE, F - 1)
-        prefetch((h1 + slot * F)[:, None] + lines[None, :])
+        ahead = tl.minimum(f + tl.arange(0, CACHE_LINES) * CACHE_LINE, F - 1)
+        prefetch((h1 + line * F)[:, None] + ahead[None, :])
         if IS_GATED:
-            prefetch((h3 + slot * F)[:, None] + lines[None, :])
+            prefetch((h3 + line * F)[:, None] + ahead[None, :])
         g = tl.zeros((BM, BN), tl.float32)
         g = add_product(g, rows, weight, expert, f, FORM, EVEN, PRECISION, BN, BK)
 
@@ -293,10 +293,10 @@ def _down_gradient_kernel(
         out = out_rows.to(tl.int64) * F
         tile = _Tile(
             inside,
-            weight=tl.load(weights + slot, mask=inside & (expert >= 0), other=0.0).to(tl.float32),
+            weight=tl.load(weights + line, mask=inside & (expert >= 0), other=0.0).to(tl.float32),
             F=F,
-            h1=h1 + slot * F,
-            h3=h3 + slot * F,
+            h1=h1 + line * F,
+            h3=h3 + line * F,
             weighted=weighted + out,
             gh1=gh1 + out,
             gh3=gh3 + out,
@@ -309,7 +309,7 @@ def _down_gradient_kernel(
         for i in tl.static_range(1, SUBTILES):
             sums += _finish_columns(parts[i], f + i * N, tile, IS_GATED, WANTS_WEIGHTED, WANTS_BIASES, ACT, N)
         if WANTS_ROUTING:
-            tl.store(partial + column.to(tl.int64) * num_slots + slot, sums, mask=inside)
+            tl.store(partial + column.to(tl.int64) * num_lines + line, sums, mask=inside)
 
 
 @triton.jit

@@ -4,7 +4,10 @@ A counting sort in three launches, none of which waits for the device or uses at
 block of slots has; where these go; and each slot's row. It is stable, so the order, and with it every rounding error,
 depends on the routing alone.
 
-Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, E experts, NB blocks of slots.
+Where a call lists the copies that are here, lines of the list are sorted in the place of slots.
+
+Legend: T tokens, K copies a token (top-k), R rows sorted by expert, as many as slots T * K or lines of a list, E
+experts, NB blocks of slots or lines.
 """
 
 from typing import NamedTuple
@@ -14,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moesaic.ops.experts_mlp.problem import Listed
 from moesaic.ops.triton.maps import Groups
 
 # Slots a block, and as many of them as a program places; blocks that are counted at a time.
@@ -28,7 +32,7 @@ class Routing(NamedTuple):
     """Slot ``t * K + k`` is copy ``k`` of token ``t``. Rows of copies that are not here come last.
 
     Attributes:
-        slots: ``[R]`` int32, the slot of each row.
+        slots: ``[R]`` int32, the slot of each row, or with a list its line.
         tokens: ``[R]`` int32, the token of each row.
         positions: ``[T, K]`` int32, the row of each slot, -1 for a copy that is not here.
         groups: where the rows of each expert lie.
@@ -40,23 +44,29 @@ class Routing(NamedTuple):
     groups: Groups
 
 
-def route(ids_TK: Tensor, num_experts: int) -> Routing:
-    """Sort stably by expert."""
-    (T, K), E, R = ids_TK.shape, num_experts, ids_TK.numel()
+def route(ids_TK: Tensor, num_experts: int, listed: Listed | None = None) -> Routing:
+    """Sort stably by expert. With a list, only what is on it has a row."""
+    (T, K), E = ids_TK.shape, num_experts
+    R = ids_TK.numel() if listed is None else listed.slots_L.numel()
     new = ids_TK.new_empty
-    slots, tokens, positions = (new(shape, dtype=torch.int32) for shape in (R, R, (T, K)))
+    lines, tokens, positions = (new(shape, dtype=torch.int32) for shape in (R, R, (T, K)))
     bounds = new(1, E + 2, dtype=torch.int32)
+    if listed is not None:
+        positions.fill_(-1)  # of copies that are not listed
     if R == 0:
-        return Routing(slots, tokens, positions, Groups(bounds.zero_(), E, False, 0))
-    ids = ids_TK.contiguous()
+        return Routing(lines, tokens, positions, Groups(bounds.zero_(), E, False, 0))
+    ids = ids_TK.contiguous() if listed is None else listed.to_lines(ids_TK, -1)
+    slots = ids if listed is None else listed.slots_L
     num_blocks = triton.cdiv(R, _BLOCK)
     counts, starts = (new(num_blocks, E + 1, dtype=torch.int32) for _ in range(2))
     bins = max(triton.next_power_of_2(E + 1), _LEAST_BINS)
     _count_kernel[(num_blocks,)](ids, counts, R, E, BINS=bins, BLOCK=_BLOCK)
     _place_blocks_kernel[(E + 1,)](counts, starts, bounds, R, E, num_blocks, BINS=bins, BLOCKS=_BLOCKS)
     grid = (num_blocks, triton.cdiv(min(R, _BLOCK), _STEP))
-    _place_kernel[grid](ids, starts, slots, tokens, positions, R, K, E, BLOCK=_BLOCK, STEP=_STEP)
-    return Routing(slots, tokens, positions, Groups(bounds, E, False, R))
+    # Without a token no line is of a copy, and no number is divided by.
+    options = {"IS_LISTED": listed is not None, "BLOCK": _BLOCK, "STEP": _STEP}
+    _place_kernel[grid](ids, slots, starts, lines, tokens, positions, R, max(K, 1), E, **options)
+    return Routing(lines, tokens, positions, Groups(bounds, E, False, R))
 
 
 @triton.jit
@@ -100,7 +110,20 @@ def _place_blocks_kernel(counts, starts, bounds, R, E, num_blocks, BINS: tl.cons
 
 
 @triton.jit
-def _place_kernel(ids, starts, slots, tokens, positions, R, K, E, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def _place_kernel(
+    ids,
+    slots,
+    starts,
+    lines,
+    tokens,
+    positions,
+    R,
+    K,
+    E,
+    IS_LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """The row of a slot: where those of its expert and block begin, and after the same expert's earlier slots."""
     block = tl.program_id(0)
     own = block * BLOCK + tl.program_id(1) * STEP + tl.arange(0, STEP)
@@ -112,6 +135,13 @@ def _place_kernel(ids, starts, slots, tokens, positions, R, K, E, BLOCK: tl.cons
         is_before = (theirs[None, :] == experts[:, None]) & (others[None, :] < own[:, None])
         row += tl.sum(is_before.to(tl.int32), 1)
     mask = own < R
-    tl.store(slots + row, own, mask=mask)
-    tl.store(tokens + row, own // K, mask=mask)
-    tl.store(positions + own, tl.where(experts < E, row, -1), mask=mask)
+    slot = own
+    if IS_LISTED:
+        # A line of no copy has some token, for it has a row, which is of no expert.
+        slot = tl.maximum(tl.load(slots + own, mask=mask, other=0).to(tl.int32), 0)
+    tl.store(lines + row, own, mask=mask)
+    tl.store(tokens + row, slot // K, mask=mask)
+    if IS_LISTED:
+        tl.store(positions + slot, row, mask=mask & (experts < E))
+    else:
+        tl.store(positions + own, tl.where(experts < E, row, -1), mask=mask)

@@ -3,7 +3,7 @@
 Rows are gathered as they are loaded, both products share them, and the activation is taken of the accumulators: neither
 the gathered rows nor a product that is not saved is ever in memory.
 
-Legend: T tokens, K copies a token, R rows sorted by expert, D model dim, F hidden dim, E experts.
+Legend: T tokens, R rows sorted by expert, as many as lines L of pre-activations, D model dim, F hidden dim, E experts.
 """
 
 import os
@@ -35,7 +35,7 @@ from moesaic.ops.triton.tiles import (
 
 
 class Hidden(NamedTuple):
-    """``a [R, F]`` in row order, pre-activations ``[T, K, F]`` in slot order, of no elements where not saved."""
+    """``a [R, F]`` in row order, pre-activations ``[L, F]`` in the order of lines, of no elements where not saved."""
 
     a: Tensor
     h1: Tensor
@@ -61,11 +61,10 @@ def up_projection(
     save: bool,
 ) -> Hidden:
     """The hidden rows. Pre-activations of copies that are not here are zero."""
-    (T, K), (_, D, F) = routing.positions.shape, w1_EDF.shape
-    kept = (T, K, F)
-    h1 = x_TD.new_empty(kept if save else (0, K, F))
-    h3 = x_TD.new_empty(kept if save and w3_EDF is not None else (0, K, F))
-    hidden = Hidden(x_TD.new_empty(T * K, F), h1, h3)
+    R, (_, D, F) = len(routing.slots), w1_EDF.shape
+    h1 = x_TD.new_empty(R if save else 0, F)
+    h3 = x_TD.new_empty(R if save and w3_EDF is not None else 0, F)
+    hidden = Hidden(x_TD.new_empty(R, F), h1, h3)
     if hidden.a.numel() == 0:
         return hidden
     operands = _Operands(x_TD, w1_EDF, w3_EDF, b1_EF, b3_EF)
@@ -224,7 +223,7 @@ def _finish_columns(
 def _up_projection_kernel(
     x,
     tokens,
-    slots,
+    lines,
     w1,
     w3,
     b1,
@@ -284,7 +283,7 @@ def _up_projection_kernel(
                 w = load_weight(up_weight, expert, d, f, FORM3, BK, BN)
                 up = tl.dot(block, w, up, input_precision=PRECISION)
         out_rows = first + tl.arange(0, BM)
-        slot_offsets = tl.load(slots + row).to(tl.int64) * F
+        line_offsets = tl.load(lines + row).to(tl.int64) * F
         tile = _Tile(
             expert,
             inside=out_rows < end,
@@ -292,8 +291,8 @@ def _up_projection_kernel(
             b1=_Biases(b1, stride_b1e, stride_b1f),
             b3=_Biases(b3, stride_b3e, stride_b3f),
             a=a + out_rows.to(tl.int64) * F,
-            h1=h1 + slot_offsets,
-            h3=h3 + slot_offsets,
+            h1=h1 + line_offsets,
+            h3=h3 + line_offsets,
         )
         gates, ups = subtiles(gate, BM, BN, SUBTILES), subtiles(up, BM, BN, SUBTILES)
         for i in tl.static_range(SUBTILES):

@@ -40,7 +40,7 @@ _ARRIVALS = gl.constexpr(32 * 4 + 1)
 
 
 class Results(NamedTuple):
-    """Where results go: ``a [R, F]``, and ``h1`` and ``h3 [T, K, F]``, of no elements where not saved."""
+    """Where results go: ``a [R, F]``, and ``h1`` and ``h3 [L, F]``, of no elements where not saved."""
 
     a: Tensor
     h1: Tensor
@@ -63,7 +63,7 @@ def takes(x: Tensor, w1: Tensor, w3: Tensor | None, activation: str, gpu: Device
 def up_projection(
     x: Tensor, w1: Tensor, w3: Tensor, routing: Routing, tiles: TileMap, results: Results, save: bool, gpu: Device
 ) -> None:
-    """Write the hidden rows, and in slot order what the backward pass needs; ``tiles`` are of ``ROWS`` rows."""
+    """Write the hidden rows, and in the order of lines what the backward pass needs; ``tiles`` are of ``ROWS`` rows."""
     D, F = w1.shape[1:]
     pieces = tiles.tiles.shape[0] * triton.cdiv(F, _BN.value)
     _by_warps_kernel[(min(gpu.num_sms, pieces),)](
@@ -138,7 +138,7 @@ def _sigmoid(h):
 
 
 @gluon.jit
-def _multiply(slots, a, h1, h3, D, F, pieces, buffers, SAVE: gl.constexpr):
+def _multiply(lines, a, h1, h3, D, F, pieces, buffers, SAVE: gl.constexpr):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _BN, 16])
     step = 0
     for work in range(gl.program_id(0), pieces.number, gl.num_programs(0)):
@@ -166,7 +166,7 @@ def _multiply(slots, a, h1, h3, D, F, pieces, buffers, SAVE: gl.constexpr):
         # The activation is of what is saved, so that the backward pass sees the same.
         gate, up = gate.to(gl.bfloat16), up.to(gl.bfloat16)
         if SAVE:
-            at = (gl.load(slots + gl.minimum(row, end - 1)).to(gl.int64) * F)[:, None] + columns
+            at = (gl.load(lines + gl.minimum(row, end - 1)).to(gl.int64) * F)[:, None] + columns
             gl.store(h1 + at, gate, mask=mask)
             gl.store(h3 + at, up, mask=mask)
         h = gate.to(gl.float32)
@@ -175,7 +175,7 @@ def _multiply(slots, a, h1, h3, D, F, pieces, buffers, SAVE: gl.constexpr):
 
 
 @gluon.jit
-def _by_warps_kernel(x, stride, tokens, slots, gate, up, a, h1, h3, tiles, count, D, F, SAVE: gl.constexpr):
+def _by_warps_kernel(x, stride, tokens, lines, gate, up, a, h1, h3, tiles, count, D, F, SAVE: gl.constexpr):
     of_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_BM, _BK], gl.bfloat16)
     of_barriers: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = _Buffers(
@@ -192,7 +192,7 @@ def _by_warps_kernel(x, stride, tokens, slots, gate, up, a, h1, h3, tiles, count
     pieces = _Pieces(tiles, gl.load(count) * columns, columns)
     gl.warp_specialize(
         [
-            (_multiply, (slots, a, h1, h3, D, F, pieces, buffers, SAVE)),
+            (_multiply, (lines, a, h1, h3, D, F, pieces, buffers, SAVE)),
             (_load, (x, stride, tokens, gate, up, D, pieces, buffers)),
         ],
         [_LOADERS],

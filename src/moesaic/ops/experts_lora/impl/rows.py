@@ -2,9 +2,9 @@
 
 With dropout ``(x a) b`` is that of rows of which some numbers are zero. w1 and w3 see the same rows.
 
-Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, those of copies that are not here at the
-end, D model dim, F hidden dim, E experts, r the rank of an adapter; I and O the dims that a projection comes from and
-goes to.
+Legend: T tokens, K copies a token (top-k), R rows sorted by expert, as many as lines L of pre-activations, those of
+copies that are not here at the end, D model dim, F hidden dim, E experts, r the rank of an adapter; I and O the dims
+that a projection comes from and goes to.
 """
 
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class _Products:
         if self._dropout is None or not any(used):
             return Mask(None, 0.0)
         p, keys_TK, columns_F = self._dropout
-        keys_R = self.rows.of_slots(keys_TK.unsqueeze(2)).squeeze(1)
+        keys_R = self.rows.of_slots(keys_TK)
         columns_I = torch.arange(x_RI.shape[1], device=x_RI.device) if which == TOKENS else columns_F
         return Mask(kept(keys_R, columns_I, which, p), p)
 
@@ -101,14 +101,14 @@ def forward(adapted: Adapted, save: bool, impl: str | None) -> Forward:
     a_RF = hidden(problem.activation, pre)
     dropped_RF = products.mask(a_RF, HIDDEN, adapted.down).drop(a_RF)
     y_RD = products.project(a_RF, dropped_RF, problem.down, adapted.down)
-    return Forward(rows.to_tokens(y_RD, problem.weights_TK), tuple(map(rows.to_slots, pre)) if save else ())
+    return Forward(rows.to_tokens(y_RD, problem.weights_TK), tuple(map(rows.to_lines, pre)) if save else ())
 
 
 def backward(grad_TD: Tensor, adapted: Adapted, pre: tuple[Tensor, ...], wanted: Wanted, impl: str | None) -> Gradients:
     problem, products = adapted.base, _Products(adapted, impl)
     rows, down = products.rows, problem.down
     dtype, acc = problem.x_TD.dtype, accumulation_dtype(problem.x_TD.dtype)
-    pre_RF = [rows.of_slots(h_TKF) for h_TKF in pre]
+    pre_RF = [rows.of_lines(h_LF) for h_LF in pre]
     a_RF = hidden(problem.activation, pre_RF)
     grad_RD = rows.of_tokens(grad_TD)
 
@@ -120,11 +120,11 @@ def backward(grad_TD: Tensor, adapted: Adapted, pre: tuple[Tensor, ...], wanted:
         gweights_R = (ga_RF * a_RF.to(acc)).sum(1)
         if down.bias is not None:
             gweights_R += (grad_RD.to(acc) * rows.of_experts(down.bias).to(acc)).sum(1)
-        gweights_TK = rows.to_slots(gweights_R.unsqueeze(1)).squeeze(2).to(problem.weights_TK.dtype)
+        gweights_TK = rows.to_slots(gweights_R).to(problem.weights_TK.dtype)
     of_down = None
     if wanted.factors:
         of_down = products.of_factors(mask_RF.drop(a_RF), rows.of_tokens(grad_TD, problem.weights_TK), adapted.down)
-    ga_RF = ga_RF * rows.of_slots(problem.weights_TK.unsqueeze(2)).to(acc)
+    ga_RF = ga_RF * rows.of_slots(problem.weights_TK).unsqueeze(1).to(acc)
 
     x_RD = rows.of_tokens(problem.x_TD)
     mask_RD = products.mask(x_RD, TOKENS, *adapted.up)

@@ -4,7 +4,7 @@ No gathered copy of the tokens and no pass of its own for the activation: rows a
 them, and the activation is applied to sums that have not left the cache. The same call gives the same bits, whatever
 the number of threads.
 
-Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, E experts.
+Legend: T tokens, K copies a token (top-k), L lines of the pre-activations, D model dim, F hidden dim, E experts.
 """
 
 import torch
@@ -34,7 +34,7 @@ def forward(problem: Problem, save: bool) -> Forward:
     x_TD = problem.x_TD
     routing, keep = _routing(problem)
     z_TD = pool.empty(tuple(x_TD.shape), x_TD.dtype)
-    sizes = [(*problem.ids_TK.shape, up.weight.shape[2]) for up in problem.projections]
+    sizes = [(problem.num_lines, up.weight.shape[2]) for up in problem.projections]
     pre = tuple(pool.empty(size, x_TD.dtype) for size in sizes) if save else ()
     status = library.moesaic_cpu_experts(
         routing,
@@ -54,7 +54,7 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
     library, isa = _kernels()
     x_TD, weights_TK = problem.x_TD, problem.weights_TK
     routing, keep = _routing(problem)
-    pre = tuple(h_TKF.contiguous() for h_TKF in pre)
+    pre = tuple(h_LF.contiguous() for h_LF in pre)
     gx_TD = pool.empty(tuple(x_TD.shape), x_TD.dtype) if wanted.x else None
     gweights_TK = torch.empty(weights_TK.shape, dtype=torch.float32) if wanted.weights else None
     status = library.moesaic_cpu_experts_backward(
@@ -90,11 +90,13 @@ def _targets(targets: Targets) -> CProjectionGrads:
     )
 
 
-def _routing(problem: Problem) -> tuple[CRouting, tuple[Tensor, Tensor]]:
+def _routing(problem: Problem) -> tuple[CRouting, tuple[Tensor | None, ...]]:
     # The second result owns the memory that the first points to.
     ids_TK = problem.ids_TK.to(torch.int64).contiguous()
     weights_TK = problem.weights_TK.to(torch.float32).contiguous()
-    return CRouting(ids_TK.data_ptr(), weights_TK.data_ptr(), *ids_TK.shape), (ids_TK, weights_TK)
+    lines_TK = None if problem.listed is None else problem.listed.lines_TK
+    routing = CRouting(ids_TK.data_ptr(), weights_TK.data_ptr(), *ids_TK.shape, pointer(lines_TK), problem.num_lines)
+    return routing, (ids_TK, weights_TK, lines_TK)
 
 
 def _experts(problem: Problem) -> CExperts:

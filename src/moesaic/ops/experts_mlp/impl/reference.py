@@ -1,7 +1,7 @@
 """experts_mlp in plain PyTorch. This file is the definition, and the oracle of every test.
 
-Legend: T tokens, K copies a token (top-k), D model dim, F hidden dim, r the copies of one expert; I and O the dims that
-a projection comes from and goes to.
+Legend: T tokens, K copies a token (top-k), L lines of pre-activations, D model dim, F hidden dim, r the copies of one
+expert; I and O the dims that a projection comes from and goes to.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ def forward(problem: Problem, save: bool) -> Forward:
     """
     x, weights_TK, acc = problem.x_TD, problem.weights_TK, accumulation_dtype(problem.x_TD.dtype)
     z_TD = x.new_zeros(x.shape, dtype=acc)
-    pre = tuple(x.new_zeros(*problem.ids_TK.shape, p.weight.shape[2]) for p in problem.projections)
-    for e, t, k in _copies(problem):
-        for h_TKF, projection in zip(pre, problem.projections, strict=True):
-            h_TKF[t, k] = _project(x[t], projection, e).to(x.dtype)
-        a_rF = hidden(problem.activation, [h_TKF[t, k] for h_TKF in pre])
+    pre = tuple(x.new_zeros(problem.num_lines, p.weight.shape[2]) for p in problem.projections)
+    for e, t, k, line in _copies(problem):
+        for h_LF, projection in zip(pre, problem.projections, strict=True):
+            h_LF[line] = _project(x[t], projection, e).to(x.dtype)
+        a_rF = hidden(problem.activation, [h_LF[line] for h_LF in pre])
         z_TD[t] += weights_TK[t, k].to(acc).unsqueeze(1) * _project(a_rF, problem.down, e)
     return Forward(z_TD.to(x.dtype), pre if save else ())
 
@@ -37,12 +37,12 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
     gweights_TK = torch.zeros_like(weights_TK, dtype=acc)
     down = _Sums(problem.down, wanted.down)
     projections = [_Sums(p, targets) for p, targets in zip(problem.projections, wanted.projections, strict=True)]
-    for e, t, k in _copies(problem):
+    for e, t, k, line in _copies(problem):
         grad_rD = grad_TD[t].to(acc)
-        a_rF = hidden(problem.activation, [h_TKF[t, k] for h_TKF in pre])
+        a_rF = hidden(problem.activation, [h_LF[line] for h_LF in pre])
         gweights_TK[t, k] = (grad_rD * _project(a_rF, problem.down, e)).sum(1)
         ga_rF = down.add(a_rF, weights_TK[t, k].to(acc).unsqueeze(1) * grad_rD, e)
-        slopes_rF = slopes(problem.activation, [h_TKF[t, k].to(acc) for h_TKF in pre])
+        slopes_rF = slopes(problem.activation, [h_LF[line].to(acc) for h_LF in pre])
         for projection, slope_rF in zip(projections, slopes_rF, strict=True):
             gx_TD[t] += projection.add(x[t], ga_rF * slope_rF, e)
     for sums in (*projections, down):
@@ -89,8 +89,13 @@ class _Sums:
                 target.take(total)
 
 
-def _copies(problem: Problem) -> Iterator[tuple[int, Tensor, int]]:
-    """Every expert with the tokens whose copy ``k`` goes to it; k outermost, so that sums over k have one order."""
-    for k, ids_T in enumerate(problem.ids_TK.unbind(1)):
+def _copies(problem: Problem) -> Iterator[tuple[int, Tensor, int, Tensor]]:
+    """Every expert with the tokens whose copy ``k`` goes to it, and the lines of these.
+
+    k is outermost, so that sums over k have one order.
+    """
+    lines_TK = problem.to_slots(torch.arange(problem.num_lines, device=problem.ids_TK.device), -1)
+    for k, (ids_T, lines_T) in enumerate(zip(problem.ids_TK.unbind(1), lines_TK.unbind(1), strict=True)):
         for e in range(problem.num_experts):
-            yield e, (ids_T == e).nonzero().squeeze(1), k
+            t = (ids_T == e).nonzero().squeeze(1)
+            yield e, t, k, lines_T[t]

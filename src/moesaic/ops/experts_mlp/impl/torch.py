@@ -3,8 +3,9 @@
 Any dtype, any device; on CUDA no size is read to the host. Between the products each pass over the rows reads and
 writes once what it has to: :mod:`moesaic.ops.experts_mlp.passes`.
 
-Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, those of copies that are not here at the
-end, D model dim, F hidden dim, E experts; I and O the dims that a projection comes from and goes to.
+Legend: T tokens, K copies a token (top-k), R rows sorted by expert, as many as lines L of pre-activations, those of
+copies that are not here at the end, D model dim, F hidden dim, E experts; I and O the dims that a projection comes from
+and goes to.
 """
 
 import torch
@@ -20,12 +21,22 @@ _ops = torch.ops.moesaic_passes
 
 
 class Rows:
-    """The copies of all tokens as rows sorted by expert."""
+    """The copies of all tokens as rows sorted by expert.
+
+    Attributes:
+        slots_R, positions_TK, sizes_E: as in :class:`moesaic.ops.Permutation`.
+        lines_R: the line of each row, -1 for none.
+        positions_L: the row of each line, -1 for none.
+    """
 
     def __init__(self, problem: Problem) -> None:
-        ids_TK, E = problem.ids_TK, problem.num_experts
-        self.slots_R, self.positions_TK, self.sizes_E = permuting.sort_by_expert(ids_TK, E, ids_TK.numel())
-        self.products = grouped.Products(ids_TK, ids_TK.numel(), self.sizes_E.unsqueeze(0), E)
+        ids_TK, E, R = problem.ids_TK, problem.num_experts, problem.num_lines
+        self.slots_R, self.positions_TK, self.sizes_E = permuting.sort_by_expert(ids_TK, E, R)
+        self.products = grouped.Products(ids_TK, R, self.sizes_E.unsqueeze(0), E)
+        self.lines_R, self.positions_L = self.slots_R, problem.to_lines(self.positions_TK, -1)
+        if problem.listed is not None:
+            lines = passes.by_row(problem.listed.lines_TK.flatten(), self.slots_R)
+            self.lines_R = torch.where(self.slots_R < 0, -1, lines)
 
     def of_tokens(self, x_TD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
         return permuting.permute(x_TD, self.slots_R, self.positions_TK, weights_TK)
@@ -33,18 +44,18 @@ class Rows:
     def to_tokens(self, y_RD: Tensor, weights_TK: Tensor | None = None) -> Tensor:
         return permuting.combine(y_RD, self.slots_R, self.positions_TK, weights_TK)
 
-    def of_slots(self, h_TKF: Tensor) -> Tensor:
-        if not h_TKF.numel():
-            return h_TKF.flatten(0, 1)
+    def of_lines(self, h_LF: Tensor) -> Tensor:
         # Rows of copies that are not here come last and belong to no group: what they hold does not matter.
-        return h_TKF.flatten(0, 1).index_select(0, self.slots_R.clamp(min=0))
+        return passes.by_row(h_LF, self.lines_R)
 
-    def to_slots(self, h_RF: Tensor) -> Tensor:
-        T, K = self.positions_TK.shape
-        if not h_RF.numel():
-            return h_RF.unflatten(0, (T, K))
-        h_TKF = h_RF.index_select(0, self.positions_TK.flatten().clamp(min=0)).unflatten(0, (T, K))
-        return h_TKF.masked_fill_((self.positions_TK < 0).unsqueeze(2), 0)
+    def to_lines(self, h_RF: Tensor) -> Tensor:
+        return passes.by_slot(h_RF, self.positions_L)
+
+    def of_slots(self, t_TK: Tensor) -> Tensor:
+        return passes.by_row(t_TK.flatten(), self.slots_R)
+
+    def to_slots(self, t_R: Tensor) -> Tensor:
+        return passes.by_slot(t_R.unsqueeze(1), self.positions_TK.flatten()).view(self.positions_TK.shape)
 
     def of_experts(self, b_EO: Tensor) -> Tensor:
         """For every row the bias of its expert; zeros for the rows that belong to no expert."""
@@ -83,37 +94,35 @@ def forward(problem: Problem, save: bool) -> Forward:
     rows, up = Rows(problem), problem.projections
     product, where = rows.products.of_rows, (rows.slots_R, rows.positions_TK)
     x_RD = passes.of_tokens(problem.x_TD, *where)
+    ids_L = problem.to_lines(problem.ids_TK, -1)
     h1_RF, h3_RF = (*(product(x_RD, p.weight) for p in up), None)[:2]
     b1_EF, b3_EF = (*(p.bias for p in up), None)[:2]
-    ids_R, slots_R, positions_R = problem.ids_TK.flatten(), rows.slots_R, rows.positions_TK.flatten()
-    a_RF, *kept = _ops.hidden(h1_RF, h3_RF, b1_EF, b3_EF, ids_R, slots_R, positions_R, problem.activation, save)
+    lines_R, positions_L = rows.lines_R, rows.positions_L
+    a_RF, *kept_LF = _ops.hidden(h1_RF, h3_RF, b1_EF, b3_EF, ids_L, lines_R, positions_L, problem.activation, save)
     y_RD = product(a_RF, problem.down.weight)
     z_TD = _ops.to_tokens(y_RD, None, problem.weights_TK, problem.down.bias, problem.ids_TK, *where)
-    T_and_K = problem.ids_TK.shape
-    return Forward(z_TD, tuple(h_RF.unflatten(0, T_and_K) for h_RF in kept[: len(up)]) if save else ())
+    return Forward(z_TD, tuple(kept_LF[: len(up)]) if save else ())
 
 
 def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
     rows, down = Rows(problem), problem.down
     product, where = rows.products.of_rows, (rows.slots_R, rows.positions_TK)
     grad_RD = passes.of_tokens(grad_TD, *where)
-    weights_R = problem.weights_TK.flatten()
+    weights_L = problem.to_lines(problem.weights_TK, 0)
 
     # Of the unweighted result: its product with the hidden row is the gradient of the weight.
     ga_RF = product(grad_RD, down.weight.mT)
-    kept = (*(h_TKF.flatten(0, 1) for h_TKF in pre), None)[:2]
-    *gh_RF, weighted_RF, gweights_R = _ops.hidden_gradient(
-        ga_RF, *kept, weights_R, rows.slots_R, rows.positions_TK.flatten(), problem.activation
+    *gh_RF, weighted_RF, gweights_L = _ops.hidden_gradient(
+        ga_RF, *(*pre, None)[:2], weights_L, rows.lines_R, rows.positions_L, problem.activation
     )
     gweights_TK = gx_TD = None
     if wanted.weights:
-        gweights_TK = gweights_R.view_as(problem.weights_TK)
+        gweights_TK = problem.to_slots(gweights_L, 0)
         if down.bias is not None:
             gweights_TK = gweights_TK + _dots_with_biases(grad_TD, problem, down.bias)
         gweights_TK = gweights_TK.to(problem.weights_TK.dtype)
     if any(wanted.down):
-        of_rows = passes.by_row(weights_R.unsqueeze(1), rows.slots_R).squeeze(1)
-        rows.write_gradients(wanted.down, weighted_RF, grad_RD, of_rows)
+        rows.write_gradients(wanted.down, weighted_RF, grad_RD, rows.of_slots(problem.weights_TK))
     x_RD = None
     if any(up.weight for up in wanted.projections):
         x_RD = passes.of_tokens(problem.x_TD, *where)

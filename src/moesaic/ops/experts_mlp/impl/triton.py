@@ -5,7 +5,8 @@ the gradient of the hidden rows with those of the activation and of the routing 
 in the weight gradients, and a gather-sum again. No sum is made by atomics; nothing of the routing is read to the host,
 so a call can be captured in a CUDA graph and replayed with another routing.
 
-Legend: T tokens, K copies a token (top-k), R = T * K rows sorted by expert, D model dim, F hidden dim, E experts.
+Legend: T tokens, K copies a token (top-k), R rows sorted by expert, as many as lines L of pre-activations, D model dim,
+F hidden dim, E experts.
 """
 
 from typing import Any, NamedTuple, cast
@@ -19,28 +20,33 @@ from moesaic.ops.triton import available
 
 
 def forward(problem: Problem, save: bool) -> Forward:
+    problem, num_lines = _with_rows(problem), problem.num_lines
     x, (gate, up) = problem.x_TD, _gate_and_up(problem)
     up_projection, matmul, combine, routing = (
         available.load(name) for name in ("up_projection", "matmul", "combine", "routing")
     )
     with torch.cuda.device_of(x):
-        routed = routing.route(problem.ids_TK, problem.num_experts)
+        routed = routing.route(problem.ids_TK, problem.num_experts, problem.listed)
         hidden = up_projection.up_projection(
             x, gate.weight, up.weight, gate.bias, up.bias, problem.activation, routed, save
         )
         y_RD = matmul.grouped_mm(matmul.Product(hidden.a, problem.down.weight), routed.groups, x.dtype)
         z_TD = add_down_bias(combine.combine(y_RD, routed.positions, problem.weights_TK), problem)
-    return Forward(z_TD, (hidden.h1, hidden.h3)[: len(problem.projections)] if save else ())
+    pre = (hidden.h1, hidden.h3)[: len(problem.projections)] if save else ()
+    if num_lines != problem.num_lines:
+        pre = tuple(h_LF.new_zeros(num_lines, h_LF.shape[1]) for h_LF in pre)
+    return Forward(z_TD, pre)
 
 
 def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted: Wanted) -> Gradients:
+    problem = _with_rows(problem)
     x, w2 = problem.x_TD, problem.down.weight
     down_gradient, matmul, weight_grad, combine, routing = (
         available.load(name) for name in ("down_gradient", "matmul", "weight_grad", "combine", "routing")
     )
     gx_TD = gweights_TK = None
     with torch.cuda.device_of(x):
-        routed = routing.route(problem.ids_TK, problem.num_experts)
+        routed = routing.route(problem.ids_TK, problem.num_experts, problem.listed)
 
         def write(target: Target | None, rows: Rows, grad: Rows) -> None:
             """The gradient of a weight: ``rows.T @ grad`` of every expert."""
@@ -56,8 +62,8 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
         hidden = down_gradient.down_gradient(
             grad_TD,
             w2,
-            *(*pre, None)[:2],
-            problem.weights_TK,
+            *(*(h_LF[: problem.num_lines] for h_LF in pre), None)[:2],
+            problem.to_lines(problem.weights_TK, 0),
             problem.activation,
             routed,
             down_gradient.Wanted(
@@ -68,7 +74,7 @@ def backward(grad_TD: Tensor, problem: Problem, pre: tuple[Tensor, ...], wanted:
         )
         gradients = [(hidden.gh1, hidden.b1), (hidden.gh3, hidden.b3)][: len(pre)]
         if wanted.weights:
-            gweights_TK = hidden.weights.to(problem.weights_TK.dtype)
+            gweights_TK = problem.to_slots(hidden.weights, 0).to(problem.weights_TK.dtype)
         write(wanted.down.weight, Rows(hidden.weighted), Rows(grad_TD, routed.tokens))
         for targets, (gh_RF, gb_EF) in zip(wanted.projections, gradients, strict=True):
             write(targets.weight, Rows(x, routed.tokens), Rows(gh_RF))
@@ -89,6 +95,11 @@ class Rows(NamedTuple):
 
     data: Tensor
     of: Tensor | None = None
+
+
+def _with_rows(problem: Problem) -> Problem:
+    """Without a slot, lines are of no copy and have no token to load: then there is no list."""
+    return problem if problem.ids_TK.numel() else problem._replace(listed=None)
 
 
 def _gate_and_up(problem: Problem) -> tuple[Projection, ...]:
