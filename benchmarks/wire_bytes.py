@@ -135,7 +135,7 @@ def ours(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
     def run(x: Tensor, weights: Tensor) -> Tensor:
         sent = moe.dispatcher.dispatch(x, Routing(problem.routing.ids, weights), EXPERTS)
-        return moe.dispatcher.combine(moe.experts(sent.x, sent.topk_ids, sent.topk_weights, sent.copies), sent)
+        return moe.dispatcher.combine(moe.experts(sent.x, sent.topk_ids, sent.topk_weights, copies=sent.copies), sent)
 
     return run
 

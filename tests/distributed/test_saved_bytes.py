@@ -31,7 +31,7 @@ def saved(way: str, ep: int) -> tuple[int, int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         sent = moe.dispatcher.dispatch(x, Routing(ids, weights), E)
-        z = moe.dispatcher.combine(moe.experts(sent.x, sent.topk_ids, sent.topk_weights, sent.copies), sent)
+        z = moe.dispatcher.combine(moe.experts(sent.x, sent.topk_ids, sent.topk_weights, copies=sent.copies), sent)
     z.sum().backward()
     local_ids = sent.topk_ids.to_local() if hasattr(sent.topk_ids, "to_local") else sent.topk_ids
     is_here = local_ids[0] >= 0

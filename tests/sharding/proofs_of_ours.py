@@ -73,7 +73,28 @@ def fused() -> dict:
             # It has no gradient.
             everything = (random(*args[0].shape).flip(0), *args, h1, h3, SILU, None, [True] * 8)
             calls["experts_backward, biased"] = ops.experts_mlp_backward, everything, ALONE
+    args = operands(2, 6)
+    calls["inference, listed"] = (
+        ops.experts_mlp_inference,
+        (*args, SILU, None, listed(args[1])),
+        {"axes": (2,), "meshes": [], "backward": False},
+    )
     return calls
+
+
+def with_lists() -> dict:
+    """The same of listed copies, in a forward pass that keeps what the backward pass needs, and in that one."""
+    args, grad = operands(2, 6, biased=True), random(2, 5, 6).flip(0)
+    copies = listed(args[1])
+    _, h1, h3 = ops.experts_mlp(*args, SILU, None, copies)
+    return {
+        "experts_mlp, listed": (ops.experts_mlp, (*args, SILU, None, copies), MESHES),
+        "experts_backward, listed": (
+            ops.experts_mlp_backward,
+            (grad, *args, h1, h3, SILU, None, [True] * 8, copies),
+            ALONE,
+        ),
+    }
 
 
 def operands(B: int, W: int, *, gated: bool = True, biased: bool = False) -> tuple:
@@ -87,6 +108,13 @@ def operands(B: int, W: int, *, gated: bool = True, biased: bool = False) -> tup
     b2 = random(W, D) if biased else None
     weights, experts = random(B, N, C), random(B, G)
     return (random(B, N, D), ids, weights, experts, random(W, D, F), w3, random(W, F, D), b1, b3, b2)
+
+
+def listed(ids: Tensor) -> Tensor:
+    """The copies that are here, in as many lines a block as the fullest has, and one more."""
+    slots = [(block.flatten() >= 0).nonzero().squeeze(1) for block in ids]
+    longest = max(map(len, slots)) + 1
+    return torch.stack([torch.nn.functional.pad(s, (0, longest - len(s)), value=-1) for s in slots])
 
 
 def as_text(records) -> list:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 FORWARD = [f"grouped_mm, {form}" for form in ("flat", "own", "fewer", "shared")]
 BACKWARD = [f"{op}, {form}" for op in ("input_grad", "weight_grad") for form in ("flat", "own", "shared")]
 FUSED = [f"{op}, {form}" for op in ("experts_mlp", "inference") for form in ("biased", "plain", "fewer")]
-FUSED += ["experts_backward, biased"]
+FUSED += ["experts_backward, biased", "inference, listed"]
 PERMUTING = ["permute", "permute, weighted", "combine", "combine, weighted", "combine_weight_grad", "sort_by_expert"]
 
 
@@ -113,13 +113,14 @@ def test_experts_mlp_is_expert_token_and_tensor_parallel(found):
     assert (["R"] * 4 + ["S(2)", "S(2)", "S(1)"], ["P", "S(3)", "S(3)"]) in admitted
 
 
-CALLS = proofs_of_ours.grouped() | proofs_of_ours.permuting() | proofs_of_ours.fused()
+LISTED = proofs_of_ours.with_lists()
+CALLS = proofs_of_ours.grouped() | proofs_of_ours.permuting() | proofs_of_ours.fused() | LISTED
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED)
+@pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED + [*LISTED])
 def test_nothing_is_wrong_on_2_3_4_2x2_and_2x3_ranks_with_all_flags(name):
     op, args, options = CALLS[name]
     report = moesaic.prove(op, *args, backward=options.get("backward", True))

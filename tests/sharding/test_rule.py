@@ -159,6 +159,23 @@ TABLES = {
         "linear in grad": " ".join(["P", *["R"] * 20]) + " -> P P P P P P P P",
     },
 }
+# A list of copies comes last among their inputs. Where a call gives one, it may be cut, and tokens and copies may not.
+# Of the pre-activations, which then have one dim less, `c` cuts the lines.
+LISTED = {
+    "experts_mlp": f"{'R ' * 10}S(1) -> P S(1) S(1)",
+    "experts_mlp_inference": f"{'R ' * 10}S(1) -> P",
+    "experts_mlp_backward": f"{'R ' * 11}S(1) S(1) S(1) -> P P P P P P P P",
+    "experts_lora": f"{'R ' * 18}S(1) -> P S(1) S(1)",
+    "experts_lora_inference": f"{'R ' * 18}S(1) -> P",
+    "experts_lora_backward": f"{'R ' * 19}S(1) S(1) S(1) -> P P P P P P P P",
+}
+for _op, _row in LISTED.items():
+    _table = {
+        choice: text.replace(" ->", " S(0) ->" if choice == "b" else " R ->") for choice, text in TABLES[_op, 0].items()
+    }
+    TABLES[_op, 0] = _table
+    TABLES[_op, 1] = {name: text.replace("S(3)", "S(2)") for name, text in _table.items() if name not in ("n", "k")}
+    TABLES[_op, 1]["c"] = _row
 # Two add to buffers in place, and DTensor might add to a redistributed copy; one is of counts that are a rank's own.
 WITHOUT_RULE = {"grouped_mm_accumulate_weight_grad", "experts_mlp_backward_into", "count_once", "steer", "traffic"}
 

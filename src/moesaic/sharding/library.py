@@ -132,8 +132,8 @@ sharding_rule(
 )(_ops.experts_lora_inference)
 sharding_rule(
     *(
-        f"{form.x}, {form.tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_factors}, {form.copy}, f, {form.pre}, "
-        f"{form.copies} -> {form.x}, {form.copy}, {_factors}"
+        f"{form.x}, {form.tokens}, (b e)? d! f, (b e)? d! f, (b e)? f d!, {_of_biases}, {_factors}, {form.copy}, f, "
+        f"{form.pre}, {form.copies} -> {form.x}, {form.copy}, {_factors}"
         for form in FORMS
     ),
     linear=["grad"],
