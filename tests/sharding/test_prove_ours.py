@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import moesaic
-from tests.sharding import proofs_of_ours
+from tests.sharding.proofs_of_ours import CALLS, with_lists
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +56,10 @@ DELIBERATE = {
 
 @pytest.fixture(scope="module")
 def found(forked_python):
-    program, parts = Path(__file__).with_name("proofs_of_ours.py"), 2
-    with ThreadPoolExecutor(parts) as pool:
-        done = pool.map(lambda part: forked_python(program, part, parts), range(parts))
-    return {name: report for part in done for name, report in json.loads(part.stdout).items()}
+    program = Path(__file__).with_name("proofs_of_ours.py")
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda name: forked_python(program, name), CALLS)
+    return {name: json.loads(of.stdout) for name, of in zip(CALLS, done, strict=True)}
 
 
 @pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED)
@@ -113,8 +113,7 @@ def test_experts_mlp_is_expert_token_and_tensor_parallel(found):
     assert (["R"] * 4 + ["S(2)", "S(2)", "S(1)"], ["P", "S(3)", "S(3)"]) in admitted
 
 
-LISTED = proofs_of_ours.with_lists()
-CALLS = proofs_of_ours.grouped() | proofs_of_ours.permuting() | proofs_of_ours.fused() | LISTED
+LISTED = with_lists()
 
 
 @pytest.mark.long
@@ -122,7 +121,7 @@ CALLS = proofs_of_ours.grouped() | proofs_of_ours.permuting() | proofs_of_ours.f
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", FORWARD + BACKWARD + PERMUTING + FUSED + [*LISTED])
 def test_nothing_is_wrong_on_2_3_4_2x2_and_2x3_ranks_with_all_flags(name):
-    op, args, options = CALLS[name]
+    op, args, options = (CALLS | LISTED)[name]
     report = moesaic.prove(op, *args, backward=options.get("backward", True))
     assert report.wrong == [], f"{report}"
     assert report.stuck == [], f"{report}"
