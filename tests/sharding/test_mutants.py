@@ -15,13 +15,18 @@ from moesaic.sharding import rule_of
 from moesaic.sharding.decide import overload_of
 from moesaic.sharding.proof.examples import Example, line_for
 from moesaic.sharding.proof.placing import mesh_placements
+from tests.sharding import proofs_of_ours, proofs_of_quantized
 from tests.sharding.mutants import mutants, rows, ruled_by
-from tests.sharding.proofs_of_ours import CALLS, permuting
+from tests.sharding.proofs_of_ours import permuting
+from tests.sharding.test_prove_lora import call_of
+from tests.sharding.test_prove_quantized import SOME
 
 prove_module = importlib.import_module("moesaic.sharding.prove")  # not the function of its name
 pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
 
 OPTIONS = {"meshes": [], "backward": False, "make_up": False}
+CALLS = proofs_of_ours.CALLS | {name: (*proofs_of_quantized.CALLS[name], {}) for name in SOME}
+CALLS["experts_lora, fewer"] = torch.ops.moesaic.experts_lora, (*call_of("fewer"), "silu", None, 0.3), {}
 # Of these a mutant takes less than a second.
 SAMPLED = ["grouped_mm, own", "input_grad, shared", "permute", "combine"]
 SAMPLE = 3
@@ -111,6 +116,7 @@ def test_some_mutants_of_our_rules(name):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CALLS)
 def test_all_mutants_of_our_rules(name):
     check(name)
