@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 
 from moesaic.cli import main
 from moesaic.parallel import build_meshes
@@ -259,3 +259,21 @@ def test_notes_go_beside_the_result(capsys):
     tell(Runtime(torch.device("cpu"), 0, 0, 2), "note")
     tell(Runtime(torch.device("cpu"), 1, 1, 2), "silent")
     assert capsys.readouterr() == ("", "note\n")
+
+
+def test_models_that_let_conversations_see_each_other_are_refused(pretrained, tmp_path, capsys):
+    path, chats = pretrained
+    leaky = tmp_path / "leaky"
+    shutil.copytree(path, leaky)
+    AutoModelForCausalLM.from_config(_leaky()).save_pretrained(leaky)
+    flags = ("--data", str(chats), "--json", "--device", "cpu")
+    assert main(["eval", str(leaky), *flags, "--seq-len", "250"]) == 2
+    assert "conversations that share a row would see one another in gpt_oss" in capsys.readouterr().err
+    assert json.loads(_command(capsys, "eval", leaky, *flags, "--no-packing"))["documents"] == 9
+
+
+def _leaky():
+    """The config of a small model whose masks do not follow from positions."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    return GptOssConfig(**sizes, **heads, num_experts_per_tok=2, initializer_range=0.5, pad_token_id=0)

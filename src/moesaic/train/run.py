@@ -100,7 +100,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         architecture = models.model_config(source.values, vocab_size=text.vocab_size, eos_id=text.eos_id)
         model = models.build_model(config, architecture, meshes, runtime.device)
         identity = models.identity(architecture)
-    if isinstance(loader.rows, PackedRows) and loader.rows.shared:
+    of_training = isinstance(loader.rows, PackedRows) and loader.rows.shared
+    if of_training or any(one.measured.shared for one in sets):
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     identities = {"data": text.data_identity, "tokenizer": text.tokenizer_identity, "model": identity}
     main_grads = MainGrads(model) if config.main_grads else None

@@ -31,6 +31,8 @@ class Measured:
     """How many documents or conversations are in the rows."""
     left_out: int
     """How many are not: they are beyond the number of bytes, or have nothing to learn in a row."""
+    shared: bool = False
+    """Whether conversations share a row. Then `check_apart` has to say that the model keeps them apart."""
 
     @property
     def num_targets(self) -> int:
@@ -91,9 +93,8 @@ def as_rows(documents: Sequence[Document], tokenizer: Any, form: Form, notify: C
         raise UserError(
             f"--seq-len {seq_len}: no conversation has anything to learn within this length; use a larger one"
         )
-    return Measured(
-        evaluate.take_rows(packed, masked=True), count - packed.left_out, len(documents) - count + packed.left_out
-    )
+    left_out = len(documents) - count + packed.left_out
+    return Measured(evaluate.take_rows(packed, masked=True), count - packed.left_out, left_out, packed.shared)
 
 
 @dataclass(frozen=True)

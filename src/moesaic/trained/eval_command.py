@@ -48,7 +48,8 @@ class DataOptions:
     loss_on: Literal["assistant", "last", "all"] | None = None
     """Which tokens of a conversation count. By default as in the run, or all messages of the assistant."""
     packing: bool = True
-    """Put several conversations into one row. They do not see each other."""
+    """Put several conversations into one row, unless the run did not. They do not see each other, and a model that
+    would let them is refused."""
     seq_len: int | None = None
     """Tokens in a row. By default as in the run; else 1,024 for text, and for conversations as many as the longest
     has, if the model has so many positions."""
@@ -125,8 +126,12 @@ def _check_data(options: Options, found: Trained) -> None:
 def measure(model: Any, measured: Measured, options: Options, meshes: Meshes, runtime: Runtime) -> dict[str, Any]:
     """The numbers of a model on some rows. Collective."""
     from moesaic.train import evaluate
+    from moesaic.train.packing import check_apart
     from moesaic.trained.routing import counting, describe
 
+    if measured.shared:
+        vocab_size = model.config.get_text_config().vocab_size
+        check_apart(model, meshes, vocab_size=vocab_size, device=runtime.device)
     batch_size = -(-options.batch_size // meshes.dp_size) * meshes.dp_size
     rows = measured.rows
     with counting(model) as loads:
@@ -149,7 +154,9 @@ def _rows(options: Options, found: Trained, tokenizer: Any, positions: Any, runt
     from moesaic.trained.on_ranks import tell
 
     settings = found.settings
-    form: dict[str, Any] = {"packing": options.packing, "positions": positions if isinstance(positions, int) else None}
+    # A run without packing may be one of a model that cannot do with it.
+    packing = options.packing and (settings is None or settings.packing)
+    form: dict[str, Any] = {"packing": packing, "positions": positions if isinstance(positions, int) else None}
     given = {"loss_on": options.loss_on, "seq_len": options.seq_len, "max_bytes": options.max_bytes}
 
     def notify(text: str) -> None:
