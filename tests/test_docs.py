@@ -311,12 +311,18 @@ def test_pictures_are_those_of_their_scripts():
 
 def test_the_number_of_families_is_that_of_the_table():
     words = {13: "thirteen", 14: "fourteen", 15: "fifteen", 16: "sixteen", 17: "seventeen", 18: "eighteen"}
-    rows = re.findall(r"^\| [^|]+ \| `\w+` \|(.*)\|$", (ROOT / "docs" / "transformers.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "transformers.md").read_text().partition("### All folders of transformers")
+    tables = [re.findall(r"^\| [^|]+ \| `\w+` \|(.*)\|$", part, re.MULTILINE) for part in (page[0], page[2])]
     readme, changes = (ROOT / "README.md").read_text(), (ROOT / "CHANGELOG.md").read_text()
-    depths = [
-        sum(not cell.strip().startswith("no:") for cell in column)
-        for column in zip(*(r.split("|") for r in rows), strict=True)
+    depths, in_folders = [
+        [
+            sum(not cell.strip().startswith("no") for cell in column)
+            for column in zip(*(r.split("|") for r in rows), strict=True)
+        ]
+        for rows in tables
     ]
+    rows = tables[0]
+    assert f"{in_folders[0]} folders of transformers run at depth 1, {in_folders[1]} at depth 2" in readme
     assert f"[{words[len(rows)].capitalize()} model families" in readme
     assert f"transformers models of {words[depths[2]]} families" in readme
     assert f"MoE blocks of {words[depths[1]]} families" in changes
