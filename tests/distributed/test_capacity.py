@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
 
 import moesaic
 from moesaic.parallel import Meshes, most_copies, skip_overflowed_steps
@@ -92,6 +93,53 @@ def overflows(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_an_overflow_changes_no_weight(same_ranks, way):
     same_ranks(overflows, 4, way)
+
+
+def refuses_closures() -> None:
+    meshes = meshes_of({"tp": 2, "ep": 2})
+    moe = layer(meshes, "local", 3 * T)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    handle = skip_overflowed_steps(optimizer, moe, meshes)
+    for give in ({"closure": lambda: 0.0}, (lambda: 0.0,)):
+        with pytest.raises(ValueError, match="closure: makes gradients after .* call backward before"):
+            optimizer.step(**give) if isinstance(give, dict) else optimizer.step(*give)
+    optimizer.step(closure=None)
+    handle.remove()
+
+
+def test_a_closure_is_refused(same_ranks):
+    same_ranks(refuses_closures, 2)
+
+
+def another_way(way: str, how: str) -> None:
+    """Recomputed in the backward pass, or compiled: the gradients of the plain call, and NaN where there is no room."""
+    meshes = meshes_of({"tp": 2, "ep": 2})
+    results = []
+    for called in ("plain", how):
+        moe, x = layer(meshes, way, 3 * T * 3 // 2), tokens(dist.get_rank())
+        call = torch.compile(moe, backend="aot_eager", fullgraph=True) if called == "compiled" else moe
+        y = checkpoint(moe, x, use_reentrant=False) if called == "recomputed" else call(x)
+        y.square().sum().backward()
+        results.append({"y": y, "x": x.grad, **{name: p.grad for name, p in moe.named_parameters()}})
+        assert 0 < most_copies(moe, meshes) <= 3 * T * 3 // 2
+        moe.dispatcher.capacity = 1
+        assert (checkpoint(moe, x, use_reentrant=False) if called == "recomputed" else call(x)).isnan().all()
+        assert most_copies(moe, meshes) > 1
+    for name, t in results[0].items():
+        assert_close(name, whole(results[1][name]), whole(t))
+
+
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        ("local", "recomputed"),
+        pytest.param("dtensor", "recomputed", marks=pytest.mark.long),
+        pytest.param("local", "compiled", marks=pytest.mark.long),
+        pytest.param("dtensor", "compiled", marks=pytest.mark.long),
+    ],
+)
+def test_recomputed_and_compiled(same_ranks, way, how):
+    same_ranks(another_way, 2, way, how)
 
 
 def refuses() -> None:

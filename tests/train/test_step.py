@@ -114,3 +114,22 @@ def test_one_process_stops_as_well(tiny, cache, poison, name, message):
     text, changed, step = _step_with_poison(tiny, cache, poison, name, 0)
     assert (changed, step) == ([], 2)
     assert message in text
+
+
+def _step_without_room(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        before = {key: _local(value.detach()).clone() for key, value in run.training.model.named_parameters()}
+        with pytest.raises(TrainingError) as error:
+            one_step(run)
+        after = {key: _local(value.detach()) for key, value in run.training.model.named_parameters()}
+        return str(error.value), all(torch.equal(after[key], t) for key, t in before.items())
+
+
+def test_a_step_that_has_no_room_changes_nothing_and_says_what_to_give(tiny, cache, ranks):
+    config = dataclasses.replace(tiny, tp=2, ep=2, capacity=2)
+    for text, is_unchanged in ranks(_step_without_room, 2, config, cache):
+        said = r"step 1: (\d+) copies of tokens .* --capacity has room for 2; give at least \1. No weight .* changed."
+        assert re.fullmatch(said, text)
+        assert is_unchanged

@@ -83,7 +83,11 @@ def skip_overflowed_steps(optimizer: Optimizer, model: nn.Module, meshes: Meshes
     """Let steps of the optimizer change nothing where more copies were routed than ``capacity`` has room for.
 
     Gradients of all parameters are dropped on all ranks before such a step, and a warning says how many copies there
-    were. It is a pre-hook of the optimizer's step: call ``step()`` without a closure, and on all ranks.
+    were. It is a pre-hook of the optimizer's step: call ``step()`` on all ranks.
+
+    Raises:
+        ValueError: in a step with a closure, which makes gradients after the hook has looked. On all ranks that give
+            one, and before anything is sent.
 
     Example:
         >>> model = moesaic.parallelize(model, meshes, capacity=4096)
@@ -93,7 +97,15 @@ def skip_overflowed_steps(optimizer: Optimizer, model: nn.Module, meshes: Meshes
     capacity = next((c for moe in moes if (c := getattr(moe.dispatcher, "capacity", None)) is not None), None)
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if capacity is None or (most := most_copies(model, meshes)) <= capacity:
+        if capacity is None:
+            return
+        # The first of the arguments is the optimizer itself.
+        if any(callable(value) for value in (*args[1:], kwargs.get("closure"))):
+            raise ValueError(
+                "closure: makes gradients after skip_overflowed_steps has looked whether they are whole; call backward "
+                "before, and step() without a closure"
+            )
+        if (most := most_copies(model, meshes)) <= capacity:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -41,6 +41,10 @@ class ModelOptions:
     model or MTP layers. They are counted on the screen."""
     compute: Literal["dtensor", "local"] = "dtensor"
     """How experts compute: on DTensors or on local tensors. The results are the same."""
+    capacity: int | None = None
+    """Room for so many copies of tokens from each process to the experts of each other, in each layer. Then all sizes
+    are known before, and no count is read from the device. A step that routes more stops the run before any weight
+    changes, and the message says how many there were. By default there is as much room as is needed."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32."""
     main_grads: bool = False

@@ -85,7 +85,7 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     try:
         swap_moe(model, **_balance(config))
         _check_computes(model, config.model)
-        parallelize(model, meshes, compute=config.compute)
+        parallelize(model, meshes, compute=config.compute, capacity=config.capacity)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     return model
@@ -133,6 +133,7 @@ def load_model(
                 meshes,
                 dtype=torch.float32,
                 compute=config.compute,
+                capacity=config.capacity,
                 device=device,
                 ignore_unexpected=config.ignore_unexpected,
                 adapter=adapter,

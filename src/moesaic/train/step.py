@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesaic import ranks
 from moesaic.layers import balance_losses
+from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.config import TrainConfig
@@ -142,6 +143,11 @@ def _train_step(
         dist.all_reduce(shared)
     loss_value, balance_value, stop, *flags = shared.tolist()
     if not (_finite(loss_value) and _finite(balance_value)) or any(flags):
+        if config.capacity is not None and (most := most_copies(model, meshes)) > config.capacity:
+            raise TrainingError(
+                f"step {step}: {most} copies of tokens were routed from one process to the experts of another, and "
+                f"--capacity has room for {config.capacity}; give at least {most}. No weight has been changed."
+            )
         raise TrainingError(_describe_forward(step, loss_value, balance_value, guard.names, flags))
 
     grad_norm = _clip(model, config.max_grad_norm, step)

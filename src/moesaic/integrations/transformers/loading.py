@@ -51,6 +51,7 @@ def load_pretrained(
     *,
     dtype: torch.dtype | None = None,
     compute: ComputeOn = "dtensor",
+    capacity: int | None = None,
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
     ignore_unexpected: bool = False,
@@ -74,7 +75,7 @@ def load_pretrained(
             that transformers knows for the family.
         meshes: from :func:`moesaic.build_meshes`; None for one process.
         dtype: dtype of the parameters. None takes that of the config, or else that of the files.
-        compute: see :func:`moesaic.parallelize`.
+        compute, capacity: see :func:`moesaic.parallelize`.
         impl: see :func:`swap_moe`.
         device: None takes the device of the meshes, or the CPU without meshes.
         ignore_unexpected: leave out tensors of the files that the model does not have, such as the vision model of
@@ -126,6 +127,7 @@ def load_pretrained(
         source,
         meshes,
         compute=compute,
+        capacity=capacity,
         impl=impl,
         device=device,
         moe_options=moe_options,
@@ -152,6 +154,7 @@ def load_and_count(
     meshes: Meshes,
     *,
     compute: ComputeOn = "dtensor",
+    capacity: int | None = None,
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
     moe_options: Mapping[str, Any] | None = None,
@@ -204,7 +207,7 @@ def load_and_count(
         ranks.together(describe)
         untied = ranks.on_leader(lambda: ties.differing(plain, state))
         ranks.together(lambda: build(untied))
-        parallelize(model, meshes, compute=compute)
+        parallelize(model, meshes, compute=compute, capacity=capacity)
         if not meshes.is_distributed:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors))
