@@ -34,13 +34,13 @@ class Listed(NamedTuple):
     slots_L: Tensor
     lines_TK: Tensor
 
-    def to_lines(self, t_TK: Tensor, nothing: float) -> Tensor:
+    def to_lines(self, t_TK: Tensor, nothing: int | float) -> Tensor:
         """``[L]``, the values of copies line by line; ``nothing`` for a line of no copy."""
         # One entry more, for there may be no slot at all.
         padded = torch.nn.functional.pad(t_TK.flatten(), (0, 1), value=nothing)
         return padded.index_select(0, torch.where(self.slots_L < 0, t_TK.numel(), self.slots_L))
 
-    def to_slots(self, t_L: Tensor, nothing: float) -> Tensor:
+    def to_slots(self, t_L: Tensor, nothing: int | float) -> Tensor:
         """``[T, K]``, the values of lines copy by copy; ``nothing`` for a copy that has no line."""
         padded = torch.nn.functional.pad(t_L, (0, 1), value=nothing)
         lines = torch.where(self.lines_TK < 0, t_L.numel(), self.lines_TK).flatten()
@@ -74,11 +74,11 @@ class Problem(NamedTuple):
     def num_lines(self) -> int:
         return self.ids_TK.numel() if self.listed is None else self.listed.slots_L.numel()
 
-    def to_lines(self, t_TK: Tensor, nothing: float) -> Tensor:
+    def to_lines(self, t_TK: Tensor, nothing: int | float) -> Tensor:
         """``[L]``, the values of copies line by line; ``nothing`` for a line of no copy."""
         return t_TK.flatten() if self.listed is None else self.listed.to_lines(t_TK, nothing)
 
-    def to_slots(self, t_L: Tensor, nothing: float) -> Tensor:
+    def to_slots(self, t_L: Tensor, nothing: int | float) -> Tensor:
         """``[T, K]``, the values of lines copy by copy; ``nothing`` for a copy that has no line."""
         return t_L.view(self.ids_TK.shape) if self.listed is None else self.listed.to_slots(t_L, nothing)
 
