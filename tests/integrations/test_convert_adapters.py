@@ -22,7 +22,8 @@ peft = pytest.importorskip("peft")
 from moesaic.integrations.peft import load_adapters, save_adapters  # noqa: E402, needs peft
 from tests.integrations.test_peft import FILE, by_peft, config_of, pytestmark  # noqa: E402, F401
 
-FAMILIES = [*("Mixtral", "Llama-4"), *(pytest.param(f, marks=pytest.mark.long) for f in ("gpt-oss", "DeepSeek-V3"))]
+OTHERS = ("Llama-4", "gpt-oss", "DeepSeek-V3")
+FAMILIES = ["Mixtral", *(pytest.param(f, marks=pytest.mark.long) for f in OTHERS)]
 
 
 def save(tmp_path, family):
@@ -48,6 +49,8 @@ def test_adding_them_to_the_weights(tmp_path, capsys, family):
     assert "written and verified" in run(capsys, *call)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_close(merged(input_ids=ids).logits, plain(input_ids=ids).logits, "logits")
+    if family == "Mixtral":
+        return
     # Rounded once, after the sum.
     half = [*call, "--dtype", "bfloat16"]
     half[2] = tmp_path / "half"
@@ -79,6 +82,7 @@ def test_to_our_names_and_back(tmp_path, capsys, family):
     assert {t.dtype for t in load_file(tmp_path / "half" / FILE).values()} == {torch.bfloat16}
 
 
+@pytest.mark.long
 def test_a_pair_of_tensors_for_each_expert(tmp_path, capsys):
     plain, ids = save(tmp_path, "Mixtral"), token_ids(2, 9)
     run(capsys, "convert", tmp_path / "theirs", tmp_path / "each", "--to", "peft", "--each-expert")
@@ -100,6 +104,7 @@ def save_run(folder, base, adapter, layout):
     save_adapters(model, Path(folder) / "saved")
 
 
+@pytest.mark.long
 def test_a_run_on_ranks(ranks, tmp_path, capsys):
     save(tmp_path, "Mixtral")
     folder = tmp_path / "run"

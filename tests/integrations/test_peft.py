@@ -227,12 +227,11 @@ def test_loading_a_checkpoint_with_adapters(tmp_path):
 
 def test_loading_a_checkpoint_quantised(tmp_path):
     make_model("Mixtral").save_pretrained(tmp_path)
-    for format in ("nf4", "int8"):  # the blocks of nf4 run over the ends of rows of this model
-        loaded = load_pretrained(tmp_path, quantize=format, adapter=config_of("Mixtral")).state_dict()
-        loaded = {name.replace(".base_layer", ""): t for name, t in loaded.items()}
-        expected = quantize_(load_pretrained(tmp_path), format).state_dict()
-        assert sum(name.endswith("w1.data") for name in expected) == 2
-        assert all(torch.equal(loaded[name], t) for name, t in expected.items())
+    # The blocks of nf4 run over the ends of rows of this model.
+    loaded = load_pretrained(tmp_path, quantize="nf4").state_dict()
+    expected = quantize_(load_pretrained(tmp_path), "nf4").state_dict()
+    assert sum(name.endswith("w1.data") for name in expected) == 2
+    assert all(torch.equal(loaded[name], t) for name, t in expected.items())
     with pytest.raises(ValueError, match="mxfp4 has blocks of 32 along the summed dim, which is 24 here"):
         load_pretrained(tmp_path, quantize="mxfp4")
     with torch.no_grad():
