@@ -12,6 +12,10 @@ from moesaic.ops.arguments import check_fit
 from moesaic.ops.debug import debug_checks_enabled
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
 
+# Elements that are multiplied at a time.
+_CACHED = 1 << 17
+_AT_ONCE = 1 << 28
+
 
 def sort_by_expert(ids: Tensor, num_experts: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     check_fit("sort_by_expert", [("ids", ids, "TK")])
@@ -58,7 +62,8 @@ def combine(y: Tensor, slots: Tensor, positions: Tensor, weights: Tensor | None 
     rows = _compact(positions, is_here)
     if weights is None:
         return _sum_of_bags(y, rows, is_here)
-    # torch's bags have weights of the rows' dtype: rows of half types are summed as fp32 ones.
+    # torch's bags have weights of the rows' dtype, and of half types their sums are less exact on the CPU, by a unit in
+    # the last place. So rows of these are summed as fp32 ones.
     acc = accumulation_dtype(y.dtype)
     return _sum_of_bags(y.to(acc), rows, is_here, _compact(weights.to(acc), is_here)).to(y.dtype)
 
@@ -92,14 +97,18 @@ def combine_weight_grad(y: Tensor, x: Tensor, slots: Tensor, positions: Tensor) 
         "combine_weight_grad", [("y", y, "RD"), ("x", x, "TD"), ("slots", slots, "R"), ("positions", positions, "TK")]
     )
     acc = accumulation_dtype(y.dtype)
-    gw_TK = y.new_zeros(positions.shape, dtype=acc)
-    if y.shape[0] == 0:
-        return gw_TK
-    x = x.to(acc)
-    for k, position_T in enumerate(positions.unbind(1)):
-        dot_T = (y.index_select(0, position_T.clamp(min=0)).to(acc) * x).sum(1)
-        gw_TK[:, k] = dot_T.masked_fill_(position_T < 0, 0)
-    return gw_TK
+    if not y.shape[0] or not positions.numel():
+        return y.new_zeros(positions.shape, dtype=acc)
+    # Of rows, which may be far fewer than copies. So many at a time that on a CPU they stay in the cache.
+    tokens_R, most = slots.clamp(min=0) // positions.shape[1], _CACHED if y.is_cpu else _AT_ONCE
+    rows = max(most // max(y.shape[1], 1), 1)
+    dots = [
+        (y_rD.to(acc) * x.index_select(0, tokens_r)).sum(1)
+        for y_rD, tokens_r in zip(y.split(rows), tokens_R.split(rows), strict=True)
+    ]
+    dots_R = torch.cat(dots)
+    gw_TK = dots_R.index_select(0, positions.flatten().clamp(min=0)).view(positions.shape)
+    return gw_TK.masked_fill_(positions < 0, 0)
 
 
 def _check(
