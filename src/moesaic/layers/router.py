@@ -20,6 +20,7 @@ from moesaic.layers.recompute import count_once
 from moesaic.layers.sequence_balance import sequence_balance_loss, sequence_counts
 from moesaic.layers.steering import note, steer
 from moesaic.ops.autocast import no_autocast
+from moesaic.ops.invariant import batch_invariant_enabled, in_filled_rows
 
 
 class Routing(NamedTuple):
@@ -143,7 +144,7 @@ class TopKRouter(nn.Module):
         num_sequences: int,
     ) -> Routing:
         """What follows the gate, for routers that have gates of their own."""
-        scores_TE = logits.softmax(-1) if self.config.score == "softmax" else logits.sigmoid()
+        scores_TE = self._scores(logits)
         ids_TK = steer(self, self._choose(scores_TE.detach(), bias), logits)
         weights_TK = scores_TE.gather(1, ids_TK)
         if self.config.normalize_top_k:
@@ -155,6 +156,14 @@ class TopKRouter(nn.Module):
         if self.training:
             weights_TK = self._balance(logits, scores_TE, Routing(ids_TK, weights_TK), token_mask, num_sequences)
         return Routing(ids_TK, weights_TK, logits)
+
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        def scores(tensors: list[Tensor]) -> Tensor:
+            return tensors[0].softmax(-1) if self.config.score == "softmax" else tensors[0].sigmoid()
+
+        if not torch.compiler.is_compiling() and batch_invariant_enabled():
+            return in_filled_rows(scores, [logits_TE], float("-inf"))
+        return scores([logits_TE])
 
     @torch.no_grad()
     def _choose(self, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:

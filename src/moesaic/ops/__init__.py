@@ -4,6 +4,7 @@ from moesaic.ops.debug import debug_checks
 from moesaic.ops.experts_lora import experts_lora
 from moesaic.ops.experts_mlp import ACTIVATIONS, Activation, experts_mlp, gated
 from moesaic.ops.grouped_mm import Implementation, accumulate_weight_grad, grouped_mm, grouped_mm_weight_grad
+from moesaic.ops.invariant import batch_invariant
 from moesaic.ops.permute import Permutation, combine, permute, sort_by_expert
 from moesaic.ops.quantized import QuantizedWeight, quantize
 
@@ -14,6 +15,7 @@ __all__ = [
     "Permutation",
     "QuantizedWeight",
     "accumulate_weight_grad",
+    "batch_invariant",
     "combine",
     "debug_checks",
     "experts_lora",

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from moesaic.ops.fastest import Call, fastest
+from moesaic.ops.invariant import batch_invariant_enabled, only_implementation
 from moesaic.ops.processor import Processor, processor
 
 
@@ -43,6 +44,8 @@ def choose(table: Mapping[str, Row], impl: str | None, call: Call, machine: Proc
         ValueError: there is none of this name.
         ValueError, TypeError, RuntimeError: it refuses the operands.
     """
+    if batch_invariant_enabled():
+        impl = only_implementation(impl, call.operands[0])
     if impl is None:
         names = fastest(call, machine or processor())
         return next(table[name].module for name in names if table[name].refuses(*call.operands) is None)

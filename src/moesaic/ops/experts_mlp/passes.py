@@ -12,12 +12,14 @@ Legend: T tokens, K copies a token (top-k), R rows and slots, or lines of a list
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moesaic.ops.experts_mlp.activation import Activation, hidden, slopes
 from moesaic.ops.grouped_mm.groups import accumulation_dtype
+from moesaic.ops.invariant import batch_invariant_enabled, in_filled_rows
 from moesaic.ops.permute import kernels as permuting
 from moesaic.ops.triton import available
 
@@ -57,6 +59,8 @@ def _hidden(
     nothing = h1.new_empty(0, h1.shape[1])
     kept = [by_slot(h, positions) for h in pre] if save else []
     kept1, kept3 = (*kept, nothing, nothing)[:2]
+    if batch_invariant_enabled():
+        return in_filled_rows(partial(hidden, activation), pre), kept1, kept3
     return hidden(activation, pre), kept1, kept3
 
 

@@ -16,6 +16,7 @@ from moesaic.ops.grouped_mm import (
     unused,  # noqa: F401 -- defines the operator
 )
 from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
+from moesaic.ops.invariant import batch_invariant_enabled, mm_in_tiles
 from moesaic.ops.processor import has_amx
 from moesaic.ops.quantized.weight import QuantizedWeight, Weight
 
@@ -50,7 +51,7 @@ class Products:
 
     def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
-            many = self._are_many and out_dtype == x_RK.dtype
+            many = self._are_many and out_dtype == x_RK.dtype and not batch_invariant_enabled()
             if many and not isinstance(w_EKN, QuantizedWeight) and _are_aligned(x_RK, w_EKN):
                 return _many_forward(x_RK, w_EKN, self._sizes_BG[0], self._groups)
             return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
@@ -97,11 +98,14 @@ def _loop_forward(x_RK: Tensor, w_EKN: Weight, groups: list[Group], out_dtype: t
         # AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717).
         x_RK = x_RK.contiguous()
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
-    written = 0
+    written, in_tiles = 0, batch_invariant_enabled()
     for rows, expert in groups:
         if rows.start > written:
             y_RN[written : rows.start] = 0
-        torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
+        if in_tiles:
+            mm_in_tiles(x_RK[rows], w_EKN[expert], y_RN[rows])
+        else:
+            torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
         written = rows.stop
     y_RN[written:] = 0
     return y_RN
