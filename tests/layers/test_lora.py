@@ -105,6 +105,7 @@ def test_dropout():
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled():
     moe = adapted(dropout=0.4)

@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from moesaic import ranks
 from moesaic.layers import MoE
+from moesaic.layers.dropout import KeyedDropout
 from moesaic.layers.lora import ExpertsAdapter, RouterAdapter
 from moesaic.ops import fastest
 
+# Parts of adapters, whose settings are no tensors.
+_OF_ADAPTERS = ExpertsAdapter | RouterAdapter | KeyedDropout
 # What stands under a name, in words, in the order of the model.
 Description = list[tuple[str, str]]
 
@@ -24,7 +27,7 @@ def describe(model: nn.Module) -> Description:
             said.append((f"{kind} '{name}'", _form(tensor) if first == name else f"the same as '{first}'"))
     moes = ((name, module) for name, module in model.named_modules() if isinstance(module, MoE))
     said += [(f"layer '{name}'", str(moe.config)) for name, moe in moes]
-    adapters = ((n, m) for n, m in model.named_modules() if isinstance(m, ExpertsAdapter | RouterAdapter))
+    adapters = ((n, m) for n, m in model.named_modules() if isinstance(m, _OF_ADAPTERS))
     said += [(f"adapter '{name}'", adapter.extra_repr()) for name, adapter in adapters]
     return said
 
