@@ -8,6 +8,7 @@ namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kKeptSums =
     (kProductRows > kWideRows * kKeptPanels ? kProductRows : kWideRows * kKeptPanels) * kPanel;  // of one product
+static_assert(kHeight * kLongRowPanels * kKeptPanels * kPanel <= kKeptSums);
 
 // Rows of a task are each at another place in memory; they are brought in before they are needed.
 INLINE int64_t rows_ahead(int64_t row_bytes) { return row_bytes <= 256 ? 16 : 8; }
@@ -48,7 +49,7 @@ static void finish_up(const Up &u, const ProductTask &t, const float *const *sum
   using Element = ElementOf<Kind>;
   const int64_t width = u.products[0].columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
   const bool gated = u.num_projections > 1;
-  float biases[MOESAIC_MAX_PROJECTIONS][2 * kKeptPanels * kPanel];
+  float biases[MOESAIC_MAX_PROJECTIONS][kLongRowPanels * kKeptPanels * kPanel];
   for (int i = 0; i < u.num_projections; ++i) read_bias<Kind>(u.biases[i], t, biases[i]);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t row = t.first_row + r, line = u.lines[row];

@@ -9,6 +9,7 @@
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
+static_assert(kHeight * kLongRowPanels * kWidePanels <= kProductSums);
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>

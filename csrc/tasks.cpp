@@ -46,12 +46,17 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   auto is_wide = [&](const Group &g) {
     return on_tiles(g) || ((in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows);
   };
+  // Where one tile has all the rows their weights are read once, best in long pieces. Short rows are brought in ahead,
+  // whole. Of longer ones the next words would drive out these ones: the processor brings them in as it sees fit.
+  const bool long_rows = panels > kOneTilePanels * limits.wide_panels;
   auto words = [&](const Group &g) {
     if (on_tiles(g) || !in_rows || !is_wide(g)) return k.block_words;
-    return g.rows <= k.height ? kOneTileWords : kWideWords;
+    return g.rows > k.height ? kWideWords : long_rows ? kLongRowWords : kOneTileWords;
   };
-  // Where one tile has all the rows their weights are read once, best in long pieces.
-  auto width = [&](const Group &g) { return !is_wide(g) ? 1 : g.rows <= k.height ? 2 * most_panels : most_panels; };
+  auto width = [&](const Group &g) {
+    if (!is_wide(g)) return int64_t{1};
+    return most_panels * (g.rows > k.height ? 1 : long_rows && in_rows ? kLongRowPanels : kOneTilePanels);
+  };
   auto parts = [&](const Group &g) {
     return ceil_div(g.rows, on_tiles(g) ? std::min(most_rows, kTileTaskRows) : most_rows);
   };

@@ -71,6 +71,16 @@ def test_a_thousand_experts(isa, monkeypatch):
     check_large(problem(layout("flat", sizes, slack=2), 40, 33, BF16))
 
 
+@each_isa_and_dtype
+def test_few_rows_meet_long_rows_of_weights(isa, dtype, threads, monkeypatch):
+    # Their tasks are pieces of up to 4,096 columns, and of fewer with more threads.
+    use(monkeypatch, isa)
+    p = problem(layout("flat", [[1, 0, 3, 6, 5]]), 75, 4300, dtype)
+    for count in (1, 3):
+        threads(count)
+        check_large(p)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_longer_than_a_page_in_both_directions(dtype):
     p = problem(layout("flat", [[70, 3, 1]]), 2100, 1300, dtype, strides=("contiguous", "transposed", "contiguous"))

@@ -38,6 +38,7 @@ def test_values_and_gradients(isa, p, monkeypatch):
 # large; several panels, tasks and blocks of the summed dim; and sizes that are none of these.
 SIZES = (
     (1, 4, 6, 40, 600),
+    (2, 2, 2, 40, 2100),
     (9, 4, 3, 130, 300),
     (100, 3, 2, 65, 257),
     (250, 4, 1, 40, 70),
