@@ -104,8 +104,8 @@ def experts_forward(p: Problem) -> None:
 
 def experts_backward(p: Problem, main_gradients: bool) -> None:
     """All gradients; those of weights new ones, or added to fp32 buffers."""
-    (T, K), F = p.ids_TK.shape, p.down.weight.shape[1]
-    pre = tuple(_empty(T, K, F, dtype=p.x_TD.dtype) for _ in p.projections)
+    L, F = p.num_lines, p.down.weight.shape[1]
+    pre = tuple(_empty(L, F, dtype=p.x_TD.dtype) for _ in p.projections)
 
     def targets(projection: Projection) -> Targets:
         into = _empty(*projection.weight.shape, dtype=torch.float32) if main_gradients else None
