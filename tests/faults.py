@@ -184,8 +184,8 @@ FAULTS = (
     Fault(
         "normalisation of routing weights has no gradient",
         "layers/router.py",
-        "weights_TK / weights_TK.sum(1, keepdim=True)",
-        "weights_TK / weights_TK.sum(1, keepdim=True).detach()",
+        "weights_TK / (weights_TK.sum(1, keepdim=True)",
+        "weights_TK / (weights_TK.sum(1, keepdim=True).detach()",
         ("tests/layers/test_router.py", "tests/layers/test_moe.py"),
     ),
     Fault(

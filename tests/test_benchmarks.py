@@ -35,7 +35,15 @@ results.done()
 def start(*arguments) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
     command = [sys.executable, "-c", ENDLESS, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets the programs that it starts in the background ignore it, and theirs too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read(file: Path) -> tuple[list[int], bool]:

@@ -108,7 +108,7 @@ def check(imports, product):
     assert x.grad.placements == (Shard(1),), x.grad
     assert w.grad.placements == (Shard(1),), w.grad
     expected = torch.cat([rows @ m for rows, m in zip(x.to_local().split([2, 0, 3]), w.to_local())])
-    assert torch.allclose(y.to_local(), expected)
+    assert torch.allclose(y.to_local(), expected, atol=1e-5)
     assert not any(type(finder).__module__.startswith("moesaic") for finder in sys.meta_path)
 
 failed = []

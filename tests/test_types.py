@@ -42,7 +42,7 @@ assert_type(operator(x), Tensor)
 def errors(tmp_path_factory) -> dict[str, list[str]]:
     """What pyrefly finds in each file: README's snippets, types as they are, and one that is wrong."""
     pytest.importorskip("pyrefly", reason="the type checker comes with the extra 'dev'")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(r"```python[^\n]*\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     files = {f"readme_{number}.py": snippet for number, snippet in enumerate(snippets)}
     files |= {"public.py": TYPES, "wrong.py": TYPES.replace("assert_type(moe(x), Tensor)", "assert_type(moe(x), int)")}
     folder = tmp_path_factory.mktemp("typed")

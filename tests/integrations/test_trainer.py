@@ -1,5 +1,6 @@
 """transformers' own Trainer, unchanged, at depth 1 and 2."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def test_training_is_what_it_was(tmp_path, family):
     model = make_model(family)
     layers = swap_moe(copy.deepcopy(model))
     kernels = copy.deepcopy(model)
-    kernels.set_experts_implementation("moesaic")
+    ignored = family == "Llama-4"
+    with pytest.warns(UserWarning, match="do not ask for it") if ignored else contextlib.nullcontext():
+        kernels.set_experts_implementation("moesaic")
     expected = train(model, tmp_path / "plain")
     assert expected[-1] < expected[0]
     assert train(kernels, tmp_path / "kernels") == pytest.approx(expected, rel=1e-4)

@@ -155,6 +155,7 @@ def test_main_grads():
         ([1], TypeError, "copies: expected"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_lists_that_do_not_fit(copies, error, said):
     p = experts(T, K, E, D, F, torch.float32)
     with pytest.raises(error, match=said):

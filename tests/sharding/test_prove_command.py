@@ -184,6 +184,6 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as left:
         main(["prove", "--help"])
     assert left.value.code == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "Exit status: 0 nothing is wrong; 1 something is, or was not tried; 2 the call cannot work." in said
     assert "--inputs" in said

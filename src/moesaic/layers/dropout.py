@@ -31,7 +31,11 @@ class Holders(NamedTuple):
     parts: int = 1
 
 
-ALONE = Holders(lambda t: t.unsqueeze(0))
+def _of_one_rank(t: Tensor) -> Tensor:
+    return t.unsqueeze(0)
+
+
+ALONE = Holders(_of_one_rank)  # not a lambda: layers are pickled
 
 
 @torch.no_grad()

@@ -178,8 +178,9 @@ def add_adapter(owner: Any, name: str, adapter: ExpertsAdapter | RouterAdapter) 
 
 
 def active_adapter(owner: Any) -> Any:
-    """The adapter that is active, or None."""
-    return None if owner.active_adapter is None else owner.adapters[owner.active_adapter]
+    """The adapter that is active, or None. What peft has put around a layer has none of ours."""
+    adapters = getattr(owner, "adapters", None)
+    return None if adapters is None or owner.active_adapter is None else adapters[owner.active_adapter]
 
 
 def dropout_of(owner: Any) -> float:
