@@ -50,7 +50,7 @@ test: $(STAMP) ## run the tests; options: ARGS='tests/ops -k permute'
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: export OMP_NUM_THREADS ?= 1
-test-slow: $(STAMP) ## run the proofs of our own operators, and the Triton kernels in Triton's interpreter
+test-slow: $(STAMP) ## run what is too much for `make test`: proofs, transforms, families on ranks, programs of the docs, Triton's interpreter
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long" $(ARGS)
 
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.

@@ -271,7 +271,7 @@ def is_caught(fault: Fault) -> bool:
         file = Path(folder, "moesaic", fault.file)
         file.write_text(changed(file.read_text(), fault))
         Path(folder, "sitecustomize.py").write_text(_WITHOUT_EDITABLE_INSTALL)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *fault.tests]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True
         )

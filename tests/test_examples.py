@@ -14,6 +14,8 @@ from moesaic.train.tokenizer import train_bpe
 from tests.forked import run_forked, run_forked_ranks
 from tests.integrations.families import make_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import moesaic
 from tests.distributed.parity import assert_close, assert_gradients_close, meshes_of
 
+pytestmark = pytest.mark.slow
+
 CONFIG = moesaic.MoEConfig(
     dim=8, hidden_dim=6, num_experts=5, top_k=2, shared_hidden_dim=4, expert_biases=True, score_bias=True
 )

@@ -17,6 +17,8 @@ from tests.distributed.test_qwen3_parity import name_of
 from tests.integrations.families import VOCAB, make_model
 from tests.integrations.test_swap import SWAPPED
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH = 4, 11
 # Two heads of queries for each of keys, and as many of these as the widest layout has ranks.
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}

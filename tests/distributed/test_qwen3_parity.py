@@ -15,6 +15,8 @@ from moesaic.testing import Layout
 from tests import policies
 from tests.distributed.parity import LocalAdamW, clip, meshes_of
 
+pytestmark = pytest.mark.slow
+
 VOCAB, BATCH, LENGTH, STEPS = 61, 8, 7, 3
 # AdamW's first steps have the size of the learning rate however small a gradient is, and so blow up the rounding
 # errors of small ones: large weights and a small rate keep that below the tolerance.

@@ -15,6 +15,8 @@ from moesaic.integrations.transformers import load_pretrained, naming, swap_moe
 from moesaic.testing.pool import RankError
 from tests.integrations.families import FAMILIES, make_model, token_ids
 
+pytestmark = pytest.mark.slow
+
 SWAPPED = [family for family in FAMILIES if family != "Phi-MoE"]
 
 

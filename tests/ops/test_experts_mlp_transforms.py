@@ -10,6 +10,8 @@ from moesaic.ops import experts_mlp
 from tests.ops.experts_oracle import cast, experts, run
 from tests.ops.strategies import with_strides
 
+pytestmark = pytest.mark.slow
+
 ops = torch.ops.moesaic
 IMPLS = [None, "reference", "torch"]
 # x, weights, w1, w3, w2, b1, b3, b2.

@@ -25,6 +25,8 @@ from tests.ops.cpu_isa import CPU, skip_unless_supported
 from tests.ops.oracle import check, exact, run
 from tests.ops.strategies import FORMS, Layout, Problem, layout, problem, without_last
 
+pytestmark = pytest.mark.slow
+
 IMPLS = ("reference", "torch", *CPU)
 LAYOUTS = {
     "flat": layout("flat", [[2, 0, 3]], slack=2),

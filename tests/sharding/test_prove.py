@@ -11,7 +11,7 @@ import moesaic
 from tests.sharding import planted
 from tests.sharding.planted import AVG, BIASED, MAX, MIN, ONE, PAIR, S0, S1, TWO, P, R, random, ruled
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # ten times as fast
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]  # ten times as fast
 
 x, w, bias = random(12, 13), random(13, 14), random(14)
 square, like = random(12, 12), torch.arange(6)

@@ -8,7 +8,7 @@ import moesaic
 from tests.sharding import planted
 from tests.sharding.planted import MAX, ONE, S0, S1, TWO, R, differentiable, random, ruled, without_partial
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]  # several times as fast
 
 x, w = random(12, 13), random(13, 14)
 

@@ -8,7 +8,7 @@ import moesaic
 from tests.sharding import planted
 from tests.sharding.planted import AVG, ONE, PAIR, S0, S1, TWO, P, R, define, differentiable, inside, random, ruled
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]  # several times as fast
 
 x = random(12, 13)
 IDS = "(Tensor x, Tensor ids) -> Tensor"

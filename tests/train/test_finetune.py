@@ -29,6 +29,8 @@ from tests.train.chats import COMMON, FAMILIES, MARKED, write_chats, write_model
 from tests.train.conftest import one_step
 from tests.train.test_resume import _fit, _rows
 
+pytestmark = pytest.mark.slow
+
 MESH = {"tp": 2, "ep": 2, "etp": 2}
 
 
