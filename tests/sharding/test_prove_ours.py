@@ -35,11 +35,6 @@ DELIBERATE = {
         "tokens in shards, of which the gradient needs all": lambda y, slots, positions, *_: positions == "S(0)",
         "copies in shards: a rank has all copies of a token": lambda y, slots, positions, *_: positions == "S(1)",
     },
-    "combine_weight_grad": {
-        "slots are not read, but the gradient reads them": lambda y, x, slots, *_: slots != "R",
-        "tokens in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(0)",
-        "copies in shards, as in combine": lambda y, x, slots, positions, *_: positions == "S(1)",
-    },
     "experts_mlp": {
         "the pre-activations are not linear in what the result is linear in": lambda *all: is_reduced(all[:-3]),
     },
