@@ -28,10 +28,22 @@ def check_stages() -> None:
     own = [2 * stage, 2 * stage + 1]
     experts = mesh_of(pp=2, edp=1, ep=2, etp=1)
     sliced = world["dp_replicate", "dp_shard", "tp"]
-    for brought in ({"mesh": world, "ep": 2}, {"mesh": sliced, "ep": 2}, {"mesh": world, "expert_mesh": experts}):
+    for brought in (
+        {"pp": 2, "ep": 2, "device_type": "cpu"},
+        {"mesh": world, "ep": 2},
+        {"mesh": sliced, "ep": 2},
+        {"mesh": world, "expert_mesh": experts},
+    ):
         meshes = build_meshes(**brought)
-        assert str(meshes.layout) == "dp_replicate 1 x dp_shard 2 x tp 1, experts edp 1 x ep 2 x etp 1"
-        assert meshes.dense.get_group("dp_shard") is world.get_group("dp_shard")
+        said = "dp_replicate 1 x dp_shard 2 x tp 1, experts edp 1 x ep 2 x etp 1"
+        if brought.get("mesh") is sliced:
+            # Nothing is known of other slices.
+            assert (str(meshes.layout), meshes.pp_size, meshes.pp_rank, meshes.stages) == (said, 1, 0, None)
+        else:
+            assert (str(meshes.layout), meshes.pp_size, meshes.pp_rank) == (f"pp 2, each {said}", 2, stage)
+            assert dist.get_process_group_ranks(meshes.stages) == [dist.get_rank() % 2, dist.get_rank() % 2 + 2]
+        if "mesh" in brought:
+            assert meshes.dense.get_group("dp_shard") is world.get_group("dp_shard")
         assert [dist.get_process_group_ranks(meshes.expert.get_group(axis)) for axis in ("edp", "ep", "etp")] == [
             [dist.get_rank()],
             own,
@@ -79,11 +91,15 @@ def check_refusals() -> None:
     with pytest.raises(ValueError, match="device_type: got 'cuda', and mesh is on 'cpu'"):
         build_meshes(mesh=world, device_type="cuda")
     with pytest.raises(
-        ValueError, match=rf"ep \* etp .* must divide the world size 2 .* over ranks \[{rank - rank % 2}, "
+        ValueError, match=rf"ep \* etp .* must divide the size of a stage 2 .* over ranks \[{rank - rank % 2}, "
     ):
         build_meshes(mesh=world, ep=3)
-    with pytest.raises(ValueError, match=r"expert_mesh: it is over ranks \[0, 1, 2, 3\], and mesh over "):
+    with pytest.raises(ValueError, match="pp: got 4, and mesh has 2; leave pp out"):
+        build_meshes(mesh=world, pp=4)
+    with pytest.raises(ValueError, match=r"expert_mesh: it has 1 stages \(pp\), and mesh 2; bring both with pp"):
         build_meshes(mesh=world, expert_mesh=mesh_of(edp=2, ep=2, etp=1))
+    with pytest.raises(ValueError, match=r"expert_mesh: it is over ranks \[0, 1, 2, 3\], and mesh over "):
+        build_meshes(mesh=world["dp_replicate", "dp_shard", "tp"], expert_mesh=mesh_of(edp=2, ep=2, etp=1))
     # What one rank does wrong, all are told.
     with pytest.raises(ValueError, match=r"ranks 0 and 3 ask for different meshes: .* ep 1 .* and .* ep 2 "):
         build_meshes(ep=2 if rank == 3 else 1)

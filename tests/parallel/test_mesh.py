@@ -35,7 +35,18 @@ def test_a_layout_is_legal_or_an_error_suggests_legal_ones(world, tp, ep, etp, r
     resolve_layout(world, **(sizes | {"dp_shard": None} | rest | better))
 
 
-@pytest.mark.parametrize("name", ["tp", "ep", "etp", "dp_replicate", "dp_shard"])
+def test_stages_share_the_ranks_out_before_the_other_axes():
+    layout = resolve_layout(16, pp=2, tp=2, ep=4)
+    assert (layout.stage_size, layout.world_size, layout.dp_shard, layout.edp) == (8, 16, 4, 2)
+    assert str(layout).startswith("pp 2, each dp_replicate 1 x dp_shard 4 x tp 2, experts edp 2 x ep 4")
+    with pytest.raises(ValueError, match="pp = 3 must divide the world size 8. Nearest legal choices: pp=4; pp=2; pp"):
+        resolve_layout(8, pp=3)
+    # ep fits the world and no stage of it.
+    with pytest.raises(ValueError, match=r"= 8 must divide the size of a stage 4 \(.* = world size / pp\)"):
+        resolve_layout(8, pp=2, ep=8)
+
+
+@pytest.mark.parametrize("name", ["pp", "tp", "ep", "etp", "dp_replicate", "dp_shard"])
 def test_sizes_below_one_are_named(name):
     with pytest.raises(ValueError, match=f"{name}: must be at least 1, got 0"):
         resolve_layout(4, **{name: 0})

@@ -51,11 +51,16 @@ def axes_of(mesh: DeviceMesh, names: Sequence[str], argument: str) -> DeviceMesh
     return mesh[tuple(names)]
 
 
+def stages_of(mesh: DeviceMesh) -> int:
+    """How many stages a mesh has: the size of its axis ``pp``, 1 without one."""
+    return dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)).get("pp", 1)
+
+
 def mesh_over_slices(device_type: str, slices: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> DeviceMesh:
-    """A mesh with axes ``sizes`` over the slice that this rank is in. Collective: groups are made for all slices."""
-    axes = sizes if len(slices) == 1 else {"slice": len(slices), **sizes}
+    """A mesh with axes ``sizes`` over each slice, and ``pp`` around them. Collective."""
+    axes = sizes if len(slices) == 1 else {"pp": len(slices), **sizes}
     ranks = torch.tensor(slices).view(*axes.values())
-    return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(axes))[tuple(sizes)]
+    return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(axes))
 
 
 def distinct_slices(everyone: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

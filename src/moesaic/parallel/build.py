@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic import ranks
-from moesaic.parallel.brought import axes_of, distinct_slices, mesh_over_slices
+from moesaic.parallel.brought import axes_of, distinct_slices, mesh_over_slices, stages_of
 from moesaic.parallel.mesh import Meshes, MeshLayout, View, axis_names, resolve_layout
 from moesaic.sharding.internals import group_over_all_axes, group_that_its_ranks_make
 
 
 def build_meshes(
     *,
+    pp: int | None = None,
     tp: int | None = None,
     ep: int | None = None,
     etp: int | None = None,
@@ -29,12 +30,13 @@ def build_meshes(
 
     Collective over the default process group, where there is one. Without one the world size is 1.
 
-    The ranks of a mesh that is brought share a model. In a pipeline these are the ranks of one stage: the mesh may have
-    an axis ``pp``, and each of its slices is laid out by itself. All slices get the same sizes.
+    In a pipeline the ranks of one stage share layers: with ``pp=N`` the first of N equal parts of the ranks are the
+    first stage, and so on. Each stage is laid out by itself, and all get the same sizes. A mesh that is brought may
+    have an axis ``pp``: then each of its slices is a stage.
 
     Args:
-        tp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh which
-            is brought has, or else 1; ``dp_shard`` follows.
+        pp, tp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh
+            which is brought has, or else 1; ``dp_shard`` follows.
         device_type: ``"cuda"`` or ``"cpu"``; None takes that of a mesh which is brought, or else CUDA where there is a
             device.
         mesh: the dense view, from ``init_device_mesh``, or a slice of a larger mesh. It has all of the axes
@@ -49,9 +51,10 @@ def build_meshes(
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
+        >>> meshes = moesaic.build_meshes(pp=2, ep=2)  # 4 ranks: two stages, each dp 2, and ep 2
         >>> names = ("pp", "dp_replicate", "dp_shard", "tp")
         >>> world = init_device_mesh("cpu", (2, 1, 2, 1), mesh_dim_names=names)
-        >>> meshes = moesaic.build_meshes(mesh=world, ep=2)  # 4 ranks: two stages, each dp 2, and ep 2
+        >>> meshes = moesaic.build_meshes(mesh=world, ep=2)  # the same from a mesh that you bring
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_initialized() and launched > 1:
@@ -59,15 +62,17 @@ def build_meshes(
             f"this is one of {launched} processes, but there is no process group yet; call "
             "torch.distributed.init_process_group() before build_meshes()"
         )
-    given = {"tp": tp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
+    given = {"pp": pp, "tp": tp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
     views: dict[View, DeviceMesh] = {}
+    around: dict[View, DeviceMesh] = {}
 
     def claim() -> _Claim:
         if mesh is not None:
-            views["dense"] = axes_of(mesh, axis_names(view="dense"), "mesh")
+            views["dense"], around["dense"] = axes_of(mesh, axis_names(view="dense"), "mesh"), mesh
         if expert_mesh is not None:
             views["expert"] = axes_of(expert_mesh, axis_names(view="expert"), "expert_mesh")
-        return _claim(given, views, device_type)
+            around["expert"] = expert_mesh
+        return _claim(given, views, {view: stages_of(whole) for view, whole in around.items()}, device_type)
 
     # A rank that raised alone would leave the others waiting.
     claims = ranks.together(claim)
@@ -80,8 +85,12 @@ def build_meshes(
     slices = distinct_slices([claim.ranks for claim in claims])
     for view in get_args(View):
         if view not in views:
-            views[view] = mesh_over_slices(first.device_type, slices, first.layout.of_view(view))
-    meshes = Meshes(first.layout, views)
+            sizes = first.layout.of_view(view)
+            around[view] = mesh_over_slices(first.device_type, slices, sizes)
+            views[view] = around[view][tuple(sizes)]
+    with_stages = around["dense" if stages_of(around["dense"]) > 1 else "expert"]
+    stages = with_stages.get_group("pp") if first.layout.pp > 1 else None
+    meshes = Meshes(first.layout, views, stages)
     # Made here, where every rank of the world takes part: a later stage may have no use for them.
     meshes.all_ranks()
     group_over_all_axes(meshes.expert["ep", "etp"], "ep_etp")
@@ -102,7 +111,7 @@ class _Claim(NamedTuple):
     """What one rank asks for.
 
     Attributes:
-        ranks: those that share a model with it, in the order of its mesh.
+        ranks: those that share layers with it, in the order of its mesh.
         layout: sizes of all axes.
         device_type: of both meshes.
         brought: the views that it brings.
@@ -130,16 +139,26 @@ def _check_device_type(device_type: Any) -> None:
         raise ValueError(f"device_type: got {device_type!r}; give 'cuda' or 'cpu'{hint}")
 
 
-def _claim(given: Mapping[str, int | None], views: Mapping[View, DeviceMesh], device_type: str | None) -> _Claim:
-    """What follows from the sizes and the meshes that a rank was given.
+def _claim(
+    given: Mapping[str, int | None],
+    views: Mapping[View, DeviceMesh],
+    stages: Mapping[View, int],
+    device_type: str | None,
+) -> _Claim:
+    """What follows from the sizes and the meshes that a rank was given; ``stages`` is how many these have.
 
     Raises:
         ValueError: they contradict each other, or are not a legal layout.
     """
     sizes = {name: size for name, size in given.items() if size is not None}
+    if len(set(stages.values())) > 1:
+        raise ValueError(
+            f"expert_mesh: it has {stages['expert']} stages (pp), and mesh {stages['dense']}; bring both with pp, or "
+            "leave expert_mesh out"
+        )
     for view, mesh in views.items():
         argument = "mesh" if view == "dense" else "expert_mesh"
-        own = dict(zip(axis_names(view=view), mesh.shape, strict=True))
+        own = {"pp": stages[view], **dict(zip(axis_names(view=view), mesh.shape, strict=True))}
         for name in own.keys() & sizes.keys():
             if sizes[name] != own[name]:
                 raise ValueError(f"{name}: got {sizes[name]}, and {argument} has {own[name]}; leave {name} out")
@@ -155,12 +174,17 @@ def _claim(given: Mapping[str, int | None], views: Mapping[View, DeviceMesh], de
             f"expert_mesh: it is over ranks {list(members_of['expert'])}, and mesh over {list(members_of['dense'])}; "
             "bring two views of the same ranks"
         )
-    members = next(iter(members_of.values()), tuple(range(ranks.world_size())))
+    members = next(iter(members_of.values()), ())
+    world_size = len(members) * sizes.get("pp", 1) if views else ranks.world_size()
     try:
-        layout = resolve_layout(len(members), **sizes)
+        layout = resolve_layout(world_size, **sizes)
     except ValueError as error:
-        whole = f" The world is here the mesh that was brought, over ranks {list(members)}." if views else ""
+        what = "A stage" if sizes.get("pp", 1) > 1 else "The world"
+        whole = f" {what} is here the mesh that was brought, over ranks {list(members)}." if views else ""
         raise ValueError(f"{error}{whole}") from None
+    if not views:
+        first = ranks.rank() // layout.stage_size * layout.stage_size
+        members = tuple(range(first, first + layout.stage_size))
     _check_device_type(device_type)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     return _Claim(members, layout, device_type, tuple(views))

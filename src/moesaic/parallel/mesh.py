@@ -1,8 +1,8 @@
 """The same ranks seen twice: a dense mesh for tokens, an expert mesh for expert weights.
 
-Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the world size: the
-number of ranks that share a model, as those of one pipeline stage do. ``edp`` follows. Neither ``ep`` nor ``etp`` has
-to divide anything of the dense view.
+Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the number of ranks
+that share layers: all ranks, or in a pipeline those of one stage, of which there are ``pp``. ``edp`` follows. Neither
+``ep`` nor ``etp`` has to divide anything of the dense view.
 
 :class:`MeshLayout` is the table of axes: the meshes, their shapes and what is legal follow from its fields.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,11 +22,11 @@ from moesaic.sharding.internals import group_over_all_axes
 View = Literal["dense", "expert"]
 
 
-def _axis(view: View, *, takes_the_rest: bool = False, has_own_sequences: bool = False) -> Any:
+def _axis(view: View | None, *, takes_the_rest: bool = False, has_own_sequences: bool = False) -> Any:
     """An axis of the mesh of ``view``.
 
     Args:
-        view: which mesh.
+        view: which mesh; None for the axis around both.
         takes_the_rest: its size, where it is not given, is what is left of the world size.
         has_own_sequences: its ranks hold different sequences.
     """
@@ -38,6 +38,7 @@ class MeshLayout:
     """Sizes of all axes. The last axis of each view is the innermost: its ranks are neighbours.
 
     Attributes:
+        pp: pipeline parallel: ranks along it hold other layers. It is around both views, and so the outermost.
         dp_replicate: data parallel, parameters replicated.
         dp_shard: data parallel, parameters sharded (FSDP).
         tp: tensor and sequence parallel.
@@ -46,6 +47,7 @@ class MeshLayout:
         etp: tensor parallel inside an expert; each rank has ``ceil(F / etp)`` of its hidden dim, likewise.
     """
 
+    pp: int = _axis(None)
     dp_replicate: int = _axis("dense", has_own_sequences=True)
     dp_shard: int = _axis("dense", has_own_sequences=True, takes_the_rest=True)
     tp: int = _axis("dense")
@@ -55,6 +57,12 @@ class MeshLayout:
 
     @property
     def world_size(self) -> int:
+        """All ranks."""
+        return self.pp * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """The ranks that share layers."""
         return prod(self.of_view("dense").values())
 
     @property
@@ -68,7 +76,7 @@ class MeshLayout:
 
     def __str__(self) -> str:
         dense, expert = (" x ".join(f"{n} {s}" for n, s in self.of_view(v).items()) for v in ("dense", "expert"))
-        return f"{dense}, experts {expert}"
+        return f"{f'pp {self.pp}, each ' if self.pp > 1 else ''}{dense}, experts {expert}"
 
 
 def axis_names(**marks: Any) -> tuple[str, ...]:
@@ -77,9 +85,18 @@ def axis_names(**marks: Any) -> tuple[str, ...]:
 
 
 def resolve_layout(
-    world_size: int, *, tp: int = 1, ep: int = 1, etp: int = 1, dp_shard: int | None = None, dp_replicate: int = 1
+    world_size: int,
+    *,
+    pp: int = 1,
+    tp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    dp_shard: int | None = None,
+    dp_replicate: int = 1,
 ) -> MeshLayout:
     """Check a layout, and work out ``edp`` and, where it is None, ``dp_shard``. Touches no process group.
+
+    With ``pp`` above 1 the other axes share the ranks of one stage, ``world_size / pp``.
 
     Raises:
         TypeError: a size that is no integer.
@@ -88,29 +105,35 @@ def resolve_layout(
     Example:
         >>> print(resolve_layout(4, tp=2, ep=2, etp=2))
         dp_replicate 1 x dp_shard 2 x tp 2, experts edp 1 x ep 2 x etp 2
+        >>> print(resolve_layout(8, pp=2, ep=4))
+        pp 2, each dp_replicate 1 x dp_shard 4 x tp 1, experts edp 1 x ep 4 x etp 1
     """
-    sizes = {"tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard}
+    sizes = {"pp": pp, "tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard}
     given = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"world_size": world_size, **given}.items():
         check_int(name, size)
         if size < 1:
             raise ValueError(f"{name}: must be at least 1, got {size}")
-    return MeshLayout(**_resolve("dense", given, world_size), **_resolve("expert", given, world_size))
+    if world_size % pp:
+        raise ValueError(f"pp = {pp} must divide the world size {world_size}. {_suggest({'pp': pp}, world_size)}")
+    views = (_resolve(view, given, world_size // pp, pp) for view in get_args(View))
+    return MeshLayout(pp=pp, **{name: size for sizes in views for name, size in sizes.items()})
 
 
-def _resolve(view: View, given: dict[str, int], world_size: int) -> dict[str, int]:
-    """The sizes of the axes of one view."""
+def _resolve(view: View, given: dict[str, int], world_size: int, pp: int) -> dict[str, int]:
+    """Sizes of the axes of one view, ``world_size`` in all: of all ranks, or of those of one of ``pp`` stages."""
     names, (rest,) = axis_names(view=view), axis_names(view=view, takes_the_rest=True)
     sizes = {name: given[name] for name in names if name in given}
-    whole, size = f"{' * '.join(names)} = world size", prod(sizes.values())
+    world = "world size" if pp == 1 else "size of a stage"
+    whole, size = f"{' * '.join(names)} = {world}{'' if pp == 1 else ' = world size / pp'}", prod(sizes.values())
     said = f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {size}"
     nearest = _suggest({name: n for name, n in sizes.items() if name != rest}, world_size)
     if rest in sizes and size != world_size:
         raise ValueError(
-            f"{said} must equal the world size {world_size}. Leave {rest} out to have it worked out. {nearest}"
+            f"{said} must equal the {world} {world_size}. Leave {rest} out to have it worked out. {nearest}"
         )
     if world_size % size:
-        raise ValueError(f"{said} must divide the world size {world_size} ({whole}). {nearest}")
+        raise ValueError(f"{said} must divide the {world} {world_size} ({whole}). {nearest}")
     return {rest: world_size // size, **sizes}
 
 
@@ -134,11 +157,14 @@ class Meshes:
 
     Attributes:
         layout: sizes of all axes.
-        views: the meshes ``"dense"`` and ``"expert"``; empty without a process group.
+        views: the meshes ``"dense"`` and ``"expert"`` of the ranks that share layers; empty without a process group.
+        stages: in a pipeline, the group of one rank of each stage, this one's own among them, in the order of ``pp``.
+            None where ``pp`` is 1.
     """
 
     layout: MeshLayout
     views: Mapping[View, DeviceMesh] = field(default_factory=dict)
+    stages: dist.ProcessGroup | None = None
 
     @property
     def is_distributed(self) -> bool:
@@ -178,7 +204,10 @@ class Meshes:
         return self.dense.device_type if self.is_distributed else None
 
     def all_ranks(self) -> dist.ProcessGroup:
-        """The group of every rank of the meshes. Collective on its first call, which :func:`build_meshes` makes."""
+        """The group of every rank of the meshes, in a pipeline of every rank of this stage.
+
+        Collective on its first call, which :func:`build_meshes` makes.
+        """
         return group_over_all_axes(self.expert, "edp_ep_etp")
 
     @property
@@ -193,6 +222,16 @@ class Meshes:
         for axis in axis_names(has_own_sequences=True) if self.is_distributed else ():
             rank = rank * getattr(self.layout, axis) + self.dense.get_local_rank(axis)
         return rank
+
+    @property
+    def pp_size(self) -> int:
+        """How many stages there are, each on ranks of its own."""
+        return self.layout.pp
+
+    @property
+    def pp_rank(self) -> int:
+        """Which of them this rank has a part of; the first is 0."""
+        return 0 if self.stages is None else dist.get_rank(self.stages)
 
     @property
     def tp_size(self) -> int:

@@ -27,7 +27,7 @@ def check_main_grads(config: TrainConfig, layout: MeshLayout) -> None:
     if layout.edp > 1:
         raise UserError(
             f"--main-grads: {layout.edp} ranks share the same experts and would have to sum their buffers; choose --ep "
-            f"and --etp so that ep * etp is the number of processes, {layout.world_size}"
+            f"and --etp so that ep * etp is the number of processes, {layout.stage_size}"
         )
 
 
