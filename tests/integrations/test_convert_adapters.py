@@ -1,6 +1,7 @@
 """`moesaic convert` with adapters: between our names and peft's, and added to the weights of a model."""
 
 import copy
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -147,3 +148,13 @@ def test_mistakes(tmp_path, capsys):
     wrapped.save_pretrained(tmp_path / "of_tied", save_embedding_layers=False)
     error = run(capsys, "convert", tmp_path / "tied", x, "--adapter", tmp_path / "of_tied", status=2)
     assert "'lm_head.weight' is tied to another weight" in error
+
+
+@pytest.mark.parametrize("options", [("--adapter", "theirs"), ("--to", "peft")])
+def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch, capsys, options):
+    save(tmp_path, "Mixtral")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.chdir(tmp_path)
+    error = run(capsys, "convert", "base" if "--adapter" in options else "theirs", "x", *options, status=2)
+    assert "adapters need the package peft: pip install '.[lora]'" in error

@@ -15,9 +15,7 @@ from moesaic.ops.invariant import batch_invariant_enabled, mm_in_tiles
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
     """``x W^T [T, E]``, computed in ``dtype``. For the gradient it saves ``x`` and ``W`` in their own dtypes."""
-    # Compiled code does not look at the switch.
-    in_tiles = not torch.compiler.is_compiling() and batch_invariant_enabled()
-    if x_TD.dtype == dtype and not in_tiles:
+    if x_TD.dtype == dtype and not batch_invariant_enabled():
         return F.linear(x_TD, weight_ED.to(dtype))
     return _Gate.apply(x_TD, weight_ED, dtype)
 
@@ -29,7 +27,7 @@ class _Gate(torch.autograd.Function):
     # pyrefly: ignore [bad-override]
     def forward(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
         x_TD, weight_ED = x_TD.to(dtype), weight_ED.to(dtype)
-        if torch.compiler.is_compiling() or not batch_invariant_enabled():
+        if not batch_invariant_enabled():
             return F.linear(x_TD, weight_ED)
         logits_TE = x_TD.new_empty(len(x_TD), len(weight_ED))
         mm_in_tiles(x_TD, weight_ED.mT, logits_TE)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moesaic.layers.gate import gate_logits
 from moesaic.layers.initial import check_generators
 from moesaic.ops.arguments import check_int
-from moesaic.ops.experts_lora.dropout import ROUTER, dropped, kept
+from moesaic.ops.experts_lora.dropout import ROUTER, check_dropout, dropped, kept
 
 WEIGHTS = ("w1", "w3", "w2")
 
@@ -187,12 +187,6 @@ def dropout_of(owner: Any) -> float:
     """The dropout of the adapter that is active; 0 without one, and in evaluation mode."""
     adapter = active_adapter(owner)
     return 0.0 if adapter is None or not owner.training else adapter.dropout
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise ``ValueError`` for what is no probability below 1."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: must be a number, at least 0 and below 1, got {dropout!r}")
 
 
 def _check_ranks(experts: Any, ranks: Mapping[str, Rank], share: bool) -> None:

@@ -161,7 +161,7 @@ class TopKRouter(nn.Module):
         def scores(tensors: list[Tensor]) -> Tensor:
             return tensors[0].softmax(-1) if self.config.score == "softmax" else tensors[0].sigmoid()
 
-        if not torch.compiler.is_compiling() and batch_invariant_enabled():
+        if batch_invariant_enabled():
             return in_filled_rows(scores, [logits_TE], float("-inf"))
         return scores([logits_TE])
 

@@ -25,8 +25,8 @@ _ENABLED: ContextVar[bool] = ContextVar("moesaic_batch_invariant", default=False
 
 
 def batch_invariant_enabled() -> bool:
-    """Whether the caller is inside :func:`batch_invariant`."""
-    return _ENABLED.get()
+    """Whether the caller is inside :func:`batch_invariant`. Code that is being compiled never is."""
+    return not torch.compiler.is_compiling() and _ENABLED.get()
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from moesaic import checkpoint
 from moesaic.checkpoint import CheckpointError
-from moesaic.checkpoint.lazy import read_tensor, stored_tensors
+from moesaic.checkpoint.lazy import stored_tensors
 from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG
-from moesaic.checkpoint.store import verify
+from moesaic.checkpoint.store import read_into, verify
 from moesaic.integrations.peft.add import add_adapters, factors_of
 from moesaic.integrations.peft.each_expert import by_each_expert
 from moesaic.integrations.peft.files import fill_adapters, in_files, read_config, read_config_alone, save_adapters
@@ -28,9 +28,10 @@ from moesaic.integrations.peft.switch import adapters_of, config_of
 from moesaic.integrations.transformers.lazy import equal_bits
 from moesaic.integrations.transformers.loading import Source, model_on_meta, read_changed_config
 from moesaic.integrations.transformers.plain import is_of_adapter
+from moesaic.integrations.transformers.run_weights import PREFIX
 from moesaic.integrations.transformers.swap import swap_moe
 
-_NAME, _PREFIX = "default", "model."
+_NAME = "default"
 
 
 @torch.no_grad()
@@ -143,12 +144,14 @@ def _save(model: Any, target: Path, *, each_expert: bool) -> None:
 
 def _read(place: Path) -> dict[str, Tensor]:
     """The adapters in a checkpoint, and nothing else of it."""
-    found = {name: described for name, described in stored_tensors(place).items() if name.startswith(_PREFIX)}
-    return {
-        name.removeprefix(_PREFIX): read_tensor(place, name, shape, dtype)
-        for name, (shape, dtype) in found.items()
-        if is_of_adapter(name)
+    found = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in stored_tensors(place).items()
+        if name.startswith(PREFIX) and is_of_adapter(name)
     }
+    if found:
+        read_into(place, found, alone=True)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
 
 
 def _compare(meant: dict[str, Tensor], written: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from moesaic.integrations.peft.targets import Target
 from moesaic.integrations.transformers.convert import cast_and_merged
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.loading import Source, model_on_meta
+from moesaic.integrations.transformers.naming import twins
 from moesaic.integrations.transformers.saving import to_file_names, write_pretrained
 from moesaic.integrations.transformers.swap import swap_moe
 
@@ -49,7 +50,7 @@ def merged_state(plain: Any, state: Mapping[str, LazyTensor], adapter: str | Pat
         result = dict(state)
         for target in adapters_of(model, _NAME):
             name = target.weight_in_plain
-            if name in plain.all_tied_weights_keys or name in plain.all_tied_weights_keys.values():
+            if twins(plain, name):
                 raise ValueError(
                     f"adapter: '{name}' is tied to another weight, which would change with it; untie them, or load the "
                     "adapters beside the weights"

@@ -19,7 +19,8 @@ from torch import nn
 from moesaic.integrations.transformers.links import Link
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.plain import plain_on_meta
-from moesaic.layers.lora import Rank, check_dropout
+from moesaic.layers.lora import Rank
+from moesaic.ops.experts_lora.dropout import check_dropout
 
 _PREFIX = "base_model.model."
 # Settings that change more than which weights have factors, each with the value that does not.
@@ -65,16 +66,10 @@ class Target:
         return () if self.link is None else tuple(name.removeprefix("experts.") for name in self.link.ours)
 
     @property
-    def path_in_plain(self) -> str:
-        """The name, in the model before the swap, of the module that peft puts the adapter on."""
-        return self.key.removeprefix(_PREFIX).replace(".base_layer", "")
-
-    @property
     def weight_in_plain(self) -> str:
         """The name of the weight in the model before the swap."""
-        if self.link is None:
-            return f"{self.path_in_plain}.weight"
-        return f"{self.path_in_plain.removesuffix('experts')}{self.link.theirs}"
+        path = self.key.removeprefix(_PREFIX).replace(".base_layer", "")
+        return f"{path}.weight" if self.link is None else f"{path.removesuffix('experts')}{self.link.theirs}"
 
 
 def targets_of(model: nn.Module, config: Any) -> tuple[list[Target], Any]:

@@ -11,8 +11,6 @@ bit.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -39,7 +37,7 @@ from moesaic.integrations.transformers.files import (
     require_new,
 )
 from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
-from moesaic.integrations.transformers.loading import Source, empty_model, model_on_meta, to_our_names
+from moesaic.integrations.transformers.loading import Source, empty_model, model_on_meta, part_with_peft, to_our_names
 from moesaic.integrations.transformers.naming import to_model_names, twins
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.run_weights import (
@@ -50,7 +48,7 @@ from moesaic.integrations.transformers.run_weights import (
     stored_tensors_of,
     tokenizer_of,
 )
-from moesaic.integrations.transformers.saving import to_file_names, to_original_names, write_pretrained
+from moesaic.integrations.transformers.saving import cast_like, to_file_names, to_original_names, write_pretrained
 from moesaic.integrations.transformers.swap import swap_moe
 
 Format = Literal["dcp", "hf", "peft"]
@@ -164,9 +162,7 @@ def _convert_adapters(
     *,
     each_expert: bool,
 ) -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("adapters need the package peft: pip install '.[lora]' in a checkout of moesaic")
-    adapters = importlib.import_module("moesaic.integrations.peft.convert")
+    adapters = part_with_peft("convert")
     if own == "dcp":
         place, run = checkpoint_and_run(source)
         adapters.adapters_of_run(place, run, config_of(run), target, dtype, each_expert=each_expert)
@@ -185,7 +181,9 @@ def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
         # Whoever loads the checkpoint into a model asks for all names of the model.
         state = ties.with_copies(plain, state)
         model = swap_moe(plain)
-        tensors = _cast(to_our_names(model, state), model if source.dtype else None)
+        tensors = to_our_names(model, state)
+        if source.dtype is not None:
+            tensors = cast_like(tensors, model)
         ours = {PREFIX + name: tensor for name, tensor in tensors.items()}
         target.mkdir(parents=True, exist_ok=True)
         told = progress.watch("writing", ours)
@@ -226,9 +224,8 @@ def cast_and_merged(source: Source, adapter: str | Path | None = None) -> Iterat
         with damage_is_value_error(source.path):
             state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
         if adapter is not None:
-            merged = importlib.import_module("moesaic.integrations.peft.merged")
-            state = stack.enter_context(merged.merged_state(plain, state, adapter))
-        yield plain, _cast(state, plain)
+            state = stack.enter_context(part_with_peft("merged").merged_state(plain, state, adapter))
+        yield plain, cast_like(state, plain)
 
 
 def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress) -> None:
@@ -242,11 +239,12 @@ def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, progress: Prog
         plain = model_on_meta(config, dtype or own)
         plain.config.architectures = [type(plain).__name__]
         swapped = swap_moe(model_on_meta(copy.deepcopy(config), own))
-        original = to_original_names(swapped, stored, restore_dtypes=False)
-        tensors = to_file_names(plain, _cast(original, plain if dtype else None))
+        meant = to_original_names(swapped, stored, restore_dtypes=False)
+        if dtype is not None:
+            meant = cast_like(meant, plain)
+        tensors = to_file_names(plain, meant)
     write_pretrained(plain, progress.watch("writing", tensors), target, add=partial(copy_tokenizer, tokenizer_of(run)))
     with open_files(target) as files:
-        meant = _cast(original, plain if dtype else None)
         _compare(_named_as(meant, plain, target, files), progress.watch("verifying", meant))
 
 
@@ -271,14 +269,6 @@ def _compare(written: Mapping[str, LazyTensor], meant: Mapping[str, LazyTensor])
         mine, theirs = written[name].read(), tensor.read()
         if not equal_bits(mine, theirs):
             raise CheckpointError(f"verification: '{name}' differs from the source")
-
-
-def _cast(tensors: dict[str, LazyTensor], model: Any | None) -> dict[str, LazyTensor]:
-    """Cast tensors to the dtypes that they have in a model, if there is one. Some of them are fp32 in any model."""
-    if model is None:
-        return tensors
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def _read(tensor: LazyTensor) -> Tensor:

@@ -97,7 +97,7 @@ def _with_jitter(fields: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dic
 
 
 def _softmax_and_gated_shared(block: Any) -> dict[str, Any]:
-    return _softmax(block) | {"shared_hidden_dim": block.shared_expert.gate_proj.out_features, "shared_gate": True}
+    return _softmax(block) | _shared_of(block, "shared_expert") | {"shared_gate": True}
 
 
 def _softmax_and_shared(block: Any) -> dict[str, Any]:
@@ -110,8 +110,7 @@ def _deepseek_v2(block: Any) -> dict[str, Any]:
         "top_k": gate.top_k,
         "normalize_top_k": False,
         "route_scale": gate.routed_scaling_factor,
-        "shared_hidden_dim": block.shared_experts.gate_proj.out_features,
-    }
+    } | _shared_of(block)
     if gate.topk_method == "greedy":
         return fields
     if gate.topk_method == "group_limited_greedy":
@@ -119,14 +118,15 @@ def _deepseek_v2(block: Any) -> dict[str, Any]:
     raise ValueError(f"topk_method: got {gate.topk_method!r}; moesaic.MoE has only 'greedy' and 'group_limited_greedy'")
 
 
-def _deepseek_v3_router(block: Any) -> dict[str, Any]:
+def _deepseek_v3_router(block: Any, scaled_by: Any = None) -> dict[str, Any]:
+    """``scaled_by`` is the module that has the factor of the routing weights; None is the router."""
     gate = block.gate
     return {
         "top_k": gate.top_k,
         "score": "sigmoid",
         "score_bias": True,
         "normalize_top_k": gate.norm_topk_prob,
-        "route_scale": gate.routed_scaling_factor,
+        "route_scale": (gate if scaled_by is None else scaled_by).routed_scaling_factor,
         "num_groups": gate.num_group,
         "top_groups": gate.topk_group,
     }
@@ -170,27 +170,12 @@ def _axk2(block: Any) -> dict[str, Any]:
             f"n_group: got {gate.num_group}; this router sets the scores of other groups to 0, which can still be the "
             "best where the bias is negative. moesaic.MoE leaves them out; set n_group to None"
         )
-    return {
-        "top_k": gate.top_k,
-        "score": "sigmoid",
-        "score_bias": True,
-        "normalize_top_k": gate.norm_topk_prob,
-        "route_scale": gate.routed_scaling_factor,
-    } | _shared_of(block)
+    return _deepseek_v3(block) | {"num_groups": 1, "top_groups": 1}
 
 
 def _beam(block: Any) -> dict[str, Any]:
     # The factor is on the sum of the results, which is the same.
-    gate = block.gate
-    return {
-        "top_k": gate.top_k,
-        "score": "sigmoid",
-        "score_bias": True,
-        "normalize_top_k": gate.norm_topk_prob,
-        "route_scale": block.routed_scaling_factor,
-        "num_groups": gate.num_group,
-        "top_groups": gate.topk_group,
-    }
+    return _deepseek_v3_router(block, scaled_by=block)
 
 
 def _laguna(block: Any) -> dict[str, Any]:
@@ -224,16 +209,16 @@ def _lfm2(block: Any) -> dict[str, Any]:
 
 
 def _flint(block: Any) -> dict[str, Any]:
-    return {
-        "top_k": block.gate.top_k,
+    gate = block.gate
+    return _shared_of(block, "shared_expert") | {
+        "top_k": gate.top_k,
         "score": "sigmoid",
-        "normalize_top_k": block.gate.norm_topk_prob,
-        "shared_hidden_dim": block.shared_expert.gate_proj.out_features,
+        "normalize_top_k": gate.norm_topk_prob,
     }
 
 
 def _lara(block: Any) -> dict[str, Any]:
-    return _softmax(block) | {"shared_hidden_dim": block.shared_expert.gate_proj.out_features}
+    return _softmax(block) | _shared_of(block, "shared_expert")
 
 
 def _cohere2(block: Any) -> dict[str, Any]:
@@ -252,11 +237,13 @@ def _jamba(block: Any) -> dict[str, Any]:
 
 
 def _hunyuan(block: Any) -> dict[str, Any]:
-    return {"top_k": block.gate.top_k, "shared_hidden_dim": block.shared_mlp.gate_proj.out_features}
+    return {"top_k": block.gate.top_k} | _shared_of(block, "shared_mlp")
 
 
-def _shared_of(block: Any) -> dict[str, Any]:
-    return {"shared_hidden_dim": block.shared_experts.gate_proj.out_features}
+def _shared_of(block: Any, name: str = "shared_experts") -> dict[str, Any]:
+    """The size of a shared expert; 0 where a block has none."""
+    dense = getattr(block, name)
+    return {"shared_hidden_dim": 0 if dense is None else dense.gate_proj.out_features}
 
 
 def _ernie(block: Any) -> dict[str, Any]:
@@ -264,21 +251,15 @@ def _ernie(block: Any) -> dict[str, Any]:
     # is far above both.
     if block.gate.norm_min > 1e-6:
         raise ValueError(f"moe_norm_min: {block.gate.norm_min} changes routing weights; moesaic.MoE takes at most 1e-6")
-    dense = block.shared_experts
-    return {
-        "top_k": block.gate.top_k,
-        "score_bias": True,
-        "shared_hidden_dim": 0 if dense is None else dense.gate_proj.out_features,
-    }
+    return _shared_of(block) | {"top_k": block.gate.top_k, "score_bias": True}
 
 
 def _llama4(block: Any) -> dict[str, Any]:
-    return {
+    return _shared_of(block, "shared_expert") | {
         "top_k": block.router.top_k,
         "score": "sigmoid",
         "normalize_top_k": False,
         "weigh_inputs": True,
-        "shared_hidden_dim": block.shared_expert.gate_proj.out_features,
     }
 
 

@@ -201,7 +201,7 @@ def load_and_count(
             elif quantize is not None:
                 quantize_(model, quantize)
             if adapter is not None:
-                _adapters().prepare_adapters(model, adapter)
+                part_with_peft("load").prepare_adapters(model, adapter)
 
         # A failure is shared, so that no rank waits for one that cannot read the files.
         ranks.together(describe)
@@ -212,7 +212,7 @@ def load_and_count(
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors))
         if adapter is not None:
-            _adapters().finish_adapters(model, adapter)
+            part_with_peft("load").finish_adapters(model, adapter)
         _log.info("%s: rank %d read %d bytes", source.path, ranks.rank(), files.bytes_read)
         return model.eval(), files.bytes_read
 
@@ -315,19 +315,22 @@ def to_our_names(model: nn.Module, state: Mapping[str, LazyTensor]) -> dict[str,
     return ours
 
 
-def _adapters() -> Any:
-    """The integration of peft, which is optional and knows this one."""
+def part_with_peft(name: str) -> Any:
+    """A module of the integration of peft, which is optional and knows this one.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("adapter: this needs the package peft: pip install '.[lora]' in a checkout of moesaic")
-    return importlib.import_module("moesaic.integrations.peft.load")
+        raise ValueError("adapters need the package peft: pip install '.[lora]' in a checkout of moesaic")
+    return importlib.import_module(f"moesaic.integrations.peft.{name}")
 
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
     """Read this rank's part of every parameter and every persistent buffer. Adapters are left as they are."""
-    filled: set[int] = set()
     state = model.state_dict(keep_vars=True)
-    filled.update(map(id, fill_packed(model, tensors).values()))
+    filled = set(map(id, fill_packed(model, tensors)))
     for name, tensor in state.items():
         plain = name_without_wrappers(name)
         if plain in tensors:

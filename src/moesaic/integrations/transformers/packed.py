@@ -13,8 +13,8 @@ from moesaic.sharding.parts import local_part
 
 
 @torch.no_grad()
-def fill_packed(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-    """Fill this rank's part of the quantised weights of a model, and give back their data and scales by name.
+def fill_packed(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> list[Tensor]:
+    """Fill this rank's part of the quantised weights of a model, and give back their data and scales.
 
     Args:
         model: after :func:`moesaic.layers.quantize_`; it may be parallelized.
@@ -23,12 +23,12 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> dict[str
     Raises:
         ValueError: numbers that are not finite; the message names the weight.
     """
-    filled: dict[str, Tensor] = {}
+    filled: list[Tensor] = []
     for name, packed in model.named_modules():
         # Of files that are quantised already, data and scales are read as they are.
         if not isinstance(packed, PackedWeight) or f"{name_without_wrappers(name)}.data" in tensors:
             continue
-        filled |= {f"{name}.{part}": t for part, t in packed.named_buffers(recurse=False)}
+        filled += packed.buffers(recurse=False)
         (data, box), (scales, _) = local_part(packed.data), local_part(packed.scales)
         experts, inputs, outputs = _of_weight(packed, box)
         for i, expert in enumerate(range(experts.start, experts.stop) if data.numel() else ()):

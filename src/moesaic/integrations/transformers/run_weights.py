@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moesaic import checkpoint, ranks
+from moesaic import checkpoint
 from moesaic.checkpoint.folder import MANIFEST
 from moesaic.checkpoint.lazy import read_tensor, stored_tensors
 from moesaic.checkpoint.run_folder import CHECKPOINTS, CONFIG, EXPORT, TOKENIZER
-from moesaic.checkpoint.store import verify
+from moesaic.checkpoint.state import restore_weights, weights
+from moesaic.checkpoint.store import read_into, verify
 from moesaic.integrations.transformers.configs import config_for, damage_is_value_error, read_values
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
-from moesaic.integrations.transformers.loading import fill, make_buffers, model_on_meta
+from moesaic.integrations.transformers.loading import make_buffers, model_on_meta
+from moesaic.integrations.transformers.plain import is_of_adapter
 from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.parallel import Meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
@@ -42,8 +44,7 @@ def load_run(
     """
     verify(place)
     config = config_of(run)
-    stored = {name.removeprefix(PREFIX): t for name, t in stored_tensors_of(place).items() if name.startswith(PREFIX)}
-    refuse_adapters(stored, place)
+    refuse_adapters(stored_tensors(place), place)
     with damage_is_value_error(run / CONFIG, vars(config)):
         plain = model_on_meta(config, dtype)
         make_buffers(plain, device)
@@ -51,13 +52,15 @@ def load_run(
         parallelize(model, meshes, compute=compute)
     if not meshes.is_distributed:
         materialize(model, device)
-    ranks.together(lambda: fill(model, stored))
+    state = weights(model)
+    read_into(place, state)
+    restore_weights(model, state)
     return model.eval()
 
 
-def refuse_adapters(stored: Mapping[str, Any], place: Path, remedy: str = "") -> None:
-    """Raise ``ValueError`` if there are adapters among the weights of a checkpoint; its text ends with ``remedy``."""
-    if any(".lora_" in name for name in stored):
+def refuse_adapters(stored: Iterable[str], place: Path, remedy: str = "") -> None:
+    """Raise ``ValueError`` if there are adapters among the tensors of a checkpoint; its text ends with ``remedy``."""
+    if any(map(is_of_adapter, stored)):
         raise ValueError(
             f"source: {place} has adapters beside the weights; use the export of the run, which has them merged{remedy}"
         )

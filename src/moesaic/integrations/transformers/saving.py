@@ -85,8 +85,7 @@ def export_pretrained(
     original = to_original_names(model, {name: leaves[id(t)] for name, t in state.items()})
     if dtype is not None:
         plain.config.dtype = dtype
-        wanted = {n: t.dtype for n, t in model_on_meta(copy.deepcopy(plain.config), dtype).state_dict().items()}
-        original = {name: tensor.to(wanted.get(name, tensor.dtype)) for name, tensor in original.items()}
+        original = cast_like(original, model_on_meta(copy.deepcopy(plain.config), dtype))
     tensors = to_file_names(plain, original)
 
     def add_all(folder: Path) -> None:
@@ -147,6 +146,12 @@ def to_original_names(
             is_changed = link.is_bias and restore_dtypes
             state[prefix + link.theirs] = tensor.to(theirs[link.theirs].dtype) if is_changed else tensor
     return state
+
+
+def cast_like(tensors: Mapping[str, LazyTensor], model: nn.Module) -> dict[str, LazyTensor]:
+    """Cast tensors to the dtypes that they have in a model. transformers keeps some of them in fp32 in any model."""
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
 
 def to_file_names(plain: Any, state: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

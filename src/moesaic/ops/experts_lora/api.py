@@ -10,6 +10,7 @@ from torch import Tensor
 from moesaic.ops.arguments import check_given, check_tensors
 from moesaic.ops.autocast import autocast
 from moesaic.ops.experts_lora import ops  # noqa: F401 -- registers the operators
+from moesaic.ops.experts_lora.dropout import check_dropout
 from moesaic.ops.experts_lora.operands import FACTORS, NAMES
 from moesaic.ops.experts_mlp.activation import Activation, check_activation
 from moesaic.ops.experts_mlp.api import check_copies, check_dtypes, check_shapes
@@ -167,8 +168,7 @@ def _mask(
     dropout: float, keys: Tensor | None, columns: Tensor | None, ids: Tensor, w1: Tensor | QuantizedWeight
 ) -> dict[str, Tensor]:
     """The operands that decide what is dropped, if anything is."""
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: must be a number, at least 0 and below 1, got {dropout!r}")
+    check_dropout(dropout)
     if not dropout:
         if keys is not None or columns is not None:
             raise ValueError("keys, columns: are for a dropout, which is 0; leave them out")

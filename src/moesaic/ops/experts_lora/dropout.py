@@ -33,6 +33,12 @@ class Dropout(NamedTuple):
     columns_F: Tensor
 
 
+def check_dropout(dropout: float) -> None:
+    """Raise ``ValueError`` for what is no probability below 1."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: must be a number, at least 0 and below 1, got {dropout!r}")
+
+
 def mixed(keys: Tensor, number: Tensor | int) -> Tensor:
     """New keys, int64, out of keys and numbers, which look drawn at random."""
     # Integers wrap around.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moesaic.ops.experts_lora.dropout import Dropout
+from moesaic.ops.experts_lora.dropout import Dropout, check_dropout
 from moesaic.ops.experts_lora.operands import FACTOR_NAMES
 from moesaic.ops.experts_mlp.activation import Activation
 from moesaic.ops.experts_mlp.operands import NAMES as BASE
@@ -68,8 +68,7 @@ def adapted(given: Mapping[str, Any], activation: Activation, dropout: float, co
     Raises:
         ValueError: a dropout that is no probability below 1, or one without keys or columns.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: must be at least 0 and below 1, got {dropout}")
+    check_dropout(dropout)
     keys_BNK, columns_F = given["keys"], given["columns"]
     if dropout and (keys_BNK is None or columns_F is None):
         raise ValueError(f"dropout: {dropout} needs keys and columns; give both")
