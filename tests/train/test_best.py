@@ -19,7 +19,9 @@ from moesaic.train.errors import UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.run import set_up
 from moesaic.train.runtime import started
+from moesaic.train.sets import read_eval_sets
 from moesaic.train.training import take_best
+from tests.train.chats import tiny_tokenizer, write_chats
 from tests.train.test_resume import MESH, _on, _rows, _Screen, _train
 
 SCORES = {1: 5.0, 2: 4.0, 3: 4.5, 4: 4.0, 5: 3.0, 6: 3.5}
@@ -178,3 +180,13 @@ def test_a_set_that_is_not_there_leaves_no_folder(tiny, cache):
     with pytest.raises(UserError, match="--eval-data /no/such/place: there is no such file or folder"):
         _train(config, cache)
     assert not config.out.exists()
+
+
+def test_what_is_said_of_a_set_names_it(tmp_path):
+    chats = str(write_chats(tmp_path / "chats.jsonl"))
+    said = []
+    config = TrainConfig(eval_data=(chats,), seq_len=16)
+    read_eval_sets(config, tokenizer := tiny_tokenizer(), said.append)
+    assert [text for text in said if text.startswith(f"--eval-data {chats}: ") and "are longer than" in text]
+    with pytest.raises(UserError, match=f"--eval-data {chats}: --seq-len 2: no conversation has anything to learn"):
+        read_eval_sets(dataclasses.replace(config, seq_len=2), tokenizer, said.append)

@@ -18,7 +18,8 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.runtime import Runtime
 from moesaic.trained import eval_command
-from moesaic.trained.generate import Sampling, chat_prompt, end_of_turn, generate
+from moesaic.trained.generate import chat_prompt, end_of_turn, generate
+from moesaic.trained.generate_command import SamplingOptions
 from moesaic.trained.on_ranks import tell
 from moesaic.trained.routing import describe
 from moesaic.trained.source import find, load, load_tokenizer
@@ -93,7 +94,7 @@ def _on_ranks(run, chats, layouts):
         trained = find(str(run))
         tokenizer, model = load_tokenizer(trained), load(trained, meshes, device, "fp32")
         prompt = tokenizer("the big", add_special_tokens=False)["input_ids"]
-        tokens = generate(model, tokenizer, prompt, Sampling(max_tokens=10, seed=3), meshes)
+        tokens = generate(model, tokenizer, prompt, SamplingOptions(max_tokens=10, seed=3), meshes)
         runtime = Runtime(device, 0, 0, 1)
         options = eval_command.Options(source=str(run), data=str(chats), seq_len=120, **layout)
         _, measured = eval_command._rows(options, trained, tokenizer_with_template(tokenizer), 256, runtime)

@@ -76,7 +76,7 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 
 def heatmap(run: Record) -> dict[str, Any] | None:
     """The layers of a run, the steps that are shown, and of each layer the tokens by expert and step."""
-    loads = run.loads()
+    loads = run.loads
     if not loads:
         return None
     layers = list(loads[-1][1])
@@ -95,7 +95,7 @@ def heatmap(run: Record) -> dict[str, Any] | None:
 
 def dead_experts(run: Record) -> tuple[int, dict[str, list[int]]]:
     """How many logged steps were looked at, and of each layer the experts that got no token in any of them."""
-    last = run.loads()[-LAST:]
+    last = run.loads[-LAST:]
     layers = last[-1][1] if last else {}
     sums = {
         name: [sum(load[name][e] for _, load in last if len(load.get(name, ())) > e) for e in range(len(counts))]

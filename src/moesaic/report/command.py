@@ -11,9 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from moesaic.checkpoint.run_folder import REPORT
 from moesaic.options import parse
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, check_packages
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _write(options: Options) -> tuple[Path, int]:
-    from moesaic.report.page import check_packages, render
+    from moesaic.checkpoint.run_folder import REPORT
+    from moesaic.report.page import render
     from moesaic.report.record import read_runs
 
     if not options.runs:
         raise UserError("give at least one run folder")
-    check_packages()
+    check_packages("it", "report", "plotly", "jinja2")
     records = read_runs(options.runs)
     out = options.out or (options.runs[0] / REPORT if len(records) == 1 else Path(REPORT))
     fresh = out.with_name(f".{out.name}.tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from importlib import metadata, resources
@@ -10,14 +9,6 @@ from typing import Any
 
 from moesaic.report import charts, tables
 from moesaic.report.record import Record
-from moesaic.train.errors import UserError
-
-
-def check_packages() -> None:
-    """Raise `UserError` unless what draws the page is installed."""
-    for package in ("plotly", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"it needs the package {package}: pip install '.[report]' in a checkout of moesaic")
 
 
 def render(runs: Sequence[Record]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Record:
         found = [(row["step"], row[name]) for row in self.rows if _is_number(row.get(name))]
         return [step for step, _ in found], [value for _, value in found]
 
+    @cached_property
     def loads(self) -> list[tuple[int, dict[str, list[int]]]]:
         """Steps, and of each layer the tokens of its experts."""
         return [(row["step"], row[EXPERT_LOAD]) for row in self.rows if _is_load(row.get(EXPERT_LOAD))]

@@ -44,16 +44,17 @@ def run(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str], leader: bool) -> TrainConfig:
     """The settings of a call; with ``--resume`` those of the run, but for those in a file and flags that are given."""
     arguments, auto = _without_auto(arguments)
-    if (file := parse_options(TrainConfig, "train", arguments, speak=leader).config) is not None:
-        from moesaic.train.settings_file import arguments_in
-
-        # Those that come later override.
-        arguments = [*arguments_in(file), *arguments]
 
     def on_top_of(default: TrainConfig) -> TrainConfig:
         return parse_options(TrainConfig, "train", arguments, default=default, speak=leader)
 
     config = on_top_of(TrainConfig())
+    if config.config is not None:
+        from moesaic.train.settings_file import arguments_in
+
+        # Those that come later override.
+        arguments = [*arguments_in(config.config), *arguments]
+        config = on_top_of(TrainConfig())
     if auto:
         config = dataclasses.replace(config, resume="auto")
     if config.resume or "TORCHELASTIC_RESTART_COUNT" in os.environ:

@@ -1,8 +1,17 @@
 """Errors that a user can act on. The command line prints their text without a traceback."""
 
+import importlib.util
+
 
 class UserError(Exception):
     """The call, the files or the machine are wrong. The text says what is wrong and what to do."""
+
+
+def check_packages(who: str, extra: str, *packages: str) -> None:
+    """Raise `UserError` unless the packages are installed that `who` needs. They come with an extra of moesaic."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{who} needs the package {package}: pip install '.[{extra}]' in a checkout of moesaic")
 
 
 def first_line(error: BaseException) -> str:

@@ -40,6 +40,11 @@ class HeldOut:
     mask: Tensor | None = None
     """`[N, S]`, False for padding. Where it is given, padding goes to no expert."""
 
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.targets != IGNORED).sum())
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutText(HeldOut):
@@ -67,6 +72,12 @@ def choose_texts(
             texts.append(head)
             left -= len(head.encode())
     return texts
+
+
+def count_within(documents: Sequence[Document], max_bytes: int) -> int:
+    """How many of the first documents have `max_bytes` bytes in all, at least 1."""
+    sizes = np.cumsum([len(document.text.encode()) for document in documents])
+    return max(1, int(np.searchsorted(sizes, max_bytes, side="right")))
 
 
 def cut_windows(texts: list[str], tokenizer: Any, seq_len: int, *, masked: bool = False) -> HeldOutText:
@@ -102,7 +113,7 @@ def bits_per_byte(model: nn.Module, held_out: HeldOutText, **options: Any) -> fl
 
 def mean_loss(model: nn.Module, held_out: HeldOut, **options: Any) -> float:
     """The model's loss of a held-out target, in nats, as in training. Collective. Options are those of `nats`."""
-    return nats(model, held_out, **options) / int((held_out.targets != IGNORED).sum())
+    return nats(model, held_out, **options) / held_out.num_targets
 
 
 def nats(

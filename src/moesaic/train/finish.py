@@ -36,14 +36,11 @@ def export(model: Any, folder: Path, tokenizer: Any, config: TrainConfig, weight
     """
     beside = folder.with_name(f".{folder.name}.{ADAPTER}")
 
-    def take_adapters(new: Path) -> None:
+    def add(new: Path) -> None:
         # Into the new folder before it gets its name: an export with its adapters is there at once, or not at all.
+        tokenizer.save_pretrained(new)
         if config.lora_rank:
             shutil.move(beside, new / ADAPTER)
-
-    def take_all(new: Path) -> None:
-        tokenizer.save_pretrained(new)
-        take_adapters(new)
 
     try:
         with quiet():
@@ -51,14 +48,14 @@ def export(model: Any, folder: Path, tokenizer: Any, config: TrainConfig, weight
                 ranks.on_leader(lambda: shutil.rmtree(beside, ignore_errors=True))
                 save_adapters(model, beside)
             if config.quantize_experts:
-                export_merged(config, str(weights), beside, folder, take_all)
+                export_merged(config, str(weights), beside, folder, add)
                 return
             if config.lora_rank:
                 merge_adapters(model)
             dtype = EXPORT_DTYPES[config.export_dtype]
             if dtype is not torch.float32:
                 round_parameters(model, dtype)
-            export_pretrained(model, folder, tokenizer=tokenizer, dtype=dtype, add=take_adapters)
+            export_pretrained(model, folder, dtype=dtype, add=add)
     except (OSError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"cannot export to {folder}: {error}. The training is saved. To export again, run the same command with "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from moesaic.parallel.mesh import resolve_layout, sizes_in
 from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, check_packages
 from moesaic.train.folder import check_free
 from moesaic.train.lora import check_adapters
 from moesaic.train.main_grads import check_main_grads
@@ -16,9 +14,7 @@ from moesaic.train.runtime import launched_world_size
 
 def check_launch(config: TrainConfig) -> None:
     """Raise `UserError` if this config cannot run on the processes that were launched, or a package is missing."""
-    for package in ("transformers", "tokenizers"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"training needs the package {package}: pip install '.[train]' in a checkout of moesaic")
+    check_packages("training", "train", "transformers", "tokenizers")
     try:
         layout = resolve_layout(launched_world_size(), **sizes_in(config))
     except ValueError as error:

@@ -30,6 +30,7 @@ from moesaic.train.metrics import (
     MetricWriter,
     TensorBoardWriter,
     Value,
+    busiest,
     read_jsonl,
 )
 from moesaic.train.model import num_parameters
@@ -37,7 +38,7 @@ from moesaic.train.prepared import PreparedText
 from moesaic.train.run import Run, set_up
 from moesaic.train.runtime import peak_memory, started
 from moesaic.train.schedule import learning_rate
-from moesaic.train.scores import Scores, scores_of
+from moesaic.train.scores import Scores, measuring, scores_of
 from moesaic.train.signals import StopRequest, linger_on_sigterm
 from moesaic.train.step import StepResult, train_step
 from moesaic.train.training import Training, save, take_best
@@ -183,8 +184,7 @@ def _steps(
 
 def measure_all(run: Run, scores: Scores) -> dict[str, float]:
     """The scores of all sets, and of what is held out: the one that decides is the first. Collective."""
-    config, runtime = run.config, run.runtime
-    options = {"meshes": run.meshes, "batch_size": config.batch_size, "device": runtime.device, "dtype": config.dtype}
+    options = measuring(run.config, run.meshes, run.runtime.device)
     return {one.name: one.measure(run.training.model, **options) for one in run.sets} | {scores.name: scores.measure()}
 
 
@@ -225,7 +225,7 @@ def _metrics(
     training: Training, config: TrainConfig, device: torch.device, result: StepResult, seconds: float
 ) -> dict[str, Value]:
     loads = {name.rpartition(".")[0]: load.tolist() for name, load in expert_load(training.model).items()}
-    balance = [max(load) * len(load) / max(1, sum(load)) for load in loads.values()]
+    balance = list(map(busiest, loads.values()))
     dead = sum(load.count(0) for load in loads.values())
     memory = torch.tensor(float(peak_memory(device)), device=device)
     if ranks.active():

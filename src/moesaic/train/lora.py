@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.swap import swap_moe
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
-from moesaic.train.errors import UserError
+from moesaic.train.errors import UserError, check_packages
 
 # In the folder of the export.
 ADAPTER = "adapter"
@@ -36,8 +35,7 @@ def check_adapters(config: TrainConfig, source: ModelSource) -> None:
         return
     if not source.pretrained:
         raise UserError("--lora-rank adapts a pretrained model, but --model is a new one; leave one of them out")
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("--lora-rank needs the package peft: pip install '.[lora]' in a checkout of moesaic")
+    check_packages("--lora-rank", "lora", "peft")
 
 
 def adapter_config(config: TrainConfig, source: ModelSource) -> Any:

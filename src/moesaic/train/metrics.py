@@ -20,6 +20,11 @@ TIME = "time"
 EXPERT_LOAD = "expert_load"
 
 
+def busiest(tokens: Sequence[int]) -> float:
+    """How many times the mean the busiest expert of a layer got; 0 if no expert got a token."""
+    return max(tokens) * len(tokens) / max(1, sum(tokens))
+
+
 @runtime_checkable
 class MetricWriter(Protocol):
     """Takes values by name."""

@@ -91,6 +91,13 @@ class PackedRows:
         """Whether there is a row of more than one conversation."""
         return any(len(row) > 1 for row in self._rows)
 
+    def check_not_empty(self, which: str = "conversation") -> None:
+        """Raise `UserError` if there is no row, for no conversation has anything to learn; `which` is what it was."""
+        if not len(self):
+            raise UserError(
+                f"--seq-len {self.seq_len}: no {which} has anything to learn within this length; use a larger one"
+            )
+
     def describe_cut(self, limit: str) -> str:
         """What is cut, and what is lost by that."""
         total = len(self.conversations.ends)

@@ -21,7 +21,7 @@ from moesaic.parallel.build import build_meshes
 from moesaic.parallel.mesh import Meshes, sizes_in
 from moesaic.train import implementations
 from moesaic.train import model as models
-from moesaic.train.architecture import find_model
+from moesaic.train.architecture import ModelSource, find_model
 from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.fit import fit_seq_len
@@ -77,7 +77,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     source = find_model(config.model)
     own_coef = models.own_aux_loss_coef(source)
     config = with_defaults(config, pretrained=source.pretrained, own_aux_loss_coef=own_coef)
-    text = prepare_on_ranks(config, runtime, notify)
+    text = prepare_on_ranks(config, source, runtime, notify)
     config = fit_seq_len(config, text, source.text_values.get("max_position_embeddings"), notify)
     sets = read_eval_sets(config, text.tokenizer(), notify) if config.eval_data else ()
     meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
@@ -193,18 +193,17 @@ def _rows(text: PreparedText | PreparedConversations, config: TrainConfig, notif
         notify(rows.describe_cut(f"--seq-len {config.seq_len}"))
     if rows.left_out:
         notify(f"{rows.left_out} of {total} conversations have nothing to learn within --seq-len; they are left out")
-    if not len(rows):
-        raise UserError(
-            f"--seq-len {config.seq_len}: no conversation has anything to learn within this length; use a larger one"
-        )
+    rows.check_not_empty()
     return rows
 
 
 def prepare_on_ranks(
-    config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]
+    config: TrainConfig, source: ModelSource, runtime: Runtime, notify: Callable[[str], None]
 ) -> PreparedText | PreparedConversations:
-    """The text of a run, which the first process of each host prepares. Collective. Raises `UserError` on all ranks."""
-    source = find_model(config.model)
+    """The text of a run, which the first process of each host prepares. Collective. Raises `UserError` on all ranks.
+
+    `source` is what `--model` names.
+    """
 
     def on_host_leader() -> str | None:
         if not runtime.host_leader:

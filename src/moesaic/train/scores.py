@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +13,6 @@ from moesaic.train import baselines, evaluate
 from moesaic.train.chat import Renderer, encode_prompt
 from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import Conversation
-from moesaic.train.errors import UserError
-from moesaic.train.loader import IGNORED
 from moesaic.train.packing import Conversations, PackedRows
 from moesaic.train.prepared import PreparedConversations, PreparedText
 
@@ -42,6 +39,11 @@ class Scores(Protocol):
         ...
 
 
+def measuring(config: TrainConfig, meshes: Meshes, device: torch.device) -> dict[str, Any]:
+    """The options of `evaluate.nats` in a run."""
+    return {"meshes": meshes, "batch_size": config.batch_size, "device": device, "dtype": config.dtype}
+
+
 def scores_of(
     text: PreparedText | PreparedConversations,
     config: TrainConfig,
@@ -50,12 +52,7 @@ def scores_of(
     device: torch.device,
 ) -> Scores:
     """The scores of a model on the held-out part of its data."""
-    options: dict[str, Any] = {
-        "meshes": meshes,
-        "batch_size": config.batch_size,
-        "device": device,
-        "dtype": config.dtype,
-    }
+    options = measuring(config, meshes, device)
     if isinstance(text, PreparedConversations):
         return _OfConversations(text, config, model, options)
     return _OfText(text, config, model, options)
@@ -107,17 +104,12 @@ class _OfConversations:
         self._model, self._options = model, options
         self._documents = text.held_out_documents()
         self._renderer = Renderer(text.tokenizer(), config.loss_on)
-        sizes = np.cumsum([len(document.text.encode()) for document in self._documents])
-        count = max(1, int(np.searchsorted(sizes, config.eval_bytes, side="right")))
+        count = evaluate.count_within(self._documents, config.eval_bytes)
         everything = text.held_out()
         chosen = Conversations(everything.tokens, everything.counted, everything.ends[:count])
         assert config.seq_len is not None
         rows = PackedRows(chosen, config.seq_len, packed=config.packing, pad_id=text.eos_id)
-        if not len(rows):
-            raise UserError(
-                f"--seq-len {config.seq_len}: no held-out conversation has anything to learn within this length; "
-                "use a larger one"
-            )
+        rows.check_not_empty("held-out conversation")
         self._count = count - rows.left_out
         self._held_out = evaluate.take_rows(rows)
         self.inputs = self._held_out.inputs
@@ -129,7 +121,7 @@ class _OfConversations:
         numbers = {**({} if before is None else {"before": before}), "model": now}
         names = {"before": "before fine-tuning", "model": "this model"}
         shown = "   ".join(f"{names[name]} {value:.3f}" for name, value in numbers.items())
-        targets = int((self._held_out.targets != IGNORED).sum())
+        targets = self._held_out.num_targets
         return numbers, f"held-out: loss of {targets:,} tokens in {self._count} conversations, in nats:\n  {shown}"
 
     def prompt(self) -> tuple[str, list[int]]:

@@ -15,7 +15,6 @@ from moesaic.train.chat import LossOn, Renderer, named_in_template
 from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import Conversation, Document, all_documents, fingerprint
 from moesaic.train.errors import UserError
-from moesaic.train.loader import IGNORED
 from moesaic.train.packing import Conversations, PackedRows
 
 # Tokens in a row of text where nothing else is said.
@@ -33,11 +32,6 @@ class Measured:
     """How many are not: they are beyond the number of bytes, or have nothing to learn in a row."""
     shared: bool = False
     """Whether conversations share a row. Then `check_apart` has to say that the model keeps them apart."""
-
-    @property
-    def num_targets(self) -> int:
-        """How many tokens are predicted."""
-        return int((self.rows.targets != IGNORED).sum())
 
 
 @dataclass(frozen=True)
@@ -81,18 +75,14 @@ def as_rows(documents: Sequence[Document], tokenizer: Any, form: Form, notify: C
         seq_len = form.seq_len or min(_WINDOW, form.positions or _WINDOW)
         rows = evaluate.cut_windows(texts, tokenizer, seq_len, masked=True)
         return Measured(rows, len(texts), len(documents) - len(texts))
-    sizes = np.cumsum([len(document.text.encode()) for document in documents])
-    count = max(1, int(np.searchsorted(sizes, form.max_bytes, side="right")))
+    count = evaluate.count_within(documents, form.max_bytes)
     conversations = render_all(Renderer(tokenizer, form.loss_on), documents[:count])
     longest = int(np.diff(conversations.ends, prepend=0).max()) - 1
     seq_len = form.seq_len or max(2, min(longest, form.positions or longest))
     packed = PackedRows(conversations, seq_len, packed=form.packing, pad_id=tokenizer.eos_token_id)
     if packed.cut:
         notify(packed.describe_cut(f"--seq-len {seq_len}"))
-    if not len(packed):
-        raise UserError(
-            f"--seq-len {seq_len}: no conversation has anything to learn within this length; use a larger one"
-        )
+    packed.check_not_empty()
     left_out = len(documents) - count + packed.left_out
     return Measured(evaluate.take_rows(packed, masked=True), count - packed.left_out, left_out, packed.shared)
 
@@ -122,17 +112,29 @@ class EvalSet:
 def read_eval_sets(config: TrainConfig, tokenizer: Any, notify: Callable[[str], None]) -> tuple[EvalSet, ...]:
     """The sets of `--eval-data`. Collective. Raises `UserError` on all ranks."""
     found: dict[str, EvalSet] = {}
-    form = Form(config.loss_on, config.packing, config.seq_len, max_bytes=config.eval_bytes)
     for data in config.eval_data:
         label, count = Path(data).stem or data, 2
         while label in found:
             label, count = f"{Path(data).stem or data}-{count}", count + 1
-        try:
-            documents = read_documents(data, tokenizer, config.text_column, notify)
-            found[label] = EvalSet(label, as_rows(documents, tokenizer, form, notify))
-        except UserError as error:
-            raise UserError(f"--eval-data {str(error).removeprefix('--data ')}") from error
+        found[label] = EvalSet(label, _read_eval_set(data, config, tokenizer, notify))
     return tuple(found.values())
+
+
+def _read_eval_set(data: str, config: TrainConfig, tokenizer: Any, notify: Callable[[str], None]) -> Measured:
+    def about(text: str) -> str:
+        # What is about a file names it already.
+        is_of_file = text.startswith("--data ")
+        return f"--eval-data {text.removeprefix('--data ') if is_of_file else f'{data}: {text}'}"
+
+    def tell(text: str) -> None:
+        notify(about(text))
+
+    form = Form(config.loss_on, config.packing, config.seq_len, max_bytes=config.eval_bytes)
+    try:
+        documents = read_documents(data, tokenizer, config.text_column, tell)
+        return as_rows(documents, tokenizer, form, tell)
+    except UserError as error:
+        raise UserError(about(str(error))) from error
 
 
 def render_all(renderer: Renderer, conversations: Sequence[Any]) -> Conversations:

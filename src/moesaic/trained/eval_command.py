@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from moesaic.options import parse
+from moesaic.train.config import flag
 from moesaic.train.errors import UserError
 from moesaic.train.flags import LayoutOptions
 
@@ -82,7 +83,7 @@ def check(options: Options) -> None:
     for name, least in (("batch_size", 1), ("seq_len", 2), ("max_bytes", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"{flag(name)} must be at least {least}, not {value}")
 
 
 def _measure(options: Options, runtime: Runtime) -> None:
@@ -138,8 +139,8 @@ def measure(model: Any, measured: Measured, options: Options, meshes: Meshes, ru
         nats = evaluate.nats(
             model, rows, meshes=meshes, batch_size=batch_size, device=runtime.device, dtype=options.dtype
         )
-    loss = nats / measured.num_targets
-    result: dict[str, Any] = {"tokens": measured.num_targets, "loss": loss, "perplexity": math.exp(min(loss, 700))}
+    loss = nats / rows.num_targets
+    result: dict[str, Any] = {"tokens": rows.num_targets, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     if isinstance(rows, evaluate.HeldOutText):
         result |= {"bytes": rows.num_bytes, "bits_per_byte": nats / math.log(2) / rows.num_bytes}
     return result | {"layers": {name: describe(tokens) for name, tokens in loads.tokens.items()}}
@@ -147,6 +148,7 @@ def measure(model: Any, measured: Measured, options: Options, meshes: Meshes, ru
 
 def _rows(options: Options, found: Trained, tokenizer: Any, positions: Any, runtime: Runtime) -> tuple[str, Measured]:
     """What the data is called, and its rows."""
+    from moesaic.train.architecture import find_model
     from moesaic.train.evaluate import DOCUMENT_CHARACTERS
     from moesaic.train.prepared import PreparedText
     from moesaic.train.run import prepare_on_ranks
@@ -169,7 +171,7 @@ def _rows(options: Options, found: Trained, tokenizer: Any, positions: Any, runt
         name = options.data
     else:
         assert settings is not None  # _check_data has seen to it
-        text = prepare_on_ranks(settings, runtime, notify)
+        text = prepare_on_ranks(settings, find_model(settings.model), runtime, notify)
         documents = text.held_out() if isinstance(text, PreparedText) else text.held_out_documents()
         form |= {"loss_on": settings.loss_on, "seq_len": settings.seq_len, "max_bytes": settings.eval_bytes}
         form |= {"characters": DOCUMENT_CHARACTERS}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,26 +20,14 @@ from moesaic import ranks
 from moesaic.parallel.mesh import Meshes, sequence_slices
 from moesaic.train.errors import UserError, first_line
 from moesaic.train.model import quiet
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_tokens: int = 200
-    temperature: float = 0.8
-    """0: always the most likely token."""
-    top_p: float = 0.95
-    top_k: int = 0
-    """0: among all tokens."""
-    seed: int = 0
+from moesaic.trained.generate_command import SamplingOptions
 
 
 def generate(
     model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingOptions,
     meshes: Meshes,
     *,
     stop: Sequence[int] = (),

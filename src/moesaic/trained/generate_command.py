@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from moesaic.options import parse
+from moesaic.train.config import flag
 from moesaic.train.errors import UserError
 from moesaic.train.flags import LayoutOptions
 
@@ -81,7 +82,7 @@ def check(options: Options) -> None:
         raise UserError(f"--top-p must be more than 0 and at most 1, not {options.top_p}")
     for name, least in (("max_tokens", 1), ("top_k", 0), ("seed", 0)):
         if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(options, name)}")
+            raise UserError(f"{flag(name)} must be at least {least}, not {getattr(options, name)}")
     if options.system is not None and not options.chat:
         raise UserError("--system is a message of a conversation; add --chat")
 
@@ -92,7 +93,7 @@ def _generate(options: Options, runtime: Runtime) -> None:
     from moesaic.parallel.mesh import sizes_in
     from moesaic.train.chat import encode_prompt
     from moesaic.trained import source as sources
-    from moesaic.trained.generate import Sampling, Stream, chat_prompt, end_of_turn, generate
+    from moesaic.trained.generate import Stream, chat_prompt, end_of_turn, generate
     from moesaic.trained.on_ranks import tell
 
     prompt = ranks.on_leader(lambda: sys.stdin.read() if options.prompt == "-" else options.prompt)
@@ -112,11 +113,8 @@ def _generate(options: Options, runtime: Runtime) -> None:
             f"warning: a prompt of {len(ids)} tokens and --max-tokens {options.max_tokens} pass the {most} positions "
             "that the model was made for",
         )
-    sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.top_k, options.seed)
     streams = options.stream and runtime.leader
-    added = generate(
-        model, tokenizer, ids, sampling, meshes, stop=stop, streamer=Stream(tokenizer) if streams else None
-    )
+    added = generate(model, tokenizer, ids, options, meshes, stop=stop, streamer=Stream(tokenizer) if streams else None)
     if runtime.leader and not options.stream:
         print(tokenizer.decode(added, skip_special_tokens=True), flush=True)
     ranks.barrier()

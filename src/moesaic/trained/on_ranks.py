@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 from moesaic.parallel.mesh import resolve_layout, sizes_in
-from moesaic.train.errors import TrainingError, UserError
+from moesaic.train.errors import TrainingError, UserError, check_packages
 from moesaic.train.flags import LayoutOptions
 from moesaic.train.runtime import Runtime, launched_world_size, started
 
@@ -23,9 +22,7 @@ def run_on_ranks(command: str, work: Callable[[T, Runtime], None], options: T, c
     """
     leader = os.environ.get("RANK", "0") == "0"
     try:
-        for package in ("transformers", "tokenizers"):
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"it needs the package {package}: pip install '.[train]' in a checkout of moesaic")
+        check_packages("it", "train", "transformers", "tokenizers")
         check(options)
         try:
             resolve_layout(launched_world_size(), **sizes_in(options))

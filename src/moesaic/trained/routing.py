@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.load import routers
 from moesaic.layers.router import Routing
+from moesaic.train.metrics import busiest
 
 
 @dataclass
@@ -49,7 +50,7 @@ def counting(model: nn.Module) -> Iterator[Loads]:
 
 
 def describe(tokens: list[int]) -> dict[str, Any]:
-    """Of a layer: the load, `busiest` (the largest over the mean), `entropy` and the experts without a token.
+    """Of a layer: the load, `busiest`, `entropy` and the experts without a token.
 
     The entropy is that of the shares of the load, over its maximum, log E: 1 is perfectly balanced, and 0 is one expert
     for all.
@@ -59,7 +60,7 @@ def describe(tokens: list[int]) -> dict[str, Any]:
     entropy = -sum(share * math.log(share) for share in shares)
     return {
         "tokens": tokens,
-        "busiest": max(tokens) * len(tokens) / total if total else 0.0,
+        "busiest": busiest(tokens),
         "entropy": entropy / math.log(len(tokens)) if len(tokens) > 1 else 1.0,
         "dead": [expert for expert, count in enumerate(tokens) if not count],
     }
