@@ -17,6 +17,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 Row = dict[str, Any]
 
 QUICK = "a part of it, in less than two minutes: does it run, and roughly how fast?"
@@ -86,6 +89,14 @@ class Results:
             print(f"written: {self.file}", flush=True)
         if self.stopped:
             sys.exit(130)
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table of text."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

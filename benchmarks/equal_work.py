@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
+from as_they_come import QUICK, Results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,7 +32,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 class Options:
     """What to run."""
 
-    quick: Annotated[bool, tyro.conf.arg(help="few tokens and rounds: does it run?")] = False
+    quick: Annotated[bool, tyro.conf.arg(help=QUICK)] = False
     tokens: Annotated[int, tyro.conf.arg(help="tokens of each rank")] = 522
     dim: Annotated[int, tyro.conf.arg(help="model dim D")] = 256
     hidden: Annotated[int, tyro.conf.arg(help="hidden dim F")] = 128
@@ -129,8 +130,6 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    from as_they_come import Results  # a neighbour of the script; others import this as a module
-
     if options.quick:
         options = replace(options, tokens=32, rounds=1, impls=("torch",))
     torch.set_num_threads(options.threads)

@@ -19,11 +19,9 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from as_they_come import QUICK, Results
+from as_they_come import QUICK, Results, print_table
 from experts_cpu import Shape
 from grouped_mm_cpu import processor
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from moesaic.ops import experts_lora, experts_mlp
@@ -116,14 +114,8 @@ def main(options: Options) -> None:
     with Results(options.json, about, lambda row: "  ".join(cells(row)), key="results") as results:
         for result in measure(options):
             results.add(asdict(result))
-    table = Table(
-        title=f"milliseconds of a forward and a backward pass on {options.threads} thread(s) of {processor()['model']}"
-    )
-    for column in ("shape", "dtype", "rank", "frozen", "adapters", "summed"):
-        table.add_column(column)
-    for row in results.rows:
-        table.add_row(*cells(row))
-    Console().print(table)
+    title = f"milliseconds of a forward and a backward pass on {options.threads} thread(s) of {processor()['model']}"
+    print_table(title, ("shape", "dtype", "rank", "frozen", "adapters", "summed"), map(cells, results.rows))
     results.done()
 
 

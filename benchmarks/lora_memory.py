@@ -19,10 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
-from as_they_come import QUICK, Results
+from as_they_come import QUICK, Results, print_table
 from grouped_mm_cpu import processor
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.tensor import DTensor
 
 import moesaic
@@ -127,12 +125,8 @@ def main(options: Options) -> None:
     with Results(options.json, about, lambda row: "  ".join(cells(row)), key="results") as results:
         for result in measure(options):
             results.add(asdict(result))
-    table = Table(title=f"MB of a rank of {RANKS}: {EXPERTS} experts of {DIM} x {HIDDEN}, adapters of rank {RANK}")
-    for column in ("base", "tokens", "weights", "held", "step", "at most"):
-        table.add_column(column)
-    for row in results.rows:
-        table.add_row(*cells(row))
-    Console().print(table)
+    title = f"MB of a rank of {RANKS}: {EXPERTS} experts of {DIM} x {HIDDEN}, adapters of rank {RANK}"
+    print_table(title, ("base", "tokens", "weights", "held", "step", "at most"), map(cells, results.rows))
     results.done()
 
 

@@ -15,10 +15,8 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from as_they_come import QUICK, Results
+from as_they_come import QUICK, Results, print_table
 from grouped_mm_cpu import processor
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from moesaic.ops import experts_mlp, quantize
@@ -100,12 +98,8 @@ def main(options: Options) -> None:
     with Results(options.json, about, lambda row: "  ".join(cells(row))) as results:
         for row in measure(options):
             results.add(row)
-    table = Table(title=f"decoding on {options.threads} thread(s) of {processor()['model']}")
-    for column in ("shape", "format", "MB", "us a call", "tokens/s", "against bf16"):
-        table.add_column(column)
-    for row in results.rows:
-        table.add_row(*cells(row))
-    Console().print(table)
+    title = f"decoding on {options.threads} thread(s) of {processor()['model']}"
+    print_table(title, ("shape", "format", "MB", "us a call", "tokens/s", "against bf16"), map(cells, results.rows))
     results.done()
 
 

@@ -11,7 +11,7 @@ import moesaic
 from moesaic.integrations.transformers import swap_moe
 from tests.distributed.parity import assert_close, assert_gradients_close, meshes_of
 from tests.integrations.families import VOCAB
-from tests.integrations.folders import make
+from tests.integrations.folders import forward, make
 from tests.integrations.test_folders import SWAPPED
 
 # tests/distributed/test_families.py has those that stand for them.
@@ -44,10 +44,7 @@ WITH_TP = [
 
 def run(model: Any, ids: Tensor, cotangent: Tensor) -> Tensor:
     """The output. Calls backward on its product with ``cotangent``, and gives every parameter a gradient."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    out = model(input_ids=ids, use_cache=False)
-    y = out.logits if "logits" in out else out.last_hidden_state
+    y = forward(model, ids)
     (y * cotangent[:, :, : y.shape[2]]).sum().backward()
     return y.detach()
 

@@ -17,6 +17,7 @@ from tests.distributed.parity import assert_close, meshes_of
 from tests.distributed.test_families import PLANNED
 from tests.distributed.test_qwen3_parity import name_of
 from tests.integrations.families import VOCAB, make_model
+from tests.integrations.trainer_settings import COMPARED
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 
@@ -36,17 +37,9 @@ def make_trainer(model: Any, folder: Path, dp: int, meshes: Any = None) -> Any:
         per_device_eval_batch_size=BATCH // 2 // dp,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
-        learning_rate=1e-2,
         max_grad_norm=0.5,
-        # Without an eps near the size of gradients the first step is their sign, that of rounding errors too.
-        adam_epsilon=1e-3,
         optim="adamw_torch",
-        logging_steps=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
+        **COMPARED,
     )
     kind, more = Trainer, {}
     if meshes is not None:

@@ -168,12 +168,17 @@ def make(folder: str, **changes: Any) -> Any:
     return spread(cls(config(**{"experts_implementation": "eager", **sizes, **own, **changes}))).eval()
 
 
-def outcome(model: Any, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """What a model computes, and the gradient of every parameter; zero where it has none."""
+def forward(model: Any, ids: Tensor) -> Tensor:
+    """What a model computes. Every parameter has a gradient then: zero until there is a backward pass."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    out = model(input_ids=token_ids(2, 9) if ids is None else ids, use_cache=False)
-    y = out.logits if "logits" in out else out.last_hidden_state
+    out = model(input_ids=ids, use_cache=False)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def outcome(model: Any, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """What a model computes, and the gradient of every parameter; zero where it has none."""
+    y = forward(model, token_ids(2, 9) if ids is None else ids)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
     return {"output": y.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 

@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig
 from moesaic.integrations.transformers import register
 from moesaic.integrations.transformers.expert_parallel import MoesaicEP
 from tests.integrations.families import VOCAB, assert_close, make_model, results_of, token_ids
+from tests.integrations.trainer_settings import COMPARED
 
 BATCH, LENGTH = 4, 9
 LAYOUTS = {
@@ -140,15 +141,7 @@ def train(model: Any, folder: Path, sequences: int) -> list[float]:
         str(folder),
         per_device_train_batch_size=sequences,
         max_steps=3,
-        learning_rate=1e-2,
-        # Without an eps near the size of gradients the first step is their sign, that of rounding errors too.
-        adam_epsilon=1e-3,
-        logging_steps=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
+        **COMPARED,
     )
     trainer = Trainer(model, settings, train_dataset=rows)
     trainer.train()

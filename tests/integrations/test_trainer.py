@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moesaic.integrations.transformers import register, swap_moe, to_transformers_state_dict
 from tests.integrations.families import assert_close, make_model
+from tests.integrations.trainer_settings import SETTINGS
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
 register()
@@ -27,13 +28,7 @@ def train(model: Any, folder: Path, **arguments: Any) -> list[float]:
     settings = TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **{"max_steps": STEPS, "save_strategy": "no"} | arguments,
+        **{"max_steps": STEPS, **SETTINGS} | arguments,
     )
     trainer = Trainer(model, settings, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
     trainer.train(resume_from_checkpoint=resume)

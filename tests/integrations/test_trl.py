@@ -12,6 +12,7 @@ import moesaic
 from moesaic.integrations.transformers import register, swap_moe
 from tests.integrations.families import VOCAB, make_model
 from tests.integrations.test_expert_parallel import load, whole
+from tests.integrations.trainer_settings import COMPARED
 
 trl = pytest.importorskip("trl", reason="an optional package")
 # It takes five seconds to import, and a Trainer of ours is tested without it.
@@ -24,18 +25,10 @@ datasets = pytest.importorskip("datasets")
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 BATCH, STEPS = 4, 3
 SETTINGS = {
+    **COMPARED,
     "max_steps": STEPS,
-    "learning_rate": 1e-2,
-    # Without an eps near the size of gradients the first step is their sign, that of rounding errors too.
-    "adam_epsilon": 1e-3,
-    "logging_steps": 1,
-    "use_cpu": True,
     "bf16": False,
     "activation_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-    "save_strategy": "no",
     # TRL asks for transformers' balance loss, which is of a rank's own tokens.
     "router_aux_loss_coef": 0.0,
 }

@@ -165,8 +165,8 @@ def loop(p: Experts, rounded: Callable[[Tensor], Tensor] = lambda t: t) -> dict[
     return _with_gradients(z, leaf, p.grad)
 
 
-def run(impl: str | None, p: Experts) -> dict[str, Tensor]:
-    """The same by an implementation."""
+def run(impl: str | None, p: Experts, copies: Tensor | None = None) -> dict[str, Tensor]:
+    """The same by an implementation; ``copies`` lists those that are here."""
     leaf = {name: t.detach().requires_grad_() for name, t in p.operands().items()}
     z = experts_mlp(
         leaf["x"],
@@ -179,6 +179,7 @@ def run(impl: str | None, p: Experts) -> dict[str, Tensor]:
         b1=leaf.get("b1"),
         b3=leaf.get("b3"),
         b2=leaf.get("b2"),
+        copies=copies,
         impl=impl,
     )
     return _with_gradients(z, leaf, p.grad)

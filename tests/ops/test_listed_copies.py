@@ -1,14 +1,12 @@
 """experts_mlp and its kin of listed copies: the numbers of the same call without absent copies, and less kept."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from moesaic.ops import experts_lora, experts_mlp, quantize
 from tests.ops.cpu_isa import CPU
-from tests.ops.experts_oracle import Experts, check, experts, loop
+from tests.ops.experts_oracle import Experts, cast, check, experts, loop, run
 
 ANYWHERE = ("reference", "torch", *CPU)
 T, K, E, D, F = 23, 4, 5, 17, 24
@@ -20,16 +18,6 @@ def listed(ids: Tensor, num_experts: int, *, room: int = 3, shuffled: bool = Fal
     slots = ((ids >= 0) & (ids < num_experts)).flatten().nonzero().squeeze(1)
     slots = torch.cat([slots, slots.new_full((room,), -1)])
     return slots[torch.randperm(len(slots), generator=torch.Generator().manual_seed(0))] if shuffled else slots
-
-
-def run(impl: str | None, p: Experts, copies: Tensor | None, function: Any = experts_mlp, **options: Any) -> dict:
-    """The result and the gradients of all operands."""
-    leaf = {name: t.detach().requires_grad_() for name, t in p.operands().items()}
-    rest = {name: leaf.get(name) for name in ("b1", "b3", "b2")}
-    tensors = (leaf["x"], p.ids, leaf["weights"], leaf["w1"], leaf.get("w3"), leaf["w2"])
-    z = function(*tensors, **rest, activation=p.activation, copies=copies, impl=impl, **options)
-    found = torch.autograd.grad(z, list(leaf.values()), p.grad, materialize_grads=True)
-    return {"z": z.detach()} | dict(zip(leaf, found, strict=True))
 
 
 @pytest.mark.parametrize("impl", ANYWHERE)
@@ -60,16 +48,12 @@ def test_what_is_not_listed_is_not_here(impl):
     flat = torch.full((T * K,), -1)
     flat[copies[copies >= 0]] = p.ids.flatten()[copies[copies >= 0]]
     fewer = Experts(**(vars(p) | {"ids": flat.view(T, K)}))
-    found, expected = run(impl, p, copies), loop(Experts(**{n: _wide(t) for n, t in vars(fewer).items()}))
+    found, expected = run(impl, p, copies), loop(cast(fewer, torch.float64))
     for name, t in expected.items():
         torch.testing.assert_close(found[name].double(), t, rtol=1e-4, atol=1e-4, msg=name)
     # A number that is none's is no copy.
     wild = torch.cat([copies, torch.tensor([T * K, T * K + 7, -5])])
     assert torch.equal(run(impl, p, wild)["z"], found["z"])
-
-
-def _wide(t: Any) -> Any:
-    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
 @pytest.mark.parametrize("impl", ANYWHERE)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import moesaic
 from tests.sharding import planted
-from tests.sharding.planted import ONE, PAIR, TWO, random, ruled
+from tests.sharding.planted import ONE, PAIR, TWO, no_false_alarm, random, ruled
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # several times as fast
 
@@ -116,17 +115,12 @@ CALLS = {
 QUICK = ["top k", "int8 rows", "heads", "norm", "cast to fp8"]
 
 
-def no_false_alarm(name, **options):
-    report = moesaic.prove(*CALLS[name], **options)
-    assert report.ok, f"{report}"
-
-
 @pytest.mark.parametrize("name", QUICK)
 def test_nothing_is_wrong(name):
-    no_false_alarm(name, axes=(2,), meshes=[], backward=False)
+    no_false_alarm(*CALLS[name], axes=(2,), meshes=[], backward=False)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CALLS)
 def test_nothing_is_wrong_on_more_ranks(name):
-    no_false_alarm(name, axes=(2, 3), meshes=[(2, 2)])
+    no_false_alarm(*CALLS[name], axes=(2, 3), meshes=[(2, 2)])
