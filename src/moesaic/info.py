@@ -26,6 +26,7 @@ def lines() -> list[str]:
         f"processor: {cpuinfo().get('model name', platform.processor()) or 'unknown'}{_amx()}",
         f"CPU kernels: {_cpu_kernels()}",
         *choices(processor()),
+        f"quantised experts on CPU: {quantised(processor())}",
         *_tuning(),
         f"pool of large CPU results: {_pool()}",
         f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
@@ -36,6 +37,13 @@ def choices(machine: Processor) -> list[str]:
     """What computes experts on CPU without ``impl=``, for each dtype of the kernels, and the numbers that say why."""
     reasons = explain(machine, torch.get_num_threads())
     return [line for dtype in DTYPES for line in _choices_of(dtype, reasons)]
+
+
+def quantised(machine: Processor) -> str:
+    """What computes experts with weights of 8 or 4 bits on CPU without ``impl=``. No table of numbers decides there."""
+    if machine.kernels == "none":
+        return f"{_LABELS['torch']} (a matrix is decoded whenever it is used)"
+    return f"{_LABELS['cpu']} (weights are decoded in registers), in {' and '.join(map(dtype_name, DTYPES))}"
 
 
 def _choices_of(dtype: torch.dtype, reasons: dict[Case, Reason]) -> list[str]:

@@ -169,6 +169,8 @@ def test_info_says_what_runs_and_why(kind, fp32, bf16):
         for dtype, choices in (("float32", fp32), ("bfloat16", bf16))
         for where, choice in choices.items()
     }
+    quantised = info.quantised(KINDS[kind][0])
+    assert quantised.startswith(_PRODUCTS if kind == "no kernels" else _KERNELS)
     said = dict(line.split(": ", 1) for line in info.choices(KINDS[kind][0]))
     assert said.keys() == expected.keys()
     for where, choice in said.items():
