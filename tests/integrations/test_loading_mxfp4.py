@@ -8,51 +8,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GptOssConfig
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import moesaic
 from moesaic.integrations.transformers import export_pretrained, load_pretrained, swap_moe, unswap_moe
+from moesaic.integrations.transformers.convert import convert
 from moesaic.integrations.transformers.export import to_transformers_state_dict as original
+from moesaic.integrations.transformers.files import open_files
+from moesaic.integrations.transformers.mxfp4 import Stored, decoded
 from moesaic.layers import quantize_
 from moesaic.layers.packed import PackedWeight
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "pad_token_id": 0,
-    "dtype": torch.bfloat16,
-}
+from tests.integrations.mxfp4_files import SIZES, write_gpt_oss
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The files of a tiny gpt-oss, and the model that transformers decodes them to."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gpt-oss")
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**SIZES))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    state = dict(model.state_dict())
-    for name in [n for n in state if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        E, I, O = state[name].shape  # noqa: E741
-        blocks = torch.randint(256, (E, O, I // 32, 16), dtype=torch.uint8)
-        scales = torch.randint(119, 124, (E, O, I // 32), dtype=torch.uint8)
-        model.get_parameter(name).data = convert_moe_packed_tensors(blocks, scales)
-        del state[name]
-        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    said = model.config.to_dict() | {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(said))
-    return folder, model.eval()
+    return folder, write_gpt_oss(folder)
 
 
 def changed(files, folder, **changes):
@@ -104,6 +76,28 @@ def test_each_rank_reads_its_part(ranks, files, layout):
         # With tp a rank has the logits of its part of the sequence.
         of_rank = expected.chunk(2, 1)[rank] if "tp" in layout else expected
         torch.testing.assert_close(logits, of_rank, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_convert_decodes_them(files, tmp_path, to):
+    folder, theirs = files
+    convert(folder, tmp_path / "out", to=to, dtype=torch.bfloat16 if to == "hf" else None)
+    if to == "dcp":
+        convert(tmp_path / "out", tmp_path / "back")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / ("out" if to == "hf" else "back"))
+    assert found.dtype == torch.bfloat16
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+
+
+def test_parts_of_a_decoded_weight(files):
+    name = "model.layers.1.mlp.experts.down_proj"
+    with open_files(files[0]) as found:
+        w = decoded(Stored(found.tensors[f"{name}_blocks"], found.tensors[f"{name}_scales"]), torch.float32)
+        box = (slice(1, 3), slice(30, 65), slice(5, 6))
+        assert torch.equal(w.read(box), files[1].get_parameter(name)[box].float())
+        # Three of the four blocks, of two experts and one output, with a byte for a scale.
+        assert found.bytes_read == 2 * 3 * (16 + 1)
 
 
 def test_adapters_go_on_top(files):

@@ -22,7 +22,8 @@ from moesaic.parallel import build_meshes, parallelize
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.loop import train
-from tests.train.chats import FAMILIES, PLAIN, write_chats, write_model
+from tests.integrations.mxfp4_files import write_gpt_oss
+from tests.train.chats import FAMILIES, PLAIN, tiny_tokenizer, write_chats, write_model
 from tests.train.test_resume import _fit, _rows
 
 peft = pytest.importorskip("peft")
@@ -226,6 +227,23 @@ def test_a_resume_with_quantised_experts_is_exact(adapted, cache, tmp_path):
         _fit(dataclasses.replace(adapted, resume=True, quantize_experts="int8"), cache)
     _fit(dataclasses.replace(adapted, resume=True), cache)
     assert _rows(adapted.out) == _rows(whole.out)
+
+
+@pytest.mark.slow
+def test_a_model_of_mxfp4_files(adapted, capsys, tmp_path):
+    tokenizer = tiny_tokenizer()
+    write_gpt_oss(tmp_path / "model", vocab_size=len(tokenizer), pad_token_id=None, max_position_embeddings=256)
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert _call(adapted) == 2
+    assert "experts are stored as mxfp4 and read-only" in capsys.readouterr().err
+    assert _call(adapted, "--quantize-experts", "mxfp4", "--steps", "8", "--no-packing") == 0
+    assert "logits equal within" in capsys.readouterr().out
+    rows = _steps(adapted)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    # The export has the experts decoded, with the adapters in them, and says nothing of a format.
+    exported = json.loads((adapted.out / "export" / "config.json").read_text())
+    assert "quantization_config" not in exported
+    assert main(["generate", str(tmp_path / "model"), "a", "--max-tokens", "2", "--device", "cpu"]) == 0
 
 
 def test_where_it_cannot_be(adapted, capsys, monkeypatch):

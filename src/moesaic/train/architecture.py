@@ -38,6 +38,13 @@ class ModelSource:
         return self.weights is not None
 
     @property
+    def stored(self) -> str | None:
+        """The format in which the files have quantised weights, such as "mxfp4" of gpt-oss; None for plain ones."""
+        if not self.pretrained or not (quantized := self.values.get("quantization_config")):
+            return None
+        return str(quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized)
+
+    @property
     def text_values(self) -> dict[str, Any]:
         """Of the language model, where it is a part of the whole."""
         return self.values.get("text_config") or self.values
@@ -69,10 +76,10 @@ def find_model(name: str) -> ModelSource:
     missing = [key for key in ("model_type", "vocab_size") if key not in found.values | found.text_values]
     if missing:
         raise UserError(f"--model {name} is not a model config: it has no {' and no '.join(missing)}")
-    if found.pretrained and (quantized := found.values.get("quantization_config")):
-        kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
+    if found.stored not in (None, "mxfp4"):
         raise UserError(
-            f"--model {name}: its weights are quantized ({kind}), which cannot be trained; give a bf16 or fp32 version"
+            f"--model {name}: its weights are quantized ({found.stored}), which cannot be trained; give a bf16 or fp32 "
+            "version"
         )
     return found
 

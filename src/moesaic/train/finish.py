@@ -71,11 +71,11 @@ def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compare_with_export(
-    model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes, *, quantised: bool = False
+    model: nn.Module, exported: nn.Module | None, tokens: Tensor, meshes: Meshes, *, rounded: bool = False
 ) -> float:
     """The largest difference of logits between the sharded model and the exported one, relative to the largest logit.
 
-    If experts were `quantised` in the sharded model, the two differ, and any difference is given back.
+    If experts were `rounded` in one of the two only, any difference is given back.
 
     `tokens [B, S]` are the same on all ranks; so is the result. Only rank 0 has `exported`, and it compares its own
     part of the sequence. Collective. Raises `TrainingError` if the two are not the same model.
@@ -89,7 +89,7 @@ def compare_with_export(
             theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())
     difference = ranks.from_leader(difference)
-    if not (difference <= _TOLERANCE or (quantised and math.isfinite(difference))):
+    if not (difference <= _TOLERANCE or (rounded and math.isfinite(difference))):
         raise TrainingError(
             f"the exported model's logits differ from the trained model's, by {difference:.1e} of the largest"
         )

@@ -68,7 +68,8 @@ class AdapterOptions:
     """Where adapters are: in the attention projections, in the experts, or in both."""
     quantize_experts: Literal["nf4", "mxfp4", "int8"] | None = None
     """Hold the weights of the experts in 4 or 8 bits while adapters are trained (QLoRA). Each process quantises its
-    part as it reads it. The export has the adapters merged into the weights before they were quantised."""
+    part as it reads it. The export has the adapters merged into the weights before they were quantised. Files that
+    have experts in MXFP4, as those of gpt-oss, need mxfp4 here; they are read as they are."""
 
 
 @dataclass(frozen=True)

@@ -273,11 +273,10 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
         for name, value in others:
             screen.message(describe({name: value}))
     folder = run.folder / EXPORT
-    finish.export(model, folder, run.text.tokenizer(), config, run.weights)
+    finish.export(model, folder, run.text.tokenizer(), config, run.source.weights)
     exported = finish.load_exported(folder)
     tokens = scores.inputs[:1].to(run.runtime.device)
-    quantised = config.quantize_experts is not None
-    difference = finish.compare_with_export(model, exported, tokens, run.meshes, quantised=quantised)
+    difference = finish.compare_with_export(model, exported, tokens, run.meshes, rounded=_is_rounded(run))
     if leader:
         prompt, ids = scores.prompt()
         text = prompt + finish.sample(
@@ -297,13 +296,17 @@ def _finish(run: Run, scores: Scores, screen: Screen) -> None:
     ranks.barrier()
 
 
+def _is_rounded(run: Run) -> bool:
+    """Whether frozen experts are other numbers in the run than in its export: by quantising them, or by its dtype."""
+    config = run.config
+    return bool(config.quantize_experts) and (not run.source.stored or config.export_dtype != "fp32")
+
+
 def _equal(run: Run, difference: float) -> str:
-    if not run.config.quantize_experts:
+    if not _is_rounded(run):
         return f"logits equal within {difference:.0e}"
-    return (
-        f"with the adapters merged into its own weights. Those were not quantised: logits differ by {difference:.0e} "
-        "of the largest"
-    )
+    why = "They were rounded to bf16 with them" if run.source.stored else "Those were not quantised"
+    return f"with the adapters merged into its own weights. {why}: logits differ by {difference:.0e} of the largest"
 
 
 def _of_adapters(run: Run) -> str:

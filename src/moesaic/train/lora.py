@@ -25,7 +25,12 @@ EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check_adapters(config: TrainConfig, source: ModelSource) -> None:
-    """Raise `UserError` if adapters are asked for where they cannot be."""
+    """Raise `UserError` if adapters are asked for where they cannot be, or a model can be trained by them alone."""
+    if source.stored and not (config.lora_rank and config.quantize_experts == source.stored):
+        raise UserError(
+            f"--model {config.model}: its experts are stored as {source.stored} and read-only; to train adapters "
+            f"beside them add --quantize-experts {source.stored} and --lora-rank, or give a bf16 or fp32 version"
+        )
     if not config.lora_rank:
         if config.quantize_experts:
             raise UserError(

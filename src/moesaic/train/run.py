@@ -52,15 +52,15 @@ class Run:
     sets: tuple[EvalSet, ...]
     """What is measured beside the held-out data."""
     guard: ForwardGuard
-    weights: str | None
-    """Where those of a pretrained model are."""
+    source: ModelSource
+    """What `--model` names."""
     lock: RunLock | None
     """On the leader."""
 
     @property
     def pretrained(self) -> bool:
         """Whether there were weights to begin with."""
-        return self.weights is not None
+        return self.source.pretrained
 
     def close(self) -> None:
         """Let go of the model's hooks, of the run's choice of implementations and of the folder."""
@@ -139,7 +139,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             lock.release()
         raise
     guard = ForwardGuard(model, runtime.device)
-    return Run(training, folder, config, runtime, text, meshes, sets, guard, source.weights, lock)
+    return Run(training, folder, config, runtime, text, meshes, sets, guard, source, lock)
 
 
 def _claim_folder(config: TrainConfig) -> tuple[Path, RunLock | None]:

@@ -37,7 +37,14 @@ from moesaic.integrations.transformers.files import (
     require_new,
 )
 from moesaic.integrations.transformers.lazy import LazyTensor, equal_bits
-from moesaic.integrations.transformers.loading import Source, empty_model, model_on_meta, part_with_peft, to_our_names
+from moesaic.integrations.transformers.loading import (
+    Source,
+    empty_model,
+    empty_model_and_tensors,
+    model_on_meta,
+    part_with_peft,
+    to_our_names,
+)
 from moesaic.integrations.transformers.naming import to_model_names, twins
 from moesaic.integrations.transformers.progress import Progress
 from moesaic.integrations.transformers.run_weights import (
@@ -174,9 +181,9 @@ def _convert_adapters(
 
 def _to_dcp(source: Source, target: Path, progress: Progress) -> None:
     with open_files(source.path) as files:
-        plain = empty_model(source, files)
+        plain, tensors = empty_model_and_tensors(source, files)
         with damage_is_value_error(source.path):
-            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+            state = to_model_names(plain, tensors, ignore_unexpected=source.ignore_unexpected)
         ties.untie(plain, ties.differing(plain, state))
         # Whoever loads the checkpoint into a model asks for all names of the model.
         state = ties.with_copies(plain, state)
@@ -219,10 +226,10 @@ def cast_and_merged(source: Source, adapter: str | Path | None = None) -> Iterat
     """
     with ExitStack() as stack:
         files = stack.enter_context(open_files(source.path))
-        plain = empty_model(source, files)
+        plain, tensors = empty_model_and_tensors(source, files)
         plain.config.architectures = [type(plain).__name__]
         with damage_is_value_error(source.path):
-            state = to_model_names(plain, files.tensors, ignore_unexpected=source.ignore_unexpected)
+            state = to_model_names(plain, tensors, ignore_unexpected=source.ignore_unexpected)
         if adapter is not None:
             state = stack.enter_context(part_with_peft("merged").merged_state(plain, state, adapter))
         yield plain, cast_like(state, plain)

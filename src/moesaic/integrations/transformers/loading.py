@@ -23,7 +23,7 @@ from moesaic.integrations.transformers import ties
 from moesaic.integrations.transformers.configs import damage_is_value_error, read_config, read_generation_config
 from moesaic.integrations.transformers.files import Files, open_files
 from moesaic.integrations.transformers.lazy import LazyTensor
-from moesaic.integrations.transformers.mxfp4 import FORMAT, Stored, is_mxfp4, set_apart, to_our_parts
+from moesaic.integrations.transformers.mxfp4 import FORMAT, Stored, decoded, is_mxfp4, set_apart, to_our_parts
 from moesaic.integrations.transformers.naming import to_model_names
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.packed import fill_packed
@@ -229,8 +229,7 @@ def empty_model(source: Source, files: Files, config: Any = None) -> Any:
     path, revision = source.path, source.revision
     config = read_changed_config(source) if config is None else config
     if getattr(config, "quantization_config", None) is not None:
-        also = ", and only load_pretrained reads that" if is_mxfp4(config) else ""
-        raise ValueError(f"{path} is quantized (quantization_config){also}; dequantize it with transformers first")
+        raise ValueError(f"{path} is quantized (quantization_config); dequantize it with transformers first")
     floats = (tensor.dtype for tensor in files.tensors.values() if tensor.dtype.is_floating_point)
     chosen: Any = source.dtype or config.dtype or next(floats, torch.get_default_dtype())
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -242,6 +241,23 @@ def empty_model(source: Source, files: Files, config: Any = None) -> Any:
     if (generation := read_generation_config(path, revision)) is not None:
         model.generation_config = generation
     return model
+
+
+def empty_model_and_tensors(source: Source, files: Files) -> tuple[Any, Mapping[str, LazyTensor]]:
+    """The result of :func:`empty_model`, and the tensors of the files. Experts in MXFP4 are decoded as they are read.
+
+    Raises:
+        ValueError, TypeError: as :func:`empty_model`; or what is stored as MXFP4 does not fit the format.
+    """
+    config = read_changed_config(source)
+    packed = is_mxfp4(config)
+    if packed:
+        del config.quantization_config
+    plain = empty_model(source, files, config)
+    if not packed:
+        return plain, files.tensors
+    others, stored = set_apart(source.path, files.tensors, plain.dtype)
+    return plain, others | {name: decoded(weight, plain.dtype) for name, weight in stored.items()}
 
 
 def read_changed_config(source: Source) -> Any:

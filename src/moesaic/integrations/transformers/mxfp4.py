@@ -1,4 +1,4 @@
-"""Files whose experts are MXFP4, as those of gpt-oss: blocks and scales are read as they are, and never decoded.
+"""Files whose experts are MXFP4, as those of gpt-oss: read as they are, or decoded part by part.
 
 Legend: E experts, O outputs of a matrix, I its inputs, T = I / 32 blocks of an output.
 """
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.links import INTERLEAVED_GATE_UP
 from moesaic.integrations.transformers.origin import origin_of
 from moesaic.layers.packed import PackedWeight
 from moesaic.ops.quantized import FORMATS, Format
+from moesaic.ops.quantized.formats import decode
 
 FORMAT: Format = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -66,6 +67,24 @@ def set_apart(
         stored[weight] = found
         others[weight] = LazyTensor((E, T * block, O), dtype, _not_read)
     return others, stored
+
+
+def decoded(stored: Stored, dtype: torch.dtype) -> LazyTensor:
+    """The weight ``[E, I, O]``, of which blocks are decoded as they are read. bf16 holds all of its numbers."""
+    E, O, T = stored.scales.shape  # noqa: E741
+    block = FORMATS[FORMAT].block or 0
+
+    def read(box: Box) -> Tensor:
+        experts, inputs, outputs = box
+        of_blocks = slice(inputs.start // block, -(-inputs.stop // block))
+        data = stored.blocks.read((experts, outputs, of_blocks, slice(0, block // 2)))
+        scales = stored.scales.read((experts, outputs, of_blocks))
+        size = block * (of_blocks.stop - of_blocks.start)
+        w_EOI = decode(FORMAT, data, scales, data.shape[1], size)
+        first = inputs.start - block * of_blocks.start
+        return w_EOI[..., first : first + inputs.stop - inputs.start].mT.to(dtype)
+
+    return LazyTensor((E, T * block, O), dtype, read)
 
 
 def to_our_parts(model: nn.Module, stored: Mapping[str, Stored]) -> dict[str, LazyTensor]:
