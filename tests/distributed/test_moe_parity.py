@@ -90,7 +90,7 @@ class Run(NamedTuple):
         generator = torch.Generator().manual_seed(1)
         meshes = meshes_of(layout)
         rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
-        mine = (rows, meshes.sequence_slice(self.length))
+        mine = (rows, meshes.sequence_positions(self.length))
         batches = []
         for step in range(STEPS):
             x, target = torch.randn(2, BATCH, self.length, DIM, generator=generator)
@@ -171,6 +171,22 @@ def test_every_layout(equal_gradients, world_size, layout):
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=name_of)
 def test_every_layout_with_steps_on_dtensors(equal_gradients, world_size, layout):
     check_layout(equal_gradients, world_size, layout, 5, EVEN, ALL_RUNS, on_dtensors=True)
+
+
+# Lengths that 2 cp do not divide, and one with which ranks have nothing.
+CONTEXT = [
+    (2, {"cp": 2, "ep": 2}, 5),
+    (4, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, 5),
+    (4, {"cp": 4, "ep": 2}, 7),
+    (4, {"cp": 2, "dp_replicate": 2, "ep": 4}, 3),
+    (8, {"cp": 2, "tp": 2, "dp_replicate": 2, "ep": 2, "etp": 2}, 5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "layout", "length"), CONTEXT, ids=name_of)
+def test_ranks_of_cp_hold_other_tokens(equal_gradients, world_size, layout, length):
+    check_layout(equal_gradients, world_size, layout, length, EVEN, on_dtensors=world_size == 2)
 
 
 # A length shorter than tp.

@@ -24,11 +24,14 @@ class Holders(NamedTuple):
             sequences follow each other.
         rank: this one's number.
         parts: how many ranks hold parts of the same sequences.
+        cp: how many pieces of a sequence they are parts of, laid out head and tail: piece r is the chunks r and
+            ``2 cp - 1 - r`` of ``2 cp``. Each piece is cut in equal parts again, for ``parts / cp`` ranks.
     """
 
     gather: Callable[[Tensor], Tensor]
     rank: int = 0
     parts: int = 1
+    cp: int = 1
 
 
 def _of_one_rank(t: Tensor) -> Tensor:
@@ -60,8 +63,22 @@ def copy_keys(leading: torch.Size, top_k: int, device: torch.device, holders: Ho
     else:
         row, place = all_P3[: first : holders.parts, 1].sum(), all_P3[first : holders.rank, 2].sum()
     keys_B1 = mixed(all_P3[0, 0], row + torch.arange(rows, device=device)).unsqueeze(1)
-    keys_T = mixed(keys_B1, place + torch.arange(length, device=device)).flatten()
+    places = place + torch.arange(length, device=device)
+    if holders.cp > 1 and len(leading) > 1:
+        places = _head_tail(places, all_P3[first : first + holders.parts, 2], holders)
+    keys_T = mixed(keys_B1, places).flatten()
     return mixed(keys_T.unsqueeze(1), torch.arange(top_k, device=device))
+
+
+def _head_tail(places: Tensor, lengths_P: Tensor, holders: Holders) -> Tensor:
+    """Positions in the sequence, of places in the parts laid end to end. Reads nothing to the host."""
+    per_piece = holders.parts // holders.cp
+    piece = holders.rank % holders.parts // per_piece
+    within = places - lengths_P[: piece * per_piece].sum()
+    chunk = (lengths_P.sum() + 2 * holders.cp - 1) // (2 * holders.cp)
+    head = torch.minimum((lengths_P.sum() - piece * chunk).clamp(min=0), chunk)
+    tail = (2 * holders.cp - 1 - piece) * chunk
+    return torch.where(within < head, piece * chunk + within, tail + within - head)
 
 
 class KeyedDropout(nn.Module):

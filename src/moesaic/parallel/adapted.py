@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.layers.dropout import Holders, KeyedDropout
 from moesaic.parallel.collectives import all_gather
+from moesaic.parallel.mesh import Meshes
 
 
 def base_of(module: Any) -> Any:
@@ -36,31 +37,32 @@ def tensor_parallel_problem(module: Any) -> str | None:
     return None
 
 
-def holders_of(all_ranks: dist.ProcessGroup, parts: int) -> Holders:
-    """All ranks, of which ``parts`` hold parts of the same sequences."""
-    return Holders(partial(_gather, group=all_ranks), all_ranks.rank(), parts)
+def holders_of(meshes: Meshes) -> Holders:
+    """All ranks, those that hold parts of the same sequences together."""
+    everyone = meshes.all_ranks()
+    return Holders(partial(_gather, group=everyone), everyone.rank(), meshes.sequence_parts, meshes.cp_size)
 
 
-def share_dropout(model: nn.Module, all_ranks: dist.ProcessGroup, parts: int) -> None:
+def share_dropout(model: nn.Module, holders: Holders) -> None:
     """Let each rank have its part of the masks of adapters on linear layers. See :class:`KeyedDropout`."""
-    holders = holders_of(all_ranks, parts)
     for module in model.modules():
         if isinstance(module, KeyedDropout):
             module.holders = holders
 
 
 def share_dropout_of_whole(layer: nn.Module, group: dist.ProcessGroup, *, of_heads: bool) -> None:
-    """The same for a layer in an attention, which ranks of ``group`` give whole sequences.
+    """The same for a layer in an attention, which ranks of ``group``, those of tp, give all that they have together.
 
     With ``of_heads`` each of them has the columns of its heads.
     """
     for module in layer.modules():
         if isinstance(module, KeyedDropout):
-            everyone, parts = module.holders, group.size()
-            module.holders = Holders(partial(_one_of_each, everyone.gather, parts), everyone.rank // parts)
+            everyone, tp = module.holders, group.size()
+            gather = partial(_one_of_each, everyone.gather, tp)
+            module.holders = Holders(gather, everyone.rank // tp, everyone.parts // tp, everyone.cp)
             if of_heads:
                 linear: Any = base_of(layer)
-                module.first = linear.in_features // parts * group.rank()
+                module.first = linear.in_features // tp * group.rank()
 
 
 def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 _OTHER_LAYERS = ("pp",)
 
 
-def axes_of(mesh: DeviceMesh, names: Sequence[str], argument: str) -> DeviceMesh:
-    """The axes ``names`` of a mesh, which may have ``pp`` beside them.
+def axes_of(mesh: DeviceMesh, names: Sequence[str], argument: str, optional: Sequence[str] = ()) -> DeviceMesh:
+    """The axes ``names`` of a mesh, which may have ``pp`` beside them, and may lack those that are ``optional``.
 
     Raises:
         ValueError: an axis is missing, or one is not known; this rank is not in the mesh. The text begins with
@@ -25,6 +25,7 @@ def axes_of(mesh: DeviceMesh, names: Sequence[str], argument: str) -> DeviceMesh
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     said = " x ".join(f"{name} {size}" for name, size in sizes.items())
     has = f"it has {said}" if sizes else "its axes have no names"
+    names = [name for name in names if name in sizes or name not in optional]
     missing = [name for name in names if name not in sizes]
     unknown = [name for name in sizes if name not in (*names, *_OTHER_LAYERS)]
     if unknown:

@@ -18,6 +18,7 @@ def build_meshes(
     *,
     pp: int | None = None,
     tp: int | None = None,
+    cp: int | None = None,
     ep: int | None = None,
     etp: int | None = None,
     dp_shard: int | None = None,
@@ -35,12 +36,12 @@ def build_meshes(
     have an axis ``pp``: then each of its slices is a stage.
 
     Args:
-        pp, tp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh
+        pp, tp, cp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh
             which is brought has, or else 1; ``dp_shard`` follows.
         device_type: ``"cuda"`` or ``"cpu"``; None takes that of a mesh which is brought, or else CUDA where there is a
             device.
         mesh: the dense view, from ``init_device_mesh``, or a slice of a larger mesh. It has all of the axes
-            ``dp_replicate``, ``dp_shard`` and ``tp``, and perhaps ``pp``. Its process groups are used.
+            ``dp_replicate``, ``dp_shard`` and ``tp``, and perhaps ``cp`` and ``pp``. Its process groups are used.
         expert_mesh: the expert view of the same ranks, with all of the axes ``edp``, ``ep`` and ``etp``, and perhaps
             ``pp``. None makes one from ``ep`` and ``etp``.
 
@@ -62,13 +63,14 @@ def build_meshes(
             f"this is one of {launched} processes, but there is no process group yet; call "
             "torch.distributed.init_process_group() before build_meshes()"
         )
-    given = {"pp": pp, "tp": tp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
+    given = {"pp": pp, "tp": tp, "cp": cp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
     views: dict[View, DeviceMesh] = {}
     around: dict[View, DeviceMesh] = {}
 
     def claim() -> _Claim:
         if mesh is not None:
-            views["dense"], around["dense"] = axes_of(mesh, axis_names(view="dense"), "mesh"), mesh
+            views["dense"] = axes_of(mesh, axis_names(view="dense"), "mesh", optional=("cp",))
+            around["dense"] = mesh
         if expert_mesh is not None:
             views["expert"] = axes_of(expert_mesh, axis_names(view="expert"), "expert_mesh")
             around["expert"] = expert_mesh
@@ -94,6 +96,8 @@ def build_meshes(
     # Made here, where every rank of the world takes part: a later stage may have no use for them.
     meshes.all_ranks()
     group_over_all_axes(meshes.expert["ep", "etp"], "ep_etp")
+    meshes.sequence_ranks()
+    meshes.fsdp_mesh()
     return meshes
 
 
@@ -158,7 +162,7 @@ def _claim(
         )
     for view, mesh in views.items():
         argument = "mesh" if view == "dense" else "expert_mesh"
-        own = {"pp": stages[view], **dict(zip(axis_names(view=view), mesh.shape, strict=True))}
+        own = {"pp": stages[view], **dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))}
         for name in own.keys() & sizes.keys():
             if sizes[name] != own[name]:
                 raise ValueError(f"{name}: got {sizes[name]}, and {argument} has {own[name]}; leave {name} out")

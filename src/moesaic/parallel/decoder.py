@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moesaic.layers import MoE
 from moesaic.parallel.attention import Part, check_heads, parts_of, shard_dims, split_by_heads
 from moesaic.parallel.collectives import all_gather_rows, reduce_scatter_rows
-from moesaic.parallel.mesh import sequence_slices
+from moesaic.parallel.sequence import sequence_slices
 
 _ATTENTION = "self_attn"
 

@@ -8,19 +8,18 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 
 from moesaic.layers import GroupedExperts, MoE
+from moesaic.layers.dropout import Holders
 from moesaic.layers.lora import ExpertsAdapter
-from moesaic.parallel.adapted import holders_of
 from moesaic.parallel.collectives import sum_over_ranks
 from moesaic.parallel.dispatch import MeshDispatcher
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.local import counted_once, from_dtensor, unshadow_parameters
-from moesaic.parallel.mesh import MeshLayout
+from moesaic.parallel.mesh import Meshes, MeshLayout
 from moesaic.parallel.packed import check_packed, distribute_packed, local_weights, packed_weights
 from moesaic.parallel.placements import COLUMNS, FACTORS, GRADIENTS, TERMS, WEIGHTS
 
@@ -55,19 +54,12 @@ def check_experts(name: str, moe: MoE, layout: MeshLayout, compute: ComputeOn) -
                 )
 
 
-def distribute_experts(
-    moe: MoE,
-    mesh: DeviceMesh,
-    all_ranks: dist.ProcessGroup,
-    tp: dist.ProcessGroup | None,
-    compute: ComputeOn,
-    capacity: int | None,
-) -> None:
-    """Make the expert weights DTensors on ``mesh``, dispatch tokens over it, and count loads over all ranks.
+def distribute_experts(moe: MoE, meshes: Meshes, holders: Holders, compute: ComputeOn, capacity: int | None) -> None:
+    """Make the expert weights DTensors on (ep, etp), dispatch tokens over it, and count loads over all ranks.
 
-    The ranks of ``tp`` have parts of the same sequences; None where a rank has them whole. ``capacity`` bounds what is
-    exchanged.
+    ``holders`` are the ranks that hold the tokens. ``capacity`` bounds what is exchanged.
     """
+    mesh = meshes.expert["ep", "etp"]
     places = WEIGHTS | FACTORS
     for owner in moe.experts.modules():
         for name, weight in list(owner.named_parameters(recurse=False)):
@@ -80,13 +72,13 @@ def distribute_experts(
         compute = "local"
     else:
         moe.dispatcher = MeshDispatcher(mesh, local=compute == "local", capacity=capacity)
-    parts = 1 if tp is None else tp.size()
-    moe.holders = holders_of(all_ranks, parts)
+    moe.holders = holders
     local = compute == "local"
     moe.experts.hidden_columns = partial(_hidden_columns, moe.config.hidden_dim, mesh, local)
-    moe.router.reduce_counts = partial(sum_over_ranks, group=all_ranks)
-    if tp is not None:
-        moe.router.reduce_sequences, moe.router.sequence_parts = partial(sum_over_ranks, group=tp), tp.size()
+    moe.router.reduce_counts = partial(sum_over_ranks, group=meshes.all_ranks())
+    if meshes.sequence_parts > 1:
+        moe.router.reduce_sequences = partial(sum_over_ranks, group=meshes.sequence_ranks())
+        moe.router.sequence_parts = meshes.sequence_parts
     if compute == "local":
         _compute_with_local_weights(moe.experts, mesh["etp"])
 

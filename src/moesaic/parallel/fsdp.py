@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: dense parameters over dp, expert parameters over edp, gradients summed."""
+"""Fully sharded data parallelism: dense parameters over dp and cp, expert parameters over edp, gradients summed."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,22 +23,21 @@ _SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes) -> None:
     """Apply FSDP2 to ``blocks`` and to ``model`` around them.
 
-    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp; an axis of size 1 is left alone. Modules
-    with parameters of another dtype are sharded on their own, too. Experts
-    that do not divide by ep are cut along the model dim: of a dim that ep cuts unevenly, torch's checkpoints take a
-    rank's part for that of another.
+    Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp and cp; an axis of size 1 is left alone.
+    Modules with parameters of another dtype are sharded on their own, too. Experts that do not divide by ep are cut
+    along the model dim: of a dim that ep cuts unevenly, torch's checkpoints take a rank's part for that of another.
     """
     experts = [m for m in model.modules() if isinstance(m, GroupedExperts)]
     if meshes.layout.edp > 1:
         for module in experts:
             uneven = module.num_experts % meshes.layout.ep != 0
             _shard(module, meshes.expert["edp"], dims=partial(_uncut_dim, ranks=meshes.layout.edp) if uneven else None)
-    if meshes.dp_size > 1:
+    if meshes.has_own_tokens:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
-        axes = ("dp_replicate", "dp_shard") if meshes.layout.dp_replicate > 1 else ("dp_shard",)
+        mesh = meshes.fsdp_mesh()
         for module in dict.fromkeys([*_of_another_dtype(model, ignored), *blocks, model]):
-            _shard(module, meshes.dense[axes], ignored)
+            _shard(module, mesh, ignored)
 
 
 def _of_another_dtype(model: nn.Module, ignored: set[nn.Parameter]) -> list[nn.Module]:

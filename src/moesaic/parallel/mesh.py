@@ -1,8 +1,8 @@
 """The same ranks seen twice: a dense mesh for tokens, an expert mesh for expert weights.
 
-Dense view: ``dp_replicate x dp_shard x tp``. Expert view: ``edp x ep x etp``. Both products are the number of ranks
-that share layers: all ranks, or in a pipeline those of one stage, of which there are ``pp``. ``edp`` follows. Neither
-``ep`` nor ``etp`` has to divide anything of the dense view.
+Dense view: ``dp_replicate x dp_shard x cp x tp``. Expert view: ``edp x ep x etp``. Both products are the number of
+ranks that share layers: all ranks, or in a pipeline those of one stage, of which there are ``pp``. ``edp`` follows.
+Neither ``ep`` nor ``etp`` has to divide anything of the dense view.
 
 :class:`MeshLayout` is the table of axes: the meshes, their shapes and what is legal follow from its fields.
 """
@@ -14,10 +14,12 @@ from math import prod
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.ops.arguments import check_int
-from moesaic.sharding.internals import group_over_all_axes
+from moesaic.parallel.sequence import head_tail_positions, sequence_slices
+from moesaic.sharding.internals import axes_as_one, group_over_all_axes
 
 View = Literal["dense", "expert"]
 
@@ -41,6 +43,7 @@ class MeshLayout:
         pp: pipeline parallel: ranks along it hold other layers. It is around both views, and so the outermost.
         dp_replicate: data parallel, parameters replicated.
         dp_shard: data parallel, parameters sharded (FSDP).
+        cp: context parallel: ranks have parts of the same sequences, and parameters are sharded over them, too.
         tp: tensor and sequence parallel.
         edp: data parallel of the experts, parameters sharded.
         ep: expert parallel; each rank has ``ceil(E / ep)`` experts, the last ones what is left.
@@ -50,6 +53,7 @@ class MeshLayout:
     pp: int = _axis(None)
     dp_replicate: int = _axis("dense", has_own_sequences=True)
     dp_shard: int = _axis("dense", has_own_sequences=True, takes_the_rest=True)
+    cp: int = _axis("dense")
     tp: int = _axis("dense")
     edp: int = _axis("expert", takes_the_rest=True)
     ep: int = _axis("expert")
@@ -75,7 +79,10 @@ class MeshLayout:
         return {name: getattr(self, name) for name in axis_names(view=view)}
 
     def __str__(self) -> str:
-        dense, expert = (" x ".join(f"{n} {s}" for n, s in self.of_view(v).items()) for v in ("dense", "expert"))
+        sizes = {view: self.of_view(view) for view in get_args(View)}
+        if self.cp == 1:
+            del sizes["dense"]["cp"]
+        dense, expert = (" x ".join(f"{name} {size}" for name, size in of.items()) for of in sizes.values())
         return f"{f'pp {self.pp}, each ' if self.pp > 1 else ''}{dense}, experts {expert}"
 
 
@@ -89,6 +96,7 @@ def resolve_layout(
     *,
     pp: int = 1,
     tp: int = 1,
+    cp: int = 1,
     ep: int = 1,
     etp: int = 1,
     dp_shard: int | None = None,
@@ -108,7 +116,8 @@ def resolve_layout(
         >>> print(resolve_layout(8, pp=2, ep=4))
         pp 2, each dp_replicate 1 x dp_shard 4 x tp 1, experts edp 1 x ep 4 x etp 1
     """
-    sizes = {"pp": pp, "tp": tp, "ep": ep, "etp": etp, "dp_replicate": dp_replicate, "dp_shard": dp_shard}
+    sizes = {"pp": pp, "tp": tp, "cp": cp, "ep": ep, "etp": etp}
+    sizes |= {"dp_replicate": dp_replicate, "dp_shard": dp_shard}
     given = {name: size for name, size in sizes.items() if size is not None}
     for name, size in {"world_size": world_size, **given}.items():
         check_int(name, size)
@@ -173,7 +182,7 @@ class Meshes:
 
     @property
     def dense(self) -> DeviceMesh:
-        """The mesh with axes ``dp_replicate, dp_shard, tp``.
+        """The mesh with axes ``dp_replicate, dp_shard, cp, tp``. One that was brought may lack ``cp``.
 
         Raises:
             ValueError: there is no process group. Ask ``is_distributed`` first, or take ``device_type``.
@@ -234,6 +243,14 @@ class Meshes:
         return 0 if self.stages is None else dist.get_rank(self.stages)
 
     @property
+    def cp_size(self) -> int:
+        return self.layout.cp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.dense.get_local_rank("cp") if self.cp_size > 1 else 0
+
+    @property
     def tp_size(self) -> int:
         return self.layout.tp
 
@@ -241,8 +258,54 @@ class Meshes:
     def tp_rank(self) -> int:
         return self.dense.get_local_rank("tp") if self.is_distributed else 0
 
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether FSDP has something to do for dense parameters: ranks besides those of tp have tokens of their own."""
+        return self.dp_size * self.cp_size > 1
+
+    def fsdp_mesh(self) -> DeviceMesh:
+        """The mesh over which FSDP lays dense parameters: replicated, if at all, over its first axis.
+
+        Where there is cp, its ranks have tokens of their own, so it is taken together with ``dp_shard``. Collective on
+        its first call.
+        """
+        before = ("dp_replicate",) if self.layout.dp_replicate > 1 else ()
+        if self.cp_size == 1:
+            return self.dense[*before, "dp_shard"]
+        return axes_as_one(self.dense, ("dp_shard", "cp"), before)
+
+    @property
+    def sequence_parts(self) -> int:
+        """How many ranks hold parts of the same sequences."""
+        return self.cp_size * self.tp_size
+
+    def sequence_ranks(self) -> dist.ProcessGroup:
+        """The group of the ranks that hold parts of the same sequences. Collective on its first call."""
+        if self.cp_size == 1:
+            return self.dense.get_group("tp")
+        return group_over_all_axes(self.dense["cp", "tp"], "cp_tp")
+
+    def sequence_positions(self, length: int) -> Tensor:
+        """The positions ``[s]`` of a sequence of so many tokens that this rank has, in the order in which it has them.
+
+        Use it as an index, on whatever has a dim of positions: ``targets[:, meshes.sequence_positions(S)]``. The ranks
+        of cp have two pieces each, see :mod:`moesaic.parallel.sequence`, and those of tp share these in equal parts.
+        The last parts may be short or empty.
+        """
+        of_cp = head_tail_positions(length, self.cp_size)[self.cp_rank]
+        return of_cp[sequence_slices(len(of_cp), self.tp_size)[self.tp_rank]]
+
     def sequence_slice(self, length: int) -> slice:
-        """This rank's shard of a sequence: ``Shard`` as DTensor cuts it, so the last shards may be short or empty."""
+        """The same as a slice, where cp is 1: ``Shard`` as DTensor cuts it, so the last may be short or empty.
+
+        Raises:
+            ValueError: cp is more than 1, where a rank has two pieces of a sequence.
+        """
+        if self.cp_size > 1:
+            raise ValueError(
+                f"sequence_slice: with cp {self.cp_size} a rank has two pieces of each sequence, which are no slice; "
+                "use meshes.sequence_positions(length)"
+            )
         return sequence_slices(length, self.tp_size)[self.tp_rank]
 
 
@@ -253,9 +316,3 @@ def check_meshes(meshes: Any) -> None:
             f"meshes: expected the result of moesaic.build_meshes(), got {type(meshes).__name__}; without a process "
             "group build_meshes() gives those of one process"
         )
-
-
-def sequence_slices(length: int, num_shards: int) -> list[slice]:
-    """How ``Shard`` cuts a length: pieces of ``ceil(length / num_shards)``, the last ones short or empty."""
-    size = -(-length // num_shards)
-    return [slice(min(i * size, length), min((i + 1) * size, length)) for i in range(num_shards)]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from moesaic import ranks
 from moesaic.layers import GroupedExperts, MoE
-from moesaic.parallel.adapted import share_dropout
+from moesaic.parallel.adapted import holders_of, share_dropout
 from moesaic.parallel.afterwards import guard
 from moesaic.parallel.capacity import check_capacity
 from moesaic.parallel.decoder import (
@@ -37,7 +37,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
     parameters are tensor-parallel over tp, tokens sequence-parallel: every rank routes its own. FSDP2 shards the dense
-    parameters over dp and the experts over edp. Neither experts nor their hidden dim have to divide by an axis:
+    parameters over dp and cp, and the experts over edp. Neither experts nor their hidden dim have to divide by an axis:
     the last ranks have what is left, with edp 1 possibly nothing.
 
     Gradients are sums over all ranks. Divide the loss once, by the number of tokens of *all* ranks, and call backward
@@ -124,10 +124,10 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     is_empty = is_on_meta(model)
     if not is_empty:
         _take_from_first_rank(model, all_ranks)
-    tp = meshes.dense.get_group("tp") if meshes.tp_size > 1 else None
+    holders = holders_of(meshes)
     for moe in moes.values():
-        distribute_experts(moe, meshes.expert["ep", "etp"], all_ranks, tp, compute, capacity)
-    share_dropout(model, all_ranks, meshes.tp_size)
+        distribute_experts(moe, meshes, holders, compute, capacity)
+    share_dropout(model, holders)
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         dims = {p: dim for decoder in found for p, dim in attention_shard_dims(decoder).items()}
@@ -146,7 +146,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     check_resets(model)
     if is_empty:
         materialize(model, torch.device(meshes.dense.device_type))
-    if meshes.dp_size == 1:
+    if not meshes.has_own_tokens:
         # On the parameters that stay: memory makes new ones.
         sum_partial_gradients(_dense_parameters(model))
     if meshes.layout.edp == 1:
@@ -183,6 +183,11 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
         raise ValueError(
             "model: it has no moesaic.MoE layer; for a transformers model call "
             "moesaic.integrations.transformers.swap_moe first"
+        )
+    if meshes.cp_size > 1 and found:
+        raise ValueError(
+            f"model: cp {meshes.cp_size} works for layers without attention only, and {type(model).__name__} has "
+            "decoder layers with attention; use cp=1"
         )
     if meshes.tp_size > 1 and not isinstance(model, MoE):
         _check_tensor_parallel(model, moes, found, meshes.tp_size)

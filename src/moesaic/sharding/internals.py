@@ -116,6 +116,12 @@ def group_over_all_axes(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     return mesh._flatten(name).get_group()
 
 
+def axes_as_one(mesh: DeviceMesh, axes: Sequence[str], before: Sequence[str] = ()) -> DeviceMesh:
+    """The axes ``before`` of a mesh, and then one axis in place of several. Collective on its first call."""
+    joined = mesh[tuple(axes)]._flatten("_".join(axes))
+    return DeviceMesh._concatenate([mesh[name] for name in before] + [joined]) if before else joined
+
+
 def group_that_its_ranks_make(ranks: Sequence[int]) -> dist.ProcessGroup:
     """A group of some ranks. They call this, and no other rank does.
 

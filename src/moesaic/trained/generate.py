@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from moesaic import ranks
-from moesaic.parallel.mesh import Meshes, sequence_slices
+from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.sequence import sequence_slices
 from moesaic.train.errors import UserError, first_line
 from moesaic.train.model import quiet
 from moesaic.trained.generate_command import SamplingOptions

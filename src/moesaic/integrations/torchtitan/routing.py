@@ -26,7 +26,7 @@ from moesaic.layers.config import MoEConfig
 from moesaic.layers.router import TopKRouter
 from moesaic.ops.autocast import no_autocast
 from moesaic.parallel.collectives import sum_over_ranks
-from moesaic.parallel.mesh import sequence_slices
+from moesaic.parallel.sequence import sequence_slices
 
 
 class Gate(Linear):
