@@ -4,6 +4,7 @@ Parameters that come later are not laid over the ranks, and nobody would sum the
 and process groups with the model. Whole tensors can be loaded: each rank takes its shards of them.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from moesaic.layers import MoE
+from moesaic.parallel.mesh import Meshes
 from moesaic.sharding.parts import local_part, with_part
 
 
-def guard(model: nn.Module, language_models: list[Any], tp: int) -> None:
+def guard(model: nn.Module, language_models: list[Any], meshes: Meshes) -> None:
     """Install all of it on a parallelized model, and on the language models in it."""
     owners = {m: frozenset(m._parameters) for m in model.modules() if m._parameters}
     for entry in dict.fromkeys([model, *language_models]):
@@ -27,8 +29,8 @@ def guard(model: nn.Module, language_models: list[Any], tp: int) -> None:
         module.register_load_state_dict_pre_hook(_take_shards)
     for language_model in language_models:
         language_model.resize_token_embeddings = _refuse_to_resize
-        if tp > 1:
-            language_model.generate = _refuse_to_generate
+        if meshes.sequence_parts > 1:
+            language_model.generate = partial(_refuse_to_generate, meshes.sequence_axes)
         # transformers then lets ranks that are done wait for the others: every step is a sequence of collectives.
         language_model._is_fsdp_managed_module = True
     if isinstance(model, FSDPModule) and model not in language_models and hasattr(model, "generate"):
@@ -64,9 +66,10 @@ def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _refuse_to_generate(*_: Any, **__: Any) -> NoReturn:
+def _refuse_to_generate(axes: Sequence[str], *_: Any, **__: Any) -> NoReturn:
     raise ValueError(
-        "generate: with tp > 1 a rank has the logits of its own part of the sequence only; use tp=1, or "
+        f"generate: with {' and '.join(axes)} > 1 a rank has the logits of its own part of the sequence only; use "
+        f"{' and '.join(f'{axis}=1' for axis in axes)}, or "
         "export_pretrained() and generate with plain transformers"
     )
 

@@ -36,28 +36,33 @@ def decoder_layers(decoder: nn.Module) -> list[Any]:
     return list(decoder.get_submodule("layers").children())
 
 
-def check_decoder(decoder: nn.Module, tp: int) -> None:
-    """Raise ``ValueError`` unless the plan knows every module, and all heads can be split over ``tp`` ranks."""
+def check_decoder(decoder: nn.Module, axis: str) -> None:
+    """Raise ``ValueError`` unless the plan knows every module: ranks of ``axis`` will have parts of sequences."""
     for name, module in decoder.named_children():
         if name != "layers":
-            _check_works_on_tokens(name, module)
+            _check_works_on_tokens(name, module, axis)
     for i, layer in enumerate(decoder_layers(decoder)):
         for name, module in layer.named_children():
             if name != _ATTENTION:
-                _check_works_on_tokens(f"layer {i}'s {name}", module)
+                _check_works_on_tokens(f"layer {i}'s {name}", module, axis)
         if not hasattr(layer, _ATTENTION):
-            raise ValueError(f"tp: layer {i} ({type(layer).__name__}) has no {_ATTENTION} to split; use tp=1")
+            raise ValueError(f"{axis}: layer {i} ({type(layer).__name__}) has no {_ATTENTION} to split; use {axis}=1")
+
+
+def check_split(decoder: nn.Module, tp: int) -> None:
+    """Raise ``ValueError`` unless the plan knows every part of every attention, whose heads ``tp`` ranks can share."""
+    for i, layer in enumerate(decoder_layers(decoder)):
         try:
             check_heads(layer.self_attn, attention_parts(decoder, layer), tp)
         except ValueError as error:
             raise ValueError(f"tp: layer {i}'s attention: {error}; or use tp=1") from error
 
 
-def _check_works_on_tokens(where: str, module: nn.Module) -> None:
+def _check_works_on_tokens(where: str, module: nn.Module, axis: str) -> None:
     if not _works_on_tokens(module):
         raise ValueError(
-            f"tp: {where} ({type(module).__name__}) is not known to the plan. It may need the whole sequence, and "
-            "with tp > 1 a rank has only a part of it; use tp=1"
+            f"{axis}: {where} ({type(module).__name__}) is not known to the plan. It may need the whole sequence, and "
+            f"with {axis} > 1 a rank has only a part of it; use {axis}=1"
         )
 
 

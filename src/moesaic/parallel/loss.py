@@ -47,7 +47,7 @@ class LossOverRanks:
     ) -> None:
         given = signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        _check_arguments(model, given, self._meshes.tp_size)
+        _check_arguments(model, given, self._meshes)
         self._calls_before.pop(model, None)
         if given.get("labels") is None:
             return
@@ -86,9 +86,9 @@ def causal_lm_loss(
     gradient. Collective, one small all-reduce, unless ``num_items_in_batch`` is given.
 
     Args:
-        logits: ``[B, s, vocab_size]``, of this rank's shard of the sequence.
-        labels: ``[B, S]``, the dp rank's whole sequences, the same on every tp rank. The label of a position is the
-            token after it: they are shifted here, before they are cut.
+        logits: ``[B, s, vocab_size]``, of this rank's part of the sequence.
+        labels: ``[B, S]``, the dp rank's whole sequences, the same on every cp and tp rank. The label of a position is
+            the token after it: they are shifted here, before they are cut.
         num_items_in_batch: ``N``, the number of labels that count on all ranks, in all forward passes whose gradients
             are added; None for those of this one.
         ignore_index: the label that does not count.
@@ -99,7 +99,7 @@ def causal_lm_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    mine = shift_labels[:, meshes.sequence_slice(shift_labels.shape[1])].flatten().to(logits.device)
+    mine = shift_labels[:, meshes.sequence_positions(shift_labels.shape[1])].flatten().to(logits.device)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, vocab_size)
     loss = F.cross_entropy(wide, mine, ignore_index=ignore_index, reduction="sum")
     if num_items_in_batch is None:
@@ -109,14 +109,14 @@ def causal_lm_loss(
     return loss / num_items_in_batch
 
 
-def _check_arguments(model: Any, given: dict[str, Any], tp: int) -> None:
-    if tp > 1:
+def _check_arguments(model: Any, given: dict[str, Any], meshes: Meshes) -> None:
+    if meshes.sequence_parts > 1:
         for name in _WHOLE_SEQUENCE:
             value = given.get(name)
             if value is not None and not (isinstance(value, int) and value == 0):
                 raise ValueError(
-                    f"{name}: with tp > 1 a rank has the logits of its own part of the sequence only, "
-                    "meshes.sequence_slice(S); leave it out, and take what you need from those"
+                    f"{name}: with {' and '.join(meshes.sequence_axes)} > 1 a rank has the logits of its own part of "
+                    "the sequence only, meshes.sequence_positions(S); leave it out, and take what you need from those"
                 )
     labels = given.get("labels")
     if labels is None:

@@ -279,6 +279,11 @@ class Meshes:
         """How many ranks hold parts of the same sequences."""
         return self.cp_size * self.tp_size
 
+    @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The axes whose ranks have parts of the same sequences, where there is more than one rank."""
+        return tuple(name for name in ("cp", "tp") if getattr(self.layout, name) > 1)
+
     def sequence_ranks(self) -> dist.ProcessGroup:
         """The group of the ranks that hold parts of the same sequences. Collective on its first call."""
         if self.cp_size == 1:

@@ -13,10 +13,12 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.adapted import holders_of, share_dropout
 from moesaic.parallel.afterwards import guard
 from moesaic.parallel.capacity import check_capacity
+from moesaic.parallel.context import add_context_parallelism, check_context
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
     check_decoder,
+    check_split,
     decoder_layers,
 )
 from moesaic.parallel.experts import ComputeOn, adapter_parameters, check_experts, distribute_experts
@@ -36,7 +38,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     """Lay a model over the meshes, in place.
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
-    parameters are tensor-parallel over tp, tokens sequence-parallel: every rank routes its own. FSDP2 shards the dense
+    parameters are tensor-parallel over tp, tokens sequence-parallel: every rank routes its own. Ranks of cp have parts
+    of the same sequences, and the attention of a decoder gathers keys and values over them. FSDP2 shards the dense
     parameters over dp and cp, and the experts over edp. Neither experts nor their hidden dim have to divide by an axis:
     the last ranks have what is left, with edp 1 possibly nothing.
 
@@ -52,18 +55,19 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
 
     How to call the result:
 
-    * a :class:`moesaic.MoE`: with this rank's tokens, any number of them, or with a DTensor sharded over tp on a dim of
+    * a :class:`moesaic.MoE`, or a stack of layers that treat each token alone: with this rank's tokens, any number of
+      them, or with a DTensor sharded over tp on a dim of
       tokens; the result is placed alike. ``token_mask`` is of the same tokens, and placed as they are;
     * a transformers causal language model, or a wrapper around one (peft's, or your own): with its dp rank's whole
-      ``input_ids [B, S]``, the same on every tp rank. The logits are those of this rank's shard of the sequence,
-      ``meshes.sequence_slice(S)``. With ``labels=``, its dp rank's whole ``[B, S]`` too, the loss is this rank's part
-      of the mean over the labels of all ranks that are not -100: call backward on it; the sum of it over the ranks is
-      the mean. ``num_items_in_batch=`` takes the place of their number, as for several forward passes before a step.
+      ``input_ids [B, S]``, the same on every cp and tp rank. The logits are those of this rank's part of the sequence,
+      ``meshes.sequence_positions(S)``. With ``labels=``, its dp rank's whole ``[B, S]`` too, the loss is this rank's
+      part of the mean over the labels of all ranks that are not -100: call backward on it; the sum of it over the ranks
+      is the mean. ``num_items_in_batch=`` takes the place of their number, as for several forward passes before a step.
       ``attention_mask [B, S]`` is of whole sequences, too. A loss that a wrapper makes of logits itself is not known:
       divide it by the number of tokens of all ranks.
 
-    Add adapters and other modules before. A parallelized model loads whole tensors (``load_state_dict``) and, with tp
-    1, generates; to copy, pickle or resize it is refused.
+    Add adapters and other modules before. A parallelized model loads whole tensors (``load_state_dict``) and, with cp
+    and tp 1, generates; to copy, pickle or resize it is refused.
 
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
@@ -128,6 +132,9 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     for moe in moes.values():
         distribute_experts(moe, meshes, holders, compute, capacity)
     share_dropout(model, holders)
+    for decoder in found if meshes.cp_size > 1 else []:
+        # First, for tp cuts what cp has left.
+        add_context_parallelism(decoder, decoder_layers(decoder), meshes.dense.get_group("cp"))
     if meshes.tp_size > 1:
         tp_mesh = meshes.dense["tp"]
         dims = {p: dim for decoder in found for p, dim in attention_shard_dims(decoder).items()}
@@ -152,7 +159,7 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     if meshes.layout.edp == 1:
         # Where etp cuts a weight, one factor of its adapter is whole, and meets a part of the hidden dim on every rank.
         sum_partial_gradients(p for moe in moes.values() for p in adapter_parameters(moe.experts))
-    guard(model, takers, meshes.tp_size)
+    guard(model, takers, meshes)
     return model
 
 
@@ -184,13 +191,12 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
             "model: it has no moesaic.MoE layer; for a transformers model call "
             "moesaic.integrations.transformers.swap_moe first"
         )
-    if meshes.cp_size > 1 and found:
-        raise ValueError(
-            f"model: cp {meshes.cp_size} works for layers without attention only, and {type(model).__name__} has "
-            "decoder layers with attention; use cp=1"
-        )
     if meshes.tp_size > 1 and not isinstance(model, MoE):
         _check_tensor_parallel(model, moes, found, meshes.tp_size)
+    for decoder in found if meshes.cp_size > 1 else []:
+        check_whole_sequences(model, decoder, "cp")
+        check_decoder(decoder, "cp")
+        check_context(decoder)
     for name, moe in moes.items():
         check_experts(name or type(moe).__name__, moe, meshes.layout, compute)
 
@@ -202,8 +208,9 @@ def _check_tensor_parallel(model: nn.Module, moes: dict[str, MoE], found: list[n
             f"model: tp > 1 works for a moesaic.MoE or a transformers decoder, not for {type(model).__name__}; use tp=1"
         )
     for decoder in found:
-        check_whole_sequences(model, decoder)
-        check_decoder(decoder, tp)
+        check_whole_sequences(model, decoder, "tp")
+        check_decoder(decoder, "tp")
+        check_split(decoder, tp)
 
 
 @torch.no_grad()

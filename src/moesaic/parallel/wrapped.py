@@ -51,22 +51,22 @@ def check_no_other_plan(model: nn.Module) -> None:
             )
 
 
-def check_whole_sequences(model: nn.Module, decoder: nn.Module) -> None:
-    """Raise ``ValueError`` unless everything around a decoder can do with a rank's part of each sequence."""
+def check_whole_sequences(model: nn.Module, decoder: nn.Module, axis: str) -> None:
+    """Raise ``ValueError`` unless everything around a decoder can do with what ``axis`` leaves of sequences."""
     holder = model
     while holder is not decoder and not _is_language_model(holder):
         inner = next(child for child in holder.children() if decoder in set(child.modules()))
         if len(set(holder.parameters())) > len(set(inner.parameters())):
             raise ValueError(
-                f"model: tp > 1 works for causal language models, and for wrappers around them without parameters "
+                f"model: {axis} > 1 works for causal language models, and for wrappers around them without parameters "
                 f"of their own. {type(holder).__name__} has other parameters, which may expect whole sequences, and a "
-                "rank has only a part of each; use tp=1"
+                f"rank has only a part of each; use {axis}=1"
             )
         holder = inner
     if holder is not decoder and not leaves_shards_alone(holder, decoder):
         raise ValueError(
-            f"model: tp > 1 works for causal language models. {type(holder).__name__} may expect hidden states of "
-            "whole sequences, and a rank has only a part of each; use tp=1"
+            f"model: {axis} > 1 works for causal language models. {type(holder).__name__} may expect hidden states of "
+            f"whole sequences, and a rank has only a part of each; use {axis}=1"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moesaic.integrations.transformers import hooks, masks, methods, router_logits
+from moesaic.integrations.transformers import context, hooks, masks, methods, router_logits
 from moesaic.integrations.transformers.activations import activation_name
 from moesaic.integrations.transformers.export import check_not_quantised
 from moesaic.integrations.transformers.families import FAMILIES, Family, family_of, why_not
@@ -109,6 +109,7 @@ def swap_moe(
     # Its hooks come first, so that each of them that begins a call also ends it, whatever another one raises.
     router_logits.install(model, aux_loss_coef, aux_loss == "pooled")
     masks.install(model)
+    context.install(model)
     return model
 
 
@@ -137,6 +138,7 @@ def unswap_moe(model: Model) -> Model:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _block_for(layer, origin))
     methods.remove(model)
+    context.remove(model)
     masks.remove(model)
     router_logits.remove(model)
     return model

@@ -1,0 +1,166 @@
+"""Attention of transformers' decoders under context parallelism: its rank's queries, and keys and values of all ranks.
+
+transformers asks a table which function computes attention, by ``config._attn_implementation``, and another one which
+function makes masks. Ours gather keys and values, and give each chunk of queries to the function that the model had:
+``"sdpa"`` or ``"eager"``. So scaling, grouped queries, latent attention, sinks and dropout stay those of the model.
+Masks are made by transformers, too, of whole sequences: of windows, of chunks, of several documents in a row, and of
+padding.
+
+A chunk of queries that begins at ``a`` and ends at ``b`` meets the keys before ``b``, for attention is causal.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moesaic.integrations.transformers.calls import stacks_of
+from moesaic.parallel.context import Part, part_of_call
+
+# What computes a chunk -> the name under which transformers finds ours.
+_NAMES = {inner: f"moesaic_context_parallel_{inner}" for inner in ("sdpa", "eager")}
+
+
+@dataclass(frozen=True)
+class PartMask:
+    """What layers get in place of a mask.
+
+    Attributes:
+        part: of the sequences.
+        of_chunks: for each chunk how many keys its queries meet, and the mask of both, in the form that transformers
+            gives the function that computes it. None means causal attention of equally many queries and keys.
+    """
+
+    part: Part
+    of_chunks: tuple[tuple[int, Any], ...]
+
+
+class ContextParallelism:
+    """What :func:`moesaic.parallelize` needs to know of a decoder's attention to lay it over cp."""
+
+    def check(self, decoder: Any) -> None:
+        chosen = decoder.config._attn_implementation
+        if chosen not in _NAMES:
+            raise ValueError(
+                f"cp: attention is computed by {chosen!r}, which cp > 1 does not know; call "
+                "model.set_attn_implementation('sdpa') before parallelize (or 'eager'), or use cp=1"
+            )
+        if not getattr(decoder.config, "is_causal", True):
+            raise ValueError("cp: the attention of this model is not causal (config.is_causal); use cp=1")
+        for i, layer in enumerate(decoder.layers):
+            attention = layer.self_attn
+            if problem := _problem_of(attention, chosen):
+                raise ValueError(f"cp: layer {i}'s attention, {type(attention).__name__}, {problem}; use cp=1")
+
+    def take_over(self, decoder: Any) -> None:
+        _register()
+        decoder.config._attn_implementation = _NAMES[decoder.config._attn_implementation]
+        for layer in decoder.layers:
+            layer.self_attn.config._attn_implementation = decoder.config._attn_implementation
+
+    def check_call(self, decoder: Any) -> None:
+        if (chosen := decoder.config._attn_implementation) not in _NAMES.values():
+            raise ValueError(
+                f"attn_implementation: it became {chosen!r} after parallelize, which knows nothing of the other parts "
+                "of the sequence; call set_attn_implementation before parallelize"
+            )
+
+
+def install(model: nn.Module) -> None:
+    """Let the decoders of a model say how their attention computes with a part of the queries."""
+    for decoder, _ in stacks_of(model):
+        decoder.attention_of_parts = ContextParallelism()  # type: ignore[assignment]
+
+
+def remove(model: nn.Module) -> None:
+    """Undo :func:`install`."""
+    for decoder, _ in stacks_of(model):
+        if "attention_of_parts" in vars(decoder):
+            del decoder.attention_of_parts
+
+
+def _problem_of(attention: Any, chosen: str) -> str | None:
+    """Why an attention cannot be computed with a part of the queries, if so."""
+    function = inspect.unwrap(type(attention).forward)
+    names = set(function.__code__.co_names)
+    if "ALL_ATTENTION_FUNCTIONS" not in names:
+        return "does not let transformers choose what computes it, so it would see its rank's tokens only"
+    if "arange" in names and not _has_no_positions_of_its_own(attention):
+        return (
+            "counts positions itself (attn_temperature_tuning), so it would take its rank's tokens for the first of "
+            "each sequence"
+        )
+    if not getattr(attention, "is_causal", True):
+        return "is not causal"
+    if chosen == "eager" and "eager_attention_forward" not in function.__globals__:
+        return "has no eager_attention_forward; call model.set_attn_implementation('sdpa') before parallelize"
+    return None
+
+
+def _has_no_positions_of_its_own(attention: Any) -> bool:
+    """Of Llama 4: only layers without rotary embedding count, and only if their temperature is tuned."""
+    return getattr(attention, "use_rope", False) or not getattr(attention, "attn_temperature_tuning", True)
+
+
+def _register() -> None:
+    for inner, name in _NAMES.items():
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend, inner))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, partial(_mask, ALL_MASK_ATTENTION_FUNCTIONS[inner], inner))
+
+
+def _mask(whole: Callable[..., Any], inner: str, **given: Any) -> Any:
+    """The masks of this rank's chunks of queries, made by transformers' own function for ``inner``."""
+    part = part_of_call()
+    if part is None:  # another model of the same config
+        return whole(**given)
+    padding = given["attention_mask"]
+    window = given.get("local_size")
+    plain = given.get("allow_is_causal_skip", True) and padding is None and (window is None or part.length < window)
+    masks: list[tuple[int, Any]] = []
+    for chunk in part.chunks:
+        queries = chunk.stop - chunk.start
+        # Where every key of a query is padding, "eager" gives it the mean of all keys. So it has to have them all.
+        keys = chunk.stop if padding is None else part.length
+        if queries == 0 or (plain and inner == "sdpa" and chunk.start == 0):
+            mask = None
+        elif plain and inner == "sdpa" and torch.device(given["device"]).type == "cuda":
+            # A fast kernel's own, where torch has one. On the CPU it would be made again in each layer.
+            mask = causal_lower_right(queries, keys)
+        else:
+            own = {"q_length": queries, "q_offset": chunk.start, "kv_length": keys, "kv_offset": 0}
+            mask = whole(**{**given, **own, "allow_is_causal_skip": False})
+        masks.append((keys, mask))
+    return PartMask(part, tuple(masks))
+
+
+def _attend(
+    inner: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of this rank's queries ``[B, H, s, .]`` to the keys and values of all ranks."""
+    compute: Any = ALL_ATTENTION_FUNCTIONS.get(inner) or _eager(module)
+    if not isinstance(attention_mask, PartMask):
+        return compute(module, query, key, value, attention_mask, **given)
+    part = attention_mask.part
+    key, value = part.gather([key, value])
+    results = []
+    for queries, (keys, mask) in zip(query.split(part.sizes, 2), attention_mask.of_chunks, strict=True):
+        if queries.shape[2] == 0:
+            continue
+        results.append(compute(module, queries, key[:, :, :keys], value[:, :, :keys], mask, **given)[0])
+    if not results:
+        # Nothing is computed here, and yet the gradients of keys and values have to meet those of other ranks.
+        nothing = value[:, :1, :0].transpose(1, 2) + key[:, :1, :0, :1].transpose(1, 2)
+        results.append(nothing.expand(-1, -1, query.shape[1], -1))
+    return torch.cat(results, 1), None
+
+
+def _eager(module: nn.Module) -> Any:
+    """The function that the file of an attention has for it."""
+    return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]

@@ -1,0 +1,88 @@
+"""Context parallelism of decoders: logits, losses, every gradient, the clipped norm and three steps, as one process."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moesaic
+from moesaic.integrations.transformers import swap_moe
+from moesaic.layers import expert_load
+from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
+from tests.distributed.test_families import PLANNED, labels_of, run
+from tests.distributed.test_qwen3_parity import name_of
+from tests.integrations.families import VOCAB, make_model
+
+BATCH, STEPS, MAX_NORM = 4, 3, 0.5
+
+
+def batches(length: int, kind: str) -> list[dict[str, Tensor]]:
+    """One batch a step."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(STEPS):
+        ids = torch.randint(3, VOCAB, (BATCH, length), generator=generator)
+        batch = {"input_ids": ids, "labels": labels_of(ids)}
+        position = torch.arange(length)
+        if kind == "padded":
+            first, last = torch.tensor([[0, length], [length // 2, length], [0, 2], [3, length]]).mT
+            mask = ((position >= first.unsqueeze(1)) & (position < last.unsqueeze(1))).long()
+            batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, -100)}
+        elif kind == "packed":
+            # Documents that begin inside of chunks, other ones in each row.
+            starts = torch.tensor([[0, 3, 7], [0, 1, 2], [0, length - 1, length], [0, 5, 6]])
+            which = (position.unsqueeze(1) >= starts.unsqueeze(1)).sum(2)
+            batch |= {"position_ids": position - starts.gather(1, which - 1), "use_cache": False}
+        found.append(batch)
+    return found
+
+
+def check(family: str, layouts: list[dict[str, int]], length: int, kind: str = "whole", **changes: Any) -> None:
+    plain = swap_moe(make_model(family, **{**PLANNED[family], **changes}), aux_loss_coef=0.5, z_loss_coef=0.1).train()
+    given = batches(length, kind)
+    reference, expected = copy.deepcopy(plain), []
+    optimizer = LocalAdamW(reference.parameters(), lr=1e-2, eps=1e-3)
+    for batch in given:
+        out, losses = run(reference, **batch)
+        gradients = {name: p.grad.clone() for name, p in reference.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((out.logits.detach(), losses, gradients, norm, load_of(reference)))
+    for layout in layouts:
+        meshes = meshes_of(layout)
+        model = moesaic.parallelize(copy.deepcopy(plain), meshes)
+        optimizer = LocalAdamW(model.parameters(), lr=1e-2, eps=1e-3)
+        rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
+        for step, (batch, (logits, losses, gradients, norm, load)) in enumerate(zip(given, expected, strict=True)):
+            mine = {name: t[rows] if isinstance(t, Tensor) else t for name, t in batch.items()}
+            out, parts = run(model, **mine)
+            dist.all_reduce(parts)
+            when = f", {name_of(layout)}, step {step}"
+            here = logits[rows][:, meshes.sequence_positions(length)]
+            assert_close(f"logits{when}", out.logits.detach(), here)
+            assert_close(f"losses{when}", parts, losses)
+            assert all(torch.equal(theirs, load[name]) for name, theirs in expert_load(model).items()), when
+            assert_gradients_close(model, gradients, when)
+            assert_close(f"norm{when}", moesaic.clip_grad_norm_(model.parameters(), MAX_NORM), norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_weights_close(model, dict(reference.named_parameters()))
+
+
+def load_of(model: Any) -> dict[str, Tensor]:
+    return {name: load.clone() for name, load in expert_load(model).items()}
+
+
+# A length that nothing divides.
+FOUR = [{"cp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, {"cp": 4, "ep": 4}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole", "packed", "padded"])
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "DeepSeek-V3", "gpt-oss"])
+def test_decoders(same_ranks, family, kind):
+    same_ranks(check, 4, family, FOUR[:2], 11, kind)
