@@ -13,6 +13,7 @@ from moesaic.integrations.transformers import swap_moe
 from moesaic.layers import expert_load
 from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 from tests.distributed.test_families import PLANNED, labels_of, run
+from tests.distributed.test_plan import fake_meshes
 from tests.distributed.test_qwen3_parity import name_of
 from tests.integrations.families import VOCAB, make_model
 
@@ -77,12 +78,63 @@ def load_of(model: Any) -> dict[str, Tensor]:
     return {name: load.clone() for name, load in expert_load(model).items()}
 
 
-# A length that nothing divides.
-FOUR = [{"cp": 2, "ep": 2}, {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, {"cp": 4, "ep": 4}]
+# Lengths that nothing divides, and one with which ranks have no token.
+IN_CI = [
+    ("Qwen3-MoE", {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, 11, "packed"),
+    ("DeepSeek-V3", {"cp": 2, "ep": 2}, 11, "padded"),
+    ("gpt-oss", {"cp": 4, "ep": 2}, 11, "packed"),
+    ("DeepSeek-V3", {"cp": 4, "etp": 2}, 3, "whole"),
+]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout", "length", "kind"), IN_CI, ids=str)
+def test_decoders(same_ranks, family, layout, length, kind):
+    same_ranks(check, 4, family, [layout], length, kind)
+
+
+EIGHT = [
+    {"cp": 2, "tp": 2, "ep": 8},
+    {"cp": 2, "tp": 4, "ep": 2, "etp": 2},
+    {"cp": 4, "dp_replicate": 2, "ep": 4},
+    {"cp": 8, "ep": 2, "etp": 4},
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("length", [2, 11, 16])
 @pytest.mark.parametrize("kind", ["whole", "packed", "padded"])
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "DeepSeek-V3", "gpt-oss"])
-def test_decoders(same_ranks, family, kind):
-    same_ranks(check, 4, family, FOUR[:2], 11, kind)
+def test_decoders_on_eight_ranks(same_ranks, family, kind, length):
+    same_ranks(check, 8, family, EIGHT, length, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", sorted(PLANNED.keys() - {"Llama-4"}))
+def test_every_family(same_ranks, family):
+    layouts = [{"cp": 2}, {"cp": 2, "ep": 2}, {"cp": 2, "etp": 2}]
+    same_ranks(check, 2, family, layouts, 11, "packed")
+    same_ranks(check, 2, family, layouts[:1], 11, "padded", attn_implementation="eager")
+
+
+REFUSED = {
+    "Qwen3-Next": r"cp: layer 0's linear_attn \(Qwen3NextGatedDeltaNet\) is not known to the plan. .*; use cp=1",
+    "MiniMax": r"cp: layer 1's attention, MiniMaxLightningAttention, does not let transformers choose .*; use cp=1",
+    "Llama-4": r"cp: layer 1's attention, Llama4TextAttention, counts positions itself \(attn_temp.*; use cp=1",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_attention_that_cannot_compute_with_a_part_is_refused_by_name(family):
+    with pytest.raises(ValueError, match=REFUSED[family]):
+        moesaic.parallelize(swap_moe(make_model(family, **PLANNED.get(family, {}))), fake_meshes(2, cp=2))
+
+
+def test_attention_of_others_is_refused_by_name():
+    model = swap_moe(make_model("Qwen3-MoE"))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"by 'flex_attention', .*; call model.set_attn_implementation\('sdpa"):
+        moesaic.parallelize(model, fake_meshes(2, cp=2))
+    del model.model.attention_of_parts
+    with pytest.raises(ValueError, match=r"cp: it is not known how the attention of Qwen3MoeModel .* call .*swap_moe"):
+        moesaic.parallelize(model, fake_meshes(2, cp=2))

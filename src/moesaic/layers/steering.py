@@ -51,7 +51,7 @@ class Record:
         Args:
             ids: integers, a tensor or what ``torch.as_tensor`` takes; -1 for tokens that were not recorded. Tokens are
                 in the order in which the layers see them. With sequence parallelism a rank gives those of its part:
-                ``ids[:, meshes.sequence_slice(S)]`` of ``[B, S, L, K]``.
+                ``ids[:, meshes.sequence_positions(S)]`` of ``[B, S, L, K]``.
             layers: which of the L layers are mixtures of experts; None for all. Engines often count dense layers too.
 
         Raises:

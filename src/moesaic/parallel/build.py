@@ -36,8 +36,8 @@ def build_meshes(
     have an axis ``pp``: then each of its slices is a stage.
 
     Args:
-        pp, tp, cp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a mesh
-            which is brought has, or else 1; ``dp_shard`` follows.
+        pp, tp, cp, ep, etp, dp_shard, dp_replicate: axis sizes, see :class:`MeshLayout`. None takes the size that a
+            mesh which is brought has, or else 1; ``dp_shard`` follows.
         device_type: ``"cuda"`` or ``"cpu"``; None takes that of a mesh which is brought, or else CUDA where there is a
             device.
         mesh: the dense view, from ``init_device_mesh``, or a slice of a larger mesh. It has all of the axes

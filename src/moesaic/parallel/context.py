@@ -11,11 +11,14 @@ How attention is told which queries it has depends on whose decoder it is: a dec
 import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moesaic.parallel.collectives import all_gather_rows
 from moesaic.parallel.sequence import head_tail_slices
@@ -59,6 +62,11 @@ class Part(NamedTuple):
         """How many positions there are in each chunk."""
         return [chunk.stop - chunk.start for chunk in self.chunks]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is here: there are more chunks than tokens."""
+        return sum(self.sizes) == 0
+
     def of(self, whole: Tensor, dim: int) -> Tensor:
         """What is here of a tensor with a dim of all positions."""
         return torch.cat([whole.narrow(dim, c.start, c.stop - c.start) for c in self.chunks], dim)
@@ -75,6 +83,20 @@ class Part(NamedTuple):
         starts = [chunk.start for chunks in everyone for chunk in chunks]
         whole = torch.cat([chunks[i] for i in sorted(range(len(chunks)), key=lambda i: (starts[i], i))])
         return list(whole.permute(1, 2, 0, 3).split(widths, 3))
+
+
+@dataclass(frozen=True)
+class PartMask:
+    """What layers get in place of a mask.
+
+    Attributes:
+        part: of the sequences.
+        of_chunks: for each chunk how many keys its queries meet, and the mask of both, in the form that the
+            function which computes it takes. None means causal attention of equally many queries and keys.
+    """
+
+    part: Part
+    of_chunks: tuple[tuple[int, Any], ...]
 
 
 _PART: ContextVar[Part | None] = ContextVar("moesaic_part_of_sequences", default=None)
@@ -104,6 +126,41 @@ def add_context_parallelism(decoder: Any, layers: Sequence[nn.Module], group: di
     decoder.register_forward_hook(axis.end, always_call=True)
     for layer in layers:
         layer.register_forward_pre_hook(axis.cut_positions, with_kwargs=True)
+
+
+def spare_attention_of_nothing(layers: Sequence[Any]) -> None:
+    """Give attention one row where a rank has no token, and cut it off again: transformers cannot compute with none.
+
+    After :func:`add_sequence_parallelism`, which looks at how many rows there are.
+    """
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(_fill, with_kwargs=True)
+        layer.self_attn.register_forward_hook(_empty_again, with_kwargs=True)
+
+
+def _fill(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not _has_none(kwargs):
+        return args, kwargs
+    changed = dict(kwargs)
+    for name in ("hidden_states", "position_embeddings"):
+        if name in kwargs:
+            changed[name] = tree_map(_with_a_row, kwargs[name])
+    if kwargs.get("position_ids") is not None:
+        changed["position_ids"] = F.pad(kwargs["position_ids"], (0, 1))
+    return tuple(map(_with_a_row, args)), changed
+
+
+def _empty_again(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    return (output[0][:, :0], *output[1:]) if _has_none(kwargs) else output
+
+
+def _has_none(kwargs: dict[str, Any]) -> bool:
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, PartMask) and mask.part.is_empty
+
+
+def _with_a_row(t: Tensor) -> Tensor:
+    return torch.cat([t, t.new_zeros(t.shape[0], 1, *t.shape[2:])], 1)
 
 
 class _ContextAxis:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.ops.arguments import check_int
-from moesaic.parallel.sequence import head_tail_positions, sequence_slices
+from moesaic.parallel.sequence import positions_of_parts, sequence_slices
 from moesaic.sharding.internals import axes_as_one, group_over_all_axes
 
 View = Literal["dense", "expert"]
@@ -297,8 +297,8 @@ class Meshes:
         of cp have two pieces each, see :mod:`moesaic.parallel.sequence`, and those of tp share these in equal parts.
         The last parts may be short or empty.
         """
-        of_cp = head_tail_positions(length, self.cp_size)[self.cp_rank]
-        return of_cp[sequence_slices(len(of_cp), self.tp_size)[self.tp_rank]]
+        parts = positions_of_parts(length, self.cp_size, self.tp_size)
+        return parts[self.cp_rank * self.tp_size + self.tp_rank]
 
     def sequence_slice(self, length: int) -> slice:
         """The same as a slice, where cp is 1: ``Shard`` as DTensor cuts it, so the last may be short or empty.

@@ -13,7 +13,7 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.adapted import holders_of, share_dropout
 from moesaic.parallel.afterwards import guard
 from moesaic.parallel.capacity import check_capacity
-from moesaic.parallel.context import add_context_parallelism, check_context
+from moesaic.parallel.context import add_context_parallelism, check_context, spare_attention_of_nothing
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
@@ -141,6 +141,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
         _distribute_dense(model, tp_mesh, dims)
         for decoder in found:
             add_sequence_parallelism(decoder, tp_mesh)
+    for decoder in found if meshes.cp_size > 1 else []:
+        spare_attention_of_nothing(decoder_layers(decoder))
     takers = language_models(model)
     loss = LossOverRanks(meshes, all_ranks)
     for language_model in takers:

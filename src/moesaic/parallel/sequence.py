@@ -23,7 +23,8 @@ def head_tail_slices(length: int, cp: int) -> list[tuple[slice, ...]]:
     return [(chunks[rank], chunks[-1 - rank]) for rank in range(cp)]
 
 
-def head_tail_positions(length: int, cp: int) -> list[Tensor]:
-    """The positions of each rank of cp."""
+def positions_of_parts(length: int, cp: int, tp: int) -> list[Tensor]:
+    """The positions of each rank, those of tp together. In each part they rise."""
     positions = torch.arange(length)
-    return [torch.cat([positions[chunk] for chunk in chunks]) for chunks in head_tail_slices(length, cp)]
+    of_cp = [torch.cat([positions[chunk] for chunk in chunks]) for chunks in head_tail_slices(length, cp)]
+    return [part[shard] for part in of_cp for shard in sequence_slices(len(part), tp)]

@@ -128,7 +128,7 @@ def _time(run: Record) -> str:
 
 
 def _layout(settings: dict[str, Any]) -> str:
-    sizes = {name: settings.get(name) for name in ("dp_replicate", "dp_shard", "tp", "ep", "etp")}
+    sizes = {name: settings.get(name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size not in (None, 1))
 
 

@@ -140,7 +140,7 @@ def nats(
             batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0, mask_BS).to(device)
             with autocast(device, dtype):
                 logits_BsV = forward(model, batch)
-            targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+            targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
             total += sum_of_losses(logits_BsV, targets_Bs)
     if ranks.active():
         dist.all_reduce(total)

@@ -84,7 +84,7 @@ def compare_with_export(
         own: Any = model(input_ids=tokens, use_cache=False).logits
     difference = 0.0
     if exported is not None:
-        part = meshes.sequence_slice(tokens.shape[1])
+        part = meshes.sequence_positions(tokens.shape[1])
         with torch.no_grad():
             theirs = exported(input_ids=tokens.cpu()).logits[:, part]
         difference = float((own.float().cpu() - theirs).abs().max() / theirs.abs().max())

@@ -74,10 +74,12 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """How processes share the work. tp * dp_shard * dp_replicate is their number, and ep * etp must divide it."""
+    """How processes share the work. cp * tp * dp_shard * dp_replicate is their number, and ep * etp must divide it."""
 
     tp: int = 1
     """Tensor parallel size of the dense layers (with sequence parallelism)."""
+    cp: int = 1
+    """Context parallel size: this many ranks share each sequence, and attention gathers keys and values over them."""
     ep: int = 1
     """Expert parallel size: the experts are split over this many ranks."""
     etp: int = 1

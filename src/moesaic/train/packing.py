@@ -137,7 +137,7 @@ def check_apart(model: Any, meshes: Meshes, *, vocab_size: int, device: torch.de
     # Every rank has the same two rows, and looks at what it has of their equal halves.
     with evaluating(model):
         logits: Any = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits
-    second = torch.arange(16)[meshes.sequence_slice(16)] >= 8
+    second = meshes.sequence_positions(16) >= 8
     one, other = logits[:, second].float()
     worst = max(ranks.gather(float((one - other).abs().max() / one.abs().max()) if second.any() else 0.0))
     if not worst <= _APART:

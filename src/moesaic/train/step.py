@@ -3,7 +3,7 @@
 The loss of a rank is the sum over its own target tokens divided by the number of target tokens of all ranks. So losses
 and gradients add up over ranks to those of the whole batch, and nothing else is scaled.
 
-Legend: B sequences of this rank, S positions, s positions of this rank's sequence shard, V vocabulary.
+Legend: B sequences of this rank, S positions, s positions of this rank's part of the sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: Any, batch: Batch) -> Tensor:
-    """The logits `[B, s, V]` of this rank's sequence shard."""
+    """The logits `[B, s, V]` of this rank's part of the sequences."""
     # Without positions of its own a model has them, and its causal mask, from a cheaper place.
     given: dict[str, Any] = {} if batch.positions is None else {"position_ids": batch.positions}
     # Not as an attention mask, with which the model would not look at positions: the padding of a row is seen by none.
@@ -129,7 +129,7 @@ def _train_step(
     guard.reset()
     with autocast(device, config.dtype), balance_losses() as balance:
         logits_BsV = forward(model, batch)
-    targets_Bs = batch.targets[:, meshes.sequence_slice(batch.targets.shape[1])]
+    targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
     loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
     balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
     (loss + balance_loss).backward()

@@ -1,8 +1,11 @@
 """Text from a model in any layout, by transformers' own `generate`.
 
-Every rank has the same prompt and takes part in every step. Two things are added to `generate`. With tp a rank has the
-logits of its part of the sequence, so those of the last token go to all ranks. And all take the scores of rank 0: ranks
-round differently, and must not choose different tokens.
+Every rank has the same prompt and takes part in every step. Two things are added to `generate`. With cp or tp a rank
+has the logits of its part of the sequence, so those of the last token go to all ranks. And all take the scores of
+rank 0: ranks round differently, and must not choose different tokens.
+
+With cp a rank has the keys of its part only, and the next token changes who has what. So there is no cache, and every
+step computes the whole sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from moesaic import ranks
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.sequence import sequence_slices
+from moesaic.parallel.sequence import positions_of_parts
 from moesaic.train.errors import UserError, first_line
 from moesaic.train.model import quiet
 from moesaic.trained.generate_command import SamplingOptions
@@ -53,7 +56,7 @@ def generate(
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices), quiet(), _whole_logits(model, meshes), torch.no_grad():
         torch.manual_seed(sampling.seed)
-        # With tp the model itself refuses: it would not do without what is added here.
+        # With cp or tp the model itself refuses: it would not do without what is added here.
         found = type(model).generate(
             model,
             inputs,
@@ -63,6 +66,7 @@ def generate(
             pad_token_id=tokenizer.eos_token_id,
             logits_processor=LogitsProcessorList([_OfLeader()]),
             streamer=streamer,
+            use_cache=meshes.cp_size == 1,
             **chosen,
         )
     return found[0, inputs.shape[1] :].tolist()
@@ -80,19 +84,19 @@ class _OfLeader(LogitsProcessor):
 
 @contextmanager
 def _whole_logits(model: Any, meshes: Meshes) -> Iterator[None]:
-    """The logits of the last token, on every rank of tp, where a rank would have those of its part of the sequence."""
-    if meshes.tp_size == 1:
+    """The logits of the last token, on every rank, where a rank would have those of its part of the sequence."""
+    if meshes.sequence_parts == 1:
         yield
         return
-    group = meshes.dense.get_group("tp")
+    group = meshes.sequence_ranks()
 
     def gather(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         given = kwargs.get("input_ids", args[0] if args else None)
-        parts = sequence_slices(given.shape[1], meshes.tp_size)
-        [owner] = [rank for rank, part in enumerate(parts) if part.start < part.stop == given.shape[1]]
+        parts = positions_of_parts(given.shape[1], meshes.cp_size, meshes.tp_size)
+        [owner] = [rank for rank, part in enumerate(parts) if part[-1:].tolist() == [given.shape[1] - 1]]
         logits = output.logits
         last = torch.zeros_like(logits[:, :1]) if logits.shape[1] else logits.new_zeros(1, 1, logits.shape[2])
-        if owner == meshes.tp_rank:
+        if owner == group.rank():
             last = logits[:, -1:].contiguous()
         dist.broadcast(last, group=group, group_src=owner)
         output.logits = last

@@ -11,7 +11,6 @@ A chunk of queries that begins at ``a`` and ends at ``b`` meets the keys before 
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,24 +21,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moesaic.integrations.transformers.calls import stacks_of
-from moesaic.parallel.context import Part, part_of_call
+from moesaic.parallel.context import PartMask, part_of_call
 
 # What computes a chunk -> the name under which transformers finds ours.
 _NAMES = {inner: f"moesaic_context_parallel_{inner}" for inner in ("sdpa", "eager")}
-
-
-@dataclass(frozen=True)
-class PartMask:
-    """What layers get in place of a mask.
-
-    Attributes:
-        part: of the sequences.
-        of_chunks: for each chunk how many keys its queries meet, and the mask of both, in the form that transformers
-            gives the function that computes it. None means causal attention of equally many queries and keys.
-    """
-
-    part: Part
-    of_chunks: tuple[tuple[int, Any], ...]
 
 
 class ContextParallelism:
@@ -148,16 +133,16 @@ def _attend(
     if not isinstance(attention_mask, PartMask):
         return compute(module, query, key, value, attention_mask, **given)
     part = attention_mask.part
+    if part.is_empty:
+        # One row stands for none. What it gives is cut off, and keeps gradients of nothing in step with other ranks.
+        key, value = part.gather([key[:, :, :0], value[:, :, :0]])
+        return compute(module, query, key[:, :, :1], value[:, :, :1], None, **given)
     key, value = part.gather([key, value])
     results = []
     for queries, (keys, mask) in zip(query.split(part.sizes, 2), attention_mask.of_chunks, strict=True):
         if queries.shape[2] == 0:
             continue
         results.append(compute(module, queries, key[:, :, :keys], value[:, :, :keys], mask, **given)[0])
-    if not results:
-        # Nothing is computed here, and yet the gradients of keys and values have to meet those of other ranks.
-        nothing = value[:, :1, :0].transpose(1, 2) + key[:, :1, :0, :1].transpose(1, 2)
-        results.append(nothing.expand(-1, -1, query.shape[1], -1))
     return torch.cat(results, 1), None
 
 

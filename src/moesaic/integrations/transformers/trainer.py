@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# What makes a loss of logits, or gathers them: with tp > 1 a rank has those of its part of each sequence.
+# What makes a loss of logits, or gathers them: with cp or tp > 1 a rank has those of its part of each sequence.
 _WHOLE_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 
 
@@ -78,11 +78,14 @@ class MeshTrainerMixin(_Base):
             return
         if not hasattr(self.accelerator, "_prepare_device_mesh"):
             raise ImportError("MeshTrainerMixin: this accelerate gives every rank other sequences; 1.1 to 1.15 do not")
-        # Its loaders read from the axes dp_replicate, dp_shard and tp who has which sequences.
+        # Its loaders read from the axes dp_replicate, dp_shard, cp and tp who has which sequences.
         vars(self.accelerator)["_prepare_device_mesh"] = lambda: self.meshes.dense
 
     def get_tp_size(self) -> int:
         return self.meshes.tp_size
+
+    def get_cp_size(self) -> int:
+        return self.meshes.cp_size
 
     def compute_loss(
         self,
@@ -155,14 +158,15 @@ def _check(model: Any, args: Any, meshes: Meshes, options: dict[str, Any]) -> No
     for name in ("fsdp", "deepspeed", "parallelism_config"):
         if getattr(args, name, None):
             raise ValueError(f"{name}: must not be set, for moesaic.parallelize has sharded the model")
-    if meshes.tp_size > 1:
+    if meshes.sequence_parts > 1:
         given = [name for name in _WHOLE_LOGITS if options.get(name) is not None]
         if args.label_smoothing_factor:
             given.append("label_smoothing_factor")
         if given:
             raise ValueError(
-                f"{given[0]}: it wants the logits of whole sequences, and with tp {meshes.tp_size} a rank has those of "
-                "its part; leave it out, or use tp=1"
+                f"{given[0]}: it wants the logits of whole sequences, and with "
+                f"{' and '.join(f'{axis} {getattr(meshes.layout, axis)}' for axis in meshes.sequence_axes)} a rank has "
+                f"those of its part; leave it out, or use {' and '.join(f'{a}=1' for a in meshes.sequence_axes)}"
             )
     if meshes.is_distributed and not all(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
