@@ -91,7 +91,7 @@ def _problem_of(attention: Any, chosen: str) -> str | None:
 
 def _has_no_positions_of_its_own(attention: Any) -> bool:
     """Of Llama 4: only layers without rotary embedding count, and only if their temperature is tuned."""
-    return getattr(attention, "use_rope", False) or not getattr(attention, "attn_temperature_tuning", True)
+    return bool(getattr(attention, "use_rope", False)) or not getattr(attention, "attn_temperature_tuning", True)
 
 
 def _register() -> None:
