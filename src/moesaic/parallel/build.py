@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moesaic import ranks
 from moesaic.parallel.brought import axes_of, distinct_slices, mesh_over_slices, stages_of
 from moesaic.parallel.mesh import Meshes, MeshLayout, View, axis_names, resolve_layout
+from moesaic.parallel.nodes import check_ranks_per_node, find_nodes, launched_per_node
 from moesaic.sharding.internals import group_over_all_axes, group_that_its_ranks_make
 
 
@@ -26,6 +27,7 @@ def build_meshes(
     device_type: str | None = None,
     mesh: DeviceMesh | None = None,
     expert_mesh: DeviceMesh | None = None,
+    ranks_per_node: int | None = None,
 ) -> Meshes:
     """Build both meshes: over all ranks of the default process group, or over those of a mesh that you bring.
 
@@ -44,11 +46,17 @@ def build_meshes(
             ``dp_replicate``, ``dp_shard`` and ``tp``, and perhaps ``cp`` and ``pp``. Its process groups are used.
         expert_mesh: the expert view of the same ranks, with all of the axes ``edp``, ``ep`` and ``etp``, and perhaps
             ``pp``. None makes one from ``ep`` and ``etp``.
+        ranks_per_node: how many ranks in a row are on one node (machine): rank ``r`` is on node ``r //
+            ranks_per_node``. Where ep spans nodes, rows then cross between nodes once a node, and are shared there
+            (`two hops <multi_node.html>`_). 1 has them go straight to each rank. None takes what torchrun started on
+            each node (``LOCAL_WORLD_SIZE``), and takes two hops in layers where they save a tenth of the rows that
+            cross.
 
     Raises:
         TypeError: a size that is no integer, or a mesh that is no ``DeviceMesh``.
-        ValueError: an illegal layout; a mesh that lacks an axis or has an unknown one; ranks that ask for other sizes
-            than the rest; a launcher's environment without a process group. On all ranks, before any group is made.
+        ValueError: an illegal layout; ``ranks_per_node`` that does not divide the number of all ranks; a mesh that
+            lacks an axis or has an unknown one; ranks that ask for other sizes than the rest; a launcher's environment
+            without a process group. On all ranks, before any group is made.
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
@@ -57,10 +65,10 @@ def build_meshes(
         >>> world = init_device_mesh("cpu", (2, 1, 2, 1), mesh_dim_names=names)
         >>> meshes = moesaic.build_meshes(mesh=world, ep=2)  # the same from a mesh that you bring
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if not dist.is_initialized() and launched > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and processes > 1:
         raise ValueError(
-            f"this is one of {launched} processes, but there is no process group yet; call "
+            f"this is one of {processes} processes, but there is no process group yet; call "
             "torch.distributed.init_process_group() before build_meshes()"
         )
     given = {"pp": pp, "tp": tp, "cp": cp, "ep": ep, "etp": etp, "dp_shard": dp_shard, "dp_replicate": dp_replicate}
@@ -74,7 +82,9 @@ def build_meshes(
         if expert_mesh is not None:
             views["expert"] = axes_of(expert_mesh, axis_names(view="expert"), "expert_mesh")
             around["expert"] = expert_mesh
-        return _claim(given, views, {view: stages_of(whole) for view, whole in around.items()}, device_type)
+        check_ranks_per_node(ranks_per_node, ranks.world_size())
+        stages = {view: stages_of(whole) for view, whole in around.items()}
+        return _claim(given, views, stages, device_type, ranks_per_node)
 
     # A rank that raised alone would leave the others waiting.
     claims = ranks.together(claim)
@@ -82,7 +92,7 @@ def build_meshes(
     if not dist.is_initialized():
         return Meshes(first.layout)
     for rank, other in enumerate(claims):
-        if other[1:] != first[1:]:
+        if other[2:] != first[2:]:
             raise ValueError(f"ranks 0 and {rank} ask for different meshes: {first}; and {other}. Give all the same")
     slices = distinct_slices([claim.ranks for claim in claims])
     for view in get_args(View):
@@ -92,7 +102,8 @@ def build_meshes(
             views[view] = around[view][tuple(sizes)]
     with_stages = around["dense" if stages_of(around["dense"]) > 1 else "expert"]
     stages = with_stages.get_group("pp") if first.layout.pp > 1 else None
-    meshes = Meshes(first.layout, views, stages)
+    nodes = find_nodes(ranks_per_node, [claim.launched for claim in claims], views["expert"].get_group("ep"))
+    meshes = Meshes(first.layout, views, stages, nodes)
     # Made here, where every rank of the world takes part: a later stage may have no use for them.
     meshes.all_ranks()
     group_over_all_axes(meshes.expert["ep", "etp"], "ep_etp")
@@ -116,19 +127,24 @@ class _Claim(NamedTuple):
 
     Attributes:
         ranks: those that share layers with it, in the order of its mesh.
+        launched: how many ranks are on its node, as its launcher says.
         layout: sizes of all axes.
         device_type: of both meshes.
         brought: the views that it brings.
+        ranks_per_node: how many ranks are on each node, as the user says.
     """
 
     ranks: tuple[int, ...]
+    launched: int | None
     layout: MeshLayout
     device_type: str
     brought: tuple[View, ...]
+    ranks_per_node: int | None
 
     def __str__(self) -> str:
         brought = f", {' and '.join(self.brought)} mesh brought" if self.brought else ""
-        return f"{self.layout}, on {self.device_type}{brought}"
+        nodes = f", {self.ranks_per_node} ranks a node" if self.ranks_per_node else ""
+        return f"{self.layout}, on {self.device_type}{brought}{nodes}"
 
 
 def _check_device_type(device_type: Any) -> None:
@@ -148,6 +164,7 @@ def _claim(
     views: Mapping[View, DeviceMesh],
     stages: Mapping[View, int],
     device_type: str | None,
+    ranks_per_node: int | None,
 ) -> _Claim:
     """What follows from the sizes and the meshes that a rank was given; ``stages`` is how many these have.
 
@@ -191,4 +208,4 @@ def _claim(
         members = tuple(range(first, first + layout.stage_size))
     _check_device_type(device_type)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _Claim(members, layout, device_type, tuple(views))
+    return _Claim(members, launched_per_node(), layout, device_type, tuple(views), ranks_per_node)

@@ -20,7 +20,7 @@ from moesaic.layers import MoE
 from moesaic.ops import Permutation
 from moesaic.ops.arguments import check_int
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.traffic import Traffic
+from moesaic.parallel.traffic import Split, Traffic
 
 
 def check_capacity(capacity: Any) -> None:
@@ -36,7 +36,7 @@ def bounded_traffic(capacity: int, ep: int, etp: int) -> Traffic:
     """What goes where: as much to and from every rank."""
     rows = ep * capacity
     # As many copies as rows, which is the most: a row is sent for its first copy.
-    return Traffic([capacity] * ep, [capacity] * ep, [rows] * etp, rows * etp, rows * etp, rows * etp)
+    return Traffic((Split([capacity] * ep, [capacity] * ep),), [rows] * etp, rows * etp, rows * etp, rows * etp)
 
 
 def in_places(sent: Permutation, num_ranks: int, capacity: int) -> Permutation:

@@ -71,7 +71,8 @@ def distribute_experts(moe: MoE, meshes: Meshes, holders: Holders, compute: Comp
         # All experts are here: nothing is counted, sorted or sent, and local tensors have the same numbers as DTensors.
         compute = "local"
     else:
-        moe.dispatcher = MeshDispatcher(mesh, local=compute == "local", capacity=capacity)
+        nodes = meshes.nodes.exchange(moe.config, capacity).nodes
+        moe.dispatcher = MeshDispatcher(mesh, local=compute == "local", capacity=capacity, nodes=nodes)
     moe.holders = holders
     local = compute == "local"
     moe.experts.hidden_columns = partial(_hidden_columns, moe.config.hidden_dim, mesh, local)

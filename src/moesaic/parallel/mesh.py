@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.ops.arguments import check_int
+from moesaic.parallel.nodes import Nodes
 from moesaic.parallel.sequence import positions_of_parts, sequence_slices
 from moesaic.sharding.internals import axes_as_one, group_over_all_axes
 
@@ -169,11 +170,13 @@ class Meshes:
         views: the meshes ``"dense"`` and ``"expert"`` of the ranks that share layers; empty without a process group.
         stages: in a pipeline, the group of one rank of each stage, this one's own among them, in the order of ``pp``.
             None where ``pp`` is 1.
+        nodes: which ranks are on one node, and so how rows are exchanged between them.
     """
 
     layout: MeshLayout
     views: Mapping[View, DeviceMesh] = field(default_factory=dict)
     stages: dist.ProcessGroup | None = None
+    nodes: Nodes = field(default_factory=Nodes)
 
     @property
     def is_distributed(self) -> bool:

@@ -110,6 +110,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
         if compute not in ("dtensor", "local"):
             raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
         check_capacity(capacity)
+        for moe in moes.values():
+            meshes.nodes.exchange(moe.config, capacity)
         _check(model, moes, found, meshes, compute)
 
     if not meshes.is_distributed:
