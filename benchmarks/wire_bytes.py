@@ -9,7 +9,8 @@ copy alone, there and back, for each rank but the token's own; the backward pass
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -56,7 +57,10 @@ class Sent(NamedTuple):
 
 
 class CountSent(TorchDispatchMode):
-    """Counts the bytes that this rank sends to other ranks, in collectives over all ranks.
+    """Counts the bytes that this rank sends to other ranks.
+
+    Attributes:
+        rows, records: bytes to each rank, as in :class:`Sent`.
 
     Raises:
         NotImplementedError: a collective whose bytes it does not know.
@@ -64,7 +68,13 @@ class CountSent(TorchDispatchMode):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim, self.rows, self.records = dim, 0, 0
+        self.dim = dim
+        self.rows: Counter[int] = Counter()
+        self.records: Counter[int] = Counter()
+
+    def to(self, ranks: Collection[int]) -> Sent:
+        """What went to some of the ranks."""
+        return Sent(*(sum(sent[rank] for rank in ranks) for sent in (self.rows, self.records)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -73,35 +83,35 @@ class CountSent(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def _count(self, name: str, args: tuple[Any, ...]) -> None:
-        others = dist.get_world_size() - 1
+        ranks = range(dist.get_world_size())
         match name:
-            case "alltoall_base_":
+            case "alltoall_base_":  # transformers' own, over all ranks
                 sent, splits = args[1], args[4]
             case "all_to_all_single":
-                sent, splits = args[0], args[2]
+                sent, splits, ranks = args[0], args[2], members(args[3])
             case "all_gather_into_tensor":
-                self.records += others * args[0].nbytes
+                for rank in members(args[2]):
+                    self.records[rank] += args[0].nbytes * (rank != dist.get_rank())
                 return
             case _:
                 raise NotImplementedError(f"bytes of the collective '{name}'")
-        if splits:
-            assert len(splits) == others + 1
-            remote = sum(splits) - splits[dist.get_rank()]
-        else:
-            remote = sent.shape[0] * others // (others + 1)
+        splits = splits or [sent.shape[0] // len(ranks)] * len(ranks)
         width = prod(sent.shape[1:])
-        count = remote * width * sent.itemsize
-        if width == self.dim:
-            self.rows += count
-        else:
-            self.records += count
+        counter = self.rows if width == self.dim else self.records
+        for rank, count in zip(ranks, splits, strict=True):
+            counter[rank] += count * width * sent.itemsize * (rank != dist.get_rank())
+
+
+def members(name: str) -> list[int]:
+    """The ranks of a process group that an operator was given by name."""
+    return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name))
 
 
 @contextmanager
 def counted(dim: int, found: list[Sent]) -> Iterator[None]:
     with CountSent(dim) as mode:
         yield
-    found.append(Sent(mode.rows, mode.records))
+    found.append(mode.to(range(dist.get_world_size())))
 
 
 class Problem(NamedTuple):

@@ -1,8 +1,9 @@
-"""A token travels once to each other rank that has some of its experts, with little beside it."""
+"""A token travels once to each other rank, or node, that has some of its experts, with little beside it."""
 
 import pytest
 import torch
-from benchmarks.wire_bytes import OURS, THEIRS, TOP_K, UNDER_TRANSFORMERS, add_ranks, count_rank
+from benchmarks import node_bytes
+from benchmarks.wire_bytes import OURS, THEIRS, TOP_K, UNDER_TRANSFORMERS, CountSent, add_ranks, count_rank
 
 # Ids (int32) and weights (fp32) of a token's K experts go with it; in bf16 they are more than 2% below D = 800.
 DIM, TOKENS = 1024, 24
@@ -21,3 +22,20 @@ def test_dispatch_is_at_the_lower_bound(ranks, dtype):
         assert rest == 0
         assert copies == total["copies"]
         assert TOKENS * TOP_K < copies < 4 * TOKENS * TOP_K
+
+
+@pytest.mark.parametrize("per_node", node_bytes.PER_NODE)
+@pytest.mark.parametrize("top_k", node_bytes.TOP_K)
+def test_two_hops_are_at_the_bound_of_distinct_nodes(same_ranks, per_node, top_k):
+    case = node_bytes.Case(per_node, top_k, dim=2048, tokens=24, rounds=0)
+    by_rank = same_ranks(node_bytes.count_rank, node_bytes.RANKS, case, CountSent)
+    for row in node_bytes.add_ranks(by_rank, case):
+        # A row there and a row back.
+        rows = row["across"]["rows"] / (2 * 2048 * 2)
+        if row["exchange"] == node_bytes.TWO_HOPS:
+            assert row["across"]["rows"] == row["bound"]
+            # Ids, weights and the exchange of counts with them.
+            assert 1 < row["of_bound"] <= 1.02
+        else:
+            assert row["of_bound"] > 1.05
+        assert rows == pytest.approx(row["expected_rows"], rel=0.15)

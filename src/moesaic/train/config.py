@@ -36,7 +36,7 @@ def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that cannot work in any run. Layouts are checked by `resolve_layout`."""
     at_least = {
         1: (
-            *("tp", "cp", "ep", "etp", "dp_replicate", "capacity", "steps", "batch_size"),
+            *("tp", "cp", "ep", "etp", "dp_replicate", "ranks_per_node", "capacity", "steps", "batch_size"),
             *("keep", "log_every", "eval_bytes", "timeout"),
         ),
         2: ("seq_len",),

@@ -88,6 +88,10 @@ class LayoutOptions:
     """Data parallel size with sharded weights (FSDP2). By default all remaining ranks."""
     dp_replicate: int = 1
     """Data parallel size with replicated weights: the number of dp_shard groups."""
+    ranks_per_node: int | None = None
+    """How many processes are on each node (machine): ranks 0 to n-1 on the first, and so on. Where --ep spans nodes, a
+    token then crosses to a node once, and not once for each rank; 1 turns that off. By default what torchrun started on
+    each node, and a token crosses once to a node where that saves a tenth of what crosses."""
     device: str | None = None
     """Device type: cpu, cuda, ... By default the accelerator, if there is one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moesaic.parallel.mesh import resolve_layout, sizes_in
+from moesaic.parallel.nodes import check_ranks_per_node
 from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, check_packages
@@ -17,6 +18,7 @@ def check_launch(config: TrainConfig) -> None:
     check_packages("training", "train", "transformers", "tokenizers")
     try:
         layout = resolve_layout(launched_world_size(), **sizes_in(config))
+        check_ranks_per_node(config.ranks_per_node, launched_world_size())
     except ValueError as error:
         raise UserError(str(error)) from error
     check_main_grads(config, layout)

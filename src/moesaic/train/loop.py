@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moesaic import ranks
 from moesaic.checkpoint import CheckpointError, wait
 from moesaic.checkpoint.run_folder import EXPORT, METRICS, RESULT, TENSORBOARD
-from moesaic.layers import expert_load, reset_expert_load
+from moesaic.layers import MoE, expert_load, reset_expert_load
 from moesaic.train import finish
 from moesaic.train.config import TrainConfig
 from moesaic.train.console import Screen, describe, open_screen
@@ -342,8 +342,17 @@ def _introduce(run: Run) -> str:
     text = (
         f"{num_parameters(training.model) / 1e6:.1f} M parameters on {world_size} {device} {processes}: "
         f"{run.meshes.layout}\n"
+        f"{_exchange(run)}"
         f"{how}; text: {run.text.train_bytes / 1e6:.1f} MB in {run.text.train_documents} {what}, "
         f"{len(training.loader.rows):,} {rows}\n"
         f"run folder: {run.folder}"
     )
     return text + (f", continuing after step {training.step}" if training.step else "")
+
+
+def _exchange(run: Run) -> str:
+    """How tokens go to experts on other ranks."""
+    moe = next((module for module in run.training.model.modules() if isinstance(module, MoE)), None)
+    if moe is None or run.meshes.layout.ep == 1:
+        return ""
+    return f"tokens to the ranks of their experts in {run.meshes.nodes.exchange(moe.config, run.config.capacity).why}\n"

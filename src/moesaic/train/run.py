@@ -80,7 +80,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     text = prepare_on_ranks(config, source, runtime, notify)
     config = fit_seq_len(config, text, source.text_values.get("max_position_embeddings"), notify)
     sets = read_eval_sets(config, text.tokenizer(), notify) if config.eval_data else ()
-    meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type)
+    meshes = build_meshes(**sizes_in(config), device_type=runtime.device.type, ranks_per_node=config.ranks_per_node)
     implementations.tell_of_missing_kernels(runtime.device, notify)
     loader = BatchLoader(
         _rows(text, config, notify),
