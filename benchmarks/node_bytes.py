@@ -14,7 +14,7 @@ is not slower: it says what a second hop costs and not what it saves.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -116,7 +116,7 @@ def there_and_back(dispatcher: MeshDispatcher, x: Tensor, routing: Routing) -> T
     return dispatcher.combine(sent.x * factors.to(x.dtype), sent)
 
 
-def add_ranks(by_rank: list[dict[str, Any]], case: Case) -> Iterator[dict[str, Any]]:
+def add_ranks(by_rank: Sequence[dict[str, Any]], case: Case) -> Iterator[dict[str, Any]]:
     """Sums over ranks, a row for each exchange and pass; bytes a token."""
     tokens, total = RANKS * case.tokens, sum(found["bound"] for found in by_rank)
     nodes = RANKS // case.per_node
@@ -146,25 +146,25 @@ def add_ranks(by_rank: list[dict[str, Any]], case: Case) -> Iterator[dict[str, A
             }
 
 
-def _rank_main(rank: int, folder: str, case: Case, counting: Callable[[int], Any]) -> None:
+def _rank_main(rank: int, folder: str, cases: list[Case], counting: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    torch.save(count_rank(case, counting), Path(folder, f"{rank}.pt"))
+    torch.save([count_rank(case, counting) for case in cases], Path(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(options: Options) -> Iterator[list[dict[str, Any]]]:
-    """Rows of one case after the other."""
+    """Rows of one case after the other. The ranks are started once, which takes longer than a case."""
     from wire_bytes import CountSent  # a neighbour of the script
 
-    for per_node in PER_NODE:
-        for top_k in TOP_K:
-            case = Case(per_node, top_k, options.dim, options.tokens, options.rounds)
-            with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_rank_main, (folder, case, CountSent), nprocs=RANKS)
-                by_rank = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(RANKS)]
-            yield list(add_ranks(by_rank, case))
+    sizes = options.dim, options.tokens, options.rounds
+    cases = [Case(per_node, top_k, *sizes) for per_node in PER_NODE for top_k in TOP_K]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank_main, (folder, cases, CountSent), nprocs=RANKS)
+        by_rank = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(RANKS)]
+    for case, found in zip(cases, zip(*by_rank, strict=True), strict=True):
+        yield list(add_ranks(found, case))
 
 
 def as_text(row: dict[str, Any]) -> str:
