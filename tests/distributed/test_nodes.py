@@ -45,12 +45,16 @@ def check_layouts() -> None:
         ({"ep": 8, "ranks_per_node": 1}, "every rank of ep is on a node of its own"),
         ({"ep": 4, "etp": 2, "ranks_per_node": 2}, "every rank of ep is on a node of its own"),
         ({"ep": 2, "etp": 4, "ranks_per_node": 2}, "every rank of ep is on a node of its own"),
-        ({"ep": 8}, "give ranks_per_node"),
+        # The ranks of a test were started on one node.
+        ({"ep": 8}, "all ranks of ep are on one node"),
     ):
         exchange = build(**options).nodes.exchange(CONFIG)
         assert exchange.nodes is None
         assert exchange.why.startswith("one hop: ")
         assert why in exchange.why
+    with mock.patch.dict(os.environ):
+        del os.environ["LOCAL_WORLD_SIZE"]
+        assert "give ranks_per_node" in build(ep=8).nodes.exchange(CONFIG).why
 
 
 def test_layouts(same_ranks):

@@ -25,6 +25,8 @@ from moesaic.ops.arguments import check_int
 # default: the second hop costs something too.
 WORTH = 0.9
 
+_ONE_NODE = "all ranks of ep are on one node"
+
 
 class NodeGroups(NamedTuple):
     """The groups of two hops, of which the first is over nodes.
@@ -155,16 +157,18 @@ def find_nodes(given: int | None, launched: list[int | None], ep: dist.ProcessGr
     per_node = given if given is not None else launched[0] if len(set(launched)) == 1 else None
     if per_node is None:
         return Nodes()
+    if per_node == ranks.world_size():
+        return Nodes(per_node, given is not None, None, _ONE_NODE)
     groups = sorted(set(ranks.gather(tuple(dist.get_process_group_ranks(ep)))))
     on_nodes = {_sizes_on_nodes(group, per_node): group for group in reversed(groups)}
     sizes = {size for pattern in on_nodes for size in pattern}
     if sizes == {len(groups[0])}:
-        return Nodes(per_node, given is not None, None, "all ranks of ep are on one node")
+        return Nodes(per_node, given is not None, None, _ONE_NODE)
     if sizes == {1}:
         obstacle = "every rank of ep is on a node of its own, so that a row a rank is a row a node"
         return Nodes(per_node, given is not None, None, obstacle)
     if len(sizes) > 1:
-        said = "; ".join(f"of {list(group)} it has {', '.join(map(str, p))}" for p, group in on_nodes.items())
+        said = "; ".join(f"of {list(group)} it has {', '.join(map(str, p))}" for p, group in reversed(on_nodes.items()))
         obstacle = (
             f"nodes of {per_node} ranks do not have equally many of each ep group: {said}. Two hops need ep * etp to "
             f"be a multiple of {per_node}"
