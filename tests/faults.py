@@ -79,9 +79,23 @@ FAULTS = (
     Fault(
         "the size of an all-to-all is that of what is sent",
         "parallel/traffic.py",
-        "rows_PQP[:, etp_rank, ep_rank],",
-        "rows_PQP[ep_rank, etp_rank],",
+        "rows_PQP[:, etp_rank, ep_rank]]",
+        "rows_PQP[ep_rank, etp_rank]]",
         (f"{_PARITY}[2-tp2 dp_replicate1 ep2 etp1]",),
+    ),
+    Fault(
+        "a rank of a node takes what crossed to it for what its neighbours pass on",
+        "parallel/traffic.py",
+        "passed_NLP[:, :, ep_rank].sum(0),",
+        "passed_NLP[:, place, nodes].sum(0),",
+        ("tests/distributed/test_two_hops.py::test_rows_and_gradients_arrive[tp2 ep4, 2 on a node]",),
+    ),
+    Fault(
+        "a token crosses to a node for each of its ranks",
+        "parallel/nodes.py",
+        "return NodeGroups(*mine)",
+        "return NodeGroups(*reversed(mine))",
+        ("tests/distributed/test_wire_bytes.py::test_two_hops_are_at_the_bound_of_distinct_nodes[8-4]",),
     ),
     Fault(
         "balance losses see this rank's counts only",

@@ -20,14 +20,16 @@ from tests.distributed.test_collectives_count import BACKWARD_PER_AXIS, FORWARD_
 from tests.distributed.test_moe_parity import ALL_RUNS, EVEN, Run, Sizes, make_moe
 from tests.policies import recomputed
 
-# Ranks, their layout, how many are on a node, and how many of each ep group.
-LAYOUTS = [
-    (4, {"tp": 2, "ep": 4}, 2, 2),
-    (8, {"tp": 8, "ep": 8}, 4, 4),
-    (8, {"tp": 2, "ep": 8}, 2, 2),
-    (8, {"tp": 4, "ep": 4, "etp": 2}, 4, 2),
-    (8, {"ep": 4}, 2, 2),
-]
+UNEVEN = Sizes(experts=13, hidden=7)
+
+# Ranks, their layout, how many are on a node, and the sizes of a layer.
+LAYOUTS = {
+    "tp2 ep4, 2 on a node": (4, {"tp": 2, "ep": 4}, 2, EVEN),
+    "tp8 ep8, 4 on a node": (8, {"tp": 8, "ep": 8}, 4, UNEVEN),
+    "tp2 ep8, 2 on a node": (8, {"tp": 2, "ep": 8}, 2, EVEN),
+    "tp4 ep4 etp2, 4 on a node": (8, {"tp": 4, "ep": 4, "etp": 2}, 4, EVEN),
+    "ep4, 2 on a node": (8, {"ep": 4}, 2, EVEN),
+}
 
 
 @functools.cache
@@ -89,8 +91,9 @@ def check_what_arrives(layout: dict[str, int], per_node: int, cases: list[dict[s
             assert_close(f"{case}: {name}", first[name], t, 1e-12)
 
 
-@pytest.mark.parametrize(("ranks", "layout", "per_node", "size"), LAYOUTS, ids=str)
-def test_rows_and_gradients_arrive(same_ranks, ranks, layout, per_node, size):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_and_gradients_arrive(same_ranks, name):
+    ranks, layout, per_node, _ = LAYOUTS[name]
     cases = [
         # Experts that ranks do not divide; up to as many ranks without one as there are.
         {"experts": 8 + 5 * i % 9, "top_k": 1 + i % 8, "tokens": 1 + i // 2, "to_one": int(i in (5, 9)), "seed": i}
@@ -105,15 +108,20 @@ def parallel(per_node: int, way: str, moe: moesaic.MoE, layout: Layout) -> moesa
     return moe
 
 
+# The others are slow, and take turns.
 @pytest.mark.parametrize(
-    ("ranks", "layout", "per_node", "size"),
-    [LAYOUTS[0], *(pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:])],
-    ids=str,
+    ("name", "runs"),
+    [
+        pytest.param(
+            name, ALL_RUNS[::3] if not i else [ALL_RUNS[i % 4]], marks=[pytest.mark.slow] if i else [], id=name
+        )
+        for i, name in enumerate(LAYOUTS)
+    ],
 )
-def test_every_gradient_is_that_of_one_process(equal_gradients, ranks, layout, per_node, size):
-    runs = ALL_RUNS[::3] if ranks == 4 else [ALL_RUNS[LAYOUTS.index((ranks, layout, per_node, size)) % 4]]
+def test_every_gradient_is_that_of_one_process(equal_gradients, name, runs):
+    ranks, layout, per_node, sizes = LAYOUTS[name]
     for way, routing in runs:
-        run = Run(routing, way, 5, EVEN if size == 2 else Sizes(experts=13, hidden=7))
+        run = Run(routing, way, 5, sizes)
         equal_gradients(
             functools.partial(make_moe, routing, run.sizes),
             run.inputs,

@@ -101,12 +101,13 @@ def expected_rows(nodes: int, size: int, num_experts: int, top_k: int) -> tuple[
     """How many rows a token sends over nodes, in one hop and in two, if it goes to K experts of E at random.
 
     A set of ``m`` experts has one of them with the probability ``1 - C(E - m, K) / C(E, K)``. Summed over the ranks of
-    all nodes, or over the nodes, of which the token's own does not count: it is each one in N times.
+    all nodes, or over the nodes, of which the token's own does not count: it is each one in N times. Routing that is
+    limited to groups of experts is not taken into account; it goes to fewer nodes still.
 
     Example:
         >>> one, two = expected_rows(nodes=2, size=4, num_experts=64, top_k=8)
         >>> print(f"{one:.2f} {two:.2f}")
-        2.71 1.00
+        2.72 1.00
     """
 
     def hit(experts: int) -> float:
