@@ -31,7 +31,7 @@ from moesaic.layers.router import Routing
 from moesaic.ops import Permutation
 from moesaic.parallel.capacity import bounded_traffic, in_places, spoiled
 from moesaic.parallel.collectives import all_gather_rows, reduce_scatter_rows
-from moesaic.parallel.hop import Hop, address, count, distinct, owners, start_hop, unpack
+from moesaic.parallel.hop import Addressed, Hop, address, count, distinct, owners, start_hop, unpack
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.nodes import NodeGroups
 from moesaic.parallel.placements import PLACES
@@ -89,41 +89,23 @@ class MeshDispatcher:
     ) -> Dispatched:
         P, K = self.ep.size(), routing.ids.shape[1]
         experts_per_rank = -(-num_experts // P)
-        owner_TK = owners(routing.ids, experts_per_rank, P)
-        copies_P = count(owner_TK, P)
-        most = copies_P.max()
-        self.most = torch.maximum(self.most, most)
-        # Of the first hop: its members are nodes, or ranks.
-        L = 1 if self.nodes is None else self.nodes.within.size()
-        group = self.ep if self.nodes is None else self.nodes.across
-        to = address(owner_TK if L == 1 else owners(routing.ids, L * experts_per_rank, P // L), P // L)
-        if self.capacity is None:
-            rows_N = to.rows.group_sizes
-            rows = rows_N if L == 1 else torch.cat([rows_N, count(distinct(owner_TK, P), P)])
-            traffic = exchange_counts(rows, copies_P, self.ep, self.etp, self.all, L)
-            # Not slices: a compiler does not know that there are so many rows.
-            slots_S = to.rows.slots.narrow(0, 0, sum(traffic.splits[0].send))
-            to = to._replace(rows=Permutation(slots_S, to.rows.positions, rows_N))
-        else:
-            traffic = bounded_traffic(self.capacity, P, self.etp.size())
-            to = to._replace(rows=in_places(to.rows, P, self.capacity))
+        to, traffic, most = self._address(routing.ids, experts_per_rank)
         numbers_Tn = routing.ids
         if (keys_TK := routing.keys) is not None:
             # In halves, for a number has no more than 32 bits on its way.
             numbers_Tn = torch.cat([routing.ids, keys_TK >> 32, keys_TK << 32 >> 32], 1)
-        split, *further = traffic.splits
-        hop, x_rows, messages = start_hop(x, routing.weights, numbers_Tn, to, split, group, L * experts_per_rank)
+        (split, *further), members = traffic.splits, self._members()
+        group, ranks = members[0]
+        hop, rows, messages = start_hop(x, routing.weights, numbers_Tn, to, split, group, ranks * experts_per_rank)
         hops = [hop]
         beside = None if meanwhile is None else meanwhile()
-        for split in further:
-            assert self.nodes is not None
+        for split, (group, ranks) in zip(further, members[1:], strict=True):
             weights_MK, numbers_Mn = unpack(messages(), K)
-            to = address(owners(numbers_Mn[:, :K], experts_per_rank, L), L, sum(split.send))
-            hop, x_rows, messages = start_hop(
-                x_rows(), weights_MK, numbers_Mn, to, split, self.nodes.within, experts_per_rank
-            )
+            experts = ranks * experts_per_rank
+            to = address(owners(numbers_Mn[:, :K], experts, group.size()), group.size(), sum(split.send))
+            hop, rows, messages = start_hop(rows(), weights_MK, numbers_Mn, to, split, group, experts)
             hops.append(hop)
-        x_ND = all_gather_rows(x_rows(), traffic.gather, self.etp)
+        x_ND = all_gather_rows(rows(), traffic.gather, self.etp)
         weights_NK, numbers_Nn = unpack(all_gather_rows(messages(), traffic.gather, self.etp, columns=K), K)
         ids_NK, *halves_NK = numbers_Nn.split(K, dim=1)
 
@@ -154,6 +136,30 @@ class MeshDispatcher:
         for hop in reversed(record.hops):
             z_MD = hop.back(z_MD)
         return z_MD if self.capacity is None else spoiled(z_MD, record.most, self.capacity)
+
+    def _members(self) -> list[tuple[dist.ProcessGroup, int]]:
+        """The group of each hop, and how many ep ranks each member of it stands for."""
+        if self.nodes is None:
+            return [(self.ep, 1)]
+        return [(self.nodes.across, self.nodes.within.size()), (self.nodes.within, 1)]
+
+    def _address(self, ids_TK: Tensor, experts_per_rank: int) -> tuple[Addressed, Traffic, Tensor]:
+        """Where tokens go in the first hop, how many rows go where in all, and the most copies for one rank."""
+        P, (group, ranks) = self.ep.size(), self._members()[0]
+        owner_TK = owners(ids_TK, experts_per_rank, P)
+        copies_P = count(owner_TK, P)
+        most = copies_P.max()
+        self.most = torch.maximum(self.most, most)
+        to = address(owner_TK if ranks == 1 else owners(ids_TK, ranks * experts_per_rank, group.size()), group.size())
+        if self.capacity is not None:
+            to = to._replace(rows=in_places(to.rows, P, self.capacity))
+            return to, bounded_traffic(self.capacity, P, self.etp.size()), most
+        slots, positions, sizes = to.rows
+        rows = sizes if ranks == 1 else torch.cat([sizes, count(distinct(owner_TK, P), P)])
+        traffic = exchange_counts(rows, copies_P, self.ep, self.etp, self.all, ranks)
+        # Not slices: a compiler does not know that there are so many rows.
+        slots_S = slots.narrow(0, 0, sum(traffic.splits[0].send))
+        return to._replace(rows=Permutation(slots_S, positions, sizes)), traffic, most
 
     def _as_block(self, t: Tensor, operand: str) -> Tensor:
         """This rank's block."""
