@@ -201,7 +201,8 @@ def test_half_types(same_ranks, impl):
 
 
 def count_collectives(layout: dict[str, int], per_node: int) -> tuple[dict[str, int], dict[str, int]]:
-    moe = moesaic.parallelize(moesaic.MoE(CONFIG), meshes_on_nodes(per_node, **layout))
+    config = dataclasses.replace(CONFIG, shared_hidden_dim=0)
+    moe = moesaic.parallelize(moesaic.MoE(config), meshes_on_nodes(per_node, **layout))
     with CommDebugMode() as forward:
         y = moe(torch.randn(3, 8, requires_grad=True))
     with CommDebugMode() as backward:
