@@ -105,7 +105,7 @@ def launched(monkeypatch):
             ["--ep", "64", "--batch-size", "64"],
             "--ep: 64 ranks cannot share 32 experts; what fits: 1, 2, 4, 8",
         ),
-        (4, ["--batch-size", "6"], "--batch-size 6 does not divide by the 4 data parallel ranks.*; 8 does"),
+        (4, ["--batch-size", "6"], "--batch-size 6 does not divide by 4 data parallel ranks.*; 8 does"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Parallel plans: MoE layers and the models around them, laid over device meshes."""
 
+from moesaic.parallel.accumulate import no_sync
 from moesaic.parallel.build import build_meshes
 from moesaic.parallel.capacity import most_copies, skip_overflowed_steps
 from moesaic.parallel.gradients import clip_grad_norm_
@@ -13,6 +14,7 @@ __all__ = [
     "build_meshes",
     "clip_grad_norm_",
     "most_copies",
+    "no_sync",
     "parallelize",
     "resolve_layout",
     "skip_overflowed_steps",

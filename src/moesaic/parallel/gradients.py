@@ -3,7 +3,8 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+
+# Of a parameter whose gradient is not to be summed yet. Backward passes have threads of their own, so no context knows.
+_LATER = "_moesaic_sum_later"
 
 
 def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -24,7 +28,22 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.register_post_accumulate_grad_hook(_match_placements)
 
 
+@contextmanager
+def sum_later(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What :func:`sum_partial_gradients` does waits for the next backward pass outside. Until then they add up."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.__dict__[_LATER] = True
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.__dict__.pop(_LATER, None)
+
+
 def _match_placements(parameter: Tensor) -> None:
+    if _LATER in parameter.__dict__:
+        return
     grad = parameter.grad
     if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
         parameter.grad = grad.redistribute(placements=parameter.placements)

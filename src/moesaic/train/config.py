@@ -36,8 +36,8 @@ def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that cannot work in any run. Layouts are checked by `resolve_layout`."""
     at_least = {
         1: (
-            *("tp", "cp", "ep", "etp", "dp_replicate", "ranks_per_node", "capacity", "steps", "batch_size"),
-            *("keep", "log_every", "eval_bytes", "timeout"),
+            *("tp", "cp", "ep", "etp", "dp_replicate", "ranks_per_node", "capacity", "steps"),
+            *("batch_size", "accumulate", "keep", "log_every", "eval_bytes", "timeout"),
         ),
         2: ("seq_len",),
         0: ("save_every", "eval_every", "warmup_steps", "sample_tokens", "seed", "lora_rank", "early_stop"),

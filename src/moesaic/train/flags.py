@@ -103,7 +103,10 @@ class OptimisationOptions:
     steps: int = 160
     """Total number of optimizer steps."""
     batch_size: int = 16
-    """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks."""
+    """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks times --accumulate."""
+    accumulate: int = 1
+    """Forward and backward passes in a step. Each takes a part of the batch, which needs less memory. Gradients are
+    summed over the processes once a step. The balance loss balances the tokens of each pass."""
     seq_len: int | None = None
     """Tokens in a sequence. By default 128 for text. For conversations it is the length of the longest, at most 4,096
     and what the model has positions for."""

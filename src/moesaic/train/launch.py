@@ -8,6 +8,7 @@ from moesaic.train.architecture import check_fits, find_model
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, check_packages
 from moesaic.train.folder import check_free
+from moesaic.train.loader import check_batch_size
 from moesaic.train.lora import check_adapters
 from moesaic.train.main_grads import check_main_grads
 from moesaic.train.runtime import launched_world_size
@@ -29,10 +30,4 @@ def check_launch(config: TrainConfig) -> None:
     if not source.pretrained:
         # Configs of pretrained models have other keys. The plan checks those models before weights are loaded.
         check_fits(source.values, layout)
-    dp_size = layout.dp_size
-    if config.batch_size % dp_size:
-        near = max(1, round(config.batch_size / dp_size)) * dp_size
-        raise UserError(
-            f"--batch-size {config.batch_size} does not divide by the {dp_size} data parallel ranks "
-            f"(dp_replicate * dp_shard); {near} does"
-        )
+    check_batch_size(config.batch_size, layout.dp_size, config.accumulate)

@@ -39,6 +39,12 @@ class Batch:
         tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
+    def split(self, parts: int) -> list[Batch]:
+        """The same rows in equal parts, each with the number of targets of the whole step."""
+        rows = len(self.inputs) // parts
+        tensors = {name: t.split(rows) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return [replace(self, **{name: t[part] for name, t in tensors.items()}) for part in range(parts)]  # type: ignore[arg-type]
+
 
 class Row(NamedTuple):
     """`[seq_len]` each."""
@@ -97,13 +103,23 @@ class Windows:
         return self.seq_len
 
 
-class BatchLoader:
-    """Endless batches of `batch_size / dp_size` rows. Raises `UserError` if the ranks do not divide the batch."""
+def check_batch_size(batch_size: int, dp_size: int, passes: int) -> None:
+    """Raise `UserError` unless ranks and passes divide the batch."""
+    parts = dp_size * passes
+    if batch_size % parts:
+        near = max(1, round(batch_size / parts)) * parts
+        times = f" times the {passes} passes of --accumulate" if passes > 1 else ""
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by {dp_size} data parallel ranks "
+            f"(dp_replicate * dp_shard){times}; {near} does"
+        )
 
-    def __init__(self, rows: Rows, *, batch_size: int, seed: int, dp_rank: int = 0, dp_size: int = 1):
-        if batch_size % dp_size:
-            near = max(1, round(batch_size / dp_size)) * dp_size
-            raise UserError(f"--batch-size {batch_size} does not divide by {dp_size} data parallel ranks; {near} would")
+
+class BatchLoader:
+    """Endless batches of `batch_size / dp_size` rows, which `passes` divide, too. Raises `UserError` if they do not."""
+
+    def __init__(self, rows: Rows, *, batch_size: int, seed: int, dp_rank: int = 0, dp_size: int = 1, passes: int = 1):
+        check_batch_size(batch_size, dp_size, passes)
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed

@@ -88,6 +88,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         seed=config.seed,
         dp_rank=meshes.dp_rank,
         dp_size=meshes.dp_size,
+        passes=config.accumulate,
     )
     if source.pretrained:
         notify(f"loading {config.model} ({source.values['model_type']}) to fine-tune it; computing in {config.dtype}")

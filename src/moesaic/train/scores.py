@@ -41,7 +41,8 @@ class Scores(Protocol):
 
 def measuring(config: TrainConfig, meshes: Meshes, device: torch.device) -> dict[str, Any]:
     """The options of `evaluate.nats` in a run."""
-    return {"meshes": meshes, "batch_size": config.batch_size, "device": device, "dtype": config.dtype}
+    size = config.batch_size // config.accumulate
+    return {"meshes": meshes, "batch_size": size, "device": device, "dtype": config.dtype}
 
 
 def scores_of(

@@ -1,7 +1,8 @@
 """One training step: loss and gradients as sums over ranks, a check that all is finite, then the update.
 
 The loss of a rank is the sum over its own target tokens divided by the number of target tokens of all ranks. So losses
-and gradients add up over ranks to those of the whole batch, and nothing else is scaled.
+and gradients add up over ranks to those of the whole batch, and nothing else is scaled. It is the same for a batch in
+several passes. Only balance losses are then divided by the number of passes, for each is a mean over the tokens of one.
 
 Legend: B sequences of this rank, S positions, s positions of this rank's part of the sequences, V vocabulary.
 """
@@ -9,7 +10,7 @@ Legend: B sequences of this rank, S positions, s positions of this rank's part o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesaic import ranks
 from moesaic.layers import balance_losses
+from moesaic.parallel.accumulate import no_sync
 from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
@@ -127,17 +129,16 @@ def _train_step(
     torch.manual_seed(int(seed[0]))
     batch = training.loader.next_batch().to(device)
     guard.reset()
-    with autocast(device, config.dtype), balance_losses() as balance:
-        logits_BsV = forward(model, batch)
-    targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
-    loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
-    balance_loss = torch.stack(balance).sum() if balance else loss.new_zeros(())
-    (loss + balance_loss).backward()
+    losses = torch.zeros(2, device=device)
+    for number, part in enumerate(batch.split(config.accumulate), start=1):
+        # Gradients of all passes are summed over ranks in the last.
+        with nullcontext() if number == config.accumulate else no_sync(model):
+            losses += _pass(model, part, config, meshes, device)
     if training.main_grads is not None:
         training.main_grads.give()
 
     # The one exchange of a step that the host waits for, so it carries everything that ranks must agree on.
-    own = torch.stack([loss.detach(), balance_loss.detach(), loss.new_tensor(float(stop_wanted))])
+    own = torch.cat([losses, losses.new_tensor([float(stop_wanted)])])
     shared = torch.cat([own, guard.flags > 0]).double()
     if ranks.active():
         dist.all_reduce(shared)
@@ -158,6 +159,18 @@ def _train_step(
     if training.main_grads is not None:
         training.main_grads.clear()
     return StepResult(loss_value, balance_value, grad_norm, bool(stop))
+
+
+def _pass(model: nn.Module, batch: Batch, config: TrainConfig, meshes: Meshes, device: torch.device) -> Tensor:
+    """Forward and backward pass of a part of a batch. This rank's parts of the batch's losses, main and balance."""
+    with autocast(device, config.dtype), balance_losses() as balance:
+        logits_BsV = forward(model, batch)
+    targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
+    loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
+    # Each is a mean over the tokens of one pass.
+    balance_loss = torch.stack(balance).sum() / config.accumulate if balance else loss.new_zeros(())
+    (loss + balance_loss).backward()
+    return torch.stack([loss.detach(), balance_loss.detach()])
 
 
 def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
