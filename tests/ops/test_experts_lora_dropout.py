@@ -10,6 +10,7 @@ from moesaic.layers.dropout import Holders, copy_keys
 from moesaic.ops import experts_lora
 from moesaic.ops.experts_lora.dropout import HIDDEN, TOKENS, dropped, kept
 from moesaic.ops.quantized import quantize
+from moesaic.parallel.sequence import positions_of_parts
 from tests.ops.test_experts_lora import FACTORS, computed, problem
 
 T, K, E, P = 12, 2, 4, 0.4
@@ -148,4 +149,23 @@ def test_ranks_with_parts_of_the_tokens_have_their_parts_of_the_keys(leading):
             return torch.stack([torch.cat([drawn, of_one]) for of_one in sizes])
 
         found = copy_keys(part.shape[:-1], K, torch.device("cpu"), Holders(gather, rank, 2))
+        assert torch.equal(found.view(part.shape), part)
+
+
+@pytest.mark.parametrize(("cp", "tp", "length"), [(2, 1, 7), (2, 2, 11), (4, 1, 3), (3, 2, 12)])
+def test_ranks_of_cp_have_their_parts_of_the_keys(cp, tp, length):
+    """On (dp 2, cp, tp): parts from the head and the tail of the same sequences."""
+    torch.manual_seed(1)
+    whole = copy_keys(torch.Size([3, length]), K, torch.device("cpu")).view(3, length, K)
+    places = [(rows, at) for rows in (slice(0, 1), slice(1, 3)) for at in positions_of_parts(length, cp, tp)]
+    parts = [whole[rows][:, at] for rows, at in places]
+
+    def gather(own: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        drawn = torch.randint(2**62, (1,))
+        return torch.stack([torch.cat([drawn, torch.tensor(part.shape[:2])]) for part in parts])
+
+    for rank, part in enumerate(parts):
+        torch.manual_seed(5)
+        found = copy_keys(part.shape[:-1], K, torch.device("cpu"), Holders(gather, rank, cp * tp, cp))
         assert torch.equal(found.view(part.shape), part)

@@ -95,7 +95,11 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(
     ("world_size", "arguments", "message"),
     [
-        (4, ["--tp", "3"], r"dp_replicate \* tp = 1 \* 3 = 3 must divide the world size 4.*Nearest legal choices"),
+        (
+            4,
+            ["--tp", "3"],
+            r"dp_replicate \* cp \* tp = 1 \* 1 \* 3 = 3 must divide the world size 4.*Nearest legal choices",
+        ),
         (4, ["--ep", "4", "--etp", "2"], r"ep \* etp = 4 \* 2 = 8 must divide the world size 4.*Nearest legal"),
         (4, ["--dp-shard", "2", "--tp", "1"], r"must equal the world size 4"),
         (1, ["--tp", "2"], "world size 1"),

@@ -80,7 +80,7 @@ def _bits_on_ranks(held_out, **layout):
 
     # As the parallel model does, a rank only gives the logits of its part of the sequence.
     def shard(module, args, output):
-        return SimpleNamespace(logits=output.logits[:, meshes.sequence_slice(output.logits.shape[1])])
+        return SimpleNamespace(logits=output.logits[:, meshes.sequence_positions(output.logits.shape[1])])
 
     model.register_forward_hook(shard)
     return evaluate.bits_per_byte(
@@ -88,7 +88,7 @@ def _bits_on_ranks(held_out, **layout):
     )
 
 
-@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2}, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("layout", [{"tp": 1}, {"cp": 2, "tp": 2}, {"tp": 4}], ids=str)
 def test_bits_do_not_depend_on_the_layout(bpe, ranks, layout):
     held_out = evaluate.cut_windows(TEXTS, bpe, 5)
     expected = _bits_on_ranks(held_out)

@@ -131,8 +131,9 @@ def _in_our_names(grads):
         ("mixtral", 1, {"packing": False}),
         ("mixtral", 4, MESH),
         ("qwen3_moe", 4, MESH),
-        ("qwen3_moe", 2, {"ep": 2}),
+        ("qwen3_moe", 2, {"cp": 2, "ep": 2}),
         ("deepseek_v3", 4, MESH),
+        ("deepseek_v3", 4, {"cp": 2, "tp": 2, "ep": 4}),
     ],
     ids=str,
 )
@@ -140,7 +141,7 @@ def test_gradients_are_those_of_each_conversation_alone(tuned, cache, ranks, tmp
     write_model(tmp_path / "model", family)
     config = dataclasses.replace(tuned, aux_loss_coef=0.0, **changes)
     with started("cpu") as runtime:
-        alone = dataclasses.replace(config, tp=1, ep=1, etp=1, out=tmp_path / "alone")
+        alone = dataclasses.replace(config, tp=1, cp=1, ep=1, etp=1, out=tmp_path / "alone")
         loader = set_up(alone, runtime, lambda text: None).training.loader
     batch = loader.next_batch()
     expected_loss, expected = _reference(config, batch)

@@ -1,6 +1,7 @@
 """An interrupted run that is resumed is the run that was not interrupted: bit for bit on the same layout."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -76,7 +77,7 @@ def _rows(folder):
 def _tensors(config, cache):
     """The whole state of a run as its last checkpoint has it, on one process."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    layout = dict.fromkeys(("tp", "ep", "etp", "dp_replicate"), 1) | {"dp_shard": None}
+    layout = dict.fromkeys(("tp", "cp", "ep", "etp", "dp_replicate"), 1) | {"dp_shard": None}
     config = dataclasses.replace(config, resume=True, **layout)
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
@@ -99,7 +100,13 @@ def _on(ranks, world_size, fn, *args, **kwargs):
 
 @pytest.mark.parametrize(
     ("world_size", "changes", "victim"),
-    [(1, {}, 0), (1, {"dtype": "bf16"}, 0), (2, {"ep": 2}, 1), (4, MESH, 2), (4, {**MESH, "compute": "local"}, 0)],
+    [
+        (1, {}, 0),
+        (1, {"dtype": "bf16"}, 0),
+        (2, {"cp": 2, "ep": 2}, 1),
+        (4, MESH, 2),
+        (4, {**MESH, "compute": "local"}, 0),
+    ],
     ids=str,
 )
 def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, world_size, changes, victim):
@@ -125,9 +132,11 @@ def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, worl
     _assert_equal(tensors, _tensors(whole, cache)[1])
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(4, 1), (1, 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(2, 4), (1, 2)])]
+)
 def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
-    layouts = {1: {}, 4: MESH}
+    layouts = {1: {}, 2: {"cp": 2, "etp": 2}, 4: MESH}
     whole = dataclasses.replace(tiny, out=tmp_path / "whole", **layouts[before])
     _on(ranks, before, _fit, whole, cache)
     part = dataclasses.replace(tiny, out=tmp_path / "part", **layouts[before])
@@ -182,6 +191,19 @@ def test_the_whole_program_and_its_second_call(tiny, cache, capsys):
     _train(dataclasses.replace(config, resume=True), cache)
     assert "step 6/6" not in capsys.readouterr().out
     _assert_equal(exported, load_file(config.out / "export" / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_whole_program_on_ranks_of_cp(tiny, cache, ranks):
+    config = dataclasses.replace(tiny, cp=2, etp=2, eval_every=3, save_every=4)
+    one = dataclasses.replace(tiny, out=tiny.out.with_name("one"), eval_every=3)
+    ranks(_train, 2, config, cache)
+    _train(one, cache)
+    result, expected = (json.loads((folder / "result.json").read_text()) for folder in (config.out, one.out))
+    assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert result["export_difference"] < 1e-5
+    losses, expected = ([row.get("loss") for row in _rows(folder)] for folder in (config.out, one.out))
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_runs_go_into_new_folders_of_their_own(tiny, cache, tmp_path, monkeypatch):

@@ -25,8 +25,11 @@ from moesaic.trained.routing import describe
 from moesaic.trained.source import find, load, load_tokenizer
 from tests.train.chats import CHANGING, tiny_tokenizer, write_chats, write_model
 
-LAYOUTS = ({"tp": 2, "ep": 2},)  # on 2 ranks
-MORE = ({"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}, {"tp": 2, "ep": 4}, {"etp": 4, "dp_replicate": 2}, {})  # on 4
+LAYOUTS = ({"tp": 2, "ep": 2}, {"cp": 2})  # on 2 ranks
+MORE = (
+    *({"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}, {"tp": 2, "ep": 4}, {"etp": 4, "dp_replicate": 2}, {}),
+    *({"cp": 2, "tp": 2, "ep": 2}, {"cp": 4, "etp": 2}),
+)  # on 4
 
 
 @pytest.fixture(scope="module")

@@ -78,10 +78,9 @@ class Part(NamedTuple):
         everyone = head_tail_slices(self.length, self.group.size())
         sizes = [[chunk.stop - chunk.start for chunk in chunks] for chunks in everyone]
         gathered = all_gather_rows(rows, [sum(of_rank) for of_rank in sizes], self.group)
-        # From the order of ranks to that of positions.
+        # From the order of ranks to that of positions: all heads, and then the tails of the last rank and so on.
         chunks = gathered.split([size for of_rank in sizes for size in of_rank])
-        starts = [chunk.start for chunks in everyone for chunk in chunks]
-        whole = torch.cat([chunks[i] for i in sorted(range(len(chunks)), key=lambda i: (starts[i], i))])
+        whole = torch.cat([*chunks[::2], *reversed(chunks[1::2])]) if len(everyone) > 1 else gathered
         return list(whole.permute(1, 2, 0, 3).split(widths, 3))
 
 

@@ -115,8 +115,8 @@ def _mask(whole: Callable[..., Any], inner: str, **given: Any) -> Any:
         keys = chunk.stop if padding is None else part.length
         if queries == 0 or (plain and inner == "sdpa" and chunk.start == 0):
             mask = None
-        elif plain and inner == "sdpa" and torch.device(given["device"]).type == "cuda":
-            # A fast kernel's own, where torch has one. On the CPU it would be made again in each layer.
+        elif plain and inner == "sdpa":
+            # Known to torch's fast kernels, for which nothing is made in memory.
             mask = causal_lower_right(queries, keys)
         else:
             own = {"q_length": queries, "q_offset": chunk.start, "kv_length": keys, "kv_offset": 0}
@@ -133,6 +133,7 @@ def _attend(
     if not isinstance(attention_mask, PartMask):
         return compute(module, query, key, value, attention_mask, **given)
     part = attention_mask.part
+    query, key, value = (_as_autocast(t) for t in (query, key, value))
     if part.is_empty:
         # One row stands for none. What it gives is cut off, and keeps gradients of nothing in step with other ranks.
         key, value = part.gather([key[:, :, :0], value[:, :, :0]])
@@ -144,6 +145,14 @@ def _attend(
             continue
         results.append(compute(module, queries, key[:, :, :keys], value[:, :, :keys], mask, **given)[0])
     return torch.cat(results, 1), None
+
+
+def _as_autocast(t: Tensor) -> Tensor:
+    """In the dtype to which autocast would cast it: before it is sent, and for what autocast does not see."""
+    device = t.device.type
+    if t.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return t
+    return t.to(torch.get_autocast_dtype(device))
 
 
 def _eager(module: nn.Module) -> Any:
