@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import DynamicCache
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
@@ -147,3 +148,35 @@ def test_attention_of_others_is_refused_by_name():
     del model.model.attention_of_parts
     with pytest.raises(ValueError, match=r"cp: it is not known how the attention of Qwen3MoeModel .* call .*swap_moe"):
         moesaic.parallelize(model, fake_meshes(2, cp=2))
+
+
+def check_misuse() -> None:
+    meshes = meshes_of({"cp": 2})
+    model = moesaic.parallelize(swap_moe(make_model("Qwen3-MoE")), meshes)
+    ids = torch.randint(3, VOCAB, (2, 6))
+    refused = [
+        ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"attention_mask: with cp > 1 expected \[B, S\].*position_ids"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask: .* whole sequences of 6 tokens .*, got \[2, 3\]"),
+        ({"position_ids": torch.arange(3).unsqueeze(0)}, r"position_ids: .* whole sequences of 6 tokens"),
+        ({"output_attentions": True}, "output_attentions: with cp > 1 .* set it to False"),
+        ({"past_key_values": DynamicCache()}, "past_key_values: with cp > 1 .* leave it out"),
+        ({"logits_to_keep": 1}, r"logits_to_keep: with cp > 1 .*meshes.sequence_positions"),
+    ]
+    for given, message in refused:
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, **given)
+    with pytest.raises(ValueError, match="generate: with cp > 1 .* use cp=1, or export_pretrained"):
+        model.generate(ids)
+    layer, hidden = model.model.layers[0], torch.zeros(2, len(meshes.sequence_positions(6)), 32)
+    with pytest.raises(ValueError, match="Qwen3MoeAttention was given no mask .* call the whole decoder"):
+        layer(hidden, position_embeddings=(torch.zeros(1, 6, 8),) * 2, attention_mask=None)
+    # Another model of the same config is none of ours.
+    plain = type(model)(model.config)
+    assert plain(input_ids=ids).logits.shape == (2, 6, VOCAB)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation: it became 'sdpa' after parallelize"):
+        model(input_ids=ids)
+
+
+def test_misuse_is_told(same_ranks):
+    same_ranks(check_misuse, 2)

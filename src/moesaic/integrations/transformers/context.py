@@ -22,16 +22,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moesaic.integrations.transformers.calls import stacks_of
 from moesaic.parallel.context import PartMask, part_of_call
+from moesaic.parallel.decoder import decoder_layers
 
 # What computes a chunk -> the name under which transformers finds ours.
 _NAMES = {inner: f"moesaic_context_parallel_{inner}" for inner in ("sdpa", "eager")}
+_INNER = {name: inner for inner, name in _NAMES.items()}
 
 
 class ContextParallelism:
     """What :func:`moesaic.parallelize` needs to know of a decoder's attention to lay it over cp."""
 
     def check(self, decoder: Any) -> None:
-        chosen = decoder.config._attn_implementation
+        chosen = _inner_of(decoder.config)
         if chosen not in _NAMES:
             raise ValueError(
                 f"cp: attention is computed by {chosen!r}, which cp > 1 does not know; call "
@@ -39,19 +41,21 @@ class ContextParallelism:
             )
         if not getattr(decoder.config, "is_causal", True):
             raise ValueError("cp: the attention of this model is not causal (config.is_causal); use cp=1")
-        for i, layer in enumerate(decoder.layers):
+        for i, layer in enumerate(decoder_layers(decoder)):
             attention = layer.self_attn
             if problem := _problem_of(attention, chosen):
                 raise ValueError(f"cp: layer {i}'s attention, {type(attention).__name__}, {problem}; use cp=1")
 
     def take_over(self, decoder: Any) -> None:
         _register()
-        decoder.config._attn_implementation = _NAMES[decoder.config._attn_implementation]
-        for layer in decoder.layers:
-            layer.self_attn.config._attn_implementation = decoder.config._attn_implementation
+        name = _NAMES[_inner_of(decoder.config)]
+        decoder.config._attn_implementation = name
+        for layer in decoder_layers(decoder):
+            layer.self_attn.config._attn_implementation = name
+            layer.self_attn.computes_a_part = True
 
     def check_call(self, decoder: Any) -> None:
-        if (chosen := decoder.config._attn_implementation) not in _NAMES.values():
+        if (chosen := decoder.config._attn_implementation) not in _INNER:
             raise ValueError(
                 f"attn_implementation: it became {chosen!r} after parallelize, which knows nothing of the other parts "
                 "of the sequence; call set_attn_implementation before parallelize"
@@ -69,6 +73,11 @@ def remove(model: nn.Module) -> None:
     for decoder, _ in stacks_of(model):
         if "attention_of_parts" in vars(decoder):
             del decoder.attention_of_parts
+
+
+def _inner_of(config: Any) -> str:
+    """What computes attention. Another model of the same config may be laid over cp already."""
+    return _INNER.get(config._attn_implementation, config._attn_implementation)
 
 
 def _problem_of(attention: Any, chosen: str) -> str | None:
@@ -105,14 +114,15 @@ def _mask(whole: Callable[..., Any], inner: str, **given: Any) -> Any:
     part = part_of_call()
     if part is None:  # another model of the same config
         return whole(**given)
-    padding = given["attention_mask"]
-    window = given.get("local_size")
+    padding, window = given["attention_mask"], given.get("local_size")
+    if padding is not None and bool(padding.all()):
+        padding = given["attention_mask"] = None
     plain = given.get("allow_is_causal_skip", True) and padding is None and (window is None or part.length < window)
     masks: list[tuple[int, Any]] = []
     for chunk in part.chunks:
         queries = chunk.stop - chunk.start
         # Where every key of a query is padding, "eager" gives it the mean of all keys. So it has to have them all.
-        keys = chunk.stop if padding is None else part.length
+        keys = part.length if padding is not None and inner == "eager" else chunk.stop
         if queries == 0 or (plain and inner == "sdpa" and chunk.start == 0):
             mask = None
         elif plain and inner == "sdpa":
@@ -131,6 +141,12 @@ def _attend(
     """Attention of this rank's queries ``[B, H, s, .]`` to the keys and values of all ranks."""
     compute: Any = ALL_ATTENTION_FUNCTIONS.get(inner) or _eager(module)
     if not isinstance(attention_mask, PartMask):
+        if getattr(module, "computes_a_part", False):
+            raise ValueError(
+                f"cp: {type(module).__name__} was given no mask that transformers' functions (create_causal_mask) made "
+                "in a call of the decoder, so its rank's tokens would see no others; call the whole decoder, or use "
+                "cp=1"
+            )
         return compute(module, query, key, value, attention_mask, **given)
     part = attention_mask.part
     query, key, value = (_as_autocast(t) for t in (query, key, value))
