@@ -17,11 +17,19 @@ from moesaic.parallel.collectives import all_gather_rows, reduce_scatter_rows
 from moesaic.parallel.sequence import sequence_slices
 
 _ATTENTION = "self_attn"
+LAYERS = "layers"
+
+
+class Elsewhere(nn.Module):
+    """Stands where another stage of a pipeline has a module. It gives back what it is given, and has no parameters."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
 
 
 def has_attention(module: nn.Module) -> bool:
     """Whether a module is the backbone of a language model: it has decoder layers with attention."""
-    layers = getattr(module, "layers", None)
+    layers = getattr(module, LAYERS, None)
     return isinstance(layers, nn.ModuleList) and any(hasattr(layer, _ATTENTION) for layer in layers)
 
 
@@ -32,16 +40,22 @@ def leaves_shards_alone(model: Any, decoder: nn.Module) -> bool:
 
 
 def decoder_layers(decoder: nn.Module) -> list[Any]:
-    """Its layers."""
-    return list(decoder.get_submodule("layers").children())
+    """Its layers, without those that another stage has."""
+    return [layer for layer in decoder.get_submodule(LAYERS).children() if not isinstance(layer, Elsewhere)]
+
+
+def _numbered(decoder: nn.Module) -> list[tuple[int, Any]]:
+    """Its layers with their places among all layers, also those that another stage has."""
+    layers = enumerate(decoder.get_submodule(LAYERS).children())
+    return [(i, layer) for i, layer in layers if not isinstance(layer, Elsewhere)]
 
 
 def check_decoder(decoder: nn.Module, axis: str) -> None:
     """Raise ``ValueError`` unless the plan knows every module: ranks of ``axis`` will have parts of sequences."""
     for name, module in decoder.named_children():
-        if name != "layers":
+        if name != LAYERS:
             _check_works_on_tokens(name, module, axis)
-    for i, layer in enumerate(decoder_layers(decoder)):
+    for i, layer in _numbered(decoder):
         for name, module in layer.named_children():
             if name != _ATTENTION:
                 _check_works_on_tokens(f"layer {i}'s {name}", module, axis)
@@ -51,7 +65,7 @@ def check_decoder(decoder: nn.Module, axis: str) -> None:
 
 def check_split(decoder: nn.Module, tp: int) -> None:
     """Raise ``ValueError`` unless the plan knows every part of every attention, whose heads ``tp`` ranks can share."""
-    for i, layer in enumerate(decoder_layers(decoder)):
+    for i, layer in _numbered(decoder):
         try:
             check_heads(layer.self_attn, attention_parts(decoder, layer), tp)
         except ValueError as error:
@@ -93,7 +107,8 @@ def add_sequence_parallelism(decoder: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Cut the sequence at the first layer, gather it before every attention, scatter it after."""
     tp = _SequenceAxis(tp_mesh)
     decoder.register_forward_pre_hook(tp.cut_mask, with_kwargs=True)
-    decoder_layers(decoder)[0].register_forward_pre_hook(tp.cut, with_kwargs=True)
+    # On the first layer of all. Where another stage has that, what comes in by a stage's first layer is cut already.
+    next(decoder.get_submodule(LAYERS).children()).register_forward_pre_hook(tp.cut, with_kwargs=True)
     for layer in decoder_layers(decoder):
         layer.self_attn.register_forward_pre_hook(tp.gather, with_kwargs=True)
         split_by_heads(attention_parts(decoder, layer), tp.scatter, tp.group)

@@ -58,6 +58,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     group: dist.ProcessGroup | None = None,
+    counted_elsewhere: Iterable[Tensor] = (),
 ) -> Tensor:
     """Scale gradients so that their total norm is at most ``max_norm``, over all meshes.
 
@@ -68,7 +69,8 @@ def clip_grad_norm_(
 
     Stages of a pipeline hold different parameters of one model. With ``group`` the norm is that of the whole model:
     ``(sum over the ranks of group of n_r^p)^(1/p)``, where ``n_r`` is the norm of the parameters that rank r was given,
-    over all their meshes. One small all-reduce more. A parameter that two stages share counts twice.
+    over all their meshes. One small all-reduce more. A weight that two stages share would count twice: the second of
+    them names it in ``counted_elsewhere``.
 
     Args:
         parameters: whose gradients to clip, in place; those without a gradient are skipped.
@@ -77,7 +79,8 @@ def clip_grad_norm_(
         error_if_nonfinite: raise where the norm is not finite, before any gradient is changed.
         foreach: use the foreach kernels; None decides by device.
         group: the ranks that hold other parameters of the same model, one of each stage:
-            ``mesh["pp"].get_group()``. None where there are no stages.
+            ``meshes.stages``, or ``mesh["pp"].get_group()``. None where there are no stages.
+        counted_elsewhere: of the parameters those whose gradients another rank of ``group`` counts. They are scaled.
 
     Returns:
         The total norm before clipping, a plain tensor, the same on every rank; fp32 at least.
@@ -93,7 +96,9 @@ def clip_grad_norm_(
     grads = [p.grad for p in parameters if p.grad is not None]
     if group is not None:
         _check_group(group, parameters)
-    total = _total_norm(grads, norm_type, foreach, group)
+    elsewhere = set(counted_elsewhere)
+    counted = [p.grad for p in parameters if p.grad is not None and p not in elsewhere]
+    total = _total_norm(counted, norm_type, foreach, group)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the total gradient norm is {total.item()}, not finite; no gradient was changed")
     torch.nn.utils.clip_grads_with_norm_([_holder(g) for g in grads], max_norm, total, foreach=foreach)

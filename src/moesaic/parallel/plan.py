@@ -29,6 +29,8 @@ from moesaic.parallel.loss import LossOverRanks
 from moesaic.parallel.mesh import Meshes, check_meshes
 from moesaic.parallel.meta import check_resets, is_on_meta, materialize, refuse_offloaded
 from moesaic.parallel.same import check_same, describe, share_choices
+from moesaic.parallel.split import Stages
+from moesaic.parallel.stage import Stage
 from moesaic.parallel.wrapped import check_no_other_plan, check_whole_sequences, decoders, language_models
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -72,7 +74,8 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     Args:
         model: a :class:`moesaic.MoE`, a transformers decoder whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), a wrapper around one that has no parameters of its
-            own, or, with tp 1, any module with MoE layers.
+            own, or, with tp 1, any module with MoE layers. In a pipeline the stages of
+            :func:`moesaic.parallel.split_into_stages`, or a stage of your own.
             On the mesh's device: parameters and buffers are taken from the first rank of the meshes. Or with all its
             parameters on the meta device: every rank then gets memory for its shards, uninitialised, and the caller
             fills them, with :func:`moesaic.layers.init_weights_` for a new model; buffers that are not on the meta
@@ -103,6 +106,10 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_meshes(meshes)
+    if isinstance(model, Stages):
+        for stage in model.stages:
+            parallelize(stage, meshes, compute=compute, capacity=capacity)
+        return model
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     found = decoders(model)
 
@@ -190,7 +197,13 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
             f"meshes: built before the process group of {dist.get_world_size()} ranks; call build_meshes() after "
             "torch.distributed.init_process_group()"
         )
-    if not moes:
+    if meshes.pp_size > 1 and not isinstance(model, Stage) and found and any(language_models(model)):
+        raise ValueError(
+            f"model: meshes has pp {meshes.pp_size}, and this {type(model).__name__} is whole; give the stages that "
+            "moesaic.parallel.split_into_stages(model, meshes) makes of it"
+        )
+    # Of a model whose first layers are dense a stage may have no other ones.
+    if not moes and not isinstance(model, Stage):
         raise ValueError(
             "model: it has no moesaic.MoE layer; for a transformers model call "
             "moesaic.integrations.transformers.swap_moe first"

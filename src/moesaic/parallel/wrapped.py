@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moesaic.layers import MoE
-from moesaic.parallel.decoder import has_attention, leaves_shards_alone
+from moesaic.parallel.decoder import Elsewhere, has_attention, leaves_shards_alone
 
 _OTHER_PLANS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
 
@@ -31,11 +31,18 @@ def language_models(model: nn.Module) -> list[Any]:
 
 
 def decoders(model: nn.Module) -> list[nn.Module]:
-    """Every module in a module that has a list of decoder layers with MoEs in them. None is inside another."""
+    """Every module in a module that has a list of decoder layers with MoEs in them. None is inside another.
+
+    The MoEs may be on other stages of a pipeline.
+    """
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if module not in inside and has_attention(module) and any(isinstance(m, MoE) for m in module.modules()):
+        if (
+            module not in inside
+            and has_attention(module)
+            and any(isinstance(m, MoE | Elsewhere) for m in module.modules())
+        ):
             found.append(module)
             inside |= set(module.modules())
     return found

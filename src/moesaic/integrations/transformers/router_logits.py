@@ -41,6 +41,8 @@ class Collector:
         # The innermost last; None for a call that wants nothing.
         self._running: list[_Call | None] = []
         for decoder, _ in stacks_of(model):
+            # A pipeline asks for it: its stages have some of the layers each.
+            decoder.__dict__["pooled_balance_coefficient"] = coefficient
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
             decoder.register_forward_hook(self._after_decoder, always_call=True)
         for inner in _adding_balance_loss(model):
@@ -113,6 +115,8 @@ def install(model: Any, aux_loss_coef: float | None, is_pooled: bool) -> None:
 def remove(model: Any) -> None:
     """Undo :func:`install`."""
     hooks.take_off(model, lambda hook: isinstance(getattr(hook, "__self__", None), Collector))
+    for decoder, _ in stacks_of(model):
+        decoder.__dict__.pop("pooled_balance_coefficient", None)
     for inner in _adding_balance_loss(model):
         inner.router_aux_loss_coef = inner.config.get_text_config().router_aux_loss_coef
 

@@ -1,0 +1,164 @@
+"""Train the stages of a pipeline with torch's schedules: a step gives the gradients of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moesaic.layers import attach_balance_losses
+from moesaic.ops.arguments import check_int
+from moesaic.parallel.schedules import SCHEDULES, check_schedule
+from moesaic.parallel.split import Stages
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Pipeline:
+    """The stages of this rank, with a schedule.
+
+    Gradients are sums, over ranks as without stages, and over microbatches: divide the loss once, by the number of
+    tokens of all ranks and all microbatches. Balance losses are means over the microbatches, each of which has its own,
+    and are attached to the layers (:func:`moesaic.layers.attach_balance_losses`).
+
+    Args:
+        stages: from :func:`moesaic.parallel.split_into_stages`, parallelized.
+        microbatches: into how many equal parts each step cuts its sequences.
+
+    Raises:
+        ValueError: the schedule does not take so many microbatches.
+
+    Example:
+        >>> pipeline = Pipeline(stages, microbatches=8)
+        >>> loss = pipeline.step(ids, targets, lambda logits, targets: cross_entropy_sum(logits, targets) / num_targets)
+        >>> moesaic.clip_grad_norm_(stages.parameters(), 1.0, group=meshes.stages, counted_elsewhere=pipeline.copies())
+    """
+
+    def __init__(self, stages: Stages, microbatches: int) -> None:
+        check_int("microbatches", microbatches)
+        check_schedule(stages.options.schedule, stages.meshes.layout, stages.options.stages_per_rank, microbatches)
+        self.stages, self.microbatches = stages, microbatches
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._loss: Loss | None = None
+        attach_balance_losses(stages, 1 / microbatches)
+
+    def step(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        loss: Loss,
+        *,
+        computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Forward and backward passes of all microbatches. Gradients are added to what parameters have.
+
+        Collective over all stages: every rank gives the sequences of its data-parallel rank.
+
+        Args:
+            input_ids: ``[B, S]``.
+            targets: ``[B, ...]``; ``loss`` gets the rows of a microbatch.
+            loss: ``(logits, targets) -> scalar``, called on the last stage: a sum over a microbatch, divided by a
+                number of all of them.
+            computing: the context of forward passes, such as autocast.
+            kwargs: what the model takes beside, with a first dim of B, or the same for all microbatches.
+
+        Returns:
+            The sum of the losses of this rank's microbatches, detached; 0 where the last stage is not.
+
+        Raises:
+            ValueError: B does not divide by the number of microbatches. Before anything is sent.
+        """
+        B = len(input_ids)
+        if B % self.microbatches:
+            legal = [n for n in range(1, B + 1) if B % n == 0]
+            raise ValueError(
+                f"microbatches: {self.microbatches} does not divide the {B} sequences of this rank; choose from {legal}"
+            )
+        for stage in self.stages.stages:
+            stage.computing = computing
+        schedule = self._schedule(input_ids)
+        losses: list[Tensor] = []
+        self._loss = loss
+        shared = self._shared_weight()
+        # Both stages have the sum of what was there before, which is not to be added once more.
+        before = None if shared is None else shared.grad
+        if shared is not None:
+            shared.grad = None
+        try:
+            first = [input_ids] if self.stages.stages[0].is_first else []
+            last = {"target": targets} if self.stages.has_last else {}
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            schedule.step(*first, **last, losses=losses, return_outputs=False, input_ids=input_ids, **given)
+        finally:
+            self._loss = None
+        if shared is not None:
+            self._add_shared_gradients(shared)
+            if before is not None and shared.grad is not None:
+                shared.grad += before
+        return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=input_ids.device)
+
+    def copies(self) -> list[Tensor]:
+        """Parameters that another stage has, too, and counts: for ``clip_grad_norm_(counted_elsewhere=)``."""
+        head = self.stages.shared_weight(of_head=True)
+        return [] if head is None else [head]
+
+    def _schedule(self, input_ids: Tensor) -> Any:
+        # A large import, for those who need it.
+        from torch.distributed import pipelining
+
+        shape = tuple(input_ids.shape)
+        if shape not in self._schedules:
+            stages, kind = self.stages, SCHEDULES[self.stages.options.schedule]
+            ids = input_ids[: len(input_ids) // self.microbatches]
+            hidden = stages.hidden_like(ids).requires_grad_()
+            made = [
+                pipelining.PipelineStage(
+                    stage,
+                    stage.number,
+                    stage.count,
+                    input_ids.device,
+                    input_args=ids if stage.is_first else hidden,
+                    # Of the logits nothing is sent, and no schedule asks how many there are.
+                    output_args=hidden,
+                    group=stages.meshes.stages,
+                )
+                for stage in stages.stages
+            ]
+            self._schedules[shape] = getattr(pipelining, kind.name)(
+                made[0] if kind.stages_per_rank == 1 else made,
+                self.microbatches,
+                loss_fn=self._loss_of,
+                scale_grads=False,
+            )
+        return self._schedules[shape]
+
+    def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        assert self._loss is not None
+        return self._loss(logits, targets)
+
+    def _shared_weight(self) -> Tensor | None:
+        """Of embedding and head that are one weight, the one that is here."""
+        embedding, head = self.stages.shared_weight(), self.stages.shared_weight(of_head=True)
+        return embedding if head is None else head
+
+    @torch.no_grad()
+    def _add_shared_gradients(self, weight: Tensor) -> None:
+        """Give embedding and head that are one weight the sum of their gradients, on both stages in one order."""
+        assert weight.grad is not None
+        grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        stages = self.stages
+        last = stages.rank_of(stages.stages[0].count - 1)
+        own, theirs = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+        ways = ((dist.isend, own), (dist.irecv, theirs))
+        peer = 0 if stages.has_last else last
+        ops = [dist.P2POp(how, t, group=stages.meshes.stages, group_peer=peer) for how, t in ways]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        first, second = (theirs, own) if stages.has_last else (own, theirs)
+        grad.copy_(first + second)
