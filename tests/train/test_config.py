@@ -110,6 +110,7 @@ def launched(monkeypatch):
             "--ep: 64 ranks cannot share 32 experts; what fits: 1, 2, 4, 8",
         ),
         (4, ["--batch-size", "6"], "--batch-size 6 does not divide by 4 data parallel ranks.*; 8 does"),
+        (4, ["--ranks-per-node", "3"], "ranks_per_node: got 3, and there are 4 ranks in all.*choose one of 1, 2, 4"),
     ],
     ids=str,
 )

@@ -25,6 +25,8 @@ from moesaic.train.training import save
 from tests.train.conftest import write_corpus
 
 MESH = {"tp": 2, "ep": 2, "etp": 2}
+# Rows go over two nodes first.
+NODES = {"tp": 2, "ep": 4, "ranks_per_node": 2, "compute": "local"}
 
 
 class _Screen:
@@ -105,7 +107,7 @@ def _on(ranks, world_size, fn, *args, **kwargs):
         (1, {"dtype": "bf16"}, 0),
         (2, {"cp": 2, "ep": 2}, 1),
         (4, MESH, 2),
-        (4, {**MESH, "compute": "local"}, 0),
+        (4, NODES, 0),
     ],
     ids=str,
 )
