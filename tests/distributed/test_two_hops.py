@@ -30,6 +30,7 @@ LAYOUTS = {
     "tp4 ep4 etp2, 4 on a node": (8, {"tp": 4, "ep": 4, "etp": 2}, 4, EVEN),
     "ep4, 2 on a node": (8, {"ep": 4}, 2, EVEN),
 }
+SLOW = ("tp2 ep8, 2 on a node", "ep4, 2 on a node")
 
 
 @functools.cache
@@ -91,7 +92,9 @@ def check_what_arrives(layout: dict[str, int], per_node: int, cases: list[dict[s
             assert_close(f"{case}: {name}", first[name], t, 1e-12)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
+)
 def test_rows_and_gradients_arrive(same_ranks, name):
     ranks, layout, per_node, _ = LAYOUTS[name]
     cases = [
@@ -173,7 +176,9 @@ def check_called(way: str, call: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["dtensor", "local"])
-@pytest.mark.parametrize("call", ["plain", "reentrant", "torchtitan", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "call", ["plain", "torchtitan", *(pytest.param(call, marks=pytest.mark.slow) for call in ("reentrant", "compiled"))]
+)
 def test_recomputed_and_compiled(same_ranks, call, way):
     same_ranks(check_called, 4, way, call)
 
