@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -175,9 +176,13 @@ def check_called(way: str, call: str) -> None:
             assert torch.equal(layer(x), y)
 
 
-@pytest.mark.parametrize("way", ["dtensor", "local"])
 @pytest.mark.parametrize(
-    "call", ["plain", "torchtitan", *(pytest.param(call, marks=pytest.mark.slow) for call in ("reentrant", "compiled"))]
+    ("call", "way"),
+    [
+        *itertools.product(["plain", "torchtitan"], ["dtensor", "local"]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("reentrant", "dtensor"), ("compiled", "local"))),
+        pytest.param("compiled", "dtensor", marks=pytest.mark.long),
+    ],
 )
 def test_recomputed_and_compiled(same_ranks, call, way):
     same_ranks(check_called, 4, way, call)
