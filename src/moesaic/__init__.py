@@ -57,7 +57,7 @@ _PLACES = {
     "sharding_rule": "moesaic.sharding",
     "update_expert_bias": "moesaic.layers",
 }
-_PACKAGES = ("checkpoint", "integrations", "layers", "parallel", "routing", "sharding", "testing", "train")
+_PACKAGES = ("checkpoint", "integrations", "layers", "optim", "parallel", "routing", "sharding", "testing", "train")
 
 
 def __getattr__(name: str) -> Any:
