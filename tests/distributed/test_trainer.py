@@ -61,7 +61,8 @@ def run(trainer: Any, folder: Path) -> dict[str, list[float]]:
 
 # Refusals come before any rank is asked.
 TP_2 = resolve_layout(2, tp=2)
-meshes_on_two_ranks = Meshes(TP_2, {"dense": mesh_without_ranks((1, 1, 2), tuple(TP_2.of_view("dense")))})
+_names, _sizes = zip(*TP_2.of_view("dense").items(), strict=True)
+meshes_on_two_ranks = Meshes(TP_2, {"dense": mesh_without_ranks(_sizes, _names)})
 
 
 def make_swapped(family: str) -> Any:
@@ -86,7 +87,7 @@ def check_layout(ranks: Any, family: str, layout: dict[str, int], folder: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}, {"tp": 2, "ep": 2}], ids=name_of)
+@pytest.mark.parametrize("layout", [{"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}, {"cp": 2, "ep": 2}], ids=name_of)
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "DeepSeek-V3"])
 def test_steps_are_those_of_one_process(ranks, family, layout, tmp_path):
     check_layout(ranks, family, layout, tmp_path)
