@@ -135,7 +135,8 @@ def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, worl
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(4, 1), (1, 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(2, 4), (1, 2)])]
+    ("before", "after"),
+    [(4, 1), (1, 4), pytest.param(2, 4, marks=pytest.mark.long), pytest.param(1, 2, marks=pytest.mark.slow)],
 )
 def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
     layouts = {1: {}, 2: {"cp": 2, "etp": 2}, 4: MESH}
