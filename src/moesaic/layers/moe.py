@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.layers.balance import without_padding
 from moesaic.layers.config import MoEConfig
@@ -60,6 +61,8 @@ class MoE(nn.Module):
         router, experts, shared: the parts. ``shared`` is None if ``shared_hidden_dim`` is 0.
         dispatcher: brings tokens to the experts and results back. :func:`moesaic.parallelize` replaces it.
         holders: the ranks that hold the layer's tokens, for the dropout of adapters. It replaces these too.
+        recompute_experts: whether the backward pass computes the experts again, so that the forward pass keeps of them
+            only the tokens and the routing. ``parallelize(..., recompute="experts")`` sets it.
 
     Example:
         >>> moe = MoE(MoEConfig(dim=64, hidden_dim=128, num_experts=8, top_k=2))
@@ -98,6 +101,7 @@ class MoE(nn.Module):
         self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_hidden_dim else None
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.holders: Holders = ALONE
+        self.recompute_experts = False
 
     def forward(
         self,
@@ -139,7 +143,10 @@ class MoE(nn.Module):
         meanwhile = None if shared is None else lambda: shared(x_TD)
         dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts, meanwhile)
         routed = dispatched.topk_ids, dispatched.topk_weights, dispatched.keys, dispatched.copies
-        z = self.experts(dispatched.x, *routed)
+        if self.recompute_experts and torch.is_grad_enabled():
+            z = checkpoint(self.experts, dispatched.x, *routed, use_reentrant=False)
+        else:
+            z = self.experts(dispatched.x, *routed)
         y_TD = self.dispatcher.combine(z, dispatched)
         if self.config.weigh_inputs:
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)

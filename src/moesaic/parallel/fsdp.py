@@ -20,24 +20,26 @@ from moesaic.parallel.mesh import Meshes
 _SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 
 
-def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes) -> None:
+def shard_data_parallel(model: nn.Module, blocks: Sequence[nn.Module], meshes: Meshes, reshards: bool = True) -> None:
     """Apply FSDP2 to ``blocks`` and to ``model`` around them.
 
     Each ``GroupedExperts`` is sharded over edp on its own, the rest over dp and cp; an axis of size 1 is left alone.
     Modules with parameters of another dtype are sharded on their own, too. Experts that do not divide by ep are cut
     along the model dim: of a dim that ep cuts unevenly, torch's checkpoints take a rank's part for that of another.
+    ``reshards``: whether gathered weights go after the forward pass of their module; those of the root never do.
     """
+    shard = partial(_shard, reshards=reshards)
     experts = [m for m in model.modules() if isinstance(m, GroupedExperts)]
     if meshes.layout.edp > 1:
         for module in experts:
             uneven = module.num_experts % meshes.layout.ep != 0
-            _shard(module, meshes.expert["edp"], dims=partial(_uncut_dim, ranks=meshes.layout.edp) if uneven else None)
+            shard(module, meshes.expert["edp"], dims=partial(_uncut_dim, ranks=meshes.layout.edp) if uneven else None)
     if meshes.has_own_tokens:
         # Experts are data-parallel over other ranks than the layer they are in, even where edp is 1.
         ignored = {p for module in experts for p in module.parameters()}
         mesh = meshes.fsdp_mesh()
         for module in dict.fromkeys([*_of_another_dtype(model, ignored), *blocks, model]):
-            _shard(module, mesh, ignored)
+            shard(module, mesh, ignored)
 
 
 def _of_another_dtype(model: nn.Module, ignored: set[nn.Parameter]) -> list[nn.Module]:
@@ -65,8 +67,16 @@ def _shard(
     mesh: DeviceMesh,
     ignored: set[nn.Parameter] | None = None,
     dims: Callable[[nn.Parameter], Shard] | None = None,
+    *,
+    reshards: bool,
 ) -> None:
-    wrapped = fully_shard(module, mesh=mesh, ignored_params=ignored, shard_placement_fn=dims)
+    wrapped = fully_shard(
+        module,
+        mesh=mesh,
+        ignored_params=ignored,
+        shard_placement_fn=dims,
+        reshard_after_forward=None if reshards else False,
+    )
     assert isinstance(wrapped, FSDPModule)
     # The loss is divided once, by the number of tokens of all ranks: gradients are sums.
     wrapped.set_gradient_divide_factor(1.0)

@@ -28,6 +28,7 @@ from moesaic.parallel.local import compute_on_local
 from moesaic.parallel.loss import LossOverRanks
 from moesaic.parallel.mesh import Meshes, check_meshes
 from moesaic.parallel.meta import check_resets, is_on_meta, materialize, refuse_offloaded
+from moesaic.parallel.recompute import Recompute, add_recomputation, check_recompute
 from moesaic.parallel.same import check_same, describe, share_choices
 from moesaic.parallel.split import Stages
 from moesaic.parallel.stage import Stage
@@ -36,7 +37,15 @@ from moesaic.parallel.wrapped import check_no_other_plan, check_whole_sequences,
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor", capacity: int | None = None) -> Model:
+def parallelize(
+    model: Model,
+    meshes: Meshes,
+    *,
+    compute: ComputeOn = "dtensor",
+    capacity: int | None = None,
+    recompute: Recompute = "none",
+    reshard_after_forward: bool = True,
+) -> Model:
     """Lay a model over the meshes, in place.
 
     Experts become DTensors on ``(ep, etp)``: w1, w3 ``[Shard(0), Shard(2)]``, w2 ``[Shard(0), Shard(1)]``. Dense
@@ -88,6 +97,14 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
             that routes more gets NaN for its tokens; :func:`moesaic.parallel.skip_overflowed_steps` lets such a step
             change no weight, and :func:`moesaic.parallel.most_copies` says how many there were. None: exact sizes, from
             counts that each layer reads to the host once.
+        recompute: what is not kept for the backward pass, which computes it again (activation checkpointing):
+            ``"none"``: all is kept. ``"experts"``: of the experts the tokens and the routing are kept, and not the
+            hidden rows. ``"selective"``: of each layer products with dense weights, attention, and tokens that have
+            come from other ranks and gone back are kept; all else is computed again, the experts too, and no token is
+            sent twice. ``"full"``: the input of each layer is kept. A layer is one of a transformers decoder, or else
+            a :class:`moesaic.MoE`. Gradients are those of ``"none"``. A cache of keys and values is not kept.
+        reshard_after_forward: whether FSDP2 lets go of gathered weights after the forward pass of a layer, and gathers
+            them again for its backward pass. False keeps them until then: more memory, and less is sent.
 
     Returns:
         ``model``.
@@ -117,20 +134,26 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
         if compute not in ("dtensor", "local"):
             raise ValueError(f"compute: got {compute!r}; choose 'dtensor' or 'local'")
         check_capacity(capacity)
+        check_recompute(recompute, model)
         for moe in moes.values():
             meshes.nodes.exchange(moe.config, capacity)
         _check(model, moes, found, meshes, compute)
 
+    layers = [layer for decoder in found for layer in decoder_layers(decoder)]
+    inside = {module for layer in layers for module in layer.modules()}
+    blocks = layers + [moe for moe in moes.values() if moe not in inside]
     if not meshes.is_distributed:
         check()
+        add_recomputation(recompute, blocks, moes.values(), [])
         return model
 
     all_ranks = meshes.all_ranks()
     # A rank that raised alone would leave the others waiting.
     ranks.together(check, group=all_ranks)
-    given = ranks.gather(capacity, all_ranks)
-    if len(set(given)) > 1:
-        raise ValueError(f"capacity: ranks ask for different ones, {given}; give all ranks the same")
+    asked = {"capacity": capacity, "recompute": recompute, "reshard_after_forward": reshard_after_forward}
+    for name, *given in zip(asked, *(each.values() for each in ranks.gather(asked, all_ranks)), strict=True):
+        if len(set(given)) > 1:
+            raise ValueError(f"{name}: ranks ask for different ones, {given}; give all ranks the same")
     check_same(describe(model), all_ranks)
     if meshes.device_type in (None, "cpu"):
         share_choices(all_ranks)
@@ -156,11 +179,11 @@ def parallelize(model: Model, meshes: Meshes, *, compute: ComputeOn = "dtensor",
     loss = LossOverRanks(meshes, all_ranks)
     for language_model in takers:
         loss.take_over(language_model)
+    dense_groups = [meshes.dense.get_group(axis).group_name for axis in ("cp", "tp")]
+    add_recomputation(recompute, blocks, moes.values(), dense_groups)
     if isinstance(model, MoE):
         _accept_dtensors(model)
-    layers = [layer for decoder in found for layer in decoder_layers(decoder)]
-    inside = {module for layer in layers for module in layer.modules()}
-    shard_data_parallel(model, layers + [moe for moe in moes.values() if moe not in inside], meshes)
+    shard_data_parallel(model, blocks, meshes, reshard_after_forward)
     check_resets(model)
     if is_empty:
         materialize(model, torch.device(meshes.dense.device_type))

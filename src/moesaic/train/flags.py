@@ -45,6 +45,13 @@ class ModelOptions:
     """Room for so many copies of tokens from each process to the experts of each other, in each layer. Then all sizes
     are known before, and no count is read from the device. A step that routes more stops the run before any weight
     changes, and the message says how many there were. By default there is as much room as is needed."""
+    recompute: Literal["none", "experts", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it, from little to much: nothing; the hidden rows of the
+    experts; all but products with dense weights, attention and exchanged tokens; each layer. The results are the same.
+    """
+    reshard_after_forward: bool = True
+    """Let go of gathered weights (FSDP2) after the forward pass of a layer, and gather them again for its backward
+    pass. Otherwise they are kept, which needs more memory and sends less."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32."""
     main_grads: bool = False

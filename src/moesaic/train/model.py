@@ -85,7 +85,7 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     try:
         swap_moe(model, **_balance(config))
         _check_computes(model, config.model)
-        parallelize(model, meshes, compute=config.compute, capacity=config.capacity)
+        parallelize(model, meshes, **_plan(config))
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
     return model
@@ -132,16 +132,21 @@ def load_model(
                 str(source.weights),
                 meshes,
                 dtype=torch.float32,
-                compute=config.compute,
-                capacity=config.capacity,
                 device=device,
                 ignore_unexpected=config.ignore_unexpected,
                 adapter=adapter,
                 quantize=config.quantize_experts,
+                **_plan(config),
                 **_balance(config),
             )
     except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
         raise UserError(f"--model {config.model} ({source.values['model_type']}): {error}") from error
+
+
+def _plan(config: TrainConfig) -> dict[str, Any]:
+    """The options of `parallelize` for these settings."""
+    names = ("compute", "capacity", "recompute", "reshard_after_forward")
+    return {name: getattr(config, name) for name in names}
 
 
 def _balance(config: TrainConfig) -> dict[str, Any]:

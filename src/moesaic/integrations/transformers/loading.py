@@ -37,6 +37,7 @@ from moesaic.parallel import Meshes, build_meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.mesh import check_meshes
 from moesaic.parallel.meta import materialize
+from moesaic.parallel.recompute import Recompute
 from moesaic.sharding.parts import local_part
 
 # No buffer of transformers holds it.
@@ -52,6 +53,8 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     compute: ComputeOn = "dtensor",
     capacity: int | None = None,
+    recompute: Recompute = "none",
+    reshard_after_forward: bool = True,
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
     ignore_unexpected: bool = False,
@@ -75,7 +78,7 @@ def load_pretrained(
             that transformers knows for the family.
         meshes: from :func:`moesaic.build_meshes`; None for one process.
         dtype: dtype of the parameters. None takes that of the config, or else that of the files.
-        compute, capacity: see :func:`moesaic.parallelize`.
+        compute, capacity, recompute, reshard_after_forward: see :func:`moesaic.parallelize`.
         impl: see :func:`swap_moe`.
         device: None takes the device of the meshes, or the CPU without meshes.
         ignore_unexpected: leave out tensors of the files that the model does not have, such as the vision model of
@@ -128,6 +131,8 @@ def load_pretrained(
         meshes,
         compute=compute,
         capacity=capacity,
+        recompute=recompute,
+        reshard_after_forward=reshard_after_forward,
         impl=impl,
         device=device,
         moe_options=moe_options,
@@ -155,6 +160,8 @@ def load_and_count(
     *,
     compute: ComputeOn = "dtensor",
     capacity: int | None = None,
+    recompute: Recompute = "none",
+    reshard_after_forward: bool = True,
     impl: Implementation | None = None,
     device: torch.device | str | None = None,
     moe_options: Mapping[str, Any] | None = None,
@@ -207,7 +214,14 @@ def load_and_count(
         ranks.together(describe)
         untied = ranks.on_leader(lambda: ties.differing(plain, state))
         ranks.together(lambda: build(untied))
-        parallelize(model, meshes, compute=compute, capacity=capacity)
+        parallelize(
+            model,
+            meshes,
+            compute=compute,
+            capacity=capacity,
+            recompute=recompute,
+            reshard_after_forward=reshard_after_forward,
+        )
         if not meshes.is_distributed:
             materialize(model, place)
         ranks.together(lambda: fill(model, tensors))

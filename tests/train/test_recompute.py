@@ -1,0 +1,37 @@
+"""`--recompute`: the same steps, bit for bit."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from moesaic.train.run import set_up
+from moesaic.train.runtime import started
+from tests.distributed.parity import whole
+from tests.train.conftest import one_step
+
+
+def _steps(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        results = [one_step(run) for _ in range(2)]
+        run.close()
+        return results, {name: whole(p) for name, p in run.training.model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}], ids=["one process", "dp2 ep2"])
+def test_steps_are_the_same_in_every_bit(tiny, cache, same_ranks, layout):
+    def run(**options):
+        config = dataclasses.replace(tiny, **layout, compute="local", out=tiny.out / str(len(runs)), **options)
+        runs.append(same_ranks(_steps, 2, config, cache)[0] if layout else _steps(config, cache))
+        return runs[-1]
+
+    runs = []
+    for options in ({"accumulate": 2, "main_grads": True}, {"dtype": "bf16"}):
+        expected = run(**options)
+        for way in ("experts", "selective", "full"):
+            results, weights = run(recompute=way, **options)
+            assert results == expected[0], (way, options)
+            assert all(torch.equal(t, expected[1][name]) for name, t in weights.items()), (way, options)
