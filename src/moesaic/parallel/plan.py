@@ -125,7 +125,14 @@ def parallelize(
     check_meshes(meshes)
     if isinstance(model, Stages):
         for stage in model.stages:
-            parallelize(stage, meshes, compute=compute, capacity=capacity)
+            parallelize(
+                stage,
+                meshes,
+                compute=compute,
+                capacity=capacity,
+                recompute=recompute,
+                reshard_after_forward=reshard_after_forward,
+            )
         return model
     moes = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
     found = decoders(model)
