@@ -10,19 +10,29 @@ import moesaic
 from moesaic.parallel.nodes import expected_rows
 
 
-@given(nodes=st.integers(1, 3), size=st.integers(1, 3), num_experts=st.integers(1, 8), data=st.data())
-def test_expected_rows_are_the_mean_over_all_choices(nodes, size, num_experts, data):
-    top_k = data.draw(st.integers(1, num_experts))
+@given(
+    nodes=st.integers(1, 3),
+    size=st.integers(1, 3),
+    num_groups=st.integers(1, 4),
+    group=st.integers(1, 8),
+    data=st.data(),
+)
+def test_expected_rows_are_the_mean_over_all_choices(nodes, size, num_groups, group, data):
+    group = min(group, 8 // num_groups)
+    top_groups = data.draw(st.integers(1, num_groups))
+    top_k = data.draw(st.integers(1, top_groups * group))
+    num_experts = num_groups * group
     each = -(-num_experts // (nodes * size))
-    ranks = [expert // each for expert in range(num_experts)]
-    one = two = 0
-    choices = list(itertools.combinations(ranks, top_k))
-    for own, choice in itertools.product(range(nodes), choices):
-        away = {rank for rank in choice if rank // size != own}
-        one += len(away)
-        two += len({rank // size for rank in away})
-    number = nodes * len(choices)
-    assert expected_rows(nodes, size, num_experts, top_k) == pytest.approx((one / number, two / number))
+    one = two = number = 0
+    for groups in itertools.combinations(range(num_groups), top_groups):
+        among = [expert for expert in range(num_experts) if expert // group in groups]
+        for own, choice in itertools.product(range(nodes), itertools.combinations(among, top_k)):
+            away = {expert // each for expert in choice if expert // each // size != own}
+            one += len(away)
+            two += len({rank // size for rank in away})
+            number += 1
+    rows = expected_rows(nodes, size, num_experts, top_k, num_groups, top_groups)
+    assert rows == pytest.approx((one / number, two / number))
 
 
 @pytest.mark.parametrize(("value", "said"), [(2, "choose one of 1$"), (0, "got 0, and there are 1 ranks")])

@@ -8,9 +8,11 @@ the number of experts a token goes to.
 Legend: P ep ranks, N nodes of L of them each, E experts, K top-k.
 """
 
+import functools
 import itertools
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from math import comb
 from typing import Any, NamedTuple
@@ -91,36 +93,50 @@ class Nodes:
                     "give build_meshes(ranks_per_node=1)"
                 )
             return Exchange(None, "one hop: with a capacity, as much goes to every rank whatever is routed")
-        one, two = expected_rows(nodes, size, config.num_experts, 1 if config.weigh_inputs else config.top_k)
+        groups = config.num_groups, config.top_groups
+        one, two = expected_rows(nodes, size, config.num_experts, 1 if config.weigh_inputs else config.top_k, *groups)
         saved = f"about {two:.2f} rows a token cross between nodes, and {one:.2f} in one hop"
         if self.given or two <= WORTH * one:
             return Exchange(self.groups, f"two hops, over {nodes} nodes and then over {size} ranks of each: {saved}")
         return Exchange(None, f"one hop: two would save little; {saved.replace(', and', ' in two,')}")
 
 
-def expected_rows(nodes: int, size: int, num_experts: int, top_k: int) -> tuple[float, float]:
+@functools.cache
+def expected_rows(
+    nodes: int, size: int, num_experts: int, top_k: int, num_groups: int = 1, top_groups: int = 1
+) -> tuple[float, float]:
     """How many rows a token sends over nodes, in one hop and in two, if it goes to K experts of E at random.
 
-    A set of ``m`` experts has one of them with the probability ``1 - C(E - m, K) / C(E, K)``. Summed over the ranks of
-    all nodes, or over the nodes, of which the token's own does not count: it is each one in N times. Routing that is
-    limited to groups of experts is not taken into account; it goes to fewer nodes still.
+    Of ``M`` experts among which it chooses, ``m`` of them have one with the probability ``1 - C(M - m, K) / C(M, K)``.
+    Summed over all ranks, or over all nodes, of which the token's own does not count: it is each one in N times.
+
+    Args:
+        nodes, size: N, and how many ep ranks are on each.
+        num_experts, top_k: E and K. Each rank has ``ceil(E / ranks)`` experts, the last ones what is left.
+        num_groups, top_groups: how many groups the experts form, and of how many of them a token's experts are.
 
     Example:
         >>> one, two = expected_rows(nodes=2, size=4, num_experts=64, top_k=8)
         >>> print(f"{one:.2f} {two:.2f}")
         2.72 1.00
     """
+    group, among = num_experts // num_groups, num_experts // num_groups * top_groups
 
-    def hit(experts: int) -> float:
-        return 1 - comb(num_experts - experts, top_k) / comb(num_experts, top_k)
+    def hit(first: int, last: int) -> float:
+        # How many ways there are to choose so many groups, with so many of these experts in them.
+        ways = Counter({(0, 0): 1})
+        for start in range(0, num_experts, group):
+            here = max(min(last, start + group) - max(first, start), 0)
+            ways.update({(n + 1, m + here): count for (n, m), count in list(ways.items())})
+        missed = sum(count * comb(among - m, top_k) for (n, m), count in ways.items() if n == top_groups)
+        return 1 - missed / (comb(num_groups, top_groups) * comb(among, top_k))
 
-    each = -(-num_experts // (nodes * size))
-    held = [max(min(each, num_experts - rank * each), 0) for rank in range(nodes * size)]
-    away = (nodes - 1) / nodes
-    return (
-        away * sum(map(hit, held)),
-        away * sum(hit(sum(held[first : first + size])) for first in range(0, len(held), size)),
-    )
+    each, away = -(-num_experts // (nodes * size)), (nodes - 1) / nodes
+
+    def of_parts(experts: int) -> float:
+        return away * sum(hit(first, min(first + experts, num_experts)) for first in range(0, num_experts, experts))
+
+    return of_parts(each), of_parts(each * size)
 
 
 def check_ranks_per_node(value: Any, world_size: int) -> None:
