@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
 from moesaic.layers import expert_load
+from moesaic.parallel.recompute import Recompute
 from tests.distributed.parity import LocalAdamW, assert_close, assert_gradients_close, assert_weights_close, meshes_of
 from tests.distributed.test_families import PLANNED, labels_of, run
 from tests.distributed.test_plan import fake_meshes
@@ -47,7 +49,7 @@ def check(
     layouts: list[dict[str, int]],
     length: int,
     kind: str = "whole",
-    recompute: bool = False,
+    recompute: Recompute = "none",
     **changes: Any,
 ) -> None:
     plain = swap_moe(make_model(family, **{**PLANNED[family], **changes}), aux_loss_coef=0.5, z_loss_coef=0.1).train()
@@ -63,9 +65,7 @@ def check(
         expected.append((out.logits.detach(), losses, gradients, norm, load_of(reference)))
     for layout in layouts:
         meshes = meshes_of(layout)
-        model = moesaic.parallelize(copy.deepcopy(plain), meshes)
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = moesaic.parallelize(copy.deepcopy(plain), meshes, recompute=recompute)
         optimizer = LocalAdamW(model.parameters(), lr=1e-2, eps=1e-3)
         rows = slice(meshes.dp_rank * BATCH // meshes.dp_size, (meshes.dp_rank + 1) * BATCH // meshes.dp_size)
         for step, (batch, (logits, losses, gradients, norm, load)) in enumerate(zip(given, expected, strict=True)):
@@ -90,10 +90,10 @@ def load_of(model: Any) -> dict[str, Tensor]:
 
 # Lengths that nothing divides, and one with which ranks have no token.
 IN_CI = [
-    ("Qwen3-MoE", {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, 11, "packed", False),
-    ("DeepSeek-V3", {"cp": 2, "ep": 2}, 11, "padded", False),
-    ("gpt-oss", {"cp": 4, "ep": 2}, 11, "packed", True),
-    ("DeepSeek-V3", {"cp": 4, "etp": 2}, 3, "whole", True),
+    ("Qwen3-MoE", {"cp": 2, "tp": 2, "ep": 2, "etp": 2}, 11, "packed", "none"),
+    ("DeepSeek-V3", {"cp": 2, "ep": 2}, 11, "padded", "experts"),
+    ("gpt-oss", {"cp": 4, "ep": 2}, 11, "packed", "selective"),
+    ("DeepSeek-V3", {"cp": 4, "etp": 2}, 3, "whole", "full"),
 ]
 
 
@@ -180,3 +180,25 @@ def check_misuse() -> None:
 
 def test_misuse_is_told(same_ranks):
     same_ranks(check_misuse, 2)
+
+
+def check_brought() -> None:
+    plain = swap_moe(make_model("Qwen3-MoE"))
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(plain)
+    reference(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    for sizes in ({"tp": 2}, {"cp": 2, "tp": 1}, {"pp": 1, "cp": 2, "tp": 1}):
+        axes = {"pp": 1} if "pp" in sizes else {}
+        axes |= {"dp_replicate": 1, "dp_shard": 2, **sizes}
+        mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+        meshes = moesaic.build_meshes(mesh=mesh, ep=2)
+        model = moesaic.parallelize(copy.deepcopy(plain), meshes)
+        mine = ids[meshes.dp_rank : meshes.dp_rank + 1]
+        model(input_ids=mine, labels=mine).loss.backward()
+        assert_gradients_close(model, expected, str(sizes))
+
+
+@pytest.mark.slow
+def test_a_mesh_that_is_brought_may_have_cp_or_not(same_ranks):
+    same_ranks(check_brought, 4)

@@ -186,7 +186,7 @@ def parallelize(
     loss = LossOverRanks(meshes, all_ranks)
     for language_model in takers:
         loss.take_over(language_model)
-    dense_groups = [meshes.dense.get_group(axis).group_name for axis in ("cp", "tp")]
+    dense_groups = [meshes.dense.get_group(axis).group_name for axis in meshes.sequence_axes]
     add_recomputation(recompute, blocks, moes.values(), dense_groups)
     if isinstance(model, MoE):
         _accept_dtensors(model)
