@@ -73,27 +73,39 @@ static void gradient_block(const Gradient &g, const RowBlock &b, const RowBlock 
   ahead_x.spread(bursts);
   ahead_grad.spread(bursts);
   pack_rows<Kind>(g.x, g.x_rows ? g.x_rows + row : nullptr, row, n, t.row, t.rows, scratch.x, x_stride);
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t column = t.column + panel * kPanel;
-    const int64_t width = least<int64_t>(kPanel, t.columns - panel * kPanel);
-    pack_rows<Kind>(g.grad, g.grad_rows ? g.grad_rows + row : nullptr, row, n, column, width, scratch.grad,
-                    kPanelBytes);
-    tile.panel = scratch.grad;
-    tile.result = {.first = b.first == 0,
+  auto pack = [&](int64_t panel, char *packed) {
+    const int64_t column = t.column + panel * kPanel, width = least<int64_t>(kPanel, t.columns - panel * kPanel);
+    pack_rows<Kind>(g.grad, g.grad_rows ? g.grad_rows + row : nullptr, row, n, column, width, packed, kPanelBytes);
+  };
+  auto meet = [&](int64_t panel, const char *packed, int64_t s) {
+    const int64_t column = t.column + panel * kPanel, width = least<int64_t>(kPanel, t.columns - panel * kPanel);
+    const int64_t r = strips.begin(s);
+    const int height = static_cast<int>(strips.begin(s + 1) - r);
+    for (int i = 0; i < height; ++i) tile.rows[i] = scratch.x + (r + i) * kWord;
+    tile.panel = packed;
+    tile.result = {.sums = scratch.sums + (panel * kGradientRows + r) * kPanel,
+                   .first = b.first == 0,
                    .last = last,
+                   .y = static_cast<char *>(g.gw) + ((t.matrix * g.inner + t.row + r) * g.columns + column) * size,
                    .row_bytes = g.columns * size,
                    .columns = width,
                    .is_bf16 = is_bf16,
                    .around_caches = g.stream && width == kPanel,
                    .adds = g.adds};
+    multiply_packed<Kind>(height, width, tile);
+  };
+  const int64_t packed_bytes = tile.words * kPanelBytes;
+  if (panels * tile.words <= kGradientWords<Kind>) {
+    // Of few rows all panels have room, and the result is the most of what passes: it is written as it lies.
+    for (int64_t panel = 0; panel < panels; ++panel) pack(panel, scratch.grad + panel * packed_bytes);
     for (int64_t s = 0; s < strips.count; ++s) {
-      const int64_t r = strips.begin(s);
-      const int height = static_cast<int>(strips.begin(s + 1) - r);
-      for (int i = 0; i < height; ++i) tile.rows[i] = scratch.x + (r + i) * kWord;
-      tile.result.y = static_cast<char *>(g.gw) + ((t.matrix * g.inner + t.row + r) * g.columns + column) * size;
-      tile.result.sums = scratch.sums + (panel * kGradientRows + r) * kPanel;
-      multiply_packed<Kind>(height, width, tile);
+      for (int64_t panel = 0; panel < panels; ++panel) meet(panel, scratch.grad + panel * packed_bytes, s);
     }
+    return;
+  }
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    pack(panel, scratch.grad);
+    for (int64_t s = 0; s < strips.count; ++s) meet(panel, scratch.grad, s);
   }
 }
 
