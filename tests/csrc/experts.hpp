@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "operands.hpp"
+#include "stored.hpp"
 
 namespace {
 
@@ -17,13 +18,35 @@ float rounded(float v, int dtype) {
   return get(bits, 0, dtype);
 }
 
+// Matrices of experts, plain or stored in a format.
+struct Matrices {
+  Operand plain;
+  StoredOperand stored;
+
+  float at(int64_t m, int64_t r, int64_t c) const { return stored.format ? stored.at(m, r, c) : plain.at(m, r, c); }
+  moesaic_weights given() const {
+    return stored.format ? stored.weights() : moesaic_weights{plain.matrix, plain.stride, {}};
+  }
+};
+
+Matrices draw_matrices(int64_t experts, int64_t inner, int64_t columns, int dtype, int format) {
+  Matrices m;
+  if (format) {
+    m.stored = stored(experts, inner, columns, format, true);
+  } else {
+    m.plain = operand(experts, inner, columns, dtype, 1);
+  }
+  return m;
+}
+
 struct ExpertsProblem {
   int64_t T, K, E, D, F;
-  int dtype, activation;
+  int dtype, activation, format;
   bool gated, biased;
   std::vector<int64_t> ids;
   std::vector<float> weights;
-  Operand x, w1, w3, w2, b1, b3, b2, grad;
+  Operand x, b1, b3, b2, grad;
+  Matrices w1, w3, w2;
 
   bool here(int64_t slot) const { return ids[slot] >= 0 && ids[slot] < E; }
 };
@@ -38,6 +61,8 @@ ExpertsProblem draw_experts() {
   p.F = pick(dims);
   if (p.T > 20) p.D = pick({1, 17, 33}), p.F = pick({2, 16, 65});
   if (p.T <= 20 && !draw(0, 15)) p.D = 1100, p.F = pick({1, 17});  // a bias's gradient in more than one task
+  p.format = static_cast<int>(draw(0, 2) ? int64_t{MOESAIC_PLAIN} : draw(MOESAIC_INT8, MOESAIC_MXFP4));
+  if (block_of(p.format) > 1) p.D = 64 * draw(1, 3), p.F = 64 * draw(1, p.T > 20 ? 1 : 3);
   p.dtype = static_cast<int>(draw(0, 1));
   p.activation = draw(0, 1) ? MOESAIC_RELU : static_cast<int>(draw(0, MOESAIC_NUM_ACTIVATIONS - 1));
   p.gated = draw(0, 3) || p.activation == MOESAIC_CLAMPED_SWIGLU;
@@ -48,9 +73,9 @@ ExpertsProblem draw_experts() {
     p.weights.push_back(std::ldexp(1.f, static_cast<int>(draw(-1, 1))));
   }
   p.x = operand(1, p.T, p.D, p.dtype, 1);
-  p.w1 = operand(p.E, p.D, p.F, p.dtype, 1);
-  p.w3 = operand(p.E, p.D, p.F, p.dtype, 1);
-  p.w2 = operand(p.E, p.F, p.D, p.dtype, 1);
+  p.w1 = draw_matrices(p.E, p.D, p.F, p.dtype, p.format);
+  p.w3 = draw_matrices(p.E, p.D, p.F, p.dtype, p.format);
+  p.w2 = draw_matrices(p.E, p.F, p.D, p.dtype, p.format);
   p.b1 = operand(1, p.E, p.F, p.dtype, 2);
   p.b3 = operand(1, p.E, p.F, p.dtype, 2);
   p.b2 = operand(1, p.E, p.D, p.dtype, 2);
@@ -189,8 +214,8 @@ bool one_experts_problem(int isa) {
     expected.h3 = on_lines(expected.h3, lines, p.F);
   }
   const int threads = static_cast<int>(draw(1, 3));
-  auto projection = [&](const Operand &w, const Operand &b) {
-    return moesaic_projection{.w = {w.matrix, w.stride}, .b = p.biased ? b.matrix : moesaic_matrix{}};
+  auto projection = [&](const Matrices &w, const Operand &b) {
+    return moesaic_projection{.w = w.given(), .b = p.biased ? b.matrix : moesaic_matrix{}};
   };
   const moesaic_routing routing = {.ids = p.ids.data(),
                                    .weights = p.weights.data(),
@@ -236,7 +261,7 @@ bool one_experts_problem(int isa) {
               {"down projection", expected.gw2, expected.gb2, p.F, p.D, true}};
     for (OfProjection &g : of) {
       const bool adds = draw(0, 1);
-      g.got_w = result(g.w.size(), adds ? MOESAIC_F32 : p.dtype, g.is_there && wanted());
+      g.got_w = result(g.w.size(), adds ? MOESAIC_F32 : p.dtype, g.is_there && !p.format && wanted());
       g.got_b = result(g.b.size(), p.dtype, g.is_there && wanted());
       if (adds && g.got_w) memset(g.got_w->data(), 0, g.got_w->bytes());
       g.grads = {.w = data(g.got_w), .b = data(g.got_b), .transposed = draw(0, 1) > 0, .adds = adds};
@@ -256,8 +281,8 @@ bool one_experts_problem(int isa) {
     }
   }
   if (!right) {
-    fprintf(stderr, "isa %d dtype %d activation %d T %lld K %lld E %lld D %lld F %lld gated %d biased %d threads %d\n", isa,
-            p.dtype, p.activation, static_cast<long long>(p.T), static_cast<long long>(p.K), static_cast<long long>(p.E),
+    fprintf(stderr, "isa %d dtype %d format %d activation %d T %lld K %lld E %lld D %lld F %lld gated %d biased %d threads %d\n", isa,
+            p.dtype, p.format, p.activation, static_cast<long long>(p.T), static_cast<long long>(p.K), static_cast<long long>(p.E),
             static_cast<long long>(p.D), static_cast<long long>(p.F), p.gated, p.biased, threads);
   }
   return right;

@@ -5,6 +5,7 @@
 // every sum is exact and a right result has the bits of the naive one.
 #include "experts.hpp"
 #include "operands.hpp"
+#include "stored.hpp"
 
 namespace {
 
@@ -132,7 +133,7 @@ int main(int argc, char **argv) {
   }
   for (int isa = 1; moesaic_cpu_isa_name(isa); ++isa) {
     for (int i = 0; moesaic_cpu_has_isa(isa) && i < count; ++i) {
-      if (!one_problem(isa) || !one_experts_problem(isa)) return 1;
+      if (!one_problem(isa) || !one_quantized_problem(isa) || !one_experts_problem(isa)) return 1;
     }
   }
   puts("ok");

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,15 @@ def test_random_problems(tmp_path):
     done = subprocess.run([program, "60"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "ok\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_without_permission_there_are_no_tiles(tmp_path, answer):
+    program = tmp_path / "tile_permission"
+    _compile([["-O0", ROOT / "tests" / "csrc" / "tile_permission.cpp", "-o", program]])
+    done = subprocess.run([program, answer], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n")
 
 
 def test_headers_stand_alone():
