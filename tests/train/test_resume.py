@@ -124,6 +124,7 @@ def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, worl
     assert messages.count("saving after this step") == 1
     assert "stopped after step 3 of 6" in messages
     assert f"--resume --out {part.out}" in messages
+    assert ("in two hops, over 2 nodes and then over 2 ranks of each: about" in messages) == (changes == NODES)
 
     resumed = dataclasses.replace(part, resume=True)
     assert all(finished for finished, _ in _on(ranks, world_size, _fit, resumed, cache))

@@ -72,6 +72,11 @@ class Nodes:
     groups: NodeGroups | None = None
     obstacle: str = "it is not known which ranks are on one node: give ranks_per_node"
 
+    @property
+    def none_crosses(self) -> bool:
+        """Whether no row leaves its node."""
+        return self.obstacle == _ONE_NODE
+
     def exchange(self, config: MoEConfig, capacity: int | None = None) -> Exchange:
         """How the rows of a layer are exchanged.
 
@@ -90,7 +95,7 @@ class Nodes:
                 raise ValueError(
                     f"capacity: got {capacity}, and ranks_per_node {self.ranks_per_node}. With a capacity as much goes "
                     "to every rank whatever is routed, so that rows cannot cross once a node; leave capacity out, or "
-                    "give build_meshes(ranks_per_node=1)"
+                    "give ranks_per_node 1"
                 )
             return Exchange(None, "one hop: with a capacity, as much goes to every rank whatever is routed")
         groups = config.num_groups, config.top_groups

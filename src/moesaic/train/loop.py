@@ -351,8 +351,8 @@ def _introduce(run: Run) -> str:
 
 
 def _exchange(run: Run) -> str:
-    """How tokens go to experts on other ranks."""
+    """How tokens go to experts on other ranks, if these may be on other nodes."""
     moe = next((module for module in run.training.model.modules() if isinstance(module, MoE)), None)
-    if moe is None or run.meshes.layout.ep == 1:
+    if moe is None or run.meshes.layout.ep == 1 or run.meshes.nodes.none_crosses:
         return ""
     return f"tokens to the ranks of their experts in {run.meshes.nodes.exchange(moe.config, run.config.capacity).why}\n"
