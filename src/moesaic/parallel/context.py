@@ -90,12 +90,12 @@ class PartMask:
 
     Attributes:
         part: of the sequences.
-        of_chunks: for each chunk how many keys its queries meet, and the mask of both, in the form that the
+        of_chunks: for each chunk which keys its queries meet, and the mask of both, in the form that the
             function which computes it takes. None means causal attention of equally many queries and keys.
     """
 
     part: Part
-    of_chunks: tuple[tuple[int, Any], ...]
+    of_chunks: tuple[tuple[slice, Any], ...]
 
 
 _PART: ContextVar[Part | None] = ContextVar("moesaic_part_of_sequences", default=None)

@@ -6,7 +6,8 @@ function makes masks. Ours gather keys and values, and give each chunk of querie
 Masks are made by transformers, too, of whole sequences: of windows, of chunks, of several documents in a row, and of
 padding.
 
-A chunk of queries that begins at ``a`` and ends at ``b`` meets the keys before ``b``, for attention is causal.
+A chunk of queries that begins at ``a`` and ends at ``b`` meets the keys before ``b``, for attention is causal, and of a
+window no keys before those of its first query.
 """
 
 import inspect
@@ -114,22 +115,27 @@ def _mask(whole: Callable[..., Any], inner: str, **given: Any) -> Any:
     part = part_of_call()
     if part is None:  # another model of the same config
         return whole(**given)
-    padding, window = given["attention_mask"], given.get("local_size")
+    padding, reach = given["attention_mask"], given.get("local_size")
     if padding is not None and bool(padding.all()):
         padding = given["attention_mask"] = None
-    plain = given.get("allow_is_causal_skip", True) and padding is None and (window is None or part.length < window)
-    masks: list[tuple[int, Any]] = []
+    plain = given.get("allow_is_causal_skip", True) and padding is None and (reach is None or part.length < reach)
+    masks: list[tuple[slice, Any]] = []
     for chunk in part.chunks:
-        queries = chunk.stop - chunk.start
-        # Where every key of a query is padding, "eager" gives it the mean of all keys. So it has to have them all.
-        keys = part.length if padding is not None and inner == "eager" else chunk.stop
+        queries, keys = chunk.stop - chunk.start, slice(0, chunk.stop)
+        if padding is not None and inner == "eager":
+            # Where every key of a query is padding, "eager" gives it the mean of all keys. So it has to have them all.
+            keys = slice(0, part.length)
+        elif reach is not None and not given.get("use_vmap"):
+            # Of a window, or of chunks: no query reaches further back. (With a function of the user's own one may.)
+            keys = slice(max(0, chunk.start - reach + 1), chunk.stop)
         if queries == 0 or (plain and inner == "sdpa" and chunk.start == 0):
             mask = None
         elif plain and inner == "sdpa":
             # Known to torch's fast kernels, for which nothing is made in memory.
-            mask = causal_lower_right(queries, keys)
+            mask = causal_lower_right(queries, chunk.stop)
         else:
-            own = {"q_length": queries, "q_offset": chunk.start, "kv_length": keys, "kv_offset": 0}
+            own = {"q_length": queries, "q_offset": chunk.start}
+            own |= {"kv_length": keys.stop - keys.start, "kv_offset": keys.start}
             mask = whole(**{**given, **own, "allow_is_causal_skip": False})
         masks.append((keys, mask))
     return PartMask(part, tuple(masks))
@@ -159,7 +165,7 @@ def _attend(
     for queries, (keys, mask) in zip(query.split(part.sizes, 2), attention_mask.of_chunks, strict=True):
         if queries.shape[2] == 0:
             continue
-        results.append(compute(module, queries, key[:, :, :keys], value[:, :, :keys], mask, **given)[0])
+        results.append(compute(module, queries, key[:, :, keys], value[:, :, keys], mask, **given)[0])
     return torch.cat(results, 1), None
 
 
