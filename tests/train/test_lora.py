@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.cli import main
-from moesaic.integrations.transformers import register, swap_moe
+from moesaic.integrations.transformers import load_pretrained, register, swap_moe
 from moesaic.parallel import build_meshes, parallelize
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.loop import train
+from moesaic.trained.source import find, load
 from tests.integrations.mxfp4_files import write_gpt_oss
 from tests.train.chats import FAMILIES, PLAIN, tiny_tokenizer, write_chats, write_model
 from tests.train.test_resume import _fit, _rows
@@ -187,6 +188,15 @@ def test_the_whole_program(adapted, capsys):
     assert with_adapters.peft_config["default"].base_model_name_or_path == adapted.model
     expected = after(input_ids=IDS).logits
     assert (with_adapters(input_ids=IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (_of_checkpoint(adapted.out) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def _of_checkpoint(run):
+    """Logits of the run's checkpoint, its adapters beside the weights."""
+    [checkpoint] = (run / "checkpoints").iterdir()
+    model = load(find(str(checkpoint)), build_meshes(), torch.device("cpu"), "auto")
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
 
 def test_quantised_experts(adapted, capsys):
@@ -199,6 +209,9 @@ def test_quantised_experts(adapted, capsys):
     with_adapters = peft.PeftModel.from_pretrained(before, adapted.out / "export" / "adapter")
     expected = with_adapters(input_ids=IDS).logits
     assert (after(input_ids=IDS).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # The checkpoint has the experts as they were trained beside.
+    trained = load_pretrained(adapted.model, quantize="nf4", adapter=adapted.out / "export" / "adapter")
+    assert (_of_checkpoint(adapted.out) - trained(input_ids=IDS).logits).abs().max() == 0
     assert AutoTokenizer.from_pretrained(adapted.out / "export").chat_template == PLAIN
     assert main(["train", "--model", adapted.model, "--quantize-experts", "nf4"]) == 2
     assert "only adapters beside them can be trained; add --lora-rank" in capsys.readouterr().err

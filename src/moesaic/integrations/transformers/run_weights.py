@@ -18,9 +18,11 @@ from moesaic.checkpoint.store import read_into, verify
 from moesaic.integrations.transformers.configs import config_for, damage_is_value_error, read_values
 from moesaic.integrations.transformers.files import TOKENIZER_FILES
 from moesaic.integrations.transformers.lazy import LazyTensor
-from moesaic.integrations.transformers.loading import make_buffers, model_on_meta
+from moesaic.integrations.transformers.loading import make_buffers, model_on_meta, part_with_peft
 from moesaic.integrations.transformers.plain import is_of_adapter
 from moesaic.integrations.transformers.swap import swap_moe
+from moesaic.layers import quantize_
+from moesaic.ops.quantized import Format
 from moesaic.parallel import Meshes, parallelize
 from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.meta import materialize
@@ -34,21 +36,28 @@ def load_run(
 ) -> Any:
     """The model of a checkpoint, sharded over meshes, in eval mode. Each rank keeps its own parts. Collective.
 
+    Adapters of the run are beside the weights, and active. Experts that the run has quantised are so here, too.
+
     Args:
         place, run: from :func:`checkpoint_and_run`.
         dtype: of the parameters.
 
     Raises:
         CheckpointError: a file of the checkpoint is damaged.
-        ValueError: the config of the run is damaged, or the checkpoint has adapters beside the weights.
+        ValueError: a config of the run is damaged; there are adapters, and peft is not installed.
     """
     verify(place)
     config = config_of(run)
-    refuse_adapters(stored_tensors(place), place)
+    adapted = has_adapters(stored_tensors(place))
     with damage_is_value_error(run / CONFIG, vars(config)):
         plain = model_on_meta(config, dtype)
         make_buffers(plain, device)
         model = swap_moe(plain)
+        if (quantized := _quantized_in(run)) is not None:
+            quantize_(model, quantized)
+        if adapted:
+            kind = part_with_peft("files").read_config_alone(run)
+            part_with_peft("load").prepare_adapters(model, kind)
         parallelize(model, meshes, compute=compute)
     if not meshes.is_distributed:
         materialize(model, device)
@@ -58,9 +67,14 @@ def load_run(
     return model.eval()
 
 
+def has_adapters(stored: Iterable[str]) -> bool:
+    """Whether there are adapters among the tensors of a checkpoint."""
+    return any(map(is_of_adapter, stored))
+
+
 def refuse_adapters(stored: Iterable[str], place: Path, remedy: str = "") -> None:
     """Raise ``ValueError`` if there are adapters among the tensors of a checkpoint; its text ends with ``remedy``."""
-    if any(map(is_of_adapter, stored)):
+    if has_adapters(stored):
         raise ValueError(
             f"source: {place} has adapters beside the weights; use the export of the run, which has them merged{remedy}"
         )
@@ -83,6 +97,12 @@ def config_of(run: Path) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"source: {place} does not describe a model: it has no object 'model'")
     return config_for(values, place)
+
+
+def _quantized_in(run: Path) -> Format | None:
+    """The format in which a run has held its experts, if they were quantised."""
+    settings = read_values(run / CONFIG).get("settings")
+    return settings.get("quantize_experts") if isinstance(settings, dict) else None
 
 
 def tokenizer_of(run: Path) -> Path:
