@@ -101,7 +101,7 @@ def test_groups_say_what_is_for_muon():
         *(f"moe.experts.{w}" for w in ("w1", "w3", "w2")),
         *(f"moe.shared.{w}.weight" for w in ("w1", "w3", "w2")),
     }
-    decayed = {"embedding.weight", "head.weight", "conv.weight", "moe.router.weight"}
+    decayed = {"embedding.weight", "head.weight", "conv.weight", "moe.router.weight", "moe.shared.gate.weight"}
     assert {name for name, kind in groups.items() if kind == "adamw"} == decayed
     assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert names_of(model, param_groups(model, adamw=[model.mixer]))["mixer.weight"] == "adamw"

@@ -7,7 +7,14 @@ import pytest
 from rich.console import Console
 
 from moesaic.train import console
-from moesaic.train.metrics import JsonlWriter, LenientWriter, TensorBoardWriter, read_jsonl
+from moesaic.train.metrics import (
+    EXPERT_LOAD,
+    ROUTER_ENTROPY,
+    JsonlWriter,
+    LenientWriter,
+    TensorBoardWriter,
+    read_jsonl,
+)
 
 VALUES = {
     "loss": 3.25,
@@ -72,10 +79,14 @@ def test_tensorboard_events(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = TensorBoardWriter(tmp_path)
     for step in (1, 2):
-        writer.log({"loss": 1.0 / step}, step)
+        of_layers = {EXPERT_LOAD: {"layers.0.mlp": [step, 3]}, ROUTER_ENTROPY: {"layers.0.mlp": 0.5}}
+        writer.log({"loss": 1.0 / step, **of_layers}, step)
     writer.close()
     reader = events.EventAccumulator(str(tmp_path))
     reader.Reload()
+    assert [event.step for event in reader.Images("expert_load")] == [1, 2]
+    assert reader.Histograms("expert_load/layers.0.mlp")[0].histogram_value.max == pytest.approx(1.2)
+    assert [event.value for event in reader.Scalars("router_entropy_of/layers.0.mlp")] == [0.5, 0.5]
     assert [(event.step, event.value) for event in reader.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
 
 

@@ -70,7 +70,7 @@ def _train(config, cache):
 
 def _rows(folder):
     """All metrics but those that a clock or the machine decides."""
-    skip = {"tokens_per_second", "memory_gib", "time"}
+    skip = {"tokens_per_second", "tflops", "memory_gib", "time"}
     return [
         {key: value for key, value in row.items() if key not in skip} for row in read_jsonl(folder / "metrics.jsonl")
     ]
@@ -105,7 +105,9 @@ def _on(ranks, world_size, fn, *args, **kwargs):
     [
         (1, {}, 0),
         (1, {"dtype": "bf16"}, 0),
+        (1, {"optimizer": "muon"}, 0),
         (2, {"cp": 2, "ep": 2}, 1),
+        pytest.param(4, MESH | {"optimizer": "muon"}, 2, marks=pytest.mark.slow),
         (4, MESH, 2),
         (4, NODES, 0),
     ],
@@ -229,6 +231,8 @@ def test_other_text_or_another_model_is_refused(tiny, cache, tmp_path):
     other_model.write_text(Path(tiny.model).read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
     with pytest.raises(UserError, match=r"--model had other contents before\."):
         _fit(dataclasses.replace(tiny, resume=True, model=str(other_model)), cache)
+    with pytest.raises(UserError, match=r"with --optimizer muon: its checkpoint has the state of adamw\. Leave"):
+        _fit(dataclasses.replace(tiny, resume=True, optimizer="muon"), cache)
     with pytest.raises(UserError, match="seed was 0 and now is 1"):
         _fit(dataclasses.replace(tiny, resume=True, seed=1), cache)
     assert len(_rows(tiny.out)) == 1

@@ -6,6 +6,7 @@ adapter_config.json  peft's config of the adapters, if any
 tokenizer/           the tokenizer, as transformers saves it
 metrics.jsonl        one line for every logged step
 tensorboard/         the same numbers as TensorBoard events
+profile/             traces of steps, if asked for
 checkpoints/         step-00000100, ...
 export/              the trained model in Hugging Face format
 result.json          what was measured at the end
@@ -20,6 +21,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"

@@ -16,7 +16,7 @@ def param_groups(model: nn.Module, *, adamw: Iterable[nn.Module] = ()) -> list[d
 
     Muon gets the matrices of hidden layers: the weights of ``nn.Linear`` and of experts, and the factors of adapters on
     them, which are matrices, too. AdamW gets what is left: embeddings, the output head, routers, norms, biases, and
-    parameters of modules that are not known here. Matrices of one row or column are vectors. AdamW applies no weight
+    parameters of modules that are not known here. It gets matrices of one row or column, too. AdamW applies no weight
     decay to vectors, nor to the experts' biases, which are one vector for each expert. Frozen parameters are in no
     group, and the weights of quantised experts are no parameters.
 
@@ -47,7 +47,7 @@ def param_groups(model: nn.Module, *, adamw: Iterable[nn.Module] = ()) -> list[d
             muon.append(parameter)
         else:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            decays = not _is_vector(parameter) and id(parameter) not in biases
+            decays = parameter.ndim >= 2 and id(parameter) not in biases
             others.setdefault((decays, mesh), []).append(parameter)
     if not muon and not others:
         raise ValueError("model: none of its parameters requires a gradient, so there is nothing to optimize")
@@ -68,7 +68,7 @@ def _matrices_of(module: nn.Module) -> list[Tensor]:
         own = list(module.parameters(recurse=False))
     else:
         own = []
-    return [parameter for parameter in own if parameter.ndim in (2, 3) and not _is_vector(parameter)]
+    return [parameter for parameter in own if parameter.ndim in (2, 3) and min(parameter.shape[-2:]) > 1]
 
 
 def _outside(model: nn.Module) -> list[nn.Module]:
@@ -77,7 +77,3 @@ def _outside(model: nn.Module) -> list[nn.Module]:
     output = getattr(model, "get_output_embeddings", None)
     head = output() if callable(output) else None
     return found if head is None else [*found, head]
-
-
-def _is_vector(parameter: Tensor) -> bool:
-    return parameter.ndim < 2 or min(parameter.shape[-2:]) == 1

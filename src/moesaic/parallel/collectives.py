@@ -4,6 +4,7 @@ Reductions are done here, in the order of ranks, after the all-to-all: determini
 direct reduce-scatter sends. (gloo has no uneven reduce-scatter or all-gather, and NCCL's are loops of reductions.)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,20 +67,48 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _SumOverRanks.apply(x, group)
 
 
+def sent_bytes() -> int:
+    """How many bytes this process has sent to other ranks by the functions of this module, gradients included.
+
+    Known from the sizes alone, on the host. What a compiler has traced does not count.
+    """
+    return _sent_bytes
+
+
+_sent_bytes = 0
+
+
+def _all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    _count(x, send, group)
+    return internals.all_to_all(x, receive, send, group)
+
+
+def _start_all_to_all(x: Tensor, receive: Sequence[int], send: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    _count(x, send, group)
+    return internals.start_all_to_all(x, receive, send, group)
+
+
+def _count(x: Tensor, send: Sequence[int], group: dist.ProcessGroup) -> None:
+    global _sent_bytes
+    if not torch.compiler.is_compiling():
+        rows = sum(send) - send[group.rank()]
+        _sent_bytes += rows * math.prod(x.shape[1:]) * x.element_size()
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, columns: int | None
     ) -> Tensor:
         ctx.send, ctx.receive, ctx.group, ctx.columns = send, receive, group, columns
-        return internals.all_to_all(x, receive, send, group)
+        return _all_to_all(x, receive, send, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad, others = _apart(grads[0], ctx.columns)
-        back = internals.all_to_all(grad, ctx.send, ctx.receive, ctx.group)
+        back = _all_to_all(grad, ctx.send, ctx.receive, ctx.group)
         return _with_zeros(back, others), None, None, None, None
 
 
@@ -98,7 +127,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange, ctx.columns = exchange, x.shape[1:]
-        return internals.start_all_to_all(x, exchange.receive, exchange.send, exchange.group)
+        return _start_all_to_all(x, exchange.receive, exchange.send, exchange.group)
 
     @staticmethod
     @once_differentiable
@@ -126,7 +155,7 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         exchange: _Exchange = ctx.exchange
         grad, _ = _apart(grads[0], exchange.columns)
-        exchange.gradient = internals.start_all_to_all(grad, exchange.send, exchange.receive, exchange.group)
+        exchange.gradient = _start_all_to_all(grad, exchange.send, exchange.receive, exchange.group)
         return grads[0], None
 
 
@@ -184,12 +213,12 @@ def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     n, rank, rows = group.size(), group.rank(), x.shape[0]
     sent = x if n == 2 else x.repeat(n - 1, *[1] * (x.ndim - 1))
     receive, send = ([0 if i == rank else size for i, size in enumerate(of)] for of in (sizes, [rows] * n))
-    others = internals.all_to_all(sent, receive, send, group)
+    others = _all_to_all(sent, receive, send, group)
     before = sum(sizes[:rank])
     return torch.cat([others[:before], x, others[before:]])
 
 
 def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
     n, mine = group.size(), sizes[group.rank()]
-    parts = internals.all_to_all(x, [mine] * n, sizes, group)
+    parts = _all_to_all(x, [mine] * n, sizes, group)
     return parts.view(n, mine, *x.shape[1:]).sum(0)

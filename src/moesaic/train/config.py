@@ -48,7 +48,15 @@ def check(config: TrainConfig) -> None:
                 raise UserError(f"{flag(name)} must be at least {least}, not {getattr(config, name)}")
     if config.dp_shard is not None and config.dp_shard < 1:
         raise UserError(f"--dp-shard must be at least 1, not {config.dp_shard}")
-    for name in ("lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef", "lora_alpha"):
+    if config.optimizer != "muon":
+        unused = [field for field in dataclasses.fields(config) if field.name.startswith("muon_")]
+        if given := [field.name for field in unused if getattr(config, field.name) != field.default]:
+            raise UserError(f"{flag(given[0])} is for Muon; add --optimizer muon, or leave it out")
+    if not 0 <= config.muon_momentum < 1:
+        raise UserError(f"--muon-momentum must be at least 0 and below 1, not {config.muon_momentum}")
+    if not 1 <= config.muon_steps < 100:
+        raise UserError(f"--muon-steps must be from 1 to 99, not {config.muon_steps}")
+    for name in ("lr", "muon_lr", "weight_decay", "max_grad_norm", "aux_loss_coef", "z_loss_coef", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{flag(name)} must be a number, 0 or more, not {value}")
@@ -59,12 +67,33 @@ def check(config: TrainConfig) -> None:
     for name in ("early_stop", "keep_best"):
         if getattr(config, name) and not config.eval_every:
             raise UserError(f"{flag(name)} needs measurements: give --eval-every, the steps between them")
-    if config.lr == 0:
-        raise UserError("--lr must be more than 0")
+    for name in ("lr", "muon_lr"):
+        if getattr(config, name) == 0:
+            raise UserError(f"{flag(name)} must be more than 0")
+    if config.peak_tflops is not None and not 0 < config.peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops must be a number above 0, not {config.peak_tflops}")
+    profiled_steps(config.profile_steps)
     if not 0 <= config.min_lr_ratio <= 1:
         raise UserError(f"--min-lr-ratio must be between 0 and 1, not {config.min_lr_ratio}")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"--betas must be at least 0 and below 1, not {config.betas}")
+
+
+def profiled_steps(text: str | None) -> range:
+    """The steps that `--profile-steps` names, such as 10 or 10:12, the last one included.
+
+    Raises `UserError` if it names none.
+    """
+    if text is None:
+        return range(0)
+    first, colon, last = text.partition(":")
+    try:
+        steps = range(int(first), int(last if colon else first) + 1)
+    except ValueError:
+        steps = range(0)
+    if not steps or steps[0] < 1:
+        raise UserError(f"--profile-steps {text}: give a step, or the first and the last of several, such as 10:12")
+    return steps
 
 
 def with_defaults(config: TrainConfig, *, pretrained: bool, own_aux_loss_coef: float | None) -> TrainConfig:

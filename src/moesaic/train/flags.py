@@ -127,9 +127,23 @@ class OptimisationOptions:
     min_lr_ratio: float = 0.1
     """The last learning rate, as a fraction of the peak."""
     weight_decay: float | None = None
-    """Weight decay of AdamW, for matrices only. By default 0.1 for a new model and 0 for a pretrained one."""
+    """Weight decay, for matrices only. By default 0.1 for a new model and 0 for a pretrained one."""
     betas: tuple[float, float] = (0.9, 0.95)
     """The two decay rates of AdamW."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights; or Muon for the matrices of hidden layers, the experts' among them, and AdamW for
+    embeddings, output head, routers, norms and biases."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon. By default that of --lr."""
+    muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How Muon scales its learning rate by the shape of a matrix: to updates as large as those of AdamW, so that --lr
+    suits both; or as it was first published, with which it needs a --muon-lr of its own, about 0.02."""
+    muon_momentum: float = 0.95
+    """The decay rate of Muon's momentum."""
+    muon_steps: int = 5
+    """How many Newton-Schulz iterations Muon makes."""
+    muon_dtype: Literal["bf16", "fp32"] = "bf16"
+    """The dtype of these iterations. fp32 is faster on processors without bf16 products."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     aux_loss_coef: float | None = None
@@ -185,6 +199,12 @@ class MeasuringOptions:
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Also write TensorBoard events, if the tensorboard package is installed."""
+    peak_tflops: float | None = None
+    """What one process computes at best, in 10^12 operations a second, to say which part of it the model uses (MFU).
+    Known for some GPUs with --dtype bf16. Elsewhere there is no MFU without this flag."""
+    profile_steps: str | None = None
+    """Record what each process does in these steps, such as 10 or 10:12 (both included), with torch.profiler. The
+    traces are in profile/ of the run folder, for Perfetto or chrome://tracing."""
     eval_every: int = 0
     """Steps between measurements on held-out data. 0: none in between. There is always one at the end, and one
     before the first step of a pretrained model."""

@@ -8,40 +8,36 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from moesaic import ranks
 from moesaic.checkpoint import CheckpointError, wait
-from moesaic.checkpoint.run_folder import EXPORT, METRICS, RESULT, TENSORBOARD
-from moesaic.layers import MoE, expert_load, reset_expert_load
+from moesaic.checkpoint.run_folder import EXPORT, METRICS, PROFILE, RESULT, TENSORBOARD
+from moesaic.layers import MoE, reset_expert_load
 from moesaic.train import finish
-from moesaic.train.config import TrainConfig
+from moesaic.train.config import TrainConfig, profiled_steps
 from moesaic.train.console import Screen, describe, open_screen
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.failure import failed, way_back
 from moesaic.train.folder import write_json
 from moesaic.train.lora import ADAPTER
 from moesaic.train.metrics import (
-    EXPERT_LOAD,
     TIME,
     JsonlWriter,
     LenientWriter,
     MetricWriter,
     TensorBoardWriter,
     Value,
-    busiest,
     read_jsonl,
 )
 from moesaic.train.model import num_parameters
 from moesaic.train.prepared import PreparedText
+from moesaic.train.profile import StepProfiler
 from moesaic.train.run import Run, set_up
-from moesaic.train.runtime import peak_memory, started
-from moesaic.train.schedule import learning_rate
+from moesaic.train.runtime import started
 from moesaic.train.scores import Scores, measuring, scores_of
 from moesaic.train.signals import StopRequest, linger_on_sigterm
-from moesaic.train.step import StepResult, train_step
-from moesaic.train.training import Training, save, take_best
+from moesaic.train.step import train_step
+from moesaic.train.training import save, take_best
+from moesaic.train.watch import metrics_of, watching
 
 
 def train(config: TrainConfig) -> None:
@@ -130,8 +126,12 @@ def _steps(
     clock, clock_step = time.perf_counter(), training.step
     # The first step compiles and warms up, on each rank in its own time.
     pace = runtime.slowly
+    profiler = StepProfiler(profiled_steps(config.profile_steps), run.folder / PROFILE, runtime.device, screen.message)
     while training.step < config.steps and not stopped and not _is_enough(run):
-        with pace():
+        step = training.step + 1
+        profiler.before(step)
+        is_logged = step % config.log_every == 0 or step in (1, config.steps)
+        with pace(), watching(training.model, is_logged) as watched:
             result = train_step(
                 training,
                 config,
@@ -141,11 +141,12 @@ def _steps(
                 stop_wanted=request.wanted,
             )
         pace = nullcontext
+        profiler.after(step)
         stopped = result.stop
         values = None
-        if training.step % config.log_every == 0 or training.step in (1, config.steps):
+        if watched is not None:
             seconds = (time.perf_counter() - clock) / (training.step - clock_step)
-            values = _metrics(training, config, runtime.device, result, seconds)
+            values = metrics_of(training, config, run.meshes, runtime.device, result, watched, seconds)
         reset_expert_load(training.model)
         better = False
         if _is_measured(training.step, config):
@@ -179,6 +180,7 @@ def _steps(
                         raise
                     screen.message(f"warning: {error}; training continues")
             clock += time.perf_counter() - before
+    profiler.close(training.step)
     return stopped
 
 
@@ -219,29 +221,6 @@ def _take_best(run: Run, screen: Screen) -> None:
 def _write(writers: Sequence[MetricWriter], values: Mapping[str, Value], step: int) -> None:
     for writer in writers:
         writer.log({**values, TIME: round(time.time(), 3)}, step)
-
-
-def _metrics(
-    training: Training, config: TrainConfig, device: torch.device, result: StepResult, seconds: float
-) -> dict[str, Value]:
-    loads = {name.rpartition(".")[0]: load.tolist() for name, load in expert_load(training.model).items()}
-    balance = list(map(busiest, loads.values()))
-    dead = sum(load.count(0) for load in loads.values())
-    memory = torch.tensor(float(peak_memory(device)), device=device)
-    if ranks.active():
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-    return {
-        "loss": result.loss,
-        "balance_loss": result.balance_loss,
-        "grad_norm": result.grad_norm,
-        "lr": learning_rate(training.step - 1, config),
-        "tokens": float(training.step * config.batch_size * training.loader.rows.seq_len),
-        "tokens_per_second": config.batch_size * training.loader.rows.seq_len / seconds,
-        "balance": max(balance, default=0.0),
-        "dead_experts": float(dead),
-        "memory_gib": memory.item() / 2**30,
-        EXPERT_LOAD: loads,
-    }
 
 
 def _open_writers(folder: Path, step: int, tensorboard: bool, screen: Screen) -> list[MetricWriter]:

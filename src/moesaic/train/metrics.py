@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-# A number; or of each layer the tokens that each of its experts got.
-Value = float | Mapping[str, Sequence[int]]
+# A number; or of each layer the tokens that each of its experts got, or a number.
+Value = float | Mapping[str, Sequence[int]] | Mapping[str, float]
 
 
 # The seconds since 1970 at which a row was written.
 TIME = "time"
 # Of each layer, by its name in the model, the tokens that each expert got in the step.
 EXPERT_LOAD = "expert_load"
+# Of each layer the entropy of its router's scores, over that of equal scores.
+ROUTER_ENTROPY = "router_entropy_of"
 
 
 def busiest(tokens: Sequence[int]) -> float:
@@ -72,11 +74,17 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard events, one scalar a name. Raises `ImportError` without the tensorboard package."""
+    """TensorBoard events: one scalar a name; of the load of experts a picture of all layers, and a histogram of each.
+
+    Raises `ImportError` without the packages tensorboard and pillow.
+    """
 
     def __init__(self, folder: Path, last_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
+        from moesaic.train import load_picture
+
+        self._pictures = load_picture
         self._writer: Any = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
@@ -85,6 +93,14 @@ class TensorBoardWriter:
             # Events have a time of their own.
             if isinstance(value, float) and name != TIME:
                 self._writer.add_scalar(name, value, step)
+        loads: Any = values.get(EXPERT_LOAD) or {}
+        if loads:
+            self._writer.add_image(EXPERT_LOAD, self._pictures.load_picture(loads), step, dataformats="HWC")
+        for layer, load in loads.items():
+            self._writer.add_histogram(f"{EXPERT_LOAD}/{layer}", self._pictures.relative(load), step)
+        entropy: Any = values.get(ROUTER_ENTROPY) or {}
+        for layer, value in entropy.items():
+            self._writer.add_scalar(f"router_entropy_of/{layer}", value, step)
 
     def close(self) -> None:
         """Flush the events."""

@@ -1,4 +1,4 @@
-"""The model and its optimizer: a transformers architecture, new or pretrained, laid over the meshes."""
+"""The model: a transformers architecture, new or pretrained, laid over the meshes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +19,6 @@ from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.configs import config_for, read_config
 from moesaic.integrations.transformers.router_logits import balance_coefficient
 from moesaic.layers import uncounted
-from moesaic.layers.experts import GroupedExperts
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
 from moesaic.train.architecture import ModelSource
@@ -152,34 +149,6 @@ def _plan(config: TrainConfig) -> dict[str, Any]:
 def _balance(config: TrainConfig) -> dict[str, Any]:
     """The balance losses of `swap_moe` for these settings, whose defaults are filled in."""
     return {"aux_loss_coef": config.aux_loss_coef, "aux_loss": config.aux_loss, "z_loss_coef": config.z_loss_coef}
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW with weight decay on matrices only: not on the experts' biases, which are one vector for each expert.
-
-    Fused: one operation for all parameters of a mesh instead of a dozen for each. It takes tensors of one mesh only, so
-    they are grouped by that too.
-    """
-    assert config.lr is not None
-    assert config.weight_decay is not None
-    experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
-    biases = {id(bias) for module in experts for bias in (module.b1, module.b3, module.b2)}
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in biases
-        groups.setdefault((mesh, is_matrix), []).append(parameter)
-    return AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if matrices else 0.0}
-            for (_, matrices), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=True,
-    )
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -31,6 +31,7 @@ from moesaic.train.loader import BatchLoader, Rows, Windows
 from moesaic.train.lock import RunLock
 from moesaic.train.lora import adapter_config, describe, write_adapter_config
 from moesaic.train.main_grads import MainGrads
+from moesaic.train.optimizer import build_optimizer
 from moesaic.train.packing import PackedRows, check_apart
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
@@ -106,7 +107,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         check_apart(model, meshes, vocab_size=text.vocab_size, device=runtime.device)
     identities = {"data": text.data_identity, "tokenizer": text.tokenizer_identity, "model": identity}
     main_grads = MainGrads(model) if config.main_grads else None
-    training = Training(model, models.build_optimizer(model, config), loader, identities, main_grads)
+    training = Training(model, build_optimizer(model, config), loader, identities, main_grads)
     # After all checks, so that a mistake leaves no folder behind.
     folder, lock = _claim_folder(config)
     config = dataclasses.replace(config, out=folder)
@@ -124,7 +125,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
 
     try:
         if config.resume is True:
-            manifest = restore(training, folder)
+            manifest = restore(training, folder, config.optimizer)
             if training.step > config.steps:
                 raise UserError(
                     f"--steps {config.steps}: the run in {folder} has done {training.step} steps already; give more, "

@@ -31,7 +31,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
 from moesaic.train.loader import IGNORED, Batch
-from moesaic.train.schedule import learning_rate
+from moesaic.train.optimizer import set_learning_rates
 from moesaic.train.training import Training
 
 
@@ -122,8 +122,7 @@ def _train_step(
     stop_wanted: bool,
 ) -> StepResult:
     model, optimizer, step = training.model, training.optimizer, training.step + 1
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(training.step, config)
+    set_learning_rates(optimizer, training.step, config)
     # Random numbers depend on seed, step and rank only. So a resumed run has the same without saving any state.
     seed = np.random.SeedSequence([config.seed, training.step, ranks.rank()]).generate_state(1, np.uint64)
     torch.manual_seed(int(seed[0]))

@@ -73,10 +73,10 @@ def save(training: Training, config: TrainConfig, folder: Path) -> Path:
     return path
 
 
-def restore(training: Training, folder: Path) -> checkpoint.Manifest:
+def restore(training: Training, folder: Path, optimizer: str) -> checkpoint.Manifest:
     """Go on where the last sound checkpoint in a run folder was written, whose manifest it returns. Collective.
 
-    Raises `UserError` if that was with other data, another tokenizer or another model.
+    Raises `UserError` if that was with other data, another tokenizer, another model or another `optimizer`.
     """
 
     def check(manifest: checkpoint.Manifest) -> None:
@@ -87,6 +87,13 @@ def restore(training: Training, folder: Path) -> checkpoint.Manifest:
             raise UserError(
                 f"cannot continue the run in {folder}: {', '.join(changed)} had other contents before. "
                 "Give the same as before, or start a new run in another folder"
+            )
+        # Before there was a choice it was AdamW.
+        before = manifest.info["settings"].get("optimizer", "adamw")
+        if before != optimizer:
+            raise UserError(
+                f"cannot continue the run in {folder} with --optimizer {optimizer}: its checkpoint has the state of "
+                f"{before}. Leave --optimizer out, or start a new run in another folder"
             )
 
     state = checkpoint.training_state(training.model, training.optimizer)
