@@ -60,6 +60,7 @@ def build_meshes(
 
     Example:
         >>> meshes = moesaic.build_meshes(tp=2, ep=2, etp=2)  # 4 ranks: dp 2 x tp 2, and ep 2 x etp 2
+        >>> meshes = moesaic.build_meshes(ep=16, ranks_per_node=8)  # 16 ranks on two nodes, of which each has 8 of ep
         >>> meshes = moesaic.build_meshes(pp=2, ep=2)  # 4 ranks: two stages, each dp 2, and ep 2
         >>> names = ("pp", "dp_replicate", "dp_shard", "tp")
         >>> world = init_device_mesh("cpu", (2, 1, 2, 1), mesh_dim_names=names)
