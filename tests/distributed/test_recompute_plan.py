@@ -10,6 +10,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
+from moesaic.layers.lora import ExpertsAdapter, Rank, add_adapter
 from moesaic.parallel import Meshes
 from tests.distributed.parity import meshes_of, whole
 
@@ -32,13 +33,17 @@ BATCH, LENGTH = 4, 7
 WAYS = ("experts", "selective", "full")
 
 
-def plain_model() -> Qwen3MoeForCausalLM:
+def plain_model(adapters: bool) -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
     model = swap_moe(Qwen3MoeForCausalLM(CONFIG), aux_loss_coef=0.1, z_loss_coef=0.1)
     for module in model.modules():
         if isinstance(module, moesaic.MoE):
             # Drawn anew in each forward pass.
             module.router.config = module.config = dataclasses.replace(module.config, input_jitter=0.1)
+            if adapters:
+                module.experts.requires_grad_(False)
+                ranks = {weight: Rank(3, 2.0) for weight in ("w1", "w3", "w2")}
+                add_adapter(module.experts, "default", ExpertsAdapter(module.experts, ranks, dropout=0.2))
     return model.train()
 
 
@@ -53,14 +58,14 @@ def run(plain: torch.nn.Module, meshes: Meshes, **options: object) -> tuple[dict
         with moesaic.balance_losses() as losses:
             loss = model(input_ids=ids[rows], labels=ids[rows]).loss
         (loss + sum(losses)).backward()
-    found = {name: whole(p.grad) for name, p in model.named_parameters()}
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     found |= {"loss": loss.detach(), "balance": torch.stack(losses).detach()} | moesaic.expert_load(model)
     sent = sum(n for op, n in comm.get_comm_counts().items() if "all_to_all" in str(op))
     return found, sent
 
 
 def check(layout: dict[str, int], options: dict[str, object]) -> None:
-    meshes, plain = meshes_of(layout), plain_model()
+    meshes, plain = meshes_of(layout), plain_model(options.pop("adapters", False))
     expected, sent = run(plain, meshes, **options)
     for way in WAYS:
         found, sends = run(plain, meshes, recompute=way, **options)
@@ -80,11 +85,12 @@ def check(layout: dict[str, int], options: dict[str, object]) -> None:
         (2, {"ep": 2}, {}),
         (2, {"tp": 2, "ep": 2}, {"compute": "local"}),
         pytest.param(2, {}, {"compute": "local", "reshard_after_forward": False}, marks=pytest.mark.slow),
+        pytest.param(2, {"ep": 2}, {"adapters": True}, marks=pytest.mark.slow),
         pytest.param(2, {"tp": 2, "etp": 2}, {"capacity": 64}, marks=pytest.mark.slow),
         pytest.param(4, {"tp": 2, "ep": 2}, {}, marks=pytest.mark.slow),
         pytest.param(4, {"ep": 2, "etp": 2}, {"compute": "local", "capacity": 64}, marks=pytest.mark.slow),
     ],
-    ids=["dp2 ep2", "tp2 ep2 local", "dp2 edp2 local", "tp2 etp2", "dp2 tp2 edp2 ep2", "dp4 ep2 etp2 local"],
+    ids=["dp2 ep2", "tp2 ep2", "edp2", "adapters", "tp2 etp2", "dp2 tp2 edp2 ep2", "dp4 ep2 etp2"],
 )
 def test_recomputation_changes_no_bit(same_ranks, ranks, layout, options):
     same_ranks(check, ranks, layout, options)

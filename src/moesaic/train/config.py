@@ -60,6 +60,12 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{flag(name)} must be a number, 0 or more, not {value}")
+    if config.dtype == "pure-bf16":
+        raise UserError(
+            "--dtype pure-bf16: weights in bf16 lose each update that is less than 1/256 of the weight. Stochastic "
+            "rounding keeps them on average, at the price of noise in every step, and moesaic does not have it; use "
+            "--dtype bf16, which computes in bf16 with weights and optimizer state in fp32"
+        )
     if config.choose_again and not config.resume:
         raise UserError("--choose-again: a new run chooses anyway; add --resume to continue one")
     if not 0 <= config.lora_dropout < 1:

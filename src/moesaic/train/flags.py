@@ -52,8 +52,11 @@ class ModelOptions:
     reshard_after_forward: bool = True
     """Let go of gathered weights (FSDP2) after the forward pass of a layer, and gather them again for its backward
     pass. Otherwise they are kept, which needs more memory and sends less."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32."""
+    compile: bool = False
+    """Compile each layer with torch.compile. The first steps take long."""
+    dtype: Literal["fp32", "bf16", "pure-bf16"] = "fp32"
+    """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32: pure-bf16 is
+    refused, and the error says why."""
     main_grads: bool = False
     """Let the backward pass add the gradients of expert weights to fp32 buffers. With --dtype bf16 they are then not
     rounded to bf16. Needs --compute local and ep * etp = the number of processes."""

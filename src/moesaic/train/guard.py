@@ -6,7 +6,7 @@ sends that tensor along with the loss, so all ranks get to know together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,7 @@ class ForwardGuard:
         watched = list(_layers(model))
         self.names = [name for name, _ in watched]
         self.flags = torch.zeros(len(watched), device=device)
-        self._handles = [
-            module.register_forward_hook(lambda _module, _args, output, index=index: self._note(index, output))
-            for index, (_, module) in enumerate(watched)
-        ]
+        self._handles = [module.register_forward_hook(self._hook(index)) for index, (_, module) in enumerate(watched)]
 
     def reset(self) -> None:
         """Forget what was seen."""
@@ -40,6 +37,10 @@ class ForwardGuard:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
+
+    def _hook(self, index: int) -> Callable[..., None]:
+        # A compiler would take each index for another program.
+        return torch.compiler.disable(lambda _module, _args, output: self._note(index, output))
 
     @torch.no_grad()
     def _note(self, index: int, output: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moesaic.parallel.mesh import resolve_layout, sizes_in
 from moesaic.parallel.nodes import check_ranks_per_node
 from moesaic.train.architecture import check_fits, find_model
+from moesaic.train.compiled import check_compile
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, check_packages
 from moesaic.train.folder import check_free
@@ -23,6 +24,7 @@ def check_launch(config: TrainConfig) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_main_grads(config, layout)
+    check_compile(config)
     if config.out is not None and config.resume is False:
         check_free(config.out)
     source = find_model(config.model)

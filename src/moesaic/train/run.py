@@ -22,6 +22,7 @@ from moesaic.parallel.mesh import Meshes, sizes_in
 from moesaic.train import implementations
 from moesaic.train import model as models
 from moesaic.train.architecture import ModelSource, find_model
+from moesaic.train.compiled import compile_layers
 from moesaic.train.config import TrainConfig, to_json, with_absolute_paths, with_defaults
 from moesaic.train.errors import UserError
 from moesaic.train.fit import fit_seq_len
@@ -141,6 +142,8 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
             lock.release()
         raise
     guard = ForwardGuard(model, runtime.device)
+    if config.compile:
+        compile_layers(model)
     return Run(training, folder, config, runtime, text, meshes, sets, guard, source, lock)
 
 
