@@ -104,9 +104,9 @@ def _on(ranks, world_size, fn, *args, **kwargs):
     ("world_size", "changes", "victim"),
     [
         (1, {}, 0),
-        (1, {"dtype": "bf16"}, 0),
+        (1, {"dtype": "bf16", "accumulate": 2, "recompute": "full"}, 0),
         (1, {"optimizer": "muon"}, 0),
-        (2, {"cp": 2, "ep": 2}, 1),
+        (2, {"cp": 2, "ep": 2, "accumulate": 2, "recompute": "selective"}, 1),
         pytest.param(4, MESH | {"optimizer": "muon"}, 2, marks=pytest.mark.slow),
         (4, MESH, 2),
         (4, NODES, 0),
