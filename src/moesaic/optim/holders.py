@@ -5,7 +5,8 @@ whole, and the ranks along them have nothing to do with each other. Those along 
 the same matrices: the holders.
 """
 
-from collections.abc import Iterable, MutableMapping
+import functools
+from collections.abc import Iterable, MutableMapping, Sequence
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesaic.sharding.internals import Box, box_at, group_that_its_ranks_make
+from moesaic.sharding.internals import Box, box_within, group_that_its_ranks_make
+
+# Layers have many parameters of one shape, and meshes many ranks.
+_box = functools.lru_cache(maxsize=1 << 16)(box_within)
 
 # Groups that were made here, by the axes of the mesh that they join.
 Groups = MutableMapping[tuple[int, ...], dist.ProcessGroup]
@@ -63,7 +67,7 @@ def holders_of(parameter: Tensor, groups: Groups) -> Holders:
         copy = 0
         for axis in copied:
             copy = copy * mesh.size(axis) + there[axis]
-        found[int(mesh.mesh[tuple(there)])] = (_of_three_dims(box_at(parameter, there)), copy)
+        found[int(mesh.mesh[tuple(there)])] = (_of_three_dims(_box_at(parameter, there)), copy)
     if len(found) == 1:
         group, order = None, list(found)
     else:
@@ -86,10 +90,10 @@ def placement_problem(parameter: DTensor) -> str | None:
         return f"is {partial} on a mesh axis: a sum that is still to be made"
     cutting = [axis for axis, p in enumerate(placements) if not p.is_replicate()]
     places = product(*(range(mesh.size(axis)) if axis in cutting else (0,) for axis in range(mesh.ndim)))
-    covered = sum(prod(s.stop - s.start for s in box_at(parameter, place)) for place in places)
+    covered = sum(prod(s.stop - s.start for s in _box_at(parameter, place)) for place in places)
     place = mesh.get_coordinate()
     own = parameter.to_local().shape
-    here = None if place is None else tuple(s.stop - s.start for s in box_at(parameter, place))
+    here = None if place is None else tuple(s.stop - s.start for s in _box_at(parameter, place))
     if covered != parameter.numel() or here not in (None, tuple(own)):
         return f"with placements {list(placements)} has parts that are not blocks of rows and columns"
     return None
@@ -113,6 +117,10 @@ def _joined(ranks: tuple[int, ...], groups: Groups) -> dist.ProcessGroup:
         everyone = world is not None and len(ranks) == world.size()
         groups[ranks] = world if everyone else group_that_its_ranks_make(ranks)
     return groups[ranks]
+
+
+def _box_at(parameter: DTensor, place: Sequence[int]) -> Box:
+    return _box(parameter.shape, parameter.device_mesh.shape, tuple(parameter.placements), tuple(place))
 
 
 def _of_three_dims(box: Box) -> Box:

@@ -107,8 +107,15 @@ def parts_of(t: DTensor) -> list[Tensor]:
 
 def box_at(t: DTensor, place: Sequence[int]) -> Box:
     """Which part of a DTensor lies on the rank at ``place`` in its mesh."""
-    shape, offset = _compute_local_shape_and_global_offset(t.shape, t.device_mesh.shape, list(place), t.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return box_within(t.shape, t.device_mesh.shape, tuple(t.placements), tuple(place))
+
+
+def box_within(
+    shape: torch.Size, mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], place: tuple[int, ...]
+) -> Box:
+    """As :func:`box_at`, of any DTensor of this shape on any mesh of that."""
+    sizes, offset = _compute_local_shape_and_global_offset(shape, mesh_shape, list(place), placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
 
 
 def group_over_all_axes(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
