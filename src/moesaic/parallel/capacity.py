@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from moesaic import ranks
 from moesaic.layers import MoE
 from moesaic.ops import Permutation
 from moesaic.ops.arguments import check_int
@@ -65,7 +66,8 @@ def most_copies(model: nn.Module, meshes: Meshes) -> int:
     A step fits if this is at most the ``capacity`` of :func:`moesaic.parallelize`: measure some steps without one, and
     give a little more. Where experts are on one rank nothing is sent, and it is 0.
 
-    Collective over all ranks of the meshes, and the one place where a number is read to the host.
+    Collective over all ranks of the meshes, and of all stages of a pipeline. The one place where a number is read to
+    the host.
     """
     if not meshes.is_distributed:
         return 0
@@ -76,6 +78,8 @@ def most_copies(model: nn.Module, meshes: Meshes) -> int:
             most = torch.maximum(most, found)
             found.zero_()
     dist.all_reduce(most, dist.ReduceOp.MAX, group=meshes.all_ranks())
+    if meshes.stages is not None:
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=meshes.stages)
     return int(most)
 
 
@@ -95,6 +99,9 @@ def skip_overflowed_steps(optimizer: Optimizer, model: nn.Module, meshes: Meshes
     """
     moes = [module for module in model.modules() if isinstance(module, MoE)]
     capacity = next((c for moe in moes if (c := getattr(moe.dispatcher, "capacity", None)) is not None), None)
+    if meshes.stages is not None:
+        # A stage may have no layer with experts.
+        capacity = next((c for c in ranks.gather(capacity, meshes.stages) if c is not None), None)
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if capacity is None:

@@ -116,6 +116,10 @@ class Stages(nn.Module):
         """Whether the last stage is here, which gives the logits."""
         return any(stage.is_last for stage in self.stages)
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head, if it is here: as of a transformers model, for what treats it apart."""
+        return self.stages[-1].whole.get_output_embeddings() if self.has_last else None
+
     def shared_weight(self, *, of_head: bool = False) -> nn.Parameter | None:
         """The embedding, or with ``of_head`` the head, if it is here and another stage has the same weight."""
         if self.shared is None:

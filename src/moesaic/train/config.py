@@ -36,7 +36,7 @@ def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that cannot work in any run. Layouts are checked by `resolve_layout`."""
     at_least = {
         1: (
-            *("tp", "cp", "ep", "etp", "dp_replicate", "ranks_per_node", "capacity", "steps"),
+            *("pp", "tp", "cp", "ep", "etp", "dp_replicate", "ranks_per_node", "capacity", "steps"),
             *("batch_size", "accumulate", "keep", "log_every", "eval_bytes", "timeout"),
         ),
         2: ("seq_len",),
@@ -143,6 +143,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     values["out"] = None if config.out is None else str(config.out)
     values["betas"] = list(config.betas)
     values["eval_data"] = list(config.eval_data)
+    values["layers_per_stage"] = list(config.layers_per_stage)
     # Every call decides for itself whether to resume, and how.
     del values["config"], values["resume"], values["choose_again"]
     return values
@@ -162,7 +163,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
     values.setdefault("aux_loss", "batch")
     if values.get("out") is not None:
         values["out"] = Path(values["out"])
-    for name in {"betas", "eval_data"} & values.keys():
+    for name in {"betas", "eval_data", "layers_per_stage"} & values.keys():
         values[name] = tuple(values[name])
     return TrainConfig(**values)
 

@@ -140,8 +140,9 @@ def nats(
             batch = Batch(inputs_NS[own], targets_NS[own], positions_BS, 0, mask_BS).to(device)
             with autocast(device, dtype):
                 logits_BsV = forward(model, batch)
-            targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
-            total += sum_of_losses(logits_BsV, targets_Bs)
+            if logits_BsV is not None:
+                targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
+                total += sum_of_losses(logits_BsV, targets_Bs)
     if ranks.active():
         dist.all_reduce(total)
     return total.item()

@@ -20,7 +20,7 @@ from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
 from moesaic.train.lora import ADAPTER, EXPORT_DTYPES, export_merged, merge_adapters, save_adapters
 from moesaic.train.model import quiet
-from moesaic.train.step import evaluating
+from moesaic.train.step import evaluating, whole_logits
 
 # Relative to the largest logit. Sums in another order differ by about 1e-6; a wrong weight differs by far more.
 _TOLERANCE = 1e-3
@@ -81,7 +81,7 @@ def compare_with_export(
     part of the sequence. Collective. Raises `TrainingError` if the two are not the same model.
     """
     with evaluating(model):
-        own: Any = model(input_ids=tokens, use_cache=False).logits
+        own = whole_logits(model, tokens)
     difference = 0.0
     if exported is not None:
         part = meshes.sequence_positions(tokens.shape[1])

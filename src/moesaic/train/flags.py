@@ -84,7 +84,21 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """How processes share the work. cp * tp * dp_shard * dp_replicate is their number, and ep * etp must divide it."""
+    """How processes share the work. pp * cp * tp * dp_shard * dp_replicate is their number. ep * etp must divide it,
+    without pp."""
+
+    pp: int = 1
+    """Pipeline parallel size: the layers are split over this many groups of ranks. Each passes on what it computed."""
+    microbatches: int | None = None
+    """With --pp: how many parts a rank's part of the batch is cut into, which are in different stages at the same time.
+    By default twice --pp. The balance loss balances the tokens of each part."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
+    """With --pp: the order of forward and backward passes. gpipe and 1f1b have one stage on a rank, the others two or
+    more. zero-bubble and zbv need dp_shard, dp_replicate and edp 1."""
+    stages_per_rank: int | None = None
+    """With --pp: stages of each rank. By default 1 for gpipe and 1f1b, 2 for the other schedules."""
+    layers_per_stage: tuple[int, ...] = ()
+    """With --pp: how many layers each stage has, the first stage first. By default as equal as they can be."""
 
     tp: int = 1
     """Tensor parallel size of the dense layers (with sequence parallelism)."""

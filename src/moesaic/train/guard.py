@@ -6,15 +6,16 @@ sends that tensor along with the loss, so all ranks get to know together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
+from moesaic.parallel.decoder import Elsewhere
+from moesaic.parallel.split import Stages, names_in_whole
 
 
 class ForwardGuard:
@@ -24,10 +25,16 @@ class ForwardGuard:
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
-        watched = list(_layers(model))
-        self.names = [name for name, _ in watched]
-        self.flags = torch.zeros(len(watched), device=device)
-        self._handles = [module.register_forward_hook(self._hook(index)) for index, (_, module) in enumerate(watched)]
+        stages = model.stages if isinstance(model, Stages) else []
+        # Of stages, too, all names are the same on all ranks.
+        self.names = [name for name, _ in _layers(model.skeleton if isinstance(model, Stages) else model)]
+        self.flags = torch.zeros(len(self.names), device=device)
+        self._handles = [
+            module.register_forward_hook(self._hook(index))
+            for part in ([stage.whole for stage in stages] or [model])
+            for index, (_, module) in enumerate(_layers(part))
+            if not isinstance(module, Elsewhere)
+        ]
 
     def reset(self) -> None:
         """Forget what was seen."""
@@ -48,17 +55,16 @@ class ForwardGuard:
         self.flags[index] += (~torch.isfinite(_local(tensor.detach()))).any()
 
 
-def first_bad_gradient(named: Iterable[tuple[str, nn.Parameter]]) -> str | None:
+def first_bad_gradient(model: nn.Module) -> str | None:
     """The parameter at which gradients stopped being finite, the same on all ranks; None if all are finite.
 
     Backward goes from the last layer to the first, so if there are several, it is the last one.
     """
-    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    flags = torch.stack([_bad(parameter.grad) for _, parameter in named]).to(torch.int32)
-    if ranks.active():
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    bad = flags.nonzero().flatten().tolist()
-    return named[bad[-1]][0] if bad else None
+    names = names_in_whole(model)
+    own = {names[name] for name, parameter in model.named_parameters() if _bad(parameter.grad)}
+    bad = set().union(*ranks.gather(own))
+    whole = model.skeleton if isinstance(model, Stages) else model
+    return next((name for name, _ in reversed(list(whole.named_parameters())) if name in bad), None)
 
 
 def first_flagged(names: Sequence[str], counts: Sequence[float]) -> str | None:
@@ -67,6 +73,7 @@ def first_flagged(names: Sequence[str], counts: Sequence[float]) -> str | None:
 
 
 def _layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Also those that are on another stage, which compute nothing here."""
     names = {id(module): name for name, module in model.named_modules()}
     body = model.base_model
     found = [model.get_input_embeddings(), *body.layers, getattr(body, "norm", None), model.get_output_embeddings()]

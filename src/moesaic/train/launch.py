@@ -12,6 +12,7 @@ from moesaic.train.folder import check_free
 from moesaic.train.loader import check_batch_size
 from moesaic.train.lora import check_adapters
 from moesaic.train.main_grads import check_main_grads
+from moesaic.train.pipelining import check_pipeline, passes
 from moesaic.train.runtime import launched_world_size
 
 
@@ -32,4 +33,5 @@ def check_launch(config: TrainConfig) -> None:
     if not source.pretrained:
         # Configs of pretrained models have other keys. The plan checks those models before weights are loaded.
         check_fits(source.values, layout)
-    check_batch_size(config.batch_size, layout.dp_size, config.accumulate)
+    check_pipeline(config, layout, source.text_values.get("num_hidden_layers"))
+    check_batch_size(config.batch_size, layout.dp_size, passes(config))

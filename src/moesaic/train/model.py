@@ -21,9 +21,11 @@ from moesaic.integrations.transformers.router_logits import balance_coefficient
 from moesaic.layers import uncounted
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
+from moesaic.parallel.split import Stages, split_into_stages
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, first_line
+from moesaic.train.pipelining import pipeline_config
 from moesaic.train.step import evaluating
 
 # Rows of the embedding come in multiples of this, so that a vocabulary of any size can be split.
@@ -82,6 +84,8 @@ def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: 
     try:
         swap_moe(model, **_balance(config))
         _check_computes(model, config.model)
+        if meshes.pp_size > 1:
+            model = split_into_stages(model, meshes, pipeline_config(config))
         parallelize(model, meshes, **_plan(config))
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
@@ -132,6 +136,7 @@ def load_model(
                 device=device,
                 ignore_unexpected=config.ignore_unexpected,
                 adapter=adapter,
+                pipeline=pipeline_config(config) if meshes.pp_size > 1 else None,
                 quantize=config.quantize_experts,
                 **_plan(config),
                 **_balance(config),
@@ -152,8 +157,9 @@ def _balance(config: TrainConfig) -> dict[str, Any]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, however it is sharded."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the whole model, however it is sharded and cut into stages."""
+    whole = model.skeleton if isinstance(model, Stages) else model
+    return sum(parameter.numel() for parameter in whole.parameters())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from moesaic import ranks
 from moesaic.parallel.mesh import Meshes
 from moesaic.train.errors import UserError
 from moesaic.train.loader import IGNORED, Row
-from moesaic.train.step import evaluating
+from moesaic.train.step import evaluating, whole_logits
 
 # Of the largest logit. How sums round depends on what else is in a row; a leak is larger.
 _APART = 1e-3
@@ -136,7 +136,7 @@ def check_apart(model: Any, meshes: Meshes, *, vocab_size: int, device: torch.de
     positions = torch.arange(8).repeat(2).expand(2, 16)
     # Every rank has the same two rows, and looks at what it has of their equal halves.
     with evaluating(model):
-        logits: Any = model(input_ids=rows.to(device), position_ids=positions.to(device), use_cache=False).logits
+        logits = whole_logits(model, rows.to(device), position_ids=positions.to(device))
     second = meshes.sequence_positions(16) >= 8
     one, other = logits[:, second].float()
     worst = max(ranks.gather(float((one - other).abs().max() / one.abs().max()) if second.any() else 0.0))

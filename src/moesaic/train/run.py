@@ -34,6 +34,7 @@ from moesaic.train.lora import adapter_config, describe, write_adapter_config
 from moesaic.train.main_grads import MainGrads
 from moesaic.train.optimizer import build_optimizer
 from moesaic.train.packing import PackedRows, check_apart
+from moesaic.train.pipelining import passes, pipeline_of
 from moesaic.train.prepare import cache_folder, open_prepared, prepare
 from moesaic.train.prepared import PreparedConversations, PreparedText
 from moesaic.train.runtime import Runtime
@@ -90,7 +91,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
         seed=config.seed,
         dp_rank=meshes.dp_rank,
         dp_size=meshes.dp_size,
-        passes=config.accumulate,
+        passes=passes(config),
     )
     if source.pretrained:
         notify(f"loading {config.model} ({source.values['model_type']}) to fine-tune it; computing in {config.dtype}")
@@ -109,6 +110,7 @@ def set_up(config: TrainConfig, runtime: Runtime, notify: Callable[[str], None])
     identities = {"data": text.data_identity, "tokenizer": text.tokenizer_identity, "model": identity}
     main_grads = MainGrads(model) if config.main_grads else None
     training = Training(model, build_optimizer(model, config), loader, identities, main_grads)
+    training.pipeline = pipeline_of(model, config)
     # After all checks, so that a mistake leaves no folder behind.
     folder, lock = _claim_folder(config)
     config = dataclasses.replace(config, out=folder)

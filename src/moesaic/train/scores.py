@@ -14,6 +14,7 @@ from moesaic.train.chat import Renderer, encode_prompt
 from moesaic.train.config import TrainConfig
 from moesaic.train.corpus import Conversation
 from moesaic.train.packing import Conversations, PackedRows
+from moesaic.train.pipelining import passes
 from moesaic.train.prepared import PreparedConversations, PreparedText
 
 
@@ -41,7 +42,7 @@ class Scores(Protocol):
 
 def measuring(config: TrainConfig, meshes: Meshes, device: torch.device) -> dict[str, Any]:
     """The options of `evaluate.nats` in a run."""
-    size = config.batch_size // config.accumulate
+    size = config.batch_size // passes(config)
     return {"meshes": meshes, "batch_size": size, "device": device, "dtype": config.dtype}
 
 

@@ -27,6 +27,8 @@ from moesaic.parallel.accumulate import no_sync
 from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.gradients import clip_grad_norm_
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.split import Stages
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
@@ -71,8 +73,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
-def forward(model: Any, batch: Batch) -> Tensor:
-    """The logits `[B, s, V]` of this rank's part of the sequences."""
+def forward(model: Any, batch: Batch) -> Tensor | None:
+    """The logits `[B, s, V]` of this rank's part of the sequences; None on other ranks than those of the last stage."""
     # Without positions of its own a model has them, and its causal mask, from a cheaper place.
     given: dict[str, Any] = {} if batch.positions is None else {"position_ids": batch.positions}
     # Not as an attention mask, with which the model would not look at positions: the padding of a row is seen by none.
@@ -80,7 +82,18 @@ def forward(model: Any, batch: Batch) -> Tensor:
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         # What they are for comes from balance_losses().
         given["output_router_logits"] = False
+    if isinstance(model, Stages):
+        return model(batch.inputs, **given)
     return model(input_ids=batch.inputs, use_cache=False, **given).logits
+
+
+def whole_logits(model: Any, tokens_BS: Tensor, **given: Tensor) -> Tensor:
+    """The logits `[B, s, V]` of this rank's part of some sequences, on all ranks, to evaluate. Collective."""
+    if isinstance(model, Stages):
+        logits = model(tokens_BS, everywhere=True, **given)
+        assert logits is not None
+        return logits
+    return model(input_ids=tokens_BS, use_cache=False, **given).logits
 
 
 def sum_of_losses(logits_BsV: Tensor, targets_Bs: Tensor) -> Tensor:
@@ -129,7 +142,9 @@ def _train_step(
     batch = training.loader.next_batch().to(device)
     guard.reset()
     losses = torch.zeros(2, device=device)
-    for number, part in enumerate(batch.split(config.accumulate), start=1):
+    if training.pipeline is not None:
+        losses += _pipelined(training.pipeline, batch, config, meshes, device)
+    for number, part in enumerate(batch.split(config.accumulate) if training.pipeline is None else [], start=1):
         # Gradients of all passes are summed over ranks in the last.
         with nullcontext() if number == config.accumulate else no_sync(model):
             losses += _pass(model, part, config, meshes, device)
@@ -150,7 +165,7 @@ def _train_step(
             )
         raise TrainingError(_describe_forward(step, loss_value, balance_value, guard.names, flags))
 
-    grad_norm = _clip(model, config.max_grad_norm, step)
+    grad_norm = _clip(training, config.max_grad_norm, step)
     training.whole = False
     optimizer.step()
     training.step, training.whole = step, True
@@ -164,6 +179,7 @@ def _pass(model: nn.Module, batch: Batch, config: TrainConfig, meshes: Meshes, d
     """Forward and backward pass of a part of a batch. This rank's parts of the batch's losses, main and balance."""
     with autocast(device, config.dtype), balance_losses() as balance:
         logits_BsV = forward(model, batch)
+    assert logits_BsV is not None
     targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
     loss = sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets
     # Each is a mean over the tokens of one pass.
@@ -172,13 +188,36 @@ def _pass(model: nn.Module, batch: Batch, config: TrainConfig, meshes: Meshes, d
     return torch.stack([loss.detach(), balance_loss.detach()])
 
 
-def _clip(model: nn.Module, max_grad_norm: float, step: int) -> float:
+def _pipelined(pipeline: Pipeline, batch: Batch, config: TrainConfig, meshes: Meshes, device: torch.device) -> Tensor:
+    """Forward and backward passes of a batch over all stages. What is here of its losses, main and balance."""
+    targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
+    with balance_losses() as balance:
+        loss = pipeline.step(
+            batch.inputs,
+            targets_Bs,
+            lambda logits_BsV, targets_Bs: sum_of_losses(logits_BsV, targets_Bs) / batch.num_targets,
+            computing=lambda: autocast(device, config.dtype),
+            position_ids=batch.positions,
+            token_mask=batch.mask,
+        )
+    balance_loss = torch.stack(balance).sum() / pipeline.microbatches if balance else loss.new_zeros(())
+    return torch.stack([loss, balance_loss.detach()])
+
+
+def _clip(training: Training, max_grad_norm: float, step: int) -> float:
+    model, pipeline = training.model, training.pipeline
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     try:
         # Raises before it scales anything, so the gradients can still be looked at.
-        norm = clip_grad_norm_(parameters, max_grad_norm or float("inf"), error_if_nonfinite=True)
+        norm = clip_grad_norm_(
+            parameters,
+            max_grad_norm or float("inf"),
+            error_if_nonfinite=True,
+            group=None if pipeline is None else pipeline.stages.meshes.stages,
+            counted_elsewhere=() if pipeline is None else pipeline.copies(),
+        )
     except RuntimeError:
-        name = first_bad_gradient(model.named_parameters())
+        name = first_bad_gradient(model)
         if name is None:
             raise TrainingError(
                 f"step {step}: all gradients are finite, but their norm is more than fp32 can hold. No weight has been "

@@ -14,6 +14,7 @@ from moesaic.checkpoint.folder import folder_name
 from moesaic.checkpoint.run_folder import CHECKPOINTS
 from moesaic.checkpoint.state import restore_weights, weights
 from moesaic.checkpoint.store import read_into, verify
+from moesaic.parallel.pipeline import Pipeline
 from moesaic.train import implementations
 from moesaic.train.best import Best
 from moesaic.train.config import TrainConfig, to_json
@@ -36,6 +37,8 @@ class Training:
     """A hash each of the data, the tokenizer and the model. A checkpoint with other hashes is refused."""
     main_grads: MainGrads | None = None
     """Buffers for the gradients of expert weights, if they have any."""
+    pipeline: Pipeline | None = None
+    """What makes the gradients of a step, where the layers are on several stages."""
     implementations: dict[str, Any] | None = None
     """What computes this run on the CPU: see :func:`moesaic.train.implementations.settle`."""
     step: int = 0

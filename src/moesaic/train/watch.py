@@ -16,16 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesaic import ranks
-from moesaic.layers import TopKRouter, expert_load
+from moesaic.layers import TopKRouter
 from moesaic.layers.load import routers
 from moesaic.layers.recompute import count_once
 from moesaic.layers.router import Routing
 from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.collectives import sent_bytes
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.split import Stages
 from moesaic.train.config import TrainConfig
 from moesaic.train.flops import flops_per_token, known_peak
 from moesaic.train.metrics import EXPERT_LOAD, ROUTER_ENTROPY, Value, busiest
+from moesaic.train.pipelining import of_all_stages, whole_load
 from moesaic.train.runtime import peak_memory
 from moesaic.train.schedule import learning_rate
 from moesaic.train.step import StepResult
@@ -94,18 +96,23 @@ def metrics_of(
     seconds: float,
 ) -> dict[str, Value]:
     """The metrics of a step that took so many seconds. Collective."""
-    loads = {name.rpartition(".")[0]: load.tolist() for name, load in expert_load(training.model).items()}
+    loads = whole_load(training.model)
+    stages = training.model if isinstance(training.model, Stages) else None
     memory = torch.tensor(float(peak_memory(device)), device=device)
     sums = torch.stack([*watched.entropy.values(), memory.new_tensor([float(watched.sent), 0.0])]).double()
     if ranks.active():
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        dist.all_reduce(sums)
+        # Ranks of other stages have other routers.
+        dist.all_reduce(sums, group=None if stages is None else stages.meshes.all_ranks())
     *of_routers, (sent, _) = sums.tolist()
     entropy = {
         name.rpartition(".")[0]: total / max(tokens, 1) / math.log(router.config.num_experts)
         for (name, router), (total, tokens) in zip(routers(training.model).items(), of_routers, strict=True)
         if router.config.num_experts > 1
     }
+    if stages is not None:
+        entropy = of_all_stages(stages, entropy)
+        sent = sum(ranks.gather(sent, stages.meshes.stages))
     per_second = config.batch_size * training.loader.rows.seq_len / seconds
     values: dict[str, Value] = {
         "loss": result.loss,
@@ -128,6 +135,7 @@ def metrics_of(
 
 
 def _arithmetic(training: Training, config: TrainConfig, device: torch.device, per_second: float) -> dict[str, float]:
-    each = flops_per_token(training.model, training.loader.rows.seq_len) * per_second / ranks.world_size() / 1e12
+    whole = training.model.skeleton if isinstance(training.model, Stages) else training.model
+    each = flops_per_token(whole, training.loader.rows.seq_len) * per_second / ranks.world_size() / 1e12
     peak = config.peak_tflops or known_peak(device, config.dtype)
     return {"tflops": each} | ({} if peak is None else {"mfu": each / peak})

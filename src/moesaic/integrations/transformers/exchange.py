@@ -7,6 +7,7 @@ the box, and get a tensor on the meta device.
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, overlap, relative
+from moesaic.parallel.split import Stages, name_in_whole
 from moesaic.sharding.internals import box_at
 
 
@@ -36,6 +38,27 @@ class Exchange:
             return LazyTensor(tensor.shape, tensor.dtype, lambda box: self._own(local, box))
         pieces = _pieces(tensor)
         return LazyTensor(tensor.shape, tensor.dtype, lambda box: self._collected(local, pieces, box))
+
+    def of_stages(self, stages: Stages) -> dict[str, LazyTensor]:
+        """The state of a whole model, by the names in it, whose layers are on several stages. Collective."""
+        first = dist.get_global_rank(stages.meshes.all_ranks(), 0)
+        # What is received comes to where this rank computes.
+        device = next(stages.parameters()).device
+        own: dict[str, Tensor] = {}
+        said: dict[str, tuple[torch.Size, torch.dtype, dict[int, Box]]] = {}
+        for name, tensor in stages.state_dict(keep_vars=True).items():
+            tensor = tensor.detach()
+            is_cut = isinstance(tensor, DTensor) and not all(p.is_replicate() for p in tensor.placements)
+            everything = tuple(slice(0, size) for size in tensor.shape)
+            name = name_in_whole(name)
+            own[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            said[name] = tensor.shape, tensor.dtype, _pieces(tensor) if is_cut else {first: everything}
+        lazy: dict[str, LazyTensor] = {}
+        for of_stage in ranks.gather(said, stages.meshes.stages):
+            for name, (shape, dtype, pieces) in of_stage.items():
+                local = own.get(name, torch.empty(0, dtype=dtype, device=device))
+                lazy[name] = LazyTensor(shape, dtype, partial(self._collected, local, pieces))
+        return lazy
 
     def _own(self, tensor: Tensor, box: Box) -> Tensor:
         return tensor[box].cpu() if self.receiver == ranks.rank() else tensor[box].to("meta")

@@ -38,6 +38,7 @@ from moesaic.parallel.experts import ComputeOn
 from moesaic.parallel.mesh import check_meshes
 from moesaic.parallel.meta import materialize
 from moesaic.parallel.recompute import Recompute
+from moesaic.parallel.split import PipelineConfig, Stages, names_in_whole, split_into_stages
 from moesaic.sharding.parts import local_part
 
 # No buffer of transformers holds it.
@@ -62,6 +63,7 @@ def load_pretrained(
     attn_implementation: str | None = None,
     adapter: Any = None,
     quantize: Format | None = None,
+    pipeline: PipelineConfig | None = None,
     **options: Any,
 ) -> Any:
     """A causal language model of transformers with our layers, sharded over the meshes, with weights from safetensors.
@@ -93,11 +95,12 @@ def load_pretrained(
             rank quantises its part, expert by expert, so that none has them in another form. With ``adapter`` this is
             QLoRA. None leaves them as the files have them: those of gpt-oss in MXFP4 stay so, and are never all
             decoded.
+        pipeline: with meshes that have ``pp``, how the model is cut into stages. Each rank reads the layers of its own.
         options: those of :func:`swap_moe`, such as ``aux_loss_coef``; and values of the config that take the place of
             those in ``config.json``, such as ``rope_parameters``.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode; with ``pp`` its :class:`moesaic.parallel.Stages`.
 
     Raises:
         OSError: there is no such checkpoint, or a file is missing.
@@ -138,6 +141,7 @@ def load_pretrained(
         moe_options=moe_options,
         adapter=adapter,
         quantize=quantize,
+        pipeline=pipeline,
     )[0]
 
 
@@ -167,6 +171,7 @@ def load_and_count(
     moe_options: Mapping[str, Any] | None = None,
     adapter: Any = None,
     quantize: Format | None = None,
+    pipeline: PipelineConfig | None = None,
 ) -> tuple[Any, int]:
     """The result of :func:`load_pretrained`, and the number of bytes that this rank has read from the files."""
     place = torch.device(device or meshes.device_type or "cpu")
@@ -198,6 +203,9 @@ def load_and_count(
 
         def build(untied: list[str]) -> None:
             nonlocal model, tensors
+            if meshes.pp_size > 1 and (adapter is not None or quantize is not None or stored is not None):
+                what = "adapter: adapters are" if adapter is not None else "quantize: quantised experts are"
+                raise ValueError(f"{what} not cut into the stages of a pipeline; use pp=1")
             ties.untie(plain, untied)
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
@@ -214,6 +222,8 @@ def load_and_count(
         ranks.together(describe)
         untied = ranks.on_leader(lambda: ties.differing(plain, state))
         ranks.together(lambda: build(untied))
+        if meshes.pp_size > 1:
+            model = split_into_stages(model, meshes, pipeline)
         parallelize(
             model,
             meshes,
@@ -359,10 +369,15 @@ def part_with_peft(name: str) -> Any:
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
     """Read this rank's part of every parameter and every persistent buffer. Adapters are left as they are."""
+    names = names_in_whole(model)
+    # Of weights that are tied the first is read.
+    shared = model.shared if isinstance(model, Stages) else None
+    tied = {} if shared is None else {shared[1]: shared[0]}
     state = model.state_dict(keep_vars=True)
     filled = set(map(id, fill_packed(model, tensors)))
     for name, tensor in state.items():
-        plain = name_without_wrappers(name)
+        plain = name_without_wrappers(names[name])
+        plain = tied.get(plain, plain)
         if plain in tensors:
             local, box = local_part(tensor)
             tensors[plain].read_into(local, box)

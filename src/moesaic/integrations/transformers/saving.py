@@ -33,6 +33,7 @@ from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import model_on_meta
 from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
 from moesaic.integrations.transformers.shard_file import ShardFile
+from moesaic.parallel.split import Stages
 
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -57,8 +58,8 @@ def export_pretrained(
     earlier export. So a crash never leaves half a checkpoint under that name. All ranks must see the same file system.
 
     Args:
-        model: a model with layers that :func:`swap_moe` made. Classifiers, bare models and classes of your own are
-            written under their own class names, as ``save_pretrained`` does.
+        model: a model with layers that :func:`swap_moe` made, or its stages in a pipeline. Classifiers, bare models and
+            classes of your own are written under their own class names, as ``save_pretrained`` does.
         path: the folder to write. It may hold an earlier export.
         tokenizer: a tokenizer to save in the same folder.
         max_shard_size: the most bytes that a file may have. A file of a single tensor may have more.
@@ -77,12 +78,18 @@ def export_pretrained(
     """
     check_not_quantised(model)
     exchange = Exchange()
-    plain = plain_on_meta(model)
-    state = {name_without_wrappers(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    # Of stages all ranks know the whole model, without its numbers.
+    whole = model.skeleton if isinstance(model, Stages) else model
+    plain = plain_on_meta(whole)
+    state = {name_without_wrappers(name): tensor for name, tensor in whole.state_dict(keep_vars=True).items()}
     ties.tie_what_is_one(plain, state)
     # Tied weights are one parameter, and become one lazy tensor.
-    leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
-    original = to_original_names(model, {name: leaves[id(t)] for name, t in state.items()})
+    if isinstance(model, Stages):
+        lazy = exchange.of_stages(model)
+        leaves = {id(tensor): lazy[name] for name, tensor in state.items()}
+    else:
+        leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
+    original = to_original_names(whole, {name: leaves[id(t)] for name, t in state.items()})
     if dtype is not None:
         plain.config.dtype = dtype
         original = cast_like(original, model_on_meta(copy.deepcopy(plain.config), dtype))
