@@ -22,11 +22,13 @@ from moesaic.train.run import set_up
 from moesaic.train.runtime import started
 from moesaic.train.signals import StopRequest
 from moesaic.train.training import save
-from tests.train.conftest import write_corpus
+from tests.train.conftest import MODEL, write_corpus
 
 MESH = {"tp": 2, "ep": 2, "etp": 2}
 # Rows go over two nodes first.
 NODES = {"tp": 2, "ep": 4, "ranks_per_node": 2, "compute": "local"}
+# A balance loss of each sequence is the same however a batch is cut.
+STAGES = {"pp": 2, "microbatches": 2, "aux_loss": "sequence"}
 
 
 class _Screen:
@@ -79,7 +81,8 @@ def _rows(folder):
 def _tensors(config, cache):
     """The whole state of a run as its last checkpoint has it, on one process."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    layout = dict.fromkeys(("tp", "cp", "ep", "etp", "dp_replicate"), 1) | {"dp_shard": None}
+    layout = dict.fromkeys(("pp", "tp", "cp", "ep", "etp", "dp_replicate"), 1)
+    layout |= dict.fromkeys(("dp_shard", "microbatches"))
     config = dataclasses.replace(config, resume=True, **layout)
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
@@ -108,6 +111,7 @@ def _on(ranks, world_size, fn, *args, **kwargs):
         (1, {"optimizer": "muon"}, 0),
         (2, {"cp": 2, "ep": 2, "accumulate": 2, "recompute": "selective"}, 1),
         pytest.param(4, MESH | {"optimizer": "muon"}, 2, marks=pytest.mark.slow),
+        pytest.param(2, STAGES, 1, marks=pytest.mark.slow),
         (4, MESH, 2),
         (4, NODES, 0),
     ],
@@ -137,30 +141,49 @@ def test_a_signal_saves_and_a_resume_is_exact(tiny, cache, tmp_path, ranks, worl
     _assert_equal(tensors, _tensors(whole, cache)[1])
 
 
+LAYOUTS = {
+    "one": (1, {}),
+    "cp": (2, {"cp": 2, "etp": 2}),
+    "mesh": (4, MESH),
+    "pp": (2, {"pp": 2, "microbatches": 2}),
+    "pp x ep": (4, {"pp": 2, "microbatches": 2, "ep": 2}),
+}
+_SLOWER = [
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("one", "cp"), ("pp", "one"), ("one", "pp")]),
+    *(pytest.param(*pair, marks=pytest.mark.long) for pair in [("cp", "mesh"), ("pp x ep", "mesh")]),
+]
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(4, 1), (1, 4), pytest.param(2, 4, marks=pytest.mark.long), pytest.param(1, 2, marks=pytest.mark.slow)],
+    [("mesh", "one"), ("one", "mesh"), *_SLOWER],
 )
-def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after):
-    layouts = {1: {}, 2: {"cp": 2, "etp": 2}, 4: MESH}
-    whole = dataclasses.replace(tiny, out=tmp_path / "whole", **layouts[before])
-    _on(ranks, before, _fit, whole, cache)
-    part = dataclasses.replace(tiny, out=tmp_path / "part", **layouts[before])
-    _on(ranks, before, _fit, part, cache, {2: [signal.SIGTERM]})
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_resume_on_another_layout(tiny, cache, tmp_path, ranks, before, after, tied):
+    (size_before, layout_before), (size_after, layout_after) = LAYOUTS[before], LAYOUTS[after]
+    tiny = dataclasses.replace(tiny, aux_loss="sequence")
+    if tied:
+        file = tmp_path / "tied.json"
+        file.write_text(json.dumps({**MODEL, "tie_word_embeddings": True}))
+        tiny = dataclasses.replace(tiny, model=str(file))
+    whole = dataclasses.replace(tiny, out=tmp_path / "whole", **layout_before)
+    _on(ranks, size_before, _fit, whole, cache)
+    part = dataclasses.replace(tiny, out=tmp_path / "part", **layout_before)
+    _on(ranks, size_before, _fit, part, cache, {2: [signal.SIGTERM]})
     step, saved = _tensors(part, cache)
     assert step == 3
 
     # Resumed, saved again without a step, and the very same tensors.
-    elsewhere = dataclasses.replace(tiny, out=part.out, resume=True, **layouts[after])
-    [again, *_] = _on(ranks, after, _resume_and_save, elsewhere, cache)
+    elsewhere = dataclasses.replace(tiny, out=part.out, resume=True, **layout_after)
+    [again, *_] = _on(ranks, size_after, _resume_and_save, elsewhere, cache)
     assert again == 3
     _assert_equal(saved, _tensors(part, cache)[1])
 
-    _on(ranks, after, _fit, elsewhere, cache)
+    _on(ranks, size_after, _fit, elsewhere, cache)
     for one, other in zip(_rows(part.out), _rows(whole.out), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-    assert read_manifest(checkpoints(part.out / "checkpoints")[-1]).world_size == after
+    assert read_manifest(checkpoints(part.out / "checkpoints")[-1]).world_size == size_after
 
 
 def _resume_and_save(config, cache):

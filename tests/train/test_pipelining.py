@@ -1,0 +1,115 @@
+"""A run over the stages of a pipeline is the run of one process, and settings that it cannot have are told by name."""
+
+import dataclasses
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from moesaic.parallel.mesh import resolve_layout
+from moesaic.train import loop
+from moesaic.train.config import from_json, to_json
+from moesaic.train.errors import TrainingError, UserError
+from moesaic.train.metrics import read_jsonl
+from moesaic.train.pipelining import check_pipeline
+from moesaic.train.run import set_up
+from moesaic.train.runtime import started
+from tests.train.conftest import MODEL, one_step
+
+REFUSED = {
+    "--microbatches is for a pipeline: add --pp, or leave it out; --accumulate cuts a batch": {"microbatches": 4},
+    "--stages-per-rank is for a pipeline: add --pp, or leave it out$": {"stages_per_rank": 2},
+    "--accumulate with --pp 2: --microbatches cuts a batch into parts already": {"pp": 2, "accumulate": 2},
+    "--lora-rank with --pp 2: adapters are not yet cut into stages": {"pp": 2, "lora_rank": 4},
+    "--aux-loss with --pp 2: pooled is one loss over all layers": {"pp": 2, "aux_loss": "pooled"},
+    "--main-grads with --pp 2: --pp-schedule zbv makes": {"pp": 2, "main_grads": True, "pp_schedule": "zbv"},
+    "--microbatches: '1f1b' needs at least as many as stages, 2, got 1": {"pp": 2, "microbatches": 1},
+    "--pp-schedule: 'zbv' makes gradients of weights apart": {"pp": 2, "pp_schedule": "zbv"},
+    "--stages-per-rank: '1f1b' has 1 on each rank, got 2": {"pp": 2, "stages_per_rank": 2},
+    "--layers-per-stage: expected 2 numbers": {"pp": 2, "layers_per_stage": (1, 1)},
+    "--pp: 4 stages are more than the 3 layers": {"pp": 4},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_settings_that_a_pipeline_cannot_have_are_refused_by_flag(tiny, text):
+    config = dataclasses.replace(tiny, **REFUSED[text])
+    with pytest.raises(UserError, match=text):
+        check_pipeline(config, resolve_layout(8, pp=config.pp), num_layers=3)
+
+
+def test_settings_come_back_from_json(tiny):
+    config = dataclasses.replace(tiny, pp=2, layers_per_stage=(1, 3), stages_per_rank=1)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def _train(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    loop.train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"pp": 2, "microbatches": 2}),
+        (4, {"pp": 2, "ep": 2, "pp_schedule": "interleaved", "microbatches": 2, "dtype": "bf16"}),
+    ],
+    ids=str,
+)
+def test_the_whole_program(tiny, cache, tmp_path, ranks, world_size, changes):
+    """Losses, norms, loads and scores are those of one process; so is the export, which the program itself compares."""
+    file = tmp_path / "tied.json"
+    file.write_text(json.dumps({**MODEL, "num_hidden_layers": 4, "tie_word_embeddings": True}))
+    common = {"model": str(file), "aux_loss": "sequence", "eval_every": 3, "dtype": changes.get("dtype", "fp32")}
+    whole = dataclasses.replace(tiny, out=tmp_path / "whole", **common)
+    _train(whole, cache)
+    staged = dataclasses.replace(tiny, out=tmp_path / "staged", **(common | changes))
+    ranks(_train, world_size, staged, cache)
+    tolerance = 1e-5 if whole.dtype == "fp32" else 3e-2
+    rows = [read_jsonl(config.out / "metrics.jsonl") for config in (staged, whole)]
+    for mine, theirs in zip(*rows, strict=True):
+        for name in ("loss", "balance_loss", "bits_per_byte"):
+            assert mine.get(name) == pytest.approx(theirs.get(name), rel=tolerance), name
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=100 * tolerance)
+        assert mine["expert_load"].keys() == theirs["expert_load"].keys()
+        if whole.dtype == "fp32":
+            assert mine["expert_load"] == theirs["expert_load"]
+    one, two = (json.loads((config.out / "config.json").read_text()) for config in (staged, whole))
+    assert one["parameters"] == two["parameters"]
+
+
+def _step_with_poison(config, cache, name, in_gradient):
+    """A good step, then one with a number on one stage that is not finite: the same error on all ranks."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        one_step(run)
+        for own, parameter in run.training.model.named_parameters():
+            if own.endswith(name) and in_gradient:
+                parameter.register_post_accumulate_grad_hook(lambda p: p.grad.view(-1)[0].fill_(float("inf")))
+            elif own.endswith(name):
+                with torch.no_grad():
+                    parameter.view(-1)[0] = float("nan")
+        with pytest.raises(TrainingError) as error:
+            one_step(run)
+        run.close()
+        return str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("in_gradient", "told"),
+    [
+        (False, "output .* is that of model.layers.1, on 1 of 2"),
+        (True, "gradient of model.layers.1.post_attention_layernorm.weight is not"),
+    ],
+)
+def test_a_number_that_is_not_finite_stops_all_stages(tiny, cache, ranks, in_gradient, told):
+    config = dataclasses.replace(tiny, pp=2, microbatches=2)
+    name = "layers.1.post_attention_layernorm.weight"
+    messages = ranks(_step_with_poison, 2, config, cache, name, in_gradient)
+    assert len(set(messages)) == 1
+    assert re.search(told, messages[0]), messages[0]
