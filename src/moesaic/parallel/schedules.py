@@ -52,7 +52,8 @@ def check_schedule(
                 f"stages_per_rank: {name!r} has {only} on each rank, got {stages_per_rank}; leave it out, or choose "
                 f"the schedule {' or '.join(map(repr, others))}"
             )
-    sharded = {"dp_shard": layout.dp_shard, "dp_replicate": layout.dp_replicate, "edp": layout.edp}
+    # FSDP is over these.
+    sharded = {axis: getattr(layout, axis) for axis in ("dp_replicate", "dp_shard", "cp", "edp")}
     if schedule.splits_backward and (axes := [f"{axis} {size}" for axis, size in sharded.items() if size > 1]):
         raise ValueError(
             f"schedule: {name!r} makes gradients of weights apart, and torch then loses those of FSDP modules inside "
