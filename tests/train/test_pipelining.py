@@ -82,6 +82,10 @@ def test_the_whole_program(tiny, cache, tmp_path, ranks, world_size, changes):
     assert one["parameters"] == two["parameters"]
 
 
+def _spoil(parameter):
+    parameter.grad.view(-1)[0] = float("inf")
+
+
 def _step_with_poison(config, cache, name, in_gradient):
     """A good step, then one with a number on one stage that is not finite: the same error on all ranks."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
@@ -90,7 +94,7 @@ def _step_with_poison(config, cache, name, in_gradient):
         one_step(run)
         for own, parameter in run.training.model.named_parameters():
             if own.endswith(name) and in_gradient:
-                parameter.register_post_accumulate_grad_hook(lambda p: p.grad.view(-1)[0].fill_(float("inf")))
+                parameter.register_post_accumulate_grad_hook(_spoil)
             elif own.endswith(name):
                 with torch.no_grad():
                     parameter.view(-1)[0] = float("nan")
