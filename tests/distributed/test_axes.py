@@ -19,7 +19,7 @@ from moesaic.parallel.split import names_in_whole
 from moesaic.train.config import TrainConfig
 from moesaic.train.guard import ForwardGuard
 from moesaic.train.loader import IGNORED, BatchLoader, Row
-from moesaic.train.model import build_optimizer
+from moesaic.train.optimizer import build_optimizer
 from moesaic.train.pipelining import passes, pipeline_config, pipeline_of
 from moesaic.train.step import train_step
 from moesaic.train.training import Training
