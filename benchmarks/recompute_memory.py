@@ -74,11 +74,12 @@ def make_model(way: Any) -> Any:
 
 
 def allocated(profile: Any, trace: Path) -> list[int]:
-    """Bytes that are there after each change, of those that came since the profiler began."""
+    """Bytes that are there after each change, more than before the first."""
     profile.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
     events = sorted((e for e in events if e["args"]["Device Type"] == 0), key=lambda e: e["ts"])
-    return [e["args"]["Total Allocated"] for e in events]
+    before = events[0]["args"]["Total Allocated"] - events[0]["args"]["Bytes"]
+    return [e["args"]["Total Allocated"] - before for e in events]
 
 
 def profiler() -> Any:
