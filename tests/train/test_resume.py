@@ -58,6 +58,7 @@ def _fit(config, cache, signals=(), victim=0):
     with started("cpu") as runtime:
         screen = _Screen(signals if runtime.rank == victim else ())
         run = set_up(config, runtime, screen.message)
+        screen.message(loop._introduce(run))
         finished = loop.fit(run, screen)
         run.close()
         if dist.is_initialized():
@@ -82,7 +83,7 @@ def _tensors(config, cache):
     """The whole state of a run as its last checkpoint has it, on one process."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     layout = dict.fromkeys(("pp", "tp", "cp", "ep", "etp", "dp_replicate"), 1)
-    layout |= dict.fromkeys(("dp_shard", "microbatches"))
+    layout |= dict.fromkeys(("dp_shard", "microbatches", "ranks_per_node"))
     config = dataclasses.replace(config, resume=True, **layout)
     with started("cpu") as runtime:
         run = set_up(config, runtime, lambda text: None)
