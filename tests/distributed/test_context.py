@@ -19,6 +19,8 @@ from tests.distributed.test_families import PLANNED, labels_of, run
 from tests.distributed.test_plan import fake_meshes
 from tests.distributed.test_qwen3_parity import name_of
 from tests.integrations.families import VOCAB, make_model
+from tests.integrations.folders import make
+from tests.integrations.test_folders import SWAPPED as FOLDERS
 
 BATCH, STEPS, MAX_NORM = 4, 3, 0.5
 
@@ -138,6 +140,41 @@ REFUSED = {
 def test_attention_that_cannot_compute_with_a_part_is_refused_by_name(family):
     with pytest.raises(ValueError, match=REFUSED[family]):
         moesaic.parallelize(swap_moe(make_model(family, **PLANNED.get(family, {}))), fake_meshes(2, cp=2))
+
+
+REFUSED_FOLDERS = {
+    "beam": r"BeamAttention, is given 'attention_scaling' beside hidden states, which may be of whole seq.*; use cp=1",
+    "deepseek_v32": r"DeepseekV32Attention, has a part, 'indexer' \(DeepseekV32Indexer\), that may look at other tok",
+    "nemotron_h": r"cp: the layers of NemotronHModel have no self_attn.*; use cp=1",
+}
+
+
+@pytest.mark.parametrize("folder", REFUSED_FOLDERS)
+def test_attention_with_more_in_it_is_refused_by_name(folder):
+    with pytest.raises(ValueError, match=REFUSED_FOLDERS[folder]):
+        moesaic.parallelize(swap_moe(make(folder)), fake_meshes(2, cp=2))
+
+
+def check_folder(folder: str) -> None:
+    """Logits are those of one process, or the model is refused: nothing is wrong and says nothing."""
+    plain, meshes = swap_moe(make(folder)).eval(), meshes_of({"cp": 2})
+    model = copy.deepcopy(plain)
+    try:
+        moesaic.parallelize(model, meshes)
+    except ValueError as error:
+        assert str(error).endswith("use cp=1"), error
+        return
+    ids = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(0))
+    for positions in (torch.arange(11), torch.cat([torch.arange(5), torch.arange(6)])):
+        given = {"input_ids": ids, "position_ids": positions.expand(2, 11), "use_cache": False}
+        found, whole = (m(**given)[0].detach() for m in (model, plain))
+        assert_close(folder, found, whole[:, meshes.sequence_positions(11)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_folder_is_right_or_refused(same_ranks, folder):
+    same_ranks(check_folder, 2, folder)
 
 
 def test_attention_of_others_is_refused_by_name():

@@ -106,6 +106,16 @@ def part_of_call() -> Part | None:
     return _PART.get()
 
 
+def check_all_are_decoders(model: nn.Module, decoders: Sequence[nn.Module]) -> None:
+    """Raise ``ValueError`` if layers of a model somewhere else could need the rest of a sequence."""
+    for module in model.modules():
+        if hasattr(module, "attention_of_parts") and module not in decoders:
+            raise ValueError(
+                f"cp: the layers of {type(module).__name__} have no self_attn, so it is not known what in them needs "
+                "the whole sequence; use cp=1"
+            )
+
+
 def check_context(decoder: Any) -> None:
     """Raise ``ValueError`` unless the attention of a decoder can compute with a part of the queries."""
     attention: AttentionOfParts | None = getattr(decoder, "attention_of_parts", None)

@@ -73,19 +73,19 @@ def check_split(decoder: nn.Module, tp: int) -> None:
 
 
 def _check_works_on_tokens(where: str, module: nn.Module, axis: str) -> None:
-    if not _works_on_tokens(module):
+    if not works_on_tokens(module):
         raise ValueError(
             f"{axis}: {where} ({type(module).__name__}) is not known to the plan. It may need the whole sequence, and "
             f"with {axis} > 1 a rank has only a part of it; use {axis}=1"
         )
 
 
-def _works_on_tokens(module: nn.Module) -> bool:
+def works_on_tokens(module: nn.Module) -> bool:
     """Whether it treats every token alone, as norms, embeddings, experts and linear layers do."""
     if isinstance(module, MoE | nn.Linear | nn.Embedding):
         return True
     vectors_only = all(p.ndim == 1 for p in module.parameters(recurse=False))
-    return vectors_only and all(map(_works_on_tokens, module.children()))
+    return vectors_only and all(map(works_on_tokens, module.children()))
 
 
 def attention_parts(decoder: nn.Module, layer: Any) -> list[Part]:

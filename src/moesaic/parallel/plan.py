@@ -13,7 +13,12 @@ from moesaic.layers import GroupedExperts, MoE
 from moesaic.parallel.adapted import holders_of, share_dropout
 from moesaic.parallel.afterwards import guard
 from moesaic.parallel.capacity import check_capacity
-from moesaic.parallel.context import add_context_parallelism, check_context, spare_attention_of_nothing
+from moesaic.parallel.context import (
+    add_context_parallelism,
+    check_all_are_decoders,
+    check_context,
+    spare_attention_of_nothing,
+)
 from moesaic.parallel.decoder import (
     add_sequence_parallelism,
     attention_shard_dims,
@@ -240,6 +245,8 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
         )
     if meshes.tp_size > 1 and not isinstance(model, MoE):
         _check_tensor_parallel(model, moes, found, meshes.tp_size)
+    if meshes.cp_size > 1:
+        check_all_are_decoders(model, found)
     for decoder in found if meshes.cp_size > 1 else []:
         check_whole_sequences(model, decoder, "cp")
         check_decoder(decoder, "cp")

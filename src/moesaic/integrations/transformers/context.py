@@ -22,11 +22,19 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moesaic.integrations.transformers.calls import stacks_of
+from moesaic.parallel.adapted import base_of
 from moesaic.parallel.context import PartMask, part_of_call
-from moesaic.parallel.decoder import decoder_layers
+from moesaic.parallel.decoder import decoder_layers, works_on_tokens
 
 # What computes a chunk -> the name under which transformers finds ours.
 _NAMES = {inner: f"moesaic_context_parallel_{inner}" for inner in ("sdpa", "eager")}
+# What attention is given, which is of a part, or not of positions.
+_KNOWN_ARGUMENTS = frozenset(
+    {
+        *("self", "hidden_states", "position_embeddings", "position_ids"),
+        *("attention_mask", "past_key_values", "use_cache", "output_attentions"),
+    }
+)
 _INNER = {name: inner for inner, name in _NAMES.items()}
 
 
@@ -92,6 +100,14 @@ def _problem_of(attention: Any, chosen: str) -> str | None:
             "counts positions itself (attn_temperature_tuning), so it would take its rank's tokens for the first of "
             "each sequence"
         )
+    named = {n for n, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if unknown := sorted(named - _KNOWN_ARGUMENTS):
+        return f"is given {unknown[0]!r} beside hidden states, which may be of whole sequences"
+    for name, child in attention.named_children():
+        if not isinstance(base_of(child), nn.Linear) and any(True for _ in child.children()):
+            return f"has a part, '{name}' ({type(child).__name__}), that may look at other tokens"
+        if not works_on_tokens(child):
+            return f"has a part, '{name}' ({type(child).__name__}), that does not treat each token alone"
     if not getattr(attention, "is_causal", True):
         return "is not causal"
     if chosen == "eager" and "eager_attention_forward" not in function.__globals__:
