@@ -159,10 +159,13 @@ def check_folder(folder: str) -> None:
     """Logits are those of one process, or the model is refused: nothing is wrong and says nothing."""
     plain, meshes = swap_moe(make(folder)).eval(), meshes_of({"cp": 2})
     model = copy.deepcopy(plain)
+    refusal = ""
     try:
         moesaic.parallelize(model, meshes)
     except ValueError as error:
-        assert str(error).endswith("use cp=1"), error
+        refusal = str(error)
+    if refusal:
+        assert refusal.endswith("use cp=1"), refusal
         return
     ids = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(0))
     for positions in (torch.arange(11), torch.cat([torch.arange(5), torch.arange(6)])):
