@@ -98,6 +98,12 @@ def _tune(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    from moesaic.plan.command import run
+
+    return run(arguments)
+
+
 def _prove(arguments: Sequence[str]) -> int:
     from moesaic.sharding.proof.command import run
 
@@ -133,6 +139,7 @@ COMMANDS = {
     "eval": Command("measure a trained model, and how its routers spread the tokens", _eval),
     "generate": Command("let a trained model continue a text, or answer a message", _generate),
     "info": Command("show versions, and the kernels that run on this machine", _info),
+    "plan": Command("say which layouts of a model fit into memory, what they send, and how fast they are", _plan),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
     "report": Command("write a page about runs, to be opened in a browser", _report),
     "train": Command("train a mixture-of-experts language model on one process or many", _train),

@@ -9,6 +9,7 @@ Neither ``ep`` nor ``etp`` has to divide anything of the dense view.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import product
 from math import prod
 from typing import Any, Literal, get_args
@@ -87,6 +88,7 @@ class MeshLayout:
         return f"{f'pp {self.pp}, each ' if self.pp > 1 else ''}{dense}, experts {expert}"
 
 
+@cache
 def axis_names(**marks: Any) -> tuple[str, ...]:
     """Axes that are so marked, in the order of their mesh."""
     return tuple(f.name for f in fields(MeshLayout) if all(f.metadata[mark] == value for mark, value in marks.items()))

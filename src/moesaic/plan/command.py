@@ -1,0 +1,148 @@
+"""``moesaic plan``: options, what is printed, exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from moesaic.options import parse
+from moesaic.plan.advice import ep_or_etp, what_would_fit
+from moesaic.plan.calibrate import calibrated
+from moesaic.plan.choice import Job
+from moesaic.plan.hardware import as_toml, read_hardware
+from moesaic.plan.model import Planned, read_model
+from moesaic.plan.search import Machines, search
+from moesaic.plan.show import record, tables
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say which layouts of a model are legal, fit into memory and are fast, before anything is paid for.
+
+    Tries all legal layouts over pp, dp_replicate, dp_shard, cp, tp, ep and etp, and what can be computed again, and
+    prints the fastest that fit: what a rank holds and sends, and how long a step takes. Weights, gradients, optimizer
+    states and bytes sent are exact for an even routing. Times are a model's, good for comparing layouts.
+
+    Needs the extra transformers, and no device: nothing is computed.
+
+    Exit status: 0 done; 1 nothing fits; 2 the call cannot work.
+    """
+
+    model: str | None = None
+    """A config.json, a folder with one, or a name on the hub where it can be reached."""
+    gpus: int = 8
+    """Devices in all. There is one rank on each."""
+    per_node: int = 8
+    """Devices of a node. Links inside of it are fast. tp and etp stay inside."""
+    hardware: str = "H100"
+    """H100, H200, B200 or CPU; or a file of your own, TOML or JSON, as --calibrate writes."""
+    memory: float | None = None
+    """GB (1e9 bytes) of a device that may be used. By default all that the hardware has."""
+    seq_len: int = 4096
+    """Tokens of a sequence."""
+    batch: int = 1024
+    """Sequences of a step, of all ranks together."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """The dtype of the computation, as in moesaic train."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """The dtype of weights, gradients and optimizer states. moesaic train has fp32."""
+    capacity: int | None = None
+    """As in moesaic train: room for so many copies of tokens from each rank to each other."""
+    top: int = 10
+    """How many layouts to print."""
+    json: bool = False
+    """Print JSON: bytes and seconds."""
+    calibrate: Path | None = None
+    """Measure this machine, and write a file for --hardware. Under torchrun links are measured too. Without --model
+    nothing else is done."""
+
+
+class _CannotError(Exception):
+    """What the user is told."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``moesaic plan`` and return its exit status."""
+    options = parse(Options, "plan", arguments)
+    try:
+        _check(options)
+        if options.calibrate is not None:
+            _calibrate(options)
+        if options.model is None:
+            return 0
+        return _plan(options, _read(options))
+    except (_CannotError, OSError, ValueError, ImportError, NotImplementedError) as error:
+        print(f"moesaic plan: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(options: Options) -> None:
+    for name in ("gpus", "per_node", "seq_len", "batch", "top", "capacity"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise _CannotError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if options.memory is not None and not options.memory > 0:
+        raise _CannotError(f"--memory must be more than 0 GB, not {options.memory}")
+    if options.gpus > options.per_node and options.gpus % options.per_node:
+        raise _CannotError(
+            f"--gpus {options.gpus} are no whole nodes of --per-node {options.per_node}; give a multiple of it"
+        )
+    if options.model is None and options.calibrate is None:
+        raise _CannotError("--model is missing: a config.json, a folder with one, or a name on the hub")
+    if options.weights == "bf16" and options.dtype == "fp32":
+        raise _CannotError("--weights bf16 computes in bf16; leave --dtype out")
+
+
+def _calibrate(options: Options) -> None:
+    assert options.calibrate is not None
+    measured = calibrated(read_hardware(options.hardware))
+    if measured is not None:  # the other ranks say nothing
+        options.calibrate.write_text(as_toml(measured))
+        print(f"measured, and written to {options.calibrate}")
+
+
+def _read(options: Options) -> Planned:
+    assert options.model is not None
+    dtype = torch.bfloat16 if options.weights == "bf16" else torch.float32
+    return read_model(options.model, dtype)
+
+
+def _plan(options: Options, planned: Planned) -> int:
+    hardware = read_hardware(options.hardware)
+    memory = hardware.memory if options.memory is None else options.memory * 1e9
+    machines = Machines(options.gpus, options.per_node, memory, hardware, options.dtype)
+    autocast = options.dtype == "bf16" and options.weights == "fp32"
+    job = Job(options.seq_len, options.batch, autocast, options.capacity)
+    found = search(planned, job, machines, options.top)
+    shapes = planned.shapes
+    if not found.plans:
+        said = what_would_fit(planned, found, job, machines)
+        if options.json:
+            print(json.dumps({"plans": [], "tried": found.tried, "said": said}, indent=2))
+        print(f"moesaic plan: {said}", file=sys.stderr)
+        return 1
+    advice = ep_or_etp(planned, found.plans[0], job, machines)
+    if options.json:
+        records: list[dict[str, Any]] = [record(plan, job) for plan in found.plans]
+        about = {"model": shapes.name, "parameters": shapes.parameters, "active": shapes.active_parameters}
+        about |= {"flops_a_token": shapes.flops(job.seq_len), "hardware": hardware.name, "tried": found.tried}
+        print(json.dumps({**about, "said": advice, "plans": records}, indent=2))
+        return 0
+    console = Console(width=max(140, Console().width)) if not sys.stdout.isatty() else Console()
+    print(
+        f"{shapes.name}: {shapes.parameters / 1e9:.2f} B parameters, {shapes.active_parameters / 1e9:.2f} B for a token; "
+        f"{options.gpus} x {hardware.name}, {memory / 1e9:.0f} GB, {options.per_node} a node; {found.tried} legal ways"
+    )
+    for table in tables(found.plans, job):
+        console.print(table)
+    print(advice)
+    return 0
+
+
