@@ -77,7 +77,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     *,
     meshes: Meshes,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     **_: Any,
 ) -> Tensor:
     """This rank's part of the mean cross-entropy of the next tokens: ``sum over its own of -log p / N``.
@@ -91,6 +91,7 @@ def causal_lm_loss(
             the token after it: they are shifted here, before they are cut.
         num_items_in_batch: ``N``, the number of labels that count on all ranks, in all forward passes whose gradients
             are added; None for those of this one.
+        group: the ranks over which labels are counted; None where ``num_items_in_batch`` says how many there are.
         ignore_index: the label that does not count.
         shift_labels: ``[B, S]`` in place of ``labels``, shifted already.
 
@@ -103,6 +104,7 @@ def causal_lm_loss(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, vocab_size)
     loss = F.cross_entropy(wide, mine, ignore_index=ignore_index, reduction="sum")
     if num_items_in_batch is None:
+        assert group is not None
         num_items_in_batch = sum_over_ranks((mine != ignore_index).sum(), group)
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)

@@ -65,5 +65,3 @@ def what_would_fit(planned: Planned, found: Found, job: Job, machines: Machines)
         if job.batch % times == 0 and search(planned, job, more, top=1).plans:
             return f"{text}. It would fit --gpus {more.gpus}"
     return f"{text}. Give --memory {memory.total / 1e9 + 0.5:.0f} or more, or far more --gpus"
-
-

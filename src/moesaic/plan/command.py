@@ -136,13 +136,10 @@ def _plan(options: Options, planned: Planned) -> int:
         print(json.dumps({**about, "said": advice, "plans": records}, indent=2))
         return 0
     console = Console(width=max(140, Console().width)) if not sys.stdout.isatty() else Console()
-    print(
-        f"{shapes.name}: {shapes.parameters / 1e9:.2f} B parameters, {shapes.active_parameters / 1e9:.2f} B for a token; "
-        f"{options.gpus} x {hardware.name}, {memory / 1e9:.0f} GB, {options.per_node} a node; {found.tried} legal ways"
-    )
+    of_model = f"{shapes.parameters / 1e9:.2f} B parameters, {shapes.active_parameters / 1e9:.2f} B for a token"
+    of_machines = f"{options.gpus} x {hardware.name}, {memory / 1e9:.0f} GB, {options.per_node} a node"
+    print(f"{shapes.name}: {of_model}; {of_machines}; {found.tried} legal ways")
     for table in tables(found.plans, job):
         console.print(table)
     print(advice)
     return 0
-
-

@@ -35,15 +35,15 @@ class Hardware:
     node: Link
     network: Link
 
-    def matmul_seconds(self, flops: float, dtype: str) -> float:
+    def matmul_seconds(self, flops: int | float, dtype: str) -> float:
         """Of products of large matrices."""
         return flops / (self.flops[dtype] * self.efficiency)
 
-    def grouped_seconds(self, flops: float, dtype: str, rows: float) -> float:
+    def grouped_seconds(self, flops: int | float, dtype: str, rows: int | float) -> float:
         """Of grouped products with ``rows`` rows a group: few rows do not fill the device."""
         return flops / (self.flops[dtype] * self.grouped_efficiency * rows / (rows + self.half_rows)) if rows else 0.0
 
-    def memory_seconds(self, bytes_moved: float) -> float:
+    def memory_seconds(self, bytes_moved: int | float) -> float:
         return bytes_moved / (self.bandwidth * self.memory_efficiency)
 
 

@@ -46,7 +46,7 @@ class Ledger(TorchDispatchMode):
         self._known.add(key)
         self._live += size
         self._peak = max(self._peak, self._live)
-        weakref.finalize(storage, self._forget, key, size).atexit = False
+        weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.plan.choice import Choice, Job
 from moesaic.plan.load import load_of
-from moesaic.plan.model import Layer, Shapes, Weight, data_ranks, dense_ranks
+from moesaic.plan.model import Layer, Shapes, Weight, dense_ranks
 from moesaic.plan.rehearsal import OfLayer, Rehearsal
 from moesaic.plan.stages import Stage, different_stages
 
@@ -88,9 +88,7 @@ def memory_of(shapes: Shapes, choice: Choice, job: Job, rehearsed: Rehearsal) ->
     return max(found, key=lambda memory: memory.total)
 
 
-def _of_stage(
-    stage: Stage, choice: Choice, job: Job, rehearsed: Rehearsal, of_kind: dict[Layer, OfLayer]
-) -> Memory:
+def _of_stage(stage: Stage, choice: Choice, job: Job, rehearsed: Rehearsal, of_kind: dict[Layer, OfLayer]) -> Memory:
     layout, outer = choice.layout, stage.first + stage.last
     weights = shard_of_stage(stage, layout)
     optimizer = OPTIMIZER_STATES * weights

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from moesaic.layers import MoE, MoEConfig
 from moesaic.parallel.attention import check_heads
-from moesaic.parallel.decoder import attention_parts, attention_shard_dims, check_decoder, decoder_layers
+from moesaic.parallel.context import check_context
+from moesaic.parallel.decoder import attention_parts, attention_shard_dims, check_decoder, check_split, decoder_layers
 from moesaic.parallel.mesh import MeshLayout, axis_names
 from moesaic.parallel.placements import WEIGHTS
 from moesaic.parallel.wrapped import decoders
@@ -223,20 +225,22 @@ def planned(config: Any, dtype: torch.dtype, name: str) -> Planned:
     return Planned(shapes, model)
 
 
-def tp_problem(planned: Planned, tp: int) -> str | None:
-    """Why the dense part cannot be laid over so many tp ranks, if so; in the words of ``parallelize``."""
-    if tp == 1:
-        return None
+def problem(planned: Planned, *, tp: int = 1, cp: int = 1) -> str | None:
+    """Why the dense part cannot be laid over so many ranks, if so; in the words of ``parallelize``."""
     [decoder] = decoders(planned.model)
     try:
-        check_decoder(decoder, tp)
+        if tp > 1:
+            check_decoder(decoder, "tp")
+            check_split(decoder, tp)
+        if cp > 1:
+            check_context(decoder)
     except ValueError as error:
         return str(error)
     return None
 
 
 def _tensor_parallel_dims(decoder: nn.Module) -> dict[nn.Parameter, int]:
-    """Empty for an attention that tp does not cut; :func:`tp_problem` then says so."""
+    """Empty for an attention that tp does not cut; :func:`problem` then says so."""
     try:
         for layer in decoder_layers(decoder):
             check_heads(layer.self_attn, attention_parts(decoder, layer), 1)
@@ -257,7 +261,8 @@ def _layer(
     experts: dict[nn.Parameter, Weight] = {}
     if moe is not None:
         for name, p in moe.experts.named_parameters(recurse=False):
-            places = tuple((axis, q.dim) for axis, q in zip(("ep", "etp"), WEIGHTS[name], strict=True) if q.is_shard())
+            on_axes = zip(("ep", "etp"), WEIGHTS[name], strict=True)
+            places = tuple((axis, place.dim) for axis, place in on_axes if isinstance(place, Shard))
             experts[p] = Weight(tuple(p.shape), p.element_size(), places, True)
     dense = tuple(_weight(p, cuts) for p in layer.parameters() if p not in experts)
     parts = dense, tuple(experts.values()), None if moe is None else moe.config, _attention(config, index)

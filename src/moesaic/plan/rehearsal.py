@@ -77,7 +77,8 @@ class Rehearsal(NamedTuple):
         layers = zip(self.layers, two.layers, strict=True)
         numbers = zip(self[1:], two[1:], strict=True)
         return Rehearsal(
-            tuple(OfLayer(*map(extend, first, second)) for first, second in layers), *(extend(*pair) for pair in numbers)
+            tuple(OfLayer(*map(extend, first, second)) for first, second in layers),
+            *(extend(*pair) for pair in numbers),
         )
 
 
@@ -103,7 +104,8 @@ def rehearse(planned: Planned, choice: Choice, job: Job) -> Rehearsal:
             add_recomputation("experts", [], [m for m in model.modules() if isinstance(m, MoE)], [])
         ids = torch.zeros(choice.sequences, of_context, dtype=torch.int64)
         one = Meshes(resolve_layout(1))
-        model.loss_function = partial(causal_lm_loss, meshes=one, group=None, num_items_in_batch=1)
+        loss: Any = partial(causal_lm_loss, meshes=one, group=None)  # with the number of labels nothing is sent
+        model.loss_function = partial(loss, num_items_in_batch=1)
         ledger = Ledger(ids, *model.parameters(), *model.buffers())
         layers = decoder_layers(decoder)
         with ExitStack() as stack:
@@ -124,9 +126,7 @@ def _read(ledger: Ledger, num_layers: int, input_size: int) -> Rehearsal:
     layers = []
     for i in range(num_layers):
         before, after, begin, done = (marks[f"{at} {i}"] for at in ("before", "after", "grad of", "grad into"))
-        layers.append(
-            OfLayer(after.live - before.live, after.peak - after.live, done.peak - begin.live, input_size)
-        )
+        layers.append(OfLayer(after.live - before.live, after.peak - after.live, done.peak - begin.live, input_size))
     last, top = marks[f"after {num_layers - 1}"], marks[f"grad of {num_layers - 1}"]
     end = marks["forward"]
     return Rehearsal(

@@ -11,7 +11,7 @@ from moesaic.parallel.mesh import MeshLayout, resolve_layout
 from moesaic.plan.choice import Choice, Job, Recompute
 from moesaic.plan.hardware import Hardware
 from moesaic.plan.memory import OPTIMIZER_STATES, Memory, gradients_of_stage, memory_of, shard_of_stage
-from moesaic.plan.model import Planned, Shapes, tp_problem
+from moesaic.plan.model import Planned, Shapes, problem
 from moesaic.plan.rehearsal import Rehearsal, rehearse
 from moesaic.plan.stages import different_stages, stages
 from moesaic.plan.time import Cost, cost_of, mfu
@@ -71,16 +71,15 @@ def layouts(shapes: Shapes, planned: Planned, job: Job, gpus: int, per_node: int
     needs them: what ``resolve_layout`` and ``parallelize`` check.
     """
     configs = {layer.moe for layer in shapes.layers if layer.moe is not None}
-    legal_tp = [n for n in _divisors(gpus) if n <= per_node and tp_problem(planned, n) is None]
+    legal_tp = [n for n in _divisors(gpus) if n <= per_node and problem(planned, tp=n) is None]
+    legal_cp = [n for n in _divisors(gpus) if n == 1 or problem(planned, cp=n) is None]
     for pp in _divisors(gpus):
         if pp > len(shapes.layers):
             continue
         stage = gpus // pp
-        expert_views = [
-            (ep, etp) for etp in _divisors(stage) if etp <= per_node for ep in _divisors(stage // etp)
-        ]
+        expert_views = [(ep, etp) for etp in _divisors(stage) if etp <= per_node for ep in _divisors(stage // etp)]
         for tp in (n for n in legal_tp if stage % n == 0):
-            for cp in _divisors(stage // tp):
+            for cp in (n for n in legal_cp if stage // tp % n == 0):
                 if job.seq_len < 2 * cp * tp:
                     continue
                 dp = stage // tp // cp
@@ -201,5 +200,3 @@ def _key(choice: Choice) -> tuple[object, ...]:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-

@@ -1,7 +1,7 @@
 """How long a step takes: arithmetic, memory traffic, and communication that nothing hides.
 
-A roofline: each part takes as long as the slower of its arithmetic and its memory traffic. FSDP's collectives run beside
-the computation, and only what is longer than it shows; everything else is waited for.
+A roofline: each part takes as long as the slower of its arithmetic and its memory traffic. FSDP's collectives run
+beside the computation, and only what is longer than it shows; everything else is waited for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Cost(NamedTuple):
 
 def cost_of(shapes: Shapes, choice: Choice, job: Job, hardware: Hardware, dtype: str, per_node: int) -> Cost:
     """``dtype`` is what layers compute in: ``"bf16"`` or ``"fp32"``."""
-    found = [_of_stage(shapes, stage, choice, job, hardware, dtype, per_node) for stage in different_stages(shapes, choice.layout)]
+    found = [
+        _of_stage(shapes, stage, choice, job, hardware, dtype, per_node)
+        for stage in different_stages(shapes, choice.layout)
+    ]
     return max(found, key=lambda cost: cost.time.total)
 
 
@@ -82,7 +85,9 @@ def _of_stage(
     return Cost(Time(compute * passes, exchange, fsdp, bubble, optimizer), found)
 
 
-def _forward(layer: Layer, choice: Choice, job: Job, hardware: Hardware, dtype: str, itemsize: int) -> tuple[float, float]:
+def _forward(
+    layer: Layer, choice: Choice, job: Job, hardware: Hardware, dtype: str, itemsize: int
+) -> tuple[float, float]:
     """Seconds of a forward pass of a layer: of its dense part, and of its experts."""
     layout, tokens, of = choice.layout, choice.tokens(job), layer.attention
     matrices = sum(w.numel for w in layer.dense if len(w.shape) > 1)

@@ -68,6 +68,7 @@ def collectives_of(
         for found in of_layer:
             yield found._replace(calls=count * found.calls, sent=count * found.sent, across=count * found.across)
     yield from _of_fsdp(stage.first + stage.last, True, layout, passes, near)
+    yield from _of_whole(stage.first + stage.last, layout, near)
     if layout.pp > 1:
         rows = choice.tokens(job) * dim * itemsize
         ends = (stage.index > 0) + (stage.index < layout.pp - 1)
@@ -126,13 +127,19 @@ def _of_attention(
         sent = tokens * (layout.tp - 1) * dim * itemsize
         calls = 2 * (forwards + 1) * passes
         yield _direct("tensor parallel", group, calls, sent * calls)
-        partial = sum(w.local_numel(layout) * w.itemsize for w in layer.dense if not w.cuts)
-        yield _reduce("tensor parallel", group, sum(not w.cuts for w in layer.dense), partial)
+        yield from _of_whole(layer.dense, layout, near)
     if layout.cp > 1:
         group, of = near("dense", "cp"), layer.attention
         width = -(-of.key_heads // layout.tp) * (of.key_dim + of.value_dim)
         sent = tokens * layout.tp * (layout.cp - 1) * width * itemsize
         yield _direct("context parallel", group, (forwards + 1) * passes, sent * (forwards + 1) * passes)
+
+
+def _of_whole(weights: tuple[Weight, ...], layout: MeshLayout, near: _Near) -> Iterator[Collective]:
+    """Weights that tp does not cut meet other tokens on each of its ranks, so their gradients are summed over it."""
+    if layout.tp > 1:
+        whole = [w.numel * w.itemsize for w in weights if not w.cuts]
+        yield _reduce("tensor parallel", near("dense", "tp"), len(whole), sum(whole))
 
 
 def _of_fsdp(
@@ -152,19 +159,19 @@ def _of_fsdp(
         yield _reduce("replicas", near("dense", "dp_replicate"), 1, part)
 
 
-def _direct(of: Of, group: Group, calls: int, sent: float) -> Collective:
+def _direct(of: Of, group: Group, calls: int, sent: int | float) -> Collective:
     """Each rank sends to each other what is for it."""
     return Collective(of, "all-to-all", group, calls, sent, sent * (group.size - group.near) / (group.size - 1))
 
 
-def _gather(of: Of, group: Group, calls: int, sent: float) -> Collective:
+def _gather(of: Of, group: Group, calls: int, sent: int | float) -> Collective:
     return _direct(of, group, calls, sent)._replace(kind="all-gather")
 
 
-def _ring(of: Of, kind: Kind, group: Group, calls: int, sent: float) -> Collective:
+def _ring(of: Of, kind: Kind, group: Group, calls: int, sent: int | float) -> Collective:
     """Around a ring that enters and leaves each node once; its ranks share the way out."""
     return Collective(of, kind, group, calls, sent, 0.0 if group.near == group.size else sent / group.near)
 
 
-def _reduce(of: Of, group: Group, calls: int, size: float) -> Collective:
+def _reduce(of: Of, group: Group, calls: int, size: int | float) -> Collective:
     return _ring(of, "all-reduce", group, calls, 2 * size * (group.size - 1) / group.size)
