@@ -55,10 +55,11 @@ test-slow: $(STAMP) ## run what is too much for `make test`: proofs, transforms,
 
 # Tests that run the kernels run them on every instruction set; these are the others, which get the default.
 OPERATORS := $(addprefix tests/,$(addsuffix .py,ops/test_experts_mlp ops/test_grouped_mm ops/test_accumulate_weight_grad layers/test_moe))
+test-isa: export OMP_NUM_THREADS ?= 1
 test-isa: $(STAMP) ## run tests of the operators on each instruction set that `make test` does not choose; sanitizers; a sample of kernels for GPUs
 	@set -e; for isa in $$($(BIN)/python -m tests.ops.cpu_isa); do \
 	  echo "MOESAIC_CPU_ISA=$$isa"; \
-	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OPERATORS); \
+	  MOESAIC_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(OPERATORS); \
 	done
 	$(BIN)/python -m pytest -q -m long tests/ops/test_cpu_sanitized.py tests/ops/test_triton_compiled.py -k "sanitized or sample"
 

@@ -130,7 +130,7 @@ def _in_our_names(grads):
         ("mixtral", 1, {}),
         ("mixtral", 1, {"packing": False}),
         ("mixtral", 4, MESH),
-        ("qwen3_moe", 4, MESH),
+        pytest.param("qwen3_moe", 4, MESH, marks=pytest.mark.long),  # Mixtral's stands for it
         ("qwen3_moe", 2, {"cp": 2, "ep": 2}),
         ("deepseek_v3", 4, MESH),
         ("deepseek_v3", 4, {"cp": 2, "tp": 2, "ep": 4}),
@@ -209,7 +209,8 @@ def _forget_aux_loss(folder):
     file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), (4, MESH)], ids=str)
+# On ranks, tests/train/test_resume.py has a short one of the same code.
+@pytest.mark.parametrize(("world_size", "changes"), [(1, {}), pytest.param(4, MESH, marks=pytest.mark.long)], ids=str)
 def test_a_resume_is_exact(tuned, cache, tmp_path, ranks, world_size, changes):
     write_model(tmp_path / "model", "mixtral")
     run = _fit if world_size == 1 else lambda *args: ranks(_fit, world_size, *args)
