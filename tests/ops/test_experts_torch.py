@@ -82,6 +82,7 @@ def test_many_groups_are_the_same_sums(dtype, columns, transposed, monkeypatch):
         return [y, torch_impl.weight_grad(x, grad, sizes_1E, E), torch_impl.forward(grad, w.mT, sizes_1E, dtype)]
 
     library = torch._grouped_mm
+    monkeypatch.setattr(torch_impl, "_FEW_ROWS", 0)
     monkeypatch.setattr(torch, "_grouped_mm", counted)
     found = both()
     # Rows of 15 elements are aligned in no dtype.
@@ -93,3 +94,35 @@ def test_many_groups_are_the_same_sums(dtype, columns, transposed, monkeypatch):
         assert torch.equal(ours, theirs)
     assert calls == []
     assert not found[0][rows:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows_meet_copies_of_small_matrices(dtype, transposed, monkeypatch):
+    """In one call for all groups of a size; larger ones among them have calls of their own."""
+    E, K, N, torch_impl = 150, 24, 15, GROUPED["torch"].module
+    torch.manual_seed(0)
+    sizes = torch.randint(0, 8, (E,))
+    rows = int(sizes.sum())
+    x, grad = torch.randn(rows + 3, K).to(dtype), torch.randn(rows + 3, N).to(dtype)
+    w = torch.randn(E, N, K).to(dtype).mT if transposed else torch.randn(E, K, N).to(dtype)
+    calls = []
+
+    def all_three() -> list[Tensor]:
+        y = torch_impl.forward(x, w, sizes.unsqueeze(0), dtype)
+        gx = torch_impl.forward(grad, w.mT, sizes.unsqueeze(0), dtype)
+        return [y, gx, torch_impl.weight_grad(x, grad, sizes.unsqueeze(0), E)]
+
+    library = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args) or library(*args))
+    monkeypatch.setattr(torch_impl, "_COPIED_BYTES", 10 * K * N * dtype.itemsize)
+    found = all_three()
+    # Of four sizes, in half types also in the weight gradient; of each size about 19 groups, 10 at a time.
+    assert 2 * 4 * (3 if dtype == torch.bfloat16 else 2) <= len(calls) <= 4 * 4 * 3
+    calls.clear()
+    monkeypatch.setattr(torch_impl, "_MANY_GROUPS", E + 1)
+    for ours, theirs in zip(found, all_three(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
+    assert calls == []
+    assert not found[0][rows:].any()
+    assert not found[1][rows:].any()

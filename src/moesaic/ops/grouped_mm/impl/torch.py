@@ -1,12 +1,13 @@
 """grouped_mm out of torch's own matrix multiplications, around the defects of ``torch._grouped_mm``.
 
 On CPU a loop of ``mm`` into the output: what ``torch._grouped_mm`` does there, without its restrictions on dtype,
-stride and alignment; where groups are many and keep these, its own loop. Elsewhere the sizes must not be read to the
-host: bf16 on Hopper and later goes to ``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row
-tiles.
+stride and alignment; where groups are many and keep these, its own loop; and where many have few rows and a small
+matrix, ``bmm`` for all of one size. Elsewhere the sizes must not be read to the host: bf16 on Hopper and later goes to
+``torch._grouped_mm`` where its restrictions hold, all else to ``bmm`` over row tiles.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,14 +19,21 @@ from moesaic.ops.grouped_mm import (
 from moesaic.ops.grouped_mm.groups import Group, accumulation_dtype, are_shared, iterate_groups
 from moesaic.ops.invariant import batch_invariant_enabled, mm_in_tiles
 from moesaic.ops.processor import has_amx
-from moesaic.ops.quantized.weight import QuantizedWeight, Weight
+from moesaic.ops.quantized.weight import Weight
 
 # Limits of torch._grouped_mm's CUDA kernel.
 _MAX_GROUPS = 1023
 _ALIGNMENT_BYTES = 16
 # From so many groups on, torch's loop in C++ is worth more than what it costs to visit the empty ones, which are no
-# more than half of them.
+# more than three of four: there the two take the same time, measured for 256 to 4,096 matrices on Zen 4.
 _MANY_GROUPS = 64
+_FILLED = 4
+# A call of `mm` takes longer than to copy a small matrix. So groups of few rows meet copies of theirs in one call, as
+# many at a time as stay in a cache.
+_FEW_ROWS = 4
+_SMALL_BYTES, _COPIED_BYTES = 1 << 14, 1 << 20
+# Of weight gradients, in half types; in fp32 it is no faster.
+_SMALL_GRADIENT_BYTES = 1 << 16
 
 
 class Products:
@@ -41,18 +49,20 @@ class Products:
     def __init__(self, on: Tensor, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
         self._sizes_BG, self._num_matrices = sizes_BG, num_matrices
         self._groups: list[Group] | None = None
-        self._are_many = False
+        self._are_many = self._are_few_rows = False
         if on.device.type == "cpu":
             self._groups = list(iterate_groups(num_rows, sizes_BG, num_matrices))
             # One block, with a matrix for each of its groups.
-            self._are_many = tuple(sizes_BG.shape) == (1, num_matrices) and len(self._groups) >= max(
-                _MANY_GROUPS, num_matrices // 2
-            )
+            is_plain = tuple(sizes_BG.shape) == (1, num_matrices)
+            self._are_many = is_plain and len(self._groups) >= max(_MANY_GROUPS, num_matrices // _FILLED)
+            self._are_few_rows = is_plain and sum(_size(g) <= _FEW_ROWS for g in self._groups) >= _MANY_GROUPS
 
     def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
-            many = self._are_many and out_dtype == x_RK.dtype and not batch_invariant_enabled()
-            if many and not isinstance(w_EKN, QuantizedWeight) and _are_aligned(x_RK, w_EKN):
+            is_plain = out_dtype == x_RK.dtype and not batch_invariant_enabled() and isinstance(w_EKN, Tensor)
+            if is_plain and self._are_few_rows and _is_small(w_EKN):
+                return _batched_forward(x_RK, w_EKN, self._groups)
+            if is_plain and self._are_many and _are_aligned(x_RK, w_EKN):
                 return _many_forward(x_RK, w_EKN, self._sizes_BG[0], self._groups)
             return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
         if isinstance(w_EKN, Tensor) and out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
@@ -67,6 +77,9 @@ class Products:
 
     def weight_grad(self, x_RK: Tensor, grad_RN: Tensor) -> Tensor:
         if self._groups is not None:
+            num_bytes = x_RK.shape[1] * grad_RN.shape[1] * x_RK.element_size()
+            if self._are_few_rows and x_RK.element_size() == 2 and num_bytes <= _SMALL_GRADIENT_BYTES:
+                return _batched_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
             if self._are_many and _are_aligned(x_RK, grad_RN):
                 return _many_weight_grad(x_RK, grad_RN, self._sizes_BG[0])
             return _loop_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
@@ -93,10 +106,7 @@ def weight_grad_into(into_EKN: Tensor, x_RK: Tensor, grad_RN: Tensor, sizes_BG: 
 def _loop_forward(x_RK: Tensor, w_EKN: Weight, groups: list[Group], out_dtype: torch.dtype) -> Tensor:
     if out_dtype != x_RK.dtype:
         x_RK, w_EKN = x_RK.to(out_dtype), w_EKN.to(out_dtype)
-    has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]
-    if has_gaps and x_RK.dtype.itemsize == 2 and has_amx():
-        # AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717).
-        x_RK = x_RK.contiguous()
+    x_RK = _without_gaps(x_RK)
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
     written, in_tiles = 0, batch_invariant_enabled()
     for rows, expert in groups:
@@ -109,6 +119,12 @@ def _loop_forward(x_RK: Tensor, w_EKN: Weight, groups: list[Group], out_dtype: t
         written = rows.stop
     y_RN[written:] = 0
     return y_RN
+
+
+def _without_gaps(x_RK: Tensor) -> Tensor:
+    """AMX kernels multiply what lies after a row by zero: a NaN there comes through (uxlfoundation/oneDNN#5717)."""
+    has_gaps = x_RK.stride(1) == 1 and x_RK.stride(0) > x_RK.shape[1]
+    return x_RK.contiguous() if has_gaps and x_RK.dtype.itemsize == 2 and has_amx() else x_RK
 
 
 def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_matrices: int) -> Tensor:
@@ -128,6 +144,52 @@ def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_ma
         if after - before > 1:
             gw_EKN[before + 1 : after] = 0
     return gw_EKN
+
+
+def _batched_forward(x_RK: Tensor, w_EKN: Tensor, groups: list[Group]) -> Tensor:
+    x_RK = _without_gaps(x_RK)
+    y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
+    y_RN[groups[-1].rows.stop :] = 0
+    in_rows = w_EKN.stride(-1) == 1
+    for experts_G, rows_GS in _batches(groups, w_EKN.shape[1] * w_EKN.shape[2] * w_EKN.element_size()):
+        x_GSK = x_RK.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape)
+        w_GKN = w_EKN.index_select(0, experts_G) if in_rows else w_EKN.mT.index_select(0, experts_G).mT
+        y_RN.index_copy_(0, rows_GS.flatten(), torch.bmm(x_GSK, w_GKN).flatten(0, 1))
+    for rows, expert in (g for g in groups if _size(g) > _FEW_ROWS):
+        torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
+    return y_RN
+
+
+def _batched_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_matrices: int) -> Tensor:
+    gw_EKN = x_RK.new_zeros(num_matrices, x_RK.shape[1], grad_RN.shape[1])
+    for experts_G, rows_GS in _batches(groups, gw_EKN.shape[1] * gw_EKN.shape[2] * gw_EKN.element_size()):
+        x_GSK, grad_GSN = (t.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape) for t in (x_RK, grad_RN))
+        gw_EKN.index_copy_(0, experts_G, torch.bmm(x_GSK.mT, grad_GSN))
+    for rows, expert in (g for g in groups if _size(g) > _FEW_ROWS):
+        torch.mm(x_RK[rows].mT, grad_RN[rows], out=gw_EKN[expert])
+    return gw_EKN
+
+
+def _batches(groups: list[Group], matrix_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of few rows, of one size S at a time: their experts ``[G]`` and their rows ``[G, S]``."""
+    of_size: dict[int, list[Group]] = {}
+    for group in groups:
+        of_size.setdefault(_size(group), []).append(group)
+    most = max(1, _COPIED_BYTES // max(1, matrix_bytes))
+    for size, found in of_size.items():
+        if size <= _FEW_ROWS:
+            # Not on the default device, which may be another one.
+            experts_G, first_G = torch.tensor([(g.expert, g.rows.start) for g in found], device="cpu").unbind(1)
+            rows_GS = first_G.unsqueeze(1) + torch.arange(size, device="cpu")
+            yield from zip(experts_G.split(most), rows_GS.split(most), strict=True)
+
+
+def _size(group: Group) -> int:
+    return group.rows.stop - group.rows.start
+
+
+def _is_small(w_EKN: Tensor) -> bool:
+    return w_EKN.shape[1] * w_EKN.shape[2] * w_EKN.element_size() <= _SMALL_BYTES
 
 
 def _are_aligned(x_RK: Tensor, other: Tensor) -> bool:
