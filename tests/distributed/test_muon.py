@@ -16,6 +16,7 @@ from moesaic import checkpoint
 from moesaic.integrations.transformers import swap_moe
 from moesaic.optim import Muon, muon, param_groups
 from moesaic.optim.newton_schulz import orthogonalize
+from moesaic.parallel.collectives import sent_bytes
 from moesaic.sharding.parts import local_part, with_part
 from moesaic.testing import Layout
 from tests.distributed.parity import assert_close, assert_weights_close, legal_layouts, meshes_of, whole
@@ -25,7 +26,7 @@ STEPS = 2
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
 # Experts and matrices whole, cut, copied, both; five experts over ranks of which some then have none.
 LAYOUTS: dict[int, list[dict[str, int]]] = {
-    2: [{}, {"tp": 2, "ep": 2}, {"dp_replicate": 2, "etp": 2}],
+    2: [{}, {"tp": 2, "ep": 2}, {"dp_replicate": 2, "etp": 2}, {"cp": 2}],
     3: [{"ep": 3}, {"etp": 3}],
     4: [{"ep": 2}, {"tp": 4, "ep": 4}, {"dp_replicate": 2, "tp": 2}],
     8: [
@@ -155,16 +156,28 @@ def test_training_equals_that_of_one_process(equal_gradients):
 
 
 def check_equal_work() -> None:
-    """Sixteen equal matrices over four ranks: four each, however they lie."""
+    """Sixteen equal matrices over four ranks: four each, however they lie, and nothing travels that need not."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    for placements in ([Shard(0), Replicate()], [Shard(1), Shard(2)], [Replicate(), Replicate()], [Shard(2), Shard(0)]):
+    matrix = 4 * 6 * 2  # bytes in bf16
+    cases = {
+        # Copies on two ranks: to the other goes the result of four matrices.
+        (Shard(0), Replicate()): 4 * matrix,
+        # A quarter of each on every rank: those of twelve matrices go to their owners, and four results to three ranks.
+        (Shard(1), Shard(2)): 2 * 12 * matrix // 4,
+        (Replicate(), Replicate()): 3 * 4 * matrix,
+        # Halves of eight matrices on two ranks.
+        (Shard(2), Shard(0)): 2 * 4 * matrix // 2,
+    }
+    for placements, sent in cases.items():
         value = torch.randn(16, 4, 6)
         parameter = nn.Parameter(distribute_tensor(value, mesh, placements))
         parameter.grad = distribute_tensor(value, mesh, placements)
         done: list[int] = []
+        before = sent_bytes()
         with mock.patch.object(muon, "orthogonalize", functools.partial(counted, done)):
             Muon([parameter]).step()
         assert done == [4]
+        assert sent_bytes() - before == sent, placements
 
 
 def check_refusals() -> None:
