@@ -152,9 +152,9 @@ def run_by_size(same_ranks: Callable[..., Any], check: Any, layouts: list[Layout
         same_ranks(check, size, args[0], chosen, *args[1:])
 
 
-# A dozen each in CI: every other one of the pairs.
+# In CI each of the pairs is tried with one of three models.
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "layouts"), [("Qwen3-MoE", PAIRS[::2]), ("DeepSeek-V3", PAIRS[1::2])])
+@pytest.mark.parametrize(("family", "layouts"), [("Qwen3-MoE", PAIRS[::3]), ("DeepSeek-V3", PAIRS[1::3])])
 def test_training_is_that_of_one_process(same_ranks, family, layouts):
     run_by_size(same_ranks, check_training, layouts, family, trained(family, settings({})))
 
@@ -241,7 +241,7 @@ def check_stack(expected: Result, layouts: list[tuple[Layout, str]]) -> None:
 
 @pytest.mark.slow
 def test_a_stack_of_blocks_is_that_of_one_process(same_ranks):
-    run_by_size(same_ranks, check_stack, PAIRS, stacked({}))
+    run_by_size(same_ranks, check_stack, PAIRS[2::3], stacked({}))
 
 
 @pytest.mark.long

@@ -55,7 +55,10 @@ def _train(config, cache):
     ("world_size", "changes"),
     [
         (2, {"pp": 2, "microbatches": 2}),
-        (4, {"pp": 2, "ep": 2, "pp_schedule": "interleaved", "microbatches": 2, "dtype": "bf16"}),
+        pytest.param(
+            *(4, {"pp": 2, "ep": 2, "pp_schedule": "interleaved", "microbatches": 2, "dtype": "bf16"}),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )
