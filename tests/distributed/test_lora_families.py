@@ -227,7 +227,7 @@ def test_each_rank_reads_its_part(by_peft, same_ranks):
 
 DROPPED = [
     ("Mixtral", 2, {"tp": 2, "ep": 2}, "local"),
-    pytest.param("Qwen3-MoE", 4, {"cp": 2, "tp": 2, "ep": 2}, "dtensor", marks=pytest.mark.slow),
+    pytest.param("Qwen3-MoE", 4, {"cp": 2, "tp": 2, "ep": 2}, "dtensor", marks=pytest.mark.long),
     pytest.param("DeepSeek-V3", 4, {"cp": 4, "ep": 2}, "local", marks=pytest.mark.long),
     pytest.param("Mixtral", 4, {"ep": 2, "dp_replicate": 2}, "dtensor", marks=pytest.mark.long),
     pytest.param("DeepSeek-V3", 4, {"tp": 4, "etp": 2}, "local", marks=pytest.mark.long),
