@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from moesaic.parallel.collectives import all_gather_rows
+from moesaic.parallel.decoder import check_decoder
 from moesaic.parallel.sequence import head_tail_slices
 
 
@@ -117,7 +118,8 @@ def check_all_are_decoders(model: nn.Module, decoders: Sequence[nn.Module]) -> N
 
 
 def check_context(decoder: Any) -> None:
-    """Raise ``ValueError`` unless the attention of a decoder can compute with a part of the queries."""
+    """Raise ``ValueError`` unless a decoder can compute with a part of each sequence, its attention too."""
+    check_decoder(decoder, "cp")
     attention: AttentionOfParts | None = getattr(decoder, "attention_of_parts", None)
     if attention is None:
         raise ValueError(

@@ -249,7 +249,6 @@ def _check(model: nn.Module, moes: dict[str, MoE], found: list[nn.Module], meshe
         check_all_are_decoders(model, found)
     for decoder in found if meshes.cp_size > 1 else []:
         check_whole_sequences(model, decoder, "cp")
-        check_decoder(decoder, "cp")
         check_context(decoder)
     for name, moe in moes.items():
         check_experts(name or type(moe).__name__, moe, meshes.layout, compute)
