@@ -130,9 +130,9 @@ def _of_stage(stage: Stage, choice: Choice, job: Job, rehearsed: Rehearsal, of_k
         done += [*layer.dense, *layer.experts]
     # FSDP's reduction of what is in no layer comes last.
     moment(weights, others + before, root + first + after_head + first + last, 0)
-    # The optimizer.
+    # The optimizer goes from weight to weight, with four tensors of the size of each.
     largest = max((w.sharded_numel(layout) * w.itemsize for w in stage.weights), default=0)
-    moment(weights, 0, root if root else 0, 2 * largest)
+    moment(weights, 0, root, 4 * largest)
     return max(moments, key=lambda m: m.total)
 
 
