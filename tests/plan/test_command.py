@@ -35,6 +35,7 @@ def test_it_prints_the_fastest_that_fit_and_says_whether_etp_pays(tmp_path, caps
     assert "EP" in said["said"]
 
 
+@pytest.mark.slow
 def test_nothing_fits_and_what_would(tmp_path, capsys):
     arguments = ("--model", config_file(tmp_path), "--gpus", 2, "--seq-len", 64, "--batch", 4, "--memory", 1e-5)
     status, _, err = _run(capsys, *arguments)
