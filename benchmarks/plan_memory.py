@@ -1,7 +1,7 @@
 """Memory of a rank as `moesaic plan` works it out, against torch's own accounting.
 
 Torch's: `torch.distributed._tools` follows a whole step (the second) of the parallelized model, on fake tensors, in a
-process group that sends nothing. Nothing in the planner was fitted to these layouts.
+process group that sends nothing. Which buffers of FSDP are there at once was read off runs of 8 ranks with FSDP alone.
 
     python benchmarks/plan_memory.py [--quick] [--json benchmarks/results/plan_memory.json]
 """
