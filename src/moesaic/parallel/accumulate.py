@@ -8,6 +8,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesaic.parallel.gradients import sum_later
 
+# Of an FSDP module whose gradients are not to be summed yet.
+_LATER = "_moesaic_sum_later"
+
 
 @contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
@@ -21,7 +24,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     the other ranks of ``edp``: that is the price of not sending them. Without ``no_sync`` each backward pass sends, and
     only shards are held. The gradients are the same but for rounding.
 
-    It does what ``no_sync()`` of ``DistributedDataParallel`` does. On a model of one process it does nothing.
+    It does what ``no_sync()`` of ``DistributedDataParallel`` does. On a model of one process it does nothing. One
+    inside another changes nothing.
 
     Args:
         model: from :func:`moesaic.parallelize`.
@@ -33,12 +37,15 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         ...         (loss_sum(model(x), target) / tokens_of_all).backward()
         >>> optimizer.step()
     """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # Those of another no_sync() around this one are left to it.
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule) and _LATER not in m.__dict__]
     for module in modules:
+        module.__dict__[_LATER] = True
         module.set_requires_gradient_sync(False, recurse=False)
     try:
         with sum_later(model.parameters()):
             yield
     finally:
         for module in modules:
+            del module.__dict__[_LATER]
             module.set_requires_gradient_sync(True, recurse=False)

@@ -31,14 +31,15 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
 @contextmanager
 def sum_later(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """What :func:`sum_partial_gradients` does waits for the next backward pass outside. Until then they add up."""
-    parameters = list(parameters)
+    # Those of another one around this one are left to it.
+    parameters = [parameter for parameter in parameters if _LATER not in parameter.__dict__]
     for parameter in parameters:
         parameter.__dict__[_LATER] = True
     try:
         yield
     finally:
         for parameter in parameters:
-            parameter.__dict__.pop(_LATER, None)
+            del parameter.__dict__[_LATER]
 
 
 def _match_placements(parameter: Tensor) -> None:
