@@ -202,5 +202,6 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph(forked_python):
     assert "same" in forked_python(COMPILED).stdout

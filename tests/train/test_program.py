@@ -80,5 +80,5 @@ def test_a_mistake_is_told_once(tiny, cache):
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out.count("moesaic train: ") == 1
-    assert "moesaic train: dp_replicate * tp = 1 * 3 = 3 must divide the world size 2" in out
+    assert "moesaic train: dp_replicate * cp * tp = 1 * 1 * 3 = 3 must divide the world size 2" in out
     assert not tiny.out.exists()
