@@ -43,7 +43,11 @@ def check(layout: dict[str, int], compute: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "compute"),
-    [({"tp": 2, "ep": 2}, "local"), ({"ep": 2}, "dtensor"), ({"tp": 2, "etp": 2}, "dtensor")],
+    [
+        pytest.param({"tp": 2, "ep": 2}, "local", marks=pytest.mark.long),
+        ({"ep": 2}, "dtensor"),
+        ({"tp": 2, "etp": 2}, "dtensor"),
+    ],
     ids=["tp2 ep2 local", "dp2 ep2 dtensor", "tp2 etp2 dtensor"],
 )
 def test_a_whole_graph(same_ranks, layout, compute):

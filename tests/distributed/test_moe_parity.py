@@ -184,7 +184,11 @@ CONTEXT = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "layout", "length"), CONTEXT, ids=name_of)
+@pytest.mark.parametrize(
+    ("world_size", "layout", "length"),
+    [pytest.param(*case, marks=[pytest.mark.long] if case[0] > 4 else []) for case in CONTEXT],
+    ids=name_of,
+)
 def test_ranks_of_cp_hold_other_tokens(equal_gradients, world_size, layout, length):
     check_layout(equal_gradients, world_size, layout, length, EVEN, on_dtensors=world_size == 2)
 

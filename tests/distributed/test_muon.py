@@ -117,7 +117,7 @@ def test_a_layout_has_the_numbers_of_one_process(same_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [pytest.param(n, marks=[pytest.mark.long] if n > 4 else []) for n in LAYOUTS])
 def test_layouts_that_differ_in_kind(same_ranks, world_size):
     same_ranks(check_layouts, world_size, LAYOUTS[world_size])
 

@@ -202,6 +202,6 @@ print("same")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_in_one_graph(forked_python):
     assert "same" in forked_python(COMPILED).stdout

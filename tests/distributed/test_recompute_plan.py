@@ -87,7 +87,7 @@ def check(layout: dict[str, int], options: dict[str, object]) -> None:
         pytest.param(2, {}, {"compute": "local", "reshard_after_forward": False}, marks=pytest.mark.slow),
         pytest.param(2, {"ep": 2}, {"adapters": True}, marks=pytest.mark.slow),
         pytest.param(2, {"tp": 2, "etp": 2}, {"capacity": 64}, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2, "ep": 2}, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "ep": 2}, {}, marks=pytest.mark.long),
         pytest.param(4, {"ep": 2, "etp": 2}, {"compute": "local", "capacity": 64}, marks=pytest.mark.slow),
     ],
     ids=["dp2 ep2", "tp2 ep2", "edp2", "adapters", "tp2 etp2", "dp2 tp2 edp2 ep2", "dp4 ep2 etp2"],

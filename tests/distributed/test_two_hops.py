@@ -180,8 +180,8 @@ def check_called(way: str, call: str) -> None:
     ("call", "way"),
     [
         *itertools.product(["plain", "torchtitan"], ["dtensor", "local"]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("reentrant", "dtensor"), ("compiled", "local"))),
-        pytest.param("compiled", "dtensor", marks=pytest.mark.long),
+        pytest.param("reentrant", "dtensor", marks=pytest.mark.slow),
+        *(pytest.param("compiled", way, marks=pytest.mark.long) for way in ("dtensor", "local")),
     ],
 )
 def test_recomputed_and_compiled(same_ranks, call, way):

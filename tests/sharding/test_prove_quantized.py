@@ -15,7 +15,7 @@ SOME = {
     "quantized_mm, own, nf4, 256": (2, 3, 4),
     "input_grad, own, int8, 13": (2, 3, 4),
     "experts, fewer, mxfp4, 32 x 96": (2,),
-    "inference, fewer, nf4, 12 x 64": (2, 3, 4),
+    "inference, fewer, nf4, 12 x 64": (2,),
     "backward, biased, mxfp4, 32 x 96": (2,),
     "lora, biased, int8, 6 x 7": (2,),
     "backward of lora, biased, nf4, 64 x 256": (2,),
@@ -29,8 +29,13 @@ def check(report: dict) -> None:
     assert [(i, o) for i, o, _ in report["missing"] if not any(p.startswith("P") for p in i)] == []
 
 
+SLOWEST = "backward of lora, biased, nf4, 64 x 256"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == SLOWEST else []) for name in SOME]
+)
 def test_rules(forked_python, name):
     check(json.loads(forked_python(PROGRAM, name, *SOME[name]).stdout))
 

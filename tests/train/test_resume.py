@@ -111,7 +111,7 @@ def _on(ranks, world_size, fn, *args, **kwargs):
         (1, {"dtype": "bf16", "accumulate": 2, "recompute": "full"}, 0),
         (1, {"optimizer": "muon"}, 0),
         pytest.param(2, {"cp": 2, "ep": 2, "accumulate": 2, "recompute": "selective"}, 1, marks=pytest.mark.slow),
-        pytest.param(4, MESH | {"optimizer": "muon"}, 2, marks=pytest.mark.slow),
+        pytest.param(4, MESH | {"optimizer": "muon"}, 2, marks=pytest.mark.long),
         pytest.param(2, STAGES, 1, marks=pytest.mark.slow),
         (4, MESH, 2),
         pytest.param(4, NODES, 0, marks=pytest.mark.slow),
