@@ -141,7 +141,7 @@ def in_peft_names(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
 # An axis alone, tp beside whole experts and the reverse, all of them with FSDP of experts.
 SOME = [
     ("Mixtral", 2, {"tp": 2, "ep": 2}, "local"),
-    ("DeepSeek-V3", 4, {"tp": 2, "etp": 2}, "local"),
+    pytest.param("DeepSeek-V3", 4, {"tp": 2, "etp": 2}, "local", marks=pytest.mark.slow),
 ]
 
 

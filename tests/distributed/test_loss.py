@@ -53,6 +53,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_global_mean(same_ranks):
     same_ranks(check_loss, 4)
 

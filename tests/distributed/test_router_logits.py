@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,7 @@ def check_balance_loss() -> None:
                     assert_close(f"router_logits, {layout}", mine.detach().view(theirs.shape), theirs)
 
 
+@pytest.mark.slow
 def test_the_balance_loss_of_transformers(same_ranks):
     same_ranks(check_balance_loss, 4)
 

@@ -69,7 +69,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if "dp_replicate" in name else []) for name in LAYOUTS]
+)
 @pytest.mark.parametrize("families", ["some", pytest.param("all", marks=pytest.mark.long)])
 def test_each_rank_reads_its_slices(ranks, tmp_path, layout, families):
     # The first layout has all families in any case; in the others they take turns.

@@ -74,7 +74,7 @@ def export_and_load_on_another_mesh(folders, layout, other):
 
 LAYOUTS = [
     ({"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}),
-    ({"ep": 2}, {"dp_replicate": 2, "etp": 2}),
+    pytest.param(({"ep": 2}, {"dp_replicate": 2, "etp": 2}), marks=pytest.mark.slow),
 ]
 
 

@@ -55,7 +55,9 @@ def test_training_is_what_it_was(tmp_path, family):
         assert (tensor - model.state_dict()[name]).abs().mean() < 1e-4, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "Mixtral" else [pytest.mark.slow]) for name in FAMILIES]
+)
 def test_resuming(tmp_path, family):
     model = swap_moe(make_model(family))
     whole = train(copy.deepcopy(model), tmp_path / "whole")

@@ -69,6 +69,7 @@ def test_without_permission_there_are_no_tiles(tmp_path, answer):
     assert (done.returncode, done.stdout) == (0, "ok\n")
 
 
+@pytest.mark.slow
 def test_headers_stand_alone():
     commands = {}
     for name, flags in _flags_of_instruction_sets().items():

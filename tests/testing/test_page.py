@@ -21,6 +21,7 @@ def without_numbers_of_this_run(report: str) -> list[str]:
     return [" ".join(line.split()) for line in report.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_the_page_prints_what_it_says(tmp_path, monkeypatch, capsys):
     [program], [command], [report] = blocks("python mycheck.py"), blocks("bash"), blocks("text")

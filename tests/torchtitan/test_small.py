@@ -29,6 +29,7 @@ def run_all(example: list[str]) -> list[Record]:
     return [run(STOCK), run(OURS[0]), run(OURS[1], example)]
 
 
+@pytest.mark.slow
 def test_overrides_equal_stock(ranks):
     script = Path(__file__).parents[2] / "examples" / "torchtitan" / "small_on_cpu.sh"
     command = ["bash", str(script), "--training.steps", "1"]

@@ -80,9 +80,11 @@ LAYOUT = {"tp": 2, "ep": 2, "etp": 2}
     [
         (_poison_weight, "model.layers.1.self_attn.q_proj.weight", 1, "nan; .* is that of model.layers.1, on"),
         (_poison_weight, "model.layers.0.mlp.experts.w2", 3, "nan; .* is that of model.layers.0, on"),
-        (_poison_weight, "lm_head.weight", 0, "nan; .* is that of lm_head, on"),
+        pytest.param(_poison_weight, "lm_head.weight", 0, "nan; .* is that of lm_head, on", marks=pytest.mark.slow),
         (_poison_gradient, "model.layers.1.mlp.experts.w1", 2, "the gradient of model.layers.1.mlp.experts.w1 is not"),
-        (_poison_gradient, "model.norm.weight", 1, "the gradient of model.norm.weight is not"),
+        pytest.param(
+            _poison_gradient, "model.norm.weight", 1, "the gradient of model.norm.weight is not", marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
 )
