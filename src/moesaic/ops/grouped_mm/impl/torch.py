@@ -8,6 +8,8 @@ matrix, ``bmm`` for all of one size. Elsewhere the sizes must not be read to the
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,11 +59,17 @@ class Products:
             self._are_many = is_plain and len(self._groups) >= max(_MANY_GROUPS, num_matrices // _FILLED)
             self._are_few_rows = is_plain and sum(_size(g) <= _FEW_ROWS for g in self._groups) >= _MANY_GROUPS
 
+    @cached_property
+    def _by_size(self) -> "_BySize":
+        """For several products of the same groups."""
+        assert self._groups is not None
+        return _by_size(self._groups)
+
     def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
             is_plain = out_dtype == x_RK.dtype and not batch_invariant_enabled() and isinstance(w_EKN, Tensor)
-            if is_plain and self._are_few_rows and _is_small(w_EKN):
-                return _batched_forward(x_RK, w_EKN, self._groups)
+            if is_plain and self._are_few_rows and _bytes_each(w_EKN) <= _SMALL_BYTES:
+                return _batched_forward(x_RK, w_EKN, self._by_size)
             if is_plain and self._are_many and _are_aligned(x_RK, w_EKN):
                 return _many_forward(x_RK, w_EKN, self._sizes_BG[0], self._groups)
             return _loop_forward(x_RK, w_EKN, self._groups, out_dtype)
@@ -79,7 +87,7 @@ class Products:
         if self._groups is not None:
             num_bytes = x_RK.shape[1] * grad_RN.shape[1] * x_RK.element_size()
             if self._are_few_rows and x_RK.element_size() == 2 and num_bytes <= _SMALL_GRADIENT_BYTES:
-                return _batched_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
+                return _batched_weight_grad(x_RK, grad_RN, self._by_size, self._num_matrices)
             if self._are_many and _are_aligned(x_RK, grad_RN):
                 return _many_weight_grad(x_RK, grad_RN, self._sizes_BG[0])
             return _loop_weight_grad(x_RK, grad_RN, self._groups, self._num_matrices)
@@ -146,50 +154,69 @@ def _loop_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_ma
     return gw_EKN
 
 
-def _batched_forward(x_RK: Tensor, w_EKN: Tensor, groups: list[Group]) -> Tensor:
-    x_RK = _without_gaps(x_RK)
-    y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
-    y_RN[groups[-1].rows.stop :] = 0
-    in_rows = w_EKN.stride(-1) == 1
-    for experts_G, rows_GS in _batches(groups, w_EKN.shape[1] * w_EKN.shape[2] * w_EKN.element_size()):
-        x_GSK = x_RK.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape)
-        w_GKN = w_EKN.index_select(0, experts_G) if in_rows else w_EKN.mT.index_select(0, experts_G).mT
-        y_RN.index_copy_(0, rows_GS.flatten(), torch.bmm(x_GSK, w_GKN).flatten(0, 1))
-    for rows, expert in (g for g in groups if _size(g) > _FEW_ROWS):
-        torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
-    return y_RN
+class _BySize(NamedTuple):
+    """Groups of few rows, those of one size S together, and the others.
+
+    Attributes:
+        few: experts ``[G]`` and rows ``[G, S]``.
+        others: as they are.
+        end: of the rows of all groups.
+    """
+
+    few: list[tuple[Tensor, Tensor]]
+    others: list[Group]
+    end: int
+
+    def batches(self, matrix_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of few rows, as many at a time as have copies of their matrices in a cache."""
+        most = max(1, _COPIED_BYTES // max(1, matrix_bytes))
+        for experts_G, rows_GS in self.few:
+            yield from zip(experts_G.split(most), rows_GS.split(most), strict=True)
 
 
-def _batched_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: list[Group], num_matrices: int) -> Tensor:
-    gw_EKN = x_RK.new_zeros(num_matrices, x_RK.shape[1], grad_RN.shape[1])
-    for experts_G, rows_GS in _batches(groups, gw_EKN.shape[1] * gw_EKN.shape[2] * gw_EKN.element_size()):
-        x_GSK, grad_GSN = (t.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape) for t in (x_RK, grad_RN))
-        gw_EKN.index_copy_(0, experts_G, torch.bmm(x_GSK.mT, grad_GSN))
-    for rows, expert in (g for g in groups if _size(g) > _FEW_ROWS):
-        torch.mm(x_RK[rows].mT, grad_RN[rows], out=gw_EKN[expert])
-    return gw_EKN
-
-
-def _batches(groups: list[Group], matrix_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Groups of few rows, of one size S at a time: their experts ``[G]`` and their rows ``[G, S]``."""
+def _by_size(groups: list[Group]) -> _BySize:
     of_size: dict[int, list[Group]] = {}
     for group in groups:
         of_size.setdefault(_size(group), []).append(group)
-    most = max(1, _COPIED_BYTES // max(1, matrix_bytes))
+    few = []
     for size, found in of_size.items():
         if size <= _FEW_ROWS:
             # Not on the default device, which may be another one.
             experts_G, first_G = torch.tensor([(g.expert, g.rows.start) for g in found], device="cpu").unbind(1)
-            rows_GS = first_G.unsqueeze(1) + torch.arange(size, device="cpu")
-            yield from zip(experts_G.split(most), rows_GS.split(most), strict=True)
+            few.append((experts_G, first_G.unsqueeze(1) + torch.arange(size, device="cpu")))
+    return _BySize(few, [g for g in groups if _size(g) > _FEW_ROWS], groups[-1].rows.stop)
+
+
+def _batched_forward(x_RK: Tensor, w_EKN: Tensor, groups: _BySize) -> Tensor:
+    x_RK = _without_gaps(x_RK)
+    y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
+    y_RN[groups.end :] = 0
+    in_rows = w_EKN.stride(-1) == 1
+    for experts_G, rows_GS in groups.batches(_bytes_each(w_EKN)):
+        x_GSK = x_RK.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape)
+        w_GKN = w_EKN.index_select(0, experts_G) if in_rows else w_EKN.mT.index_select(0, experts_G).mT
+        y_RN.index_copy_(0, rows_GS.flatten(), torch.bmm(x_GSK, w_GKN).flatten(0, 1))
+    for rows, expert in groups.others:
+        torch.mm(x_RK[rows], w_EKN[expert], out=y_RN[rows])
+    return y_RN
+
+
+def _batched_weight_grad(x_RK: Tensor, grad_RN: Tensor, groups: _BySize, num_matrices: int) -> Tensor:
+    gw_EKN = x_RK.new_zeros(num_matrices, x_RK.shape[1], grad_RN.shape[1])
+    for experts_G, rows_GS in groups.batches(_bytes_each(gw_EKN)):
+        x_GSK, grad_GSN = (t.index_select(0, rows_GS.flatten()).unflatten(0, rows_GS.shape) for t in (x_RK, grad_RN))
+        gw_EKN.index_copy_(0, experts_G, torch.bmm(x_GSK.mT, grad_GSN))
+    for rows, expert in groups.others:
+        torch.mm(x_RK[rows].mT, grad_RN[rows], out=gw_EKN[expert])
+    return gw_EKN
 
 
 def _size(group: Group) -> int:
     return group.rows.stop - group.rows.start
 
 
-def _is_small(w_EKN: Tensor) -> bool:
-    return w_EKN.shape[1] * w_EKN.shape[2] * w_EKN.element_size() <= _SMALL_BYTES
+def _bytes_each(w_EKN: Tensor) -> int:
+    return w_EKN.shape[1] * w_EKN.shape[2] * w_EKN.element_size()
 
 
 def _are_aligned(x_RK: Tensor, other: Tensor) -> bool:
