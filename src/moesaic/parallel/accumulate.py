@@ -6,10 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from moesaic.parallel.gradients import sum_later
-
-# Of an FSDP module whose gradients are not to be summed yet.
-_LATER = "_moesaic_sum_later"
+from moesaic.parallel.gradients import summed_later
 
 
 @contextmanager
@@ -37,15 +34,12 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         ...         (loss_sum(model(x), target) / tokens_of_all).backward()
         >>> optimizer.step()
     """
-    # Those of another no_sync() around this one are left to it.
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule) and _LATER not in m.__dict__]
-    for module in modules:
-        module.__dict__[_LATER] = True
-        module.set_requires_gradient_sync(False, recurse=False)
-    try:
-        with sum_later(model.parameters()):
-            yield
-    finally:
+    fsdp = (module for module in model.modules() if isinstance(module, FSDPModule))
+    with summed_later(fsdp) as modules, summed_later(model.parameters()):
         for module in modules:
-            del module.__dict__[_LATER]
-            module.set_requires_gradient_sync(True, recurse=False)
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_requires_gradient_sync(True, recurse=False)

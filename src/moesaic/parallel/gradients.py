@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-# Of a parameter whose gradient is not to be summed yet. Backward passes have threads of their own, so no context knows.
+# Of what is not to be summed yet. Backward passes have threads of their own, so no context variable knows.
 _LATER = "_moesaic_sum_later"
 
 
@@ -29,17 +29,20 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def sum_later(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """What :func:`sum_partial_gradients` does waits for the next backward pass outside. Until then they add up."""
-    # Those of another one around this one are left to it.
-    parameters = [parameter for parameter in parameters if _LATER not in parameter.__dict__]
-    for parameter in parameters:
-        parameter.__dict__[_LATER] = True
+def summed_later(owners: Iterable[Any]) -> Iterator[list[Any]]:
+    """Those of some parameters and modules that are summed over ranks now, and inside of it are not.
+
+    What another one around this has is left to that one. What :func:`sum_partial_gradients` does for a parameter waits
+    for the next backward pass outside; until then gradients add up.
+    """
+    mine = [owner for owner in owners if _LATER not in owner.__dict__]
+    for owner in mine:
+        owner.__dict__[_LATER] = True
     try:
-        yield
+        yield mine
     finally:
-        for parameter in parameters:
-            del parameter.__dict__[_LATER]
+        for owner in mine:
+            del owner.__dict__[_LATER]
 
 
 def _match_placements(parameter: Tensor) -> None:
