@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from moesaic.parallel.split import Stages, name_in_whole
+from moesaic.parallel.split import Stages, names_in_whole
 
 _STATE, _GROUPS = "state", "param_groups"
 
@@ -60,7 +60,7 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     """
     if not isinstance(model, Stages):
         return {}, {}
-    names = {name: name_in_whole(name) for name in get_model_state_dict(model)}
+    names = names_in_whole(model)
     first = {} if model.shared is None else {model.shared[1]: model.shared[0]}
     return names, {ours: first.get(theirs, theirs) for ours, theirs in names.items()}
 

@@ -98,6 +98,11 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {_said(value)}")
 
 
+def divisors(n: int) -> list[int]:
+    """All numbers that divide ``n``, the smallest first: what may be chosen for a size that has to."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def nearest(name: str, known: Any) -> str:
     """The end of an error about an unknown name: the known one that is nearest, or all of them."""
     near = get_close_matches(name, list(known), n=1)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.ops.arguments import divisors
 from moesaic.parallel.adapted import base_of, factors, share_dropout_of_whole, tensor_parallel_problem
 from moesaic.parallel.collectives import sum_over_ranks
 
@@ -131,8 +132,7 @@ def check_heads(attention: Any, parts: list[Part], tp: int) -> None:
             continue
         heads = config.num_key_value_heads if name in ("k_proj", "v_proj") else config.num_attention_heads
         if heads % tp:
-            legal = [n for n in range(1, heads + 1) if heads % n == 0]
-            raise ValueError(f"{tp} does not divide the {heads} heads of '{name}'; choose from {legal}")
+            raise ValueError(f"{tp} does not divide the {heads} heads of '{name}'; choose from {divisors(heads)}")
 
 
 def shard_dims(parts: list[Part]) -> dict[nn.Parameter, int]:

@@ -41,7 +41,7 @@ def leaves_shards_alone(model: Any, decoder: nn.Module) -> bool:
 
 def decoder_layers(decoder: nn.Module) -> list[Any]:
     """Its layers, without those that another stage has."""
-    return [layer for layer in decoder.get_submodule(LAYERS).children() if not isinstance(layer, Elsewhere)]
+    return [layer for _, layer in _numbered(decoder)]
 
 
 def _numbered(decoder: nn.Module) -> list[tuple[int, Any]]:

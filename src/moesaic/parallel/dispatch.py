@@ -4,10 +4,9 @@ Forward: all-to-all over ep, all-gather over etp, experts, reduce-scatter over e
 in reverse. Everything is uneven and only rows that exist are sent. A token that goes to several experts of one rank
 travels there once, with its routing, and its results come back summed.
 
-Where ep spans nodes, the all-to-all may be two: over nodes, between ranks of the same place in their nodes,
-and then over
-the ranks of a node. A token that goes to several ranks of a node then crosses to it once, and the sum of its results
-there crosses back once.
+Where ep spans nodes, the all-to-all may be two: over nodes, between ranks of the same place in their nodes, and then
+over the ranks of a node. A token that goes to several ranks of a node then crosses to it once, and the sum of its
+results there crosses back once.
 
 The experts are given the rows as they come, and a list of the copies that are here. So nothing is computed or kept of
 those that are not, and no row is in memory once for each of its copies.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from moesaic.ops.arguments import check_int
+from moesaic.ops.arguments import check_int, divisors
 from moesaic.parallel.nodes import Nodes
 from moesaic.parallel.sequence import positions_of_parts, sequence_slices
 from moesaic.sharding.internals import axes_as_one, group_over_all_axes
@@ -75,6 +75,17 @@ class MeshLayout:
     def dp_size(self) -> int:
         """How many ranks hold different sequences."""
         return prod(getattr(self, name) for name in axis_names(has_own_sequences=True))
+
+    @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The axes whose ranks have parts of the same sequences, where there is more than one rank."""
+        names = axis_names(view="dense", has_own_sequences=False)
+        return tuple(name for name in names if getattr(self, name) > 1)
+
+    @property
+    def sequence_parts(self) -> int:
+        """How many ranks hold parts of the same sequences."""
+        return prod(getattr(self, name) for name in self.sequence_axes)
 
     def of_view(self, view: View) -> dict[str, int]:
         """Sizes of the axes of one mesh by name, the outermost first."""
@@ -151,8 +162,7 @@ def _resolve(view: View, given: dict[str, int], world_size: int, pp: int) -> dic
 
 def _suggest(wanted: dict[str, int], world_size: int) -> str:
     """The legal sizes nearest to some whose product has to divide the world size."""
-    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    legal = [sizes for sizes in product(divisors, repeat=len(wanted)) if world_size % prod(sizes) == 0]
+    legal = [sizes for sizes in product(divisors(world_size), repeat=len(wanted)) if world_size % prod(sizes) == 0]
     legal.sort(key=lambda sizes: (sum(abs(n - w) for n, w in zip(sizes, wanted.values(), strict=True)), -prod(sizes)))
     said = (", ".join(f"{name}={n}" for name, n in zip(wanted, sizes, strict=True)) for sizes in legal[:3])
     return f"Nearest legal choices: {'; '.join(said)}."
@@ -282,12 +292,12 @@ class Meshes:
     @property
     def sequence_parts(self) -> int:
         """How many ranks hold parts of the same sequences."""
-        return self.cp_size * self.tp_size
+        return self.layout.sequence_parts
 
     @property
     def sequence_axes(self) -> tuple[str, ...]:
         """The axes whose ranks have parts of the same sequences, where there is more than one rank."""
-        return tuple(name for name in ("cp", "tp") if getattr(self.layout, name) > 1)
+        return self.layout.sequence_axes
 
     def sequence_ranks(self) -> dist.ProcessGroup:
         """The group of the ranks that hold parts of the same sequences. Collective on its first call."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from moesaic import ranks
 from moesaic.layers.config import MoEConfig
-from moesaic.ops.arguments import check_int
+from moesaic.ops.arguments import check_int, divisors
 
 # The first hop of two sends at most this part of the rows that one hop would send over nodes, or two are not taken by
 # default. The second sends about as many rows again, within nodes. Where links there are ten times as fast, as NVLink
@@ -150,7 +150,7 @@ def check_ranks_per_node(value: Any, world_size: int) -> None:
         return
     check_int("ranks_per_node", value)
     if value < 1 or world_size % value:
-        legal = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        legal = ", ".join(map(str, divisors(world_size)))
         raise ValueError(
             f"ranks_per_node: got {value}, and there are {world_size} ranks in all, as many on each node; choose one "
             f"of {legal}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesaic.layers import attach_balance_losses
-from moesaic.ops.arguments import check_int
+from moesaic.ops.arguments import check_int, divisors
 from moesaic.parallel.schedules import SCHEDULES, check_schedule
 from moesaic.parallel.split import Stages
 
@@ -76,9 +76,9 @@ class Pipeline:
         """
         B = len(input_ids)
         if B % self.microbatches:
-            legal = [n for n in range(1, B + 1) if B % n == 0]
             raise ValueError(
-                f"microbatches: {self.microbatches} does not divide the {B} sequences of this rank; choose from {legal}"
+                f"microbatches: {self.microbatches} does not divide the {B} sequences of this rank; choose from "
+                f"{divisors(B)}"
             )
         for stage in self.stages.stages:
             stage.computing = computing

@@ -72,8 +72,8 @@ def parallelize(
     How to call the result:
 
     * a :class:`moesaic.MoE`, or a stack of layers that treat each token alone: with this rank's tokens, any number of
-      them, or with a DTensor sharded over tp on a dim of
-      tokens; the result is placed alike. ``token_mask`` is of the same tokens, and placed as they are;
+      them, or with a DTensor sharded over tp on a dim of tokens; the result is placed alike.
+      ``token_mask`` is of the same tokens, and placed as they are;
     * a transformers causal language model, or a wrapper around one (peft's, or your own): with its dp rank's whole
       ``input_ids [B, S]``, the same on every cp and tp rank. The logits are those of this rank's part of the sequence,
       ``meshes.sequence_positions(S)``. With ``labels=``, its dp rank's whole ``[B, S]`` too, the loss is this rank's

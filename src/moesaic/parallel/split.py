@@ -176,6 +176,11 @@ class Stages(nn.Module):
         return received
 
 
+def whole_of(model: Any) -> Any:
+    """The whole model, for names and shapes: of stages their skeleton on the meta device, else the model itself."""
+    return model.skeleton if isinstance(model, Stages) else model
+
+
 def name_in_whole(name: str) -> str:
     """The name that a parameter, a buffer or a module of :class:`Stages` has in the whole model."""
     return name.split(".", 3)[3]

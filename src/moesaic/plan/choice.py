@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.parallel.mesh import MeshLayout
-from moesaic.plan.model import sequence_parts
 
 # Of those of ``parallelize`` the ones that are worked out.
 Recompute = Literal["none", "experts", "full"]
@@ -49,7 +48,7 @@ class Choice:
 
     def tokens(self, job: Job) -> int:
         """Of a rank in a forward pass: its part of the sequences."""
-        return self.sequences * -(-job.seq_len // sequence_parts(self.layout))
+        return self.sequences * -(-job.seq_len // self.layout.sequence_parts)
 
     def __str__(self) -> str:
         again = "" if self.recompute == "none" else f", recompute {self.recompute}"

@@ -20,6 +20,8 @@ from moesaic.plan.hardware import as_toml, read_hardware
 from moesaic.plan.model import Planned, read_model
 from moesaic.plan.search import Machines, search
 from moesaic.plan.show import record, tables
+from moesaic.train.config import flag
+from moesaic.train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,6 @@ class Options:
     nothing else is done."""
 
 
-class _CannotError(Exception):
-    """What the user is told."""
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic plan`` and return its exit status."""
     options = parse(Options, "plan", arguments)
@@ -78,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         if options.model is None:
             return 0
         return _plan(options, _read(options))
-    except (_CannotError, OSError, ValueError, ImportError, NotImplementedError) as error:
+    except (UserError, OSError, ValueError, ImportError, NotImplementedError) as error:
         print(f"moesaic plan: {error}", file=sys.stderr)
         return 2
 
@@ -87,17 +85,17 @@ def _check(options: Options) -> None:
     for name in ("gpus", "per_node", "seq_len", "batch", "top", "capacity"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise _CannotError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
     if options.memory is not None and not options.memory > 0:
-        raise _CannotError(f"--memory must be more than 0 GB, not {options.memory}")
+        raise UserError(f"--memory must be more than 0 GB, not {options.memory}")
     if options.gpus > options.per_node and options.gpus % options.per_node:
-        raise _CannotError(
+        raise UserError(
             f"--gpus {options.gpus} are no whole nodes of --per-node {options.per_node}; give a multiple of it"
         )
     if options.model is None and options.calibrate is None:
-        raise _CannotError("--model is missing: a config.json, a folder with one, or a name on the hub")
+        raise UserError("--model is missing: a config.json, a folder with one, or a name on the hub")
     if options.weights == "bf16" and options.dtype == "fp32":
-        raise _CannotError("--weights bf16 computes in bf16; leave --dtype out")
+        raise UserError("--weights bf16 computes in bf16; leave --dtype out")
 
 
 def _calibrate(options: Options) -> None:

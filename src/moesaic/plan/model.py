@@ -22,7 +22,7 @@ from moesaic.layers import MoE, MoEConfig
 from moesaic.parallel.attention import check_heads
 from moesaic.parallel.context import check_context
 from moesaic.parallel.decoder import attention_parts, attention_shard_dims, check_decoder, check_split, decoder_layers
-from moesaic.parallel.mesh import MeshLayout, axis_names
+from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import WEIGHTS
 from moesaic.parallel.wrapped import decoders
 
@@ -80,12 +80,6 @@ def data_ranks(weight: Weight, layout: MeshLayout) -> int:
 def dense_ranks(layout: MeshLayout) -> int:
     """Over how many ranks FSDP cuts the weights that are no experts': all of a stage, but for tp and dp_replicate."""
     return layout.stage_size // layout.tp // layout.dp_replicate
-
-
-@cache
-def sequence_parts(layout: MeshLayout) -> int:
-    """Into how many parts a sequence is cut: over all axes of the dense view whose ranks share sequences."""
-    return prod(getattr(layout, name) for name in axis_names(view="dense", has_own_sequences=False))
 
 
 @dataclass(frozen=True)

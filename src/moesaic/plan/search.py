@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
+from moesaic.ops.arguments import divisors
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout, resolve_layout
 from moesaic.plan.choice import Choice, Job, Recompute
@@ -71,13 +72,13 @@ def layouts(shapes: Shapes, planned: Planned, job: Job, gpus: int, per_node: int
     needs them: what ``resolve_layout`` and ``parallelize`` check.
     """
     configs = {layer.moe for layer in shapes.layers if layer.moe is not None}
-    legal_tp = [n for n in _divisors(gpus) if n <= per_node and problem(planned, tp=n) is None]
-    legal_cp = [n for n in _divisors(gpus) if n == 1 or problem(planned, cp=n) is None]
-    for pp in _divisors(gpus):
+    legal_tp = [n for n in divisors(gpus) if n <= per_node and problem(planned, tp=n) is None]
+    legal_cp = [n for n in divisors(gpus) if n == 1 or problem(planned, cp=n) is None]
+    for pp in divisors(gpus):
         if pp > len(shapes.layers):
             continue
         stage = gpus // pp
-        expert_views = [(ep, etp) for etp in _divisors(stage) if etp <= per_node for ep in _divisors(stage // etp)]
+        expert_views = [(ep, etp) for etp in divisors(stage) if etp <= per_node for ep in divisors(stage // etp)]
         for tp in (n for n in legal_tp if stage % n == 0):
             for cp in (n for n in legal_cp if stage // tp % n == 0):
                 if job.seq_len < 2 * cp * tp:
@@ -98,7 +99,7 @@ def choices(shapes: Shapes, planned: Planned, job: Job, gpus: int, per_node: int
     """All ways: layouts, sequences of a pass, and what is computed again."""
     for layout in layouts(shapes, planned, job, gpus, per_node):
         of_rank = job.batch // layout.dp_size
-        for sequences in _divisors(of_rank):
+        for sequences in divisors(of_rank):
             if sequences & (sequences - 1) or sequences > _MOST_SEQUENCES:
                 continue
             if layout.pp > 1 and of_rank // sequences < layout.pp:
@@ -196,7 +197,3 @@ def _key(choice: Choice) -> tuple[object, ...]:
     """What a rank's shapes depend on."""
     layout, experts = choice.layout, choice.recompute == "experts"
     return layout.tp, layout.cp, layout.ep, layout.etp, choice.sequences, experts
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

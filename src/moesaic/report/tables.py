@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from moesaic.parallel.mesh import axis_names
 from moesaic.report.charts import dead_experts
 from moesaic.report.record import Record
 from moesaic.train.config import TrainConfig, to_json
@@ -128,7 +129,7 @@ def _time(run: Record) -> str:
 
 
 def _layout(settings: dict[str, Any]) -> str:
-    sizes = {name: settings.get(name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")}
+    sizes = {name: settings.get(name) for name in axis_names()}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size not in (None, 1))
 
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from moesaic.ops.arguments import divisors
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.train.config import flag
@@ -93,7 +94,7 @@ def check_fits(values: dict[str, Any], layout: MeshLayout) -> None:
     for key, axis, size in rules:
         count = values.get(key)
         if count is not None and count % size:
-            choices = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            choices = ", ".join(map(str, divisors(count)))
             raise UserError(f"{flag(axis)} {size} does not divide the model's {key}, {count}; what does: {choices}")
     experts, hidden_dim, dim = (values.get(key) for key in ("num_experts", "moe_intermediate_size", "hidden_size"))
     if experts and hidden_dim and dim and (misfit := expert_misfit(experts, hidden_dim, dim, layout)):

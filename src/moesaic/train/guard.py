@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
 from moesaic.parallel.decoder import Elsewhere
-from moesaic.parallel.split import Stages, names_in_whole
+from moesaic.parallel.split import Stages, names_in_whole, whole_of
 
 
 class ForwardGuard:
@@ -27,7 +27,7 @@ class ForwardGuard:
     def __init__(self, model: nn.Module, device: torch.device):
         stages = model.stages if isinstance(model, Stages) else []
         # Of stages, too, all names are the same on all ranks.
-        self.names = [name for name, _ in _layers(model.skeleton if isinstance(model, Stages) else model)]
+        self.names = [name for name, _ in _layers(whole_of(model))]
         self.flags = torch.zeros(len(self.names), device=device)
         self._handles = [
             module.register_forward_hook(self._hook(index))
@@ -63,8 +63,7 @@ def first_bad_gradient(model: nn.Module) -> str | None:
     names = names_in_whole(model)
     own = {names[name] for name, parameter in model.named_parameters() if _bad(parameter.grad)}
     bad = set().union(*ranks.gather(own))
-    whole = model.skeleton if isinstance(model, Stages) else model
-    return next((name for name, _ in reversed(list(whole.named_parameters())) if name in bad), None)
+    return next((name for name, _ in reversed(list(whole_of(model).named_parameters())) if name in bad), None)
 
 
 def first_flagged(names: Sequence[str], counts: Sequence[float]) -> str | None:

@@ -21,7 +21,7 @@ from moesaic.integrations.transformers.router_logits import balance_coefficient
 from moesaic.layers import uncounted
 from moesaic.parallel.mesh import Meshes
 from moesaic.parallel.plan import parallelize
-from moesaic.parallel.split import Stages, split_into_stages
+from moesaic.parallel.split import split_into_stages, whole_of
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, first_line
@@ -158,8 +158,7 @@ def _balance(config: TrainConfig) -> dict[str, Any]:
 
 def num_parameters(model: nn.Module) -> int:
     """Parameters of the whole model, however it is sharded and cut into stages."""
-    whole = model.skeleton if isinstance(model, Stages) else model
-    return sum(parameter.numel() for parameter in whole.parameters())
+    return sum(parameter.numel() for parameter in whole_of(model).parameters())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from moesaic.layers.router import Routing
 from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.collectives import sent_bytes
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.split import Stages
+from moesaic.parallel.split import Stages, whole_of
 from moesaic.train.config import TrainConfig
 from moesaic.train.flops import flops_per_token, known_peak
 from moesaic.train.metrics import EXPERT_LOAD, ROUTER_ENTROPY, Value, busiest
@@ -113,13 +113,14 @@ def metrics_of(
     if stages is not None:
         entropy = of_all_stages(stages, entropy)
         sent = sum(ranks.gather(sent, stages.meshes.stages))
-    per_second = config.batch_size * training.loader.rows.seq_len / seconds
+    tokens = config.batch_size * training.loader.rows.seq_len
+    per_second = tokens / seconds
     values: dict[str, Value] = {
         "loss": result.loss,
         "balance_loss": result.balance_loss,
         "grad_norm": result.grad_norm,
         "lr": learning_rate(training.step - 1, config),
-        "tokens": float(training.step * config.batch_size * training.loader.rows.seq_len),
+        "tokens": float(training.step * tokens),
         "tokens_per_second": per_second,
         "balance": max(map(busiest, loads.values()), default=0.0),
         "dead_experts": float(sum(load.count(0) for load in loads.values())),
@@ -135,7 +136,8 @@ def metrics_of(
 
 
 def _arithmetic(training: Training, config: TrainConfig, device: torch.device, per_second: float) -> dict[str, float]:
-    whole = training.model.skeleton if isinstance(training.model, Stages) else training.model
-    each = flops_per_token(whole, training.loader.rows.seq_len) * per_second / ranks.world_size() / 1e12
+    each = (
+        flops_per_token(whole_of(training.model), training.loader.rows.seq_len) * per_second / ranks.world_size() / 1e12
+    )
     peak = config.peak_tflops or known_peak(device, config.dtype)
     return {"tflops": each} | ({} if peak is None else {"mfu": each / peak})

@@ -33,7 +33,7 @@ from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import model_on_meta
 from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
 from moesaic.integrations.transformers.shard_file import ShardFile
-from moesaic.parallel.split import Stages
+from moesaic.parallel.split import Stages, whole_of
 
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -79,7 +79,7 @@ def export_pretrained(
     check_not_quantised(model)
     exchange = Exchange()
     # Of stages all ranks know the whole model, without its numbers.
-    whole = model.skeleton if isinstance(model, Stages) else model
+    whole = whole_of(model)
     plain = plain_on_meta(whole)
     state = {name_without_wrappers(name): tensor for name, tensor in whole.state_dict(keep_vars=True).items()}
     ties.tie_what_is_one(plain, state)
