@@ -11,6 +11,8 @@ import moesaic
 from tests.distributed.parity import assert_close, assert_gradients_close, meshes_of
 from tests.policies import WAYS, recomputed
 
+pytestmark = pytest.mark.slow
+
 CONFIG = moesaic.MoEConfig(
     dim=8,
     hidden_dim=6,

@@ -17,6 +17,8 @@ from tests.integrations.families import make_model
 from tests.integrations.test_saving import assert_same_tensors, tensors_of
 from tests.integrations.test_upcycle import make_dense
 
+pytestmark = pytest.mark.slow
+
 
 def run(capsys, *arguments, status=0):
     assert cli.main([str(a) for a in arguments]) == status

@@ -28,6 +28,7 @@ from moesaic.integrations.peft.switch import adapters_of  # noqa: E402
 
 # peft asks for an old name of a property of transformers, and warns of a pattern that it has made itself.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following \\w+_pattern keys did not match:RuntimeWarning"),
 ]

@@ -9,6 +9,8 @@ from moesaic.integrations.transformers import load_pretrained
 from moesaic.integrations.transformers.upcycle import upcycle
 from tests.integrations.families import assert_close, token_ids
 
+pytestmark = pytest.mark.slow
+
 _SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,

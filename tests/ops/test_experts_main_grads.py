@@ -14,6 +14,8 @@ from moesaic.ops import experts_mlp
 from tests.ops.cpu_isa import CPU, dtypes_of
 from tests.ops.experts_oracle import Experts, any_experts, cast, experts, loop, run
 
+pytestmark = pytest.mark.slow
+
 IMPLS = ("reference", "torch", None, *CPU)
 WEIGHTS = ("w1", "w3", "w2")
 each_impl = pytest.mark.parametrize("impl", IMPLS)

@@ -14,6 +14,8 @@ from moesaic.train import loop
 from moesaic.train.errors import TrainingError
 from tests.train.test_resume import _fit
 
+pytestmark = pytest.mark.slow
+
 
 def _fit_beside(config, cache, victim, number):
     """Train while rank `victim` gets a signal after step 3; what the others raise, and how long after that."""

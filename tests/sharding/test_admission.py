@@ -18,6 +18,8 @@ from moesaic.sharding import AxisRule
 from tests.sharding.problems import LINES, Problem, empty, gradients, grouped, integers, lies_as, permuting, with_grad
 from tests.sharding.simulated import Ranks, no_collectives, part_of, simulated_ranks, whole
 
+pytestmark = pytest.mark.slow
+
 MESHES = [(2,), (4,), (2, 2)]
 GROUPED = ["grouped_mm", "grouped_mm_input_grad", "grouped_mm_weight_grad"]
 

@@ -8,7 +8,10 @@ import moesaic
 from tests.sharding import planted
 from tests.sharding.planted import AVG, MAX, MIN, ONE, S0, S1, TWO, P, R, define, define_with_keywords, random, ruled
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # errors of its own, and several times as fast
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("unchecked"),  # errors of its own, and several times as fast
+]
 
 x, w = random(12, 13), random(13, 14)
 MATMUL = ruled(TWO, planted.matmul, "m k, k n -> m n", linear=["x", "w"])

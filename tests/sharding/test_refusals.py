@@ -18,6 +18,8 @@ from moesaic.sharding.rule import short
 from tests.sharding.problems import Problem, grouped, integers, permuting
 from tests.sharding.simulated import Ranks, no_collectives, simulated_ranks, whole
 
+pytestmark = pytest.mark.slow
+
 FORMS = ["flat", "own", "shared"]
 GROUPED = ["grouped_mm", "grouped_mm_input_grad", "grouped_mm_weight_grad"]
 NAMES = {

@@ -16,6 +16,8 @@ from moesaic.testing import CheckError, Layout, Pools, check_gradients
 from moesaic.testing.worker import default_loss
 from tests.testing import bare
 
+pytestmark = pytest.mark.slow
+
 TWO = [{"tp": 2, "ep": 2}]
 
 

@@ -25,6 +25,8 @@ from moesaic.trained.routing import describe
 from moesaic.trained.source import find, load, load_tokenizer
 from tests.train.chats import CHANGING, tiny_tokenizer, write_chats, write_model
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = ({"tp": 2, "ep": 2}, {"cp": 2})  # on 2 ranks
 MORE = (
     *({"tp": 2, "ep": 2, "etp": 2}, {"ep": 4}, {"tp": 2, "ep": 4}, {"etp": 4, "dp_replicate": 2}, {}),
