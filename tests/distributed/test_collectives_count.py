@@ -39,15 +39,17 @@ def named(mode: CommDebugMode) -> dict[str, int]:
 
 @pytest.mark.parametrize("way", ["dtensor", "local"])
 @pytest.mark.parametrize(
-    ("layout", "axes"),
-    [({"tp": 4, "ep": 2, "etp": 2}, 2), ({"tp": 4, "ep": 4}, 1), ({"tp": 4, "etp": 4}, 1)],
+    ("layout", "axes", "more_peers"),
+    [({"tp": 4, "ep": 2, "etp": 2}, 2, 0), ({"tp": 4, "ep": 4}, 1, 0), ({"tp": 4, "etp": 4}, 1, 2)],
     ids=["ep2 etp2", "ep4", "etp4"],
 )
-def test_only_the_dispatcher_communicates(same_ranks, layout, axes, way):
+def test_only_the_dispatcher_communicates(same_ranks, layout, axes, more_peers, way):
     for forward, backward in same_ranks(count, 4, way, layout):
-        assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": FORWARD_PER_AXIS * axes}
+        # A gather over etp sends to one rank after the other: two gathers forward, and one backward.
+        exchanges = FORWARD_PER_AXIS * axes + 2 * more_peers
+        assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": exchanges}
         # The gate's weight is replicated over tp and its gradient summed there.
-        assert backward == {"all_to_all_single": BACKWARD_PER_AXIS * axes, "all_reduce": 1}
+        assert backward == {"all_to_all_single": BACKWARD_PER_AXIS * axes + more_peers, "all_reduce": 1}
 
 
 class Order(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Uneven collectives with gradients. All of them are one all-to-all: exact sizes on the wire, gloo and NCCL alike.
+"""Uneven collectives with gradients. All of them are all-to-alls: exact sizes on the wire, gloo and NCCL alike.
 
 Reductions are done here, in the order of ranks, after the all-to-all: deterministic, and as much on the wire as a
 direct reduce-scatter sends. (gloo has no uneven reduce-scatter or all-gather, and NCCL's are loops of reductions.)
@@ -43,18 +43,22 @@ def start_all_to_all(
     return lambda: _Finish.apply(under_way, exchange)
 
 
-def all_gather_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None) -> Tensor:
+def all_gather_rows(
+    x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, *, columns: int | None = None, even: bool = False
+) -> Tensor:
     """All ranks' rows, in rank order; rank ``i`` has ``sizes[i]``.
 
     The gradient is a :func:`reduce_scatter_rows`: every rank's gradient of the result is a part of the whole. With
-    ``columns`` only the first so many of ``x [S, ...]`` have one.
+    ``columns`` only the first so many of ``x [S, ...]`` have one. ``even`` says that all sizes are equal, which allows
+    a single collective. It is not looked for: a compiler does not know sizes that were counted, and ranks that compile
+    have to call what the others call.
     """
-    return x if group.size() == 1 else _AllGatherRows.apply(x, list(sizes), group, columns)
+    return x if group.size() == 1 else _AllGatherRows.apply(x, list(sizes), group, columns, even)
 
 
-def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, *, even: bool = False) -> Tensor:
     """Sum ``x [sum(sizes), ...]`` over ranks and keep rank ``i``'s ``sizes[i]`` rows. Gradient: an all-gather."""
-    return x if group.size() == 1 else _ReduceScatterRows.apply(x, list(sizes), group)
+    return x if group.size() == 1 else _ReduceScatterRows.apply(x, list(sizes), group, even)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -161,29 +165,31 @@ class _Finish(torch.autograd.Function):
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup, columns: int | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup, columns: int | None, even: bool
+    ) -> Tensor:
         ctx.sizes, ctx.group, ctx.columns = sizes, group, columns
-        return _gather(x, sizes, group)
+        return _gather(x, sizes, group, even)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad, others = _apart(grads[0], ctx.columns)
-        return _with_zeros(_reduce(grad, ctx.sizes, ctx.group), others), None, None, None
+        return _with_zeros(_reduce(grad, ctx.sizes, ctx.group), others), None, None, None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: dist.ProcessGroup, even: bool) -> Tensor:
+        ctx.sizes, ctx.group, ctx.even = sizes, group, even
         return _reduce(x, sizes, group)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grads[0], ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gather(grads[0], ctx.sizes, ctx.group, ctx.even), None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -208,14 +214,19 @@ def _with_zeros(grad: Tensor, others: int) -> Tensor:
     return torch.nn.functional.pad(grad, (0, others)) if others else grad
 
 
-def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """An all-to-all in which every other rank gets the same; own rows stay here. Of two ranks ``x`` is what is sent."""
-    n, rank, rows = group.size(), group.rank(), x.shape[0]
-    sent = x if n == 2 else x.repeat(n - 1, *[1] * (x.ndim - 1))
-    receive, send = ([0 if i == rank else size for i, size in enumerate(of)] for of in (sizes, [rows] * n))
-    others = _all_to_all(sent, receive, send, group)
-    before = sum(sizes[:rank])
-    return torch.cat([others[:before], x, others[before:]])
+def _gather(x: Tensor, sizes: Sequence[int], group: dist.ProcessGroup, even: bool) -> Tensor:
+    """Uneven, ``x`` goes to one rank after the other: one all-to-all would want it in its send buffer for each."""
+    n, rank = group.size(), group.rank()
+    if even and n > 2:
+        _count(x, sizes, group)
+        return internals.all_gather(x, group)
+    x = x.contiguous()
+    rows, parts = x.shape[0], [x] * n
+    for step in range(1, n):
+        to, of = (rank + step) % n, (rank - step) % n
+        receive, send = ([size if i == peer else 0 for i in range(n)] for size, peer in ((sizes[of], of), (rows, to)))
+        parts[of] = _start_all_to_all(x, receive, send, group)
+    return torch.cat([part if i == rank else internals.wait(part) for i, part in enumerate(parts)])
 
 
 def _reduce(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -78,7 +78,8 @@ class Part(NamedTuple):
         rows = torch.cat(list(parts), 3).permute(2, 0, 1, 3)
         everyone = head_tail_slices(self.length, self.group.size())
         sizes = [[chunk.stop - chunk.start for chunk in chunks] for chunks in everyone]
-        gathered = all_gather_rows(rows, [sum(of_rank) for of_rank in sizes], self.group)
+        of_ranks = [sum(of_rank) for of_rank in sizes]
+        gathered = all_gather_rows(rows, of_ranks, self.group, even=min(of_ranks) == max(of_ranks))
         # From the order of ranks to that of positions: all heads, and then the tails of the last rank and so on.
         chunks = gathered.split([size for of_rank in sizes for size in of_rank])
         whole = torch.cat([*chunks[::2], *reversed(chunks[1::2])]) if len(everyone) > 1 else gathered

@@ -137,22 +137,24 @@ class _SequenceAxis:
         return args, {**kwargs, "token_mask": mask[:, self._slice(mask.shape[1])]}
 
     def gather(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        sizes = self._sizes(_sequence_length(kwargs))
+        sizes, even = self._sizes(_sequence_length(kwargs))
 
         def whole(hidden: Tensor) -> Tensor:
-            return all_gather_rows(hidden.transpose(0, 1), sizes, self.group).transpose(0, 1)
+            return all_gather_rows(hidden.transpose(0, 1), sizes, self.group, even=even).transpose(0, 1)
 
         return _replace_hidden_states(whole, args, kwargs)
 
     def scatter(self, hidden: Tensor) -> Tensor:
-        sizes = self._sizes(hidden.shape[1])
-        return reduce_scatter_rows(hidden.transpose(0, 1), sizes, self.group).transpose(0, 1)
+        sizes, even = self._sizes(hidden.shape[1])
+        return reduce_scatter_rows(hidden.transpose(0, 1), sizes, self.group, even=even).transpose(0, 1)
 
     def _slice(self, length: int) -> slice:
         return sequence_slices(length, self.group.size())[self.group.rank()]
 
-    def _sizes(self, length: int) -> list[int]:
-        return [s.stop - s.start for s in sequence_slices(length, self.group.size())]
+    def _sizes(self, length: int) -> tuple[list[int], bool]:
+        """How many tokens each rank has, and whether all have as many."""
+        ranks = self.group.size()
+        return [s.stop - s.start for s in sequence_slices(length, ranks)], length % ranks == 0
 
 
 def _sequence_length(kwargs: dict[str, Any]) -> int:

@@ -104,8 +104,10 @@ class MeshDispatcher:
             to = address(owners(numbers_Mn[:, :K], experts, group.size()), group.size(), sum(split.send))
             hop, rows, messages = start_hop(rows(), weights_MK, numbers_Mn, to, split, group, experts)
             hops.append(hop)
-        x_ND = all_gather_rows(rows(), traffic.gather, self.etp)
-        weights_NK, numbers_Nn = unpack(all_gather_rows(messages(), traffic.gather, self.etp, columns=K), K)
+        even = self.capacity is not None
+        x_ND = all_gather_rows(rows(), traffic.gather, self.etp, even=even)
+        message_N = all_gather_rows(messages(), traffic.gather, self.etp, columns=K, even=even)
+        weights_NK, numbers_Nn = unpack(message_N, K)
         ids_NK, *halves_NK = numbers_Nn.split(K, dim=1)
 
         # In memory of their own, for what is kept of them would keep the whole message.
@@ -131,7 +133,7 @@ class MeshDispatcher:
         record: _Record = dispatched.record
         z_1ND = z if self.local else from_dtensor(z, PLACES["z"], grad_placements=PLACES["grad"])
         z_ND = z_1ND[0] if self.local else z_1ND[0].narrow(0, 0, sum(record.traffic.gather))
-        z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp)
+        z_MD = reduce_scatter_rows(z_ND, record.traffic.gather, self.etp, even=self.capacity is not None)
         for hop in reversed(record.hops):
             z_MD = hop.back(z_MD)
         return z_MD if self.capacity is None else spoiled(z_MD, record.most, self.capacity)

@@ -99,7 +99,7 @@ def rehearse(planned: Planned, choice: Choice, job: Job) -> Rehearsal:
             for layer, load in zip(decoder_layers(decoder), loads, strict=True):
                 for moe in (m for m in layer.modules() if isinstance(m, MoE)):
                     assert load is not None
-                    moe.dispatcher = _Exchanged(load, layout)
+                    moe.dispatcher = _Exchanged(load, layout, even=job.capacity is not None)
         if choice.recompute == "experts":
             add_recomputation("experts", [], [m for m in model.modules() if isinstance(m, MoE)], [])
         ids = torch.zeros(choice.sequences, of_context, dtype=torch.int64)
@@ -210,20 +210,21 @@ class _Moved(torch.autograd.Function):
         return moved, None, None, None
 
 
-def _over(x: Tensor, rows: int, ranks: int, *, gathers: bool) -> Tensor:
+def _over(x: Tensor, rows: int, ranks: int, *, gathers: bool, even: bool) -> Tensor:
     """An all-gather or a reduce-scatter of ours over some ranks: in memory as :mod:`moesaic.parallel.collectives`."""
     if ranks == 1:
         return x
-    of_gather = (x.shape[0] if gathers else rows) * ((ranks - 1) * (1 if ranks == 2 else 2) - (ranks == 2))
-    of_gather += x.shape[0] if gathers and ranks == 2 else 0
-    of_reduce = rows * ranks if not gathers else x.shape[0] * ranks
+    part = x.shape[0] if gathers else rows
+    # Rows of others where they come, unless they come to where they are needed.
+    of_gather = part if ranks == 2 else 0 if even else part * (ranks - 1)
+    of_reduce = part * ranks
     forward, backward = (of_gather, of_reduce) if gathers else (of_reduce, of_gather)
     return _Moved.apply(x, rows, forward, backward)
 
 
 def _cut_sequence(layer: Any, parts: list[Part], whole: int, here: int, *, is_first: bool) -> None:
     """What :mod:`moesaic.parallel.decoder` does: a shard between attentions, the whole sequence in them."""
-    ranks = -(-whole // here)
+    ranks, even = -(-whole // here), whole % here == 0
 
     def replace(change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:
         if "hidden_states" in kwargs:
@@ -234,11 +235,12 @@ def _cut_sequence(layer: Any, parts: list[Part], whole: int, here: int, *, is_fi
         return replace(lambda hidden: hidden[:, :here], args, kwargs)
 
     def gather(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return replace(lambda h: _over(h.transpose(0, 1), whole, ranks, gathers=True).transpose(0, 1), args, kwargs)
+        over = partial(_over, rows=whole, ranks=ranks, gathers=True, even=even)
+        return replace(lambda h: over(h.transpose(0, 1)).transpose(0, 1), args, kwargs)
 
     def scattered(linear: Any, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, linear.weight)
-        y = _over(y.transpose(0, 1), here, ranks, gathers=False).transpose(0, 1)
+        y = _over(y.transpose(0, 1), here, ranks, gathers=False, even=even).transpose(0, 1)
         return y if linear.bias is None else y + linear.bias
 
     if is_first:
@@ -252,8 +254,8 @@ def _cut_sequence(layer: Any, parts: list[Part], whole: int, here: int, *, is_fi
 class _Exchanged:
     """A dispatcher whose rows come from nowhere: as many as :class:`moesaic.parallel.dispatch.MeshDispatcher` has."""
 
-    def __init__(self, load: Load, layout: MeshLayout) -> None:
-        self.load, self.ep, self.etp = load, layout.ep, layout.etp
+    def __init__(self, load: Load, layout: MeshLayout, *, even: bool) -> None:
+        self.load, self.ep, self.etp, self.even = load, layout.ep, layout.etp, even
 
     def dispatch(
         self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
@@ -271,10 +273,10 @@ class _Exchanged:
         return Dispatched(x_ND[None], ids_NK[None], weights_NK[None], sent, beside, None, copies_C[None])
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
-        z_MD = _over(z[0], self.load.received, self.etp, gathers=False)
+        z_MD = _over(z[0], self.load.received, self.etp, gathers=False, even=self.even)
         z_SD = z_MD if self.ep == 1 else _Moved.apply(z_MD, self.load.sent, 0, 0)
         return combine(z_SD, dispatched.record)
 
     def _out(self, rows: Tensor) -> Tensor:
         rows = rows if self.ep == 1 else _Moved.apply(rows, self.load.received, 0, 0)
-        return _over(rows, self.load.gathered, self.etp, gathers=True)
+        return _over(rows, self.load.gathered, self.etp, gathers=True, even=self.even)

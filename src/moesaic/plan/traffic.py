@@ -100,8 +100,10 @@ def _of_dispatch(
         yield _over_ep(ep, choice.tokens(job), load, moe, job, calls, width)
     if layout.etp > 1:
         gathered, reduced = load.received * (etp.size - 1), load.gathered - load.received
-        sent = forwards * (gathered * out[0] + reduced * out[1]) + gathered * back[0] + reduced * back[1]
-        yield _direct("dispatch", etp, calls, sent * passes)
+        gathers, reduces = (2 * forwards + 1) * passes, (forwards + 2) * passes
+        of_gathers = (forwards * out[0] + back[0]) * gathered * passes
+        yield _gather_rows("dispatch", etp, gathers, of_gathers, even=job.capacity is not None)
+        yield _direct("dispatch", etp, reduces, (forwards * out[1] + back[1]) * reduced * passes)
 
 
 def _over_ep(ep: Group, tokens: int, load: Load, moe: MoEConfig, job: Job, calls: int, width: int) -> Collective:
@@ -124,15 +126,18 @@ def _of_attention(
     if layout.tp > 1:
         group = near("dense", "tp")
         # A gather and a reduce-scatter, both ways.
-        sent = tokens * (layout.tp - 1) * dim * itemsize
-        calls = 2 * (forwards + 1) * passes
-        yield _direct("tensor parallel", group, calls, sent * calls)
+        calls = (forwards + 1) * passes
+        sent = tokens * (layout.tp - 1) * dim * itemsize * calls
+        yield _gather_rows("tensor parallel", group, calls, sent, even=-(-job.seq_len // layout.cp) % layout.tp == 0)
+        yield _direct("tensor parallel", group, calls, sent)
         yield from _of_whole(layer.dense, layout, near)
     if layout.cp > 1:
         group, of = near("dense", "cp"), layer.attention
         width = -(-of.key_heads // layout.tp) * (of.key_dim + of.value_dim)
         sent = tokens * layout.tp * (layout.cp - 1) * width * itemsize
-        yield _direct("context parallel", group, (forwards + 1) * passes, sent * (forwards + 1) * passes)
+        even = job.seq_len % (2 * layout.cp) == 0
+        yield _gather_rows("context parallel", group, forwards * passes, sent * forwards * passes, even=even)
+        yield _direct("context parallel", group, passes, sent * passes)
 
 
 def _of_whole(weights: tuple[Weight, ...], layout: MeshLayout, near: _Near) -> Iterator[Collective]:
@@ -162,6 +167,13 @@ def _of_fsdp(
 def _direct(of: Of, group: Group, calls: int, sent: int | float) -> Collective:
     """Each rank sends to each other what is for it."""
     return Collective(of, "all-to-all", group, calls, sent, sent * (group.size - group.near) / (group.size - 1))
+
+
+def _gather_rows(of: Of, group: Group, calls: int, sent: int | float, *, even: bool) -> Collective:
+    """As :func:`moesaic.parallel.collectives.all_gather_rows`."""
+    if even and group.size > 2:
+        return _gather(of, group, calls, sent)
+    return _direct(of, group, calls * (group.size - 1), sent)
 
 
 def _gather(of: Of, group: Group, calls: int, sent: int | float) -> Collective:
