@@ -31,10 +31,13 @@ _ALIGNMENT_BYTES = 16
 _MANY_GROUPS = 64
 _FILLED = 4
 # A call of `mm` takes longer than to copy a small matrix. So groups of few rows meet copies of theirs in one call, as
-# many at a time as stay in a cache.
-_FEW_ROWS = 4
-_SMALL_BYTES, _COPIED_BYTES = 1 << 14, 1 << 20
-# Of weight gradients, in half types; in fp32 it is no faster.
+# many at a time as stay in a cache. In half types a call takes oneDNN about ten times as long as MKL's in fp32. There
+# copies pay for larger matrices as well, for weight gradients, and up to the limit of rows. In fp32 they pay for one or
+# two rows on average. Measured for 256 to 4,096 matrices on Zen 5.
+_FEW_ROWS = 32
+_FEW_ROWS_OF_FULL_TYPES = 2
+_COPIED_BYTES = 1 << 20
+_SMALL_BYTES, _SMALL_BYTES_OF_FULL_TYPES = 1 << 17, 1 << 14
 _SMALL_GRADIENT_BYTES = 1 << 16
 
 
@@ -57,7 +60,8 @@ class Products:
             # One block, with a matrix for each of its groups.
             is_plain = tuple(sizes_BG.shape) == (1, num_matrices)
             self._are_many = is_plain and len(self._groups) >= max(_MANY_GROUPS, num_matrices // _FILLED)
-            self._are_few_rows = is_plain and sum(_size(g) <= _FEW_ROWS for g in self._groups) >= _MANY_GROUPS
+            few = sum(_size(g) <= _FEW_ROWS for g in self._groups)
+            self._are_few_rows = is_plain and few >= max(_MANY_GROUPS, len(self._groups) // 2)
 
     @cached_property
     def _by_size(self) -> "_BySize":
@@ -68,7 +72,7 @@ class Products:
     def forward(self, x_RK: Tensor, w_EKN: Weight, out_dtype: torch.dtype) -> Tensor:
         if self._groups is not None:
             is_plain = out_dtype == x_RK.dtype and not batch_invariant_enabled() and isinstance(w_EKN, Tensor)
-            if is_plain and self._are_few_rows and _bytes_each(w_EKN) <= _SMALL_BYTES:
+            if is_plain and self._are_for_copies(w_EKN):
                 return _batched_forward(x_RK, w_EKN, self._by_size)
             if is_plain and self._are_many and _are_aligned(x_RK, w_EKN):
                 return _many_forward(x_RK, w_EKN, self._sizes_BG[0], self._groups)
@@ -76,6 +80,15 @@ class Products:
         if isinstance(w_EKN, Tensor) and out_dtype == x_RK.dtype and _library_takes(x_RK, w_EKN, self._sizes_BG):
             return _library_forward(x_RK, w_EKN, self._sizes_BG)
         return tiled.forward(x_RK, w_EKN, self._sizes_BG, out_dtype)
+
+    def _are_for_copies(self, w_EKN: Tensor) -> bool:
+        """Whether copies of the matrices in one call are faster than calls with the matrices as they lie."""
+        if w_EKN.element_size() == 2:
+            return self._are_few_rows and _bytes_each(w_EKN) <= _SMALL_BYTES
+        assert self._groups is not None
+        rows = sum(map(_size, self._groups))
+        is_small = _bytes_each(w_EKN) <= _SMALL_BYTES_OF_FULL_TYPES
+        return self._are_few_rows and is_small and rows <= _FEW_ROWS_OF_FULL_TYPES * len(self._groups)
 
     def of_rows(self, x_RK: Tensor, w_EKN: Weight) -> Tensor:
         """As :meth:`forward` of one block, and no pass for the rows past the last group: they may hold anything."""
