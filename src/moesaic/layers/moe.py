@@ -5,6 +5,7 @@ Legend: T tokens, K copies of each token (top-k), D model dim.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,8 +140,7 @@ class MoE(nn.Module):
         rows_RD = x_TD
         if self.config.weigh_inputs:
             rows_RD, routing = _weighed(x_TD, routing)
-        shared = self.shared
-        meanwhile = None if shared is None else lambda: shared(x_TD)
+        meanwhile = None if self.shared is None else partial(self.shared, x_TD)
         dispatched = self.dispatcher.dispatch(rows_RD, routing, self.config.num_experts, meanwhile)
         routed = dispatched.topk_ids, dispatched.topk_weights, dispatched.keys, dispatched.copies
         if self.recompute_experts and torch.is_grad_enabled():
@@ -151,7 +151,7 @@ class MoE(nn.Module):
         if self.config.weigh_inputs:
             y_TD = y_TD.view(len(x_TD), self.config.top_k, self.config.dim).sum(1)
         if dispatched.beside is not None:
-            y_TD = y_TD + dispatched.beside
+            y_TD = y_TD + dispatched.beside()
         # Not a view: FSDP warns about views, since an in-place op on one would drop FSDP's backward hook.
         return torch.ops.aten._unsafe_view(y_TD, x.shape)
 

@@ -66,6 +66,15 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return internals.all_gather(x.detach(), group)
 
 
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """As :func:`all_gather`, but what runs before the result is called for runs while ``x`` is under way."""
+    if torch.compiler.is_compiling():  # a compiler orders what it has traced
+        gathered = all_gather(x, group)
+        return lambda: gathered
+    under_way = internals.start_all_gather(x.detach(), group)
+    return lambda: internals.wait(under_way)
+
+
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks, on every rank. Gradient: the same, for every rank's gradient of it is a part of the whole."""
     return x if group.size() == 1 else _SumOverRanks.apply(x, group)

@@ -17,6 +17,7 @@ rank, C copies of them that go to this rank's experts, rounded up, or the most o
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,14 @@ from torch.nn.functional import pad
 from moesaic.layers.dispatch import Dispatched
 from moesaic.layers.router import Routing
 from moesaic.ops import Permutation
+from moesaic.parallel.beside import Beside, streams_of
 from moesaic.parallel.capacity import bounded_traffic, in_places, spoiled
 from moesaic.parallel.collectives import all_gather_rows, reduce_scatter_rows
-from moesaic.parallel.hop import Addressed, Hop, address, count, distinct, owners, start_hop, unpack
+from moesaic.parallel.hop import Addressed, Hop, address, count, distinct, members_of, owners, start_hop, unpack
 from moesaic.parallel.local import from_dtensor, to_dtensor
 from moesaic.parallel.nodes import NodeGroups
 from moesaic.parallel.placements import PLACES
-from moesaic.parallel.traffic import Traffic, exchange_counts
+from moesaic.parallel.traffic import Traffic, start_counts
 from moesaic.sharding.internals import group_over_all_axes
 
 
@@ -84,11 +86,14 @@ class MeshDispatcher:
         self.all = group_over_all_axes(mesh, "ep_etp") if everyone is None else everyone
 
     def dispatch(
-        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
+        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: partial[Tensor] | None = None
     ) -> Dispatched:
-        P, K = self.ep.size(), routing.ids.shape[1]
-        experts_per_rank = -(-num_experts // P)
-        to, traffic, most = self._address(routing.ids, experts_per_rank)
+        K, experts_per_rank = routing.ids.shape[1], -(-num_experts // self.ep.size())
+        beside = None if meanwhile is None else Beside(meanwhile, streams_of(x))
+        addressed = self._address(routing.ids, experts_per_rank)
+        if beside is not None:
+            beside.queue()
+        to, traffic, most = addressed()
         numbers_Tn = routing.ids
         if (keys_TK := routing.keys) is not None:
             # In halves, for a number has no more than 32 bits on its way.
@@ -97,11 +102,13 @@ class MeshDispatcher:
         group, ranks = members[0]
         hop, rows, messages = start_hop(x, routing.weights, numbers_Tn, to, split, group, ranks * experts_per_rank)
         hops = [hop]
-        beside = None if meanwhile is None else meanwhile()
+        if beside is not None:
+            beside.call()
         for split, (group, ranks) in zip(further, members[1:], strict=True):
             weights_MK, numbers_Mn = unpack(messages(), K)
             experts = ranks * experts_per_rank
-            to = address(owners(numbers_Mn[:, :K], experts, group.size()), group.size(), sum(split.send))
+            owner_MK = owners(numbers_Mn[:, :K], experts, group.size())
+            to = address(owner_MK, members_of(owner_MK, group.size()), group.size(), sum(split.send))
             hop, rows, messages = start_hop(rows(), weights_MK, numbers_Mn, to, split, group, experts)
             hops.append(hop)
         even = self.capacity is not None
@@ -123,7 +130,7 @@ class MeshDispatcher:
             self._as_block(ids_NK, "ids"),
             self._as_block(weights_NK, "weights"),
             _Record(hops, traffic, most),
-            beside,
+            None if beside is None else beside.result,
             # Numbers of copies lie as ids do.
             None if keys_NK is None else self._as_block(keys_NK, "ids"),
             self._as_block(copies_C, "copies"),
@@ -144,23 +151,40 @@ class MeshDispatcher:
             return [(self.ep, 1)]
         return [(self.nodes.across, self.nodes.within.size()), (self.nodes.within, 1)]
 
-    def _address(self, ids_TK: Tensor, experts_per_rank: int) -> tuple[Addressed, Traffic, Tensor]:
-        """Where tokens go in the first hop, how many rows go where in all, and the most copies for one rank."""
+    def _address(self, ids_TK: Tensor, experts_per_rank: int) -> Callable[[], tuple[Addressed, Traffic, Tensor]]:
+        """Where tokens go in the first hop, how many rows go where in all, and the most copies for one rank.
+
+        How many rows each rank has for each other is sent at once. The result is a function that waits.
+        """
         P, (group, ranks) = self.ep.size(), self._members()[0]
         owner_TK = owners(ids_TK, experts_per_rank, P)
         copies_P = count(owner_TK, P)
         most = copies_P.max()
         self.most = torch.maximum(self.most, most)
-        to = address(owner_TK if ranks == 1 else owners(ids_TK, ranks * experts_per_rank, group.size()), group.size())
+        member_TK = owner_TK if ranks == 1 else owners(ids_TK, ranks * experts_per_rank, group.size())
+        members_TQ = members_of(member_TK, group.size())
+        traffic_of = self._traffic(owner_TK, copies_P, count(members_TQ, group.size()), ranks)
+
+        def finish() -> tuple[Addressed, Traffic, Tensor]:
+            # Sorted while counts are under way.
+            to = address(member_TK, members_TQ, group.size())
+            traffic = traffic_of()
+            if self.capacity is not None:
+                return to._replace(rows=in_places(to.rows, P, self.capacity)), traffic, most
+            slots, positions, sizes = to.rows
+            # Not slices: a compiler does not know that there are so many rows.
+            slots_S = slots.narrow(0, 0, sum(traffic.splits[0].send))
+            return to._replace(rows=Permutation(slots_S, positions, sizes)), traffic, most
+
+        return finish
+
+    def _traffic(self, owner_TK: Tensor, copies_P: Tensor, rows: Tensor, ranks: int) -> Callable[[], Traffic]:
+        P = self.ep.size()
         if self.capacity is not None:
-            to = to._replace(rows=in_places(to.rows, P, self.capacity))
-            return to, bounded_traffic(self.capacity, P, self.etp.size()), most
-        slots, positions, sizes = to.rows
-        rows = sizes if ranks == 1 else torch.cat([sizes, count(distinct(owner_TK, P), P)])
-        traffic = exchange_counts(rows, copies_P, self.ep, self.etp, self.all, ranks)
-        # Not slices: a compiler does not know that there are so many rows.
-        slots_S = slots.narrow(0, 0, sum(traffic.splits[0].send))
-        return to._replace(rows=Permutation(slots_S, positions, sizes)), traffic, most
+            return partial(bounded_traffic, self.capacity, P, self.etp.size())
+        if ranks > 1:
+            rows = torch.cat([rows, count(distinct(owner_TK, P), P)])
+        return start_counts(rows, copies_P, self.ep, self.etp, self.all, ranks)
 
     def _as_block(self, t: Tensor, operand: str) -> Tensor:
         """This rank's block."""

@@ -65,15 +65,22 @@ def distinct(owner_TK: Tensor, members: int) -> Tensor:
     return sorted_TK.masked_fill(is_again, members)
 
 
-def address(owner_TK: Tensor, members: int, num_rows: int | None = None) -> Addressed:
-    """Sort tokens by the members they go to, once a member however many of its experts they go to.
+def members_of(owner_TK: Tensor, members: int) -> Tensor:
+    """The slots of each token: the members that it goes to, and ``members`` in those that are left.
 
-    A token goes to at most ``Q = min(K, P)`` members, so it has that many slots. ``num_rows`` is how many rows there
-    are in all, where that is known; None makes one of each slot.
+    A token goes to at most ``Q = min(K, P)`` members, so it has that many slots.
     """
     members_TQ = distinct(owner_TK, members)
     if members < members_TQ.shape[1]:
         members_TQ = members_TQ.sort(dim=1).values[:, :members]
+    return members_TQ
+
+
+def address(owner_TK: Tensor, members_TQ: Tensor, members: int, num_rows: int | None = None) -> Addressed:
+    """Sort tokens by the members they go to, once a member however many of its experts they go to.
+
+    ``num_rows`` is how many rows there are in all, where that is known; None makes one of each slot.
+    """
     return Addressed(sort_by_expert(members_TQ, members, num_rows=num_rows), members_TQ, owner_TK)
 
 

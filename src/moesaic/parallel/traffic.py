@@ -3,13 +3,16 @@
 Legend: P ep ranks, Q etp ranks; in two hops N nodes of L ep ranks each, P = N * L.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesaic.parallel.collectives import all_gather
+from moesaic.parallel.beside import streams_of
+from moesaic.parallel.collectives import start_all_gather
 
 
 class Split(NamedTuple):
@@ -37,16 +40,17 @@ class Traffic(NamedTuple):
     most_rows: int
 
 
-@torch.no_grad()
-def exchange_counts(
+def start_counts(
     rows: Tensor,
     copies_P: Tensor,
     ep: dist.ProcessGroup,
     etp: dist.ProcessGroup,
     everyone: dist.ProcessGroup,
     per_node: int = 1,
-) -> Traffic:
+) -> Callable[[], Traffic]:
     """One small all-gather and one copy to the host, for all sizes of a layer's exchange, however many hops it has.
+
+    The result is a function that waits for them. On CUDA what is queued before it is called does not delay them.
 
     Args:
         rows: how many rows this rank has for each ep rank ``[P]``; in two hops for each node, and then for each ep
@@ -55,8 +59,19 @@ def exchange_counts(
         ep, etp, everyone: the groups of both axes, and of the two together.
         per_node: L, how many ep ranks in a row make a node; 1 for one hop.
     """
+    streams = streams_of(rows)
+    counts = start_all_gather(torch.cat([rows, copies_P]), everyone)
+
+    def finish() -> Traffic:
+        with contextlib.nullcontext() if streams is None else streams.on(streams.copies):
+            return _read_counts(counts(), ep, etp, per_node)
+
+    return finish
+
+
+@torch.no_grad()
+def _read_counts(counts: Tensor, ep: dist.ProcessGroup, etp: dist.ProcessGroup, per_node: int) -> Traffic:
     P, Q = ep.size(), etp.size()
-    counts = all_gather(torch.cat([rows, copies_P]), everyone)
     sizes = torch.ops.moesaic.traffic(counts, P, Q, ep.rank(), etp.rank(), per_node).tolist()
     if torch.compiler.is_compiling():  # there they are symbols, of which nothing is known
         for size in sizes[:-3]:

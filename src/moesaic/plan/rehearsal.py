@@ -258,7 +258,7 @@ class _Exchanged:
         self.load, self.ep, self.etp, self.even = load, layout.ep, layout.etp, even
 
     def dispatch(
-        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: Callable[[], Tensor] | None = None
+        self, x: Tensor, routing: Routing, num_experts: int, meanwhile: partial[Tensor] | None = None
     ) -> Dispatched:
         load, K = self.load, routing.ids.shape[1]
         ranks_TQ = routing.ids[:, : min(K, self.ep)].contiguous()
@@ -270,7 +270,15 @@ class _Exchanged:
         x_ND, weights_NK = self._out(x_SD), self._out(weights_SK)
         ids_NK = routing.ids.new_empty(load.gathered, K, dtype=torch.int32)
         copies_C = routing.ids.new_empty(load.listed)
-        return Dispatched(x_ND[None], ids_NK[None], weights_NK[None], sent, beside, None, copies_C[None])
+        return Dispatched(
+            x_ND[None],
+            ids_NK[None],
+            weights_NK[None],
+            sent,
+            None if beside is None else lambda: beside,
+            None,
+            copies_C[None],
+        )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
         z_MD = _over(z[0], self.load.received, self.etp, gathers=False, even=self.even)

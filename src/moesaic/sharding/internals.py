@@ -163,8 +163,12 @@ def wait(x: Tensor) -> Tensor:
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks, in rank order, one below the other."""
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(gathered)
+    return wait(start_all_gather(x, group))
+
+
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """As :func:`all_gather`, and does not wait: what it returns holds nothing before :func:`wait`."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
