@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from moesaic.ops.processor import cpuinfo
 from moesaic.options import parse
 from moesaic.plan.advice import ep_or_etp, what_would_fit
 from moesaic.plan.calibrate import calibrated
@@ -100,10 +103,24 @@ def _check(options: Options) -> None:
 
 def _calibrate(options: Options) -> None:
     assert options.calibrate is not None
-    measured = calibrated(read_hardware(options.hardware))
-    if measured is not None:  # the other ranks say nothing
-        options.calibrate.write_text(as_toml(measured))
-        print(f"measured, and written to {options.calibrate}")
+    base, folder = read_hardware(options.hardware), options.calibrate.expanduser().resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"--calibrate {options.calibrate}: there is no folder {folder}")
+    measured = calibrated(base)
+    if measured is None:
+        return  # the first rank speaks for all
+    what = (
+        f"Measured on {_machine()} by {os.environ.get('WORLD_SIZE', '1')} process(es); the rest is that of {base.name}."
+    )
+    options.calibrate.expanduser().write_text(f"# {what}\n{as_toml(measured)}")
+    print(f"{what}\n\n{as_toml(measured)}\nwritten to {options.calibrate}: --hardware {options.calibrate} takes it")
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    known = cpuinfo()
+    return f"{known.get('model name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _read(options: Options) -> Planned:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+# How many times as long as an exchange of as many bytes a collective takes, by its kind.
+SAME_AS_DIRECT = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 1.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Hardware:
     memory_efficiency: float
     node: Link
     network: Link
+    layer: float = 0.0
+    overlap: float = 1.0
+    alone: float = 1.0
+    slower: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(SAME_AS_DIRECT))
+
+    def beside(self, first: int | float, second: int | float) -> float:
+        """Seconds of two things that may run at the same time, as far as they do here."""
+        return max(first, second) + (1 - self.overlap) * min(first, second)
 
     def matmul_seconds(self, flops: int | float, dtype: str) -> float:
         """Of products of large matrices."""
@@ -90,15 +102,22 @@ def _tables() -> dict[str, dict[str, Any]]:
 
 
 def _hardware(name: str, values: Mapping[str, Any], where: str) -> Hardware:
-    names = [field.name for field in dataclasses.fields(Hardware) if field.name != "name"]
-    if missing := [key for key in names if key not in values]:
+    fields = {field.name: field for field in dataclasses.fields(Hardware) if field.name != "name"}
+    names, given = list(fields), [name for name in fields if name in values]
+    optional = ("layer", "overlap", "alone", "slower")
+    if missing := [key for key in names if key not in values and key not in optional]:
         raise ValueError(f"{where}: {', '.join(missing)} missing; it needs {', '.join(names)}")
     if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"{where}: nothing is known about {', '.join(unknown)}; it may have {', '.join(names)}")
 
     def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{where}: {key} must be a number above 0, got {value!r}")
+        least = {"layer": 0.0, "overlap": 0.0, "alone": 1.0}.get(key)
+        what = "a number above 0" if least is None else f"a number of at least {least:g}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not (value > 0 if least is None else value >= least):
+            raise ValueError(f"{where}: {key} must be {what}, got {value!r}")
+        if key == "overlap" and value > 1:
+            raise ValueError(f"{where}: overlap must be a number of at most 1, got {value!r}")
         return float(value)
 
     def table(key: str, needed: tuple[str, ...]) -> dict[str, float]:
@@ -112,5 +131,7 @@ def _hardware(name: str, values: Mapping[str, Any], where: str) -> Hardware:
         "node": Link(**table("node", ("bandwidth", "latency"))),
         "network": Link(**table("network", ("bandwidth", "latency"))),
     }
-    plain: dict[str, Any] = {key: number(key, values[key]) for key in names if key not in tables}
+    if "slower" in values:
+        tables["slower"] = table("slower", tuple(SAME_AS_DIRECT))
+    plain: dict[str, Any] = {key: number(key, values[key]) for key in given if key not in tables}
     return Hardware(name, **plain, **tables)

@@ -1,7 +1,8 @@
 """How long a step takes: arithmetic, memory traffic, and communication that nothing hides.
 
 A roofline: each part takes as long as the slower of its arithmetic and its memory traffic. FSDP's collectives run
-beside the computation, and only what is longer than it shows; everything else is waited for.
+beside the computation, and only what is longer than it shows, as far as the hardware can do both at once; everything
+else is waited for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from moesaic.plan.choice import Choice, Job
 from moesaic.plan.hardware import Hardware
 from moesaic.plan.load import load_of
-from moesaic.plan.memory import OPTIMIZER_STATES, shard_of_stage
+from moesaic.plan.memory import OPTIMIZER_STATES, gradients_of_stage, shard_of_stage
 from moesaic.plan.model import Layer, Shapes
 from moesaic.plan.stages import Stage, different_stages
 from moesaic.plan.traffic import Collective, collectives_of
@@ -23,7 +24,7 @@ class Time(NamedTuple):
     Attributes:
         compute: of products and of what else layers do, forward, backward and again.
         exchange: of collectives that are waited for.
-        fsdp: of FSDP's collectives, as far as they are longer than the computation beside them.
+        fsdp: of FSDP's collectives, as far as the computation beside them does not hide them.
         bubble: in which a pipeline fills and empties.
         optimizer: of its step.
     """
@@ -65,24 +66,38 @@ def _of_stage(
 ) -> Cost:
     itemsize = 2 if dtype == "bf16" else 4
     passes, layout = choice.passes(job), choice.layout
-    compute = 0.0
+    compute = host = 0.0
     for layer, count in stage.kinds:
         dense, experts = _forward(layer, choice, job, hardware, dtype, itemsize)
         # A backward pass is two forward passes; of experts two of three products are for hidden rows.
         again_dense, again_experts = {"none": (0, 0), "experts": (0, 2 / 3), "full": (1, 1)}[choice.recompute]
         compute += count * ((3 + again_dense) * dense + (3 + again_experts) * experts)
+        host += count * (3 + again_dense) * hardware.layer
     if stage.last:
         head = shapes.vocab * choice.tokens(job)
         compute += 3 * hardware.matmul_seconds(2 * head * shapes.dim, dtype) + hardware.memory_seconds(20 * head)
+    compute = passes * hardware.beside(compute, host)
+    # Each pass but the first adds its gradients to those that are there: two are read and one is written.
+    compute += (passes - 1) * hardware.memory_seconds(3 * gradients_of_stage(stage, layout))
     found = tuple(collectives_of(stage, choice, job, shapes.dim, itemsize, per_node))
     beside = ("FSDP", "replicas")
     exchange = sum(_seconds(c, hardware) for c in found if c.of not in beside)
-    fsdp = max(0.0, sum(_seconds(c, hardware) for c in found if c.of in beside) - compute * passes)
+    fsdp = sum(_seconds(c, hardware) + _copied(c, hardware) for c in found if c.of in beside)
+    fsdp = hardware.beside(fsdp, compute) - compute
     weights = shard_of_stage(stage, layout)
     # Weights and states are read and written, gradients read.
     optimizer = hardware.memory_seconds(weights * (2 * (1 + OPTIMIZER_STATES) + 1))
-    bubble = (layout.pp - 1) / passes * (compute * passes + exchange)
-    return Cost(Time(compute * passes, exchange, fsdp, bubble, optimizer), found)
+    bubble = pipeline_bubble(layout.pp, hardware.alone) * (compute + exchange) / passes
+    return Cost(Time(compute, exchange, fsdp, bubble, optimizer), found)
+
+
+def pipeline_bubble(stages: int, alone: float) -> float:
+    """How many passes longer a pipeline takes because it fills and empties.
+
+    While ``k`` of its stages have something to do, these are ``min(alone, stages / k)`` times as fast as all together.
+    """
+    filling = sum((1 / min(alone, stages / k) for k in range(1, stages)), 0.0)
+    return max(2 * filling - (stages - 1), 0.0)
 
 
 def _forward(
@@ -115,4 +130,12 @@ def _seconds(collective: Collective, hardware: Hardware) -> float:
     inside = collective.sent if collective.kind not in ("all-to-all", "send") else collective.sent - collective.across
     latency = (hardware.network if leaves else hardware.node).latency
     slowest = max(inside / hardware.node.bandwidth, collective.across / hardware.network.bandwidth)
-    return slowest + collective.calls * latency
+    return hardware.slower.get(collective.kind, 1.0) * slowest + collective.calls * latency
+
+
+def _copied(collective: Collective, hardware: Hardware) -> float:
+    """FSDP copies what it has gathered out of one buffer into weights, and gradients into one to be summed."""
+    if collective.of != "FSDP":
+        return 0.0
+    size = collective.group.size
+    return hardware.memory_seconds(2 * collective.sent * size / (size - 1))
