@@ -88,7 +88,8 @@ class MeshDispatcher:
     def dispatch(
         self, x: Tensor, routing: Routing, num_experts: int, meanwhile: partial[Tensor] | None = None
     ) -> Dispatched:
-        K, experts_per_rank = routing.ids.shape[1], -(-num_experts // self.ep.size())
+        P, K = self.ep.size(), routing.ids.shape[1]
+        experts_per_rank = -(-num_experts // P)
         beside = None if meanwhile is None else Beside(meanwhile, streams_of(x))
         addressed = self._address(routing.ids, experts_per_rank)
         if beside is not None:
