@@ -3,11 +3,14 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from moesaic import cli
+from moesaic.integrations.transformers import swap_moe
 from moesaic.plan.hardware import as_toml, known, read_hardware
 from moesaic.plan.model import problem
-from tests.plan.small import config_file, small
+from moesaic.train.flops import PEAKS, flops_per_token
+from tests.plan.small import config, config_file, small
 
 
 def _run(capsys, *arguments):
@@ -78,6 +81,16 @@ def test_hardware_is_known_or_read_from_a_file_and_faults_are_named(tmp_path):
     file.write_text("memory = 1")
     with pytest.raises(ValueError, match="flops, efficiency.* missing"):
         read_hardware(str(file))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"sliding_window": 8, "use_sliding_window": True}]
+)
+def test_arithmetic_and_peaks_are_those_of_a_run(changes):
+    model = swap_moe(AutoModelForCausalLM.from_config(config(**changes)))
+    assert small(**changes).shapes.flops(32) == flops_per_token(model, 32)
+    for name in ("H100", "H200", "B200"):
+        assert read_hardware(name).flops["bf16"] == PEAKS[name] * 1e12
 
 
 def test_layouts_that_parallelize_refuses_are_refused_in_its_words():

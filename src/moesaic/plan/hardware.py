@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from moesaic.train.flops import PEAKS
+
 # How many times as long as an exchange of as many bytes a collective takes, by its kind.
 SAME_AS_DIRECT = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 1.0}
 
@@ -98,7 +100,12 @@ def as_toml(hardware: Hardware) -> str:
 
 
 def _tables() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(files("moesaic.plan").joinpath("hardware.toml").read_text())
+    tables = tomllib.loads(files("moesaic.plan").joinpath("hardware.toml").read_text())
+    for name, values in tables.items():
+        # A run and a plan count with the same peak.
+        if name in PEAKS:
+            values["flops"]["bf16"] = PEAKS[name] * 1e12
+    return tables
 
 
 def _hardware(name: str, values: Mapping[str, Any], where: str) -> Hardware:

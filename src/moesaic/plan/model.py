@@ -25,6 +25,7 @@ from moesaic.parallel.decoder import attention_parts, attention_shard_dims, chec
 from moesaic.parallel.mesh import MeshLayout
 from moesaic.parallel.placements import WEIGHTS
 from moesaic.parallel.wrapped import decoders
+from moesaic.train.flops import Attention, attention_of, weight_flops
 
 
 class Weight(NamedTuple):
@@ -82,22 +83,6 @@ def dense_ranks(layout: MeshLayout) -> int:
     return layout.stage_size // layout.tp // layout.dp_replicate
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Of one layer: heads of queries and of keys, their dims, and how far a token looks back; None for all the way."""
-
-    heads: int
-    key_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
-
-    def flops(self, seq_len: int) -> float:
-        """Of the products with keys and values, a token on average, causal, forward."""
-        seen = seq_len / 2 if self.window is None else min(self.window, seq_len / 2)
-        return 2 * seen * self.heads * (self.key_dim + self.value_dim)
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A decoder layer. Layers that are alike are one object, which has a quick hash."""
@@ -118,6 +103,7 @@ class Shapes:
         outer: the weights that are in no layer: embedding, last norm, head.
         dim, vocab: sizes.
         tied: whether the head's weight is that of the embedding.
+        weight_flops: operations of a token with weights, forward and backward.
     """
 
     name: str
@@ -126,6 +112,7 @@ class Shapes:
     dim: int
     vocab: int
     tied: bool
+    weight_flops: float
 
     @property
     def kinds(self) -> Counter[Layer]:
@@ -153,13 +140,8 @@ class Shapes:
         return active
 
     def flops(self, seq_len: int) -> float:
-        """Of a token, forward and backward, on average: what MFU counts. Nothing that is computed twice counts twice.
-
-        ``6`` for each weight of a matrix that the token meets, embedding not counted, and thrice the attention.
-        """
-        lookup = 0 if self.tied else self.dim * self.vocab
-        matrices = self.active_parameters - lookup
-        return 6 * matrices + 3 * sum(layer.attention.flops(seq_len) for layer in self.layers)
+        """Of a token, forward and backward: what MFU counts. As :func:`moesaic.train.flops.flops_per_token`."""
+        return self.weight_flops + 3 * sum(layer.attention.flops(seq_len) for layer in self.layers)
 
 
 class Planned(NamedTuple):
@@ -214,7 +196,8 @@ def planned(config: Any, dtype: torch.dtype, name: str) -> Planned:
     inside = {p for layer in layers for p in layer.parameters()}
     outer = tuple(_weight(p, cuts) for p in model.parameters() if p not in inside)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    shapes = Shapes(name, kinds, outer, embedding.shape[1], embedding.shape[0], head is embedding)
+    flops = weight_flops(model)
+    shapes = Shapes(name, kinds, outer, embedding.shape[1], embedding.shape[0], head is embedding, flops)
     _keep_one_of_each(model, decoder, kinds)
     return Planned(shapes, model)
 
@@ -259,19 +242,8 @@ def _layer(
             places = tuple((axis, place.dim) for axis, place in on_axes if isinstance(place, Shard))
             experts[p] = Weight(tuple(p.shape), p.element_size(), places, True)
     dense = tuple(_weight(p, cuts) for p in layer.parameters() if p not in experts)
-    parts = dense, tuple(experts.values()), None if moe is None else moe.config, _attention(config, index)
+    parts = dense, tuple(experts.values()), None if moe is None else moe.config, attention_of(config, index)
     return known.setdefault(parts, Layer(*parts))
-
-
-def _attention(config: Any, index: int) -> Attention:
-    heads = config.num_attention_heads
-    plain = getattr(config, "head_dim", None) or config.hidden_size // heads
-    nope = getattr(config, "qk_nope_head_dim", None)
-    key_dim = nope + config.qk_rope_head_dim if nope else plain
-    types = getattr(config, "layer_types", None)
-    window = config.sliding_window if types and types[index] == "sliding_attention" else None
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Attention(heads, key_heads, key_dim, getattr(config, "v_head_dim", None) or plain, window)
 
 
 def _keep_one_of_each(model: Any, decoder: Any, kinds: tuple[Layer, ...]) -> None:

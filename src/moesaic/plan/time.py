@@ -106,7 +106,7 @@ def _forward(
     """Seconds of a forward pass of a layer: of its dense part, and of its experts."""
     layout, tokens, of = choice.layout, choice.tokens(job), layer.attention
     matrices = sum(w.numel for w in layer.dense if len(w.shape) > 1)
-    seconds = hardware.matmul_seconds(2 * tokens * matrices + tokens * of.flops(job.seq_len), dtype)
+    seconds = hardware.matmul_seconds(2 * tokens * matrices + tokens * of.causal_flops(job.seq_len), dtype)
     # Norms, rotation, residuals: what they read and write, for each token.
     width = of.heads * of.key_dim + of.key_heads * (of.key_dim + of.value_dim)
     dim = layer.dense[-1].shape[-1]

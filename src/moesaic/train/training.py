@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from moesaic.checkpoint.run_folder import CHECKPOINTS
 from moesaic.checkpoint.state import restore_weights, weights
 from moesaic.checkpoint.store import read_into, verify
 from moesaic.parallel.pipeline import Pipeline
+from moesaic.parallel.split import whole_of
 from moesaic.train import implementations
 from moesaic.train.best import Best
 from moesaic.train.config import TrainConfig, to_json
 from moesaic.train.errors import UserError
+from moesaic.train.flops import flops_per_token
 from moesaic.train.loader import BatchLoader
 from moesaic.train.main_grads import MainGrads
 
@@ -49,6 +52,11 @@ class Training:
     """The last step that a checkpoint has. A new model need not be saved."""
     best: Best = field(default_factory=Best)
     """What was measured best so far."""
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """How much arithmetic a token is: it stays what it is, and counting goes through all modules."""
+        return flops_per_token(whole_of(self.model), self.loader.rows.seq_len)
 
 
 def save(training: Training, config: TrainConfig, folder: Path) -> Path:

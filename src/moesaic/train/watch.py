@@ -23,9 +23,9 @@ from moesaic.layers.router import Routing
 from moesaic.parallel.capacity import most_copies
 from moesaic.parallel.collectives import sent_bytes
 from moesaic.parallel.mesh import Meshes
-from moesaic.parallel.split import Stages, whole_of
+from moesaic.parallel.split import Stages
 from moesaic.train.config import TrainConfig
-from moesaic.train.flops import flops_per_token, known_peak
+from moesaic.train.flops import known_peak
 from moesaic.train.metrics import EXPERT_LOAD, ROUTER_ENTROPY, Value, busiest
 from moesaic.train.pipelining import of_all_stages, whole_load
 from moesaic.train.runtime import peak_memory
@@ -136,8 +136,6 @@ def metrics_of(
 
 
 def _arithmetic(training: Training, config: TrainConfig, device: torch.device, per_second: float) -> dict[str, float]:
-    each = (
-        flops_per_token(whole_of(training.model), training.loader.rows.seq_len) * per_second / ranks.world_size() / 1e12
-    )
+    each = training.flops_per_token * per_second / ranks.world_size() / 1e12
     peak = config.peak_tflops or known_peak(device, config.dtype)
     return {"tflops": each} | ({} if peak is None else {"mfu": each / peak})
