@@ -1,6 +1,7 @@
 """Transformers decoders cut into stages: losses, every gradient, their norm and the logits are those of one process."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -77,6 +78,27 @@ def check_stages(family: str, changes: dict[str, Any], runs: list[tuple[dict[str
             stages(ids[mine], everywhere=True, attention_mask=mask[mine]),
             logits[mine][:, part].detach(),
         )
+
+
+def check_autocast() -> None:
+    """It ends with the step that it was given for, and its dtype is on no wire."""
+    plain = model_of("Qwen3-MoE", num_hidden_layers=2)
+    ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    expected = copy.deepcopy(plain).eval()(input_ids=ids).logits.detach()
+    meshes = build_meshes(pp=2, device_type="cpu")
+    stages = moesaic.parallelize(split_into_stages(plain, meshes), meshes)
+    in_bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    Pipeline(stages, 2).step(ids, ids, loss_of, computing=in_bf16)
+    assert_close("logits", stages.eval()(ids, everywhere=True), expected)
+    with in_bf16():
+        logits = stages(ids, everywhere=True)
+    assert logits.dtype == expected.dtype
+    # Some tokens go to other experts.
+    assert (logits - expected).norm() < 0.2 * expected.norm()
+
+
+def test_autocast_stays_in_its_step(same_ranks):
+    same_ranks(check_autocast, 2)
 
 
 def schedule(name: str, **options: Any) -> PipelineConfig:

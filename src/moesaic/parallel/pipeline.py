@@ -97,6 +97,8 @@ class Pipeline:
             schedule.step(*first, **last, losses=losses, return_outputs=False, input_ids=input_ids, **given)
         finally:
             self._loss = None
+            for stage in self.stages.stages:
+                stage.computing = nullcontext
         if shared is not None:
             self._add_shared_gradients(shared)
             if before is not None and shared.grad is not None:

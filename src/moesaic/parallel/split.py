@@ -137,21 +137,22 @@ class Stages(nn.Module):
             kwargs: see :meth:`Stage.forward`.
         """
         result: Tensor | None = None
-        last = self.stages[0].count - 1
+        last, head = self.stages[0].count - 1, self.skeleton.get_output_embeddings()
+        # Autocast may change dtypes, and who receives expects those of the weights.
+        dtype = self.skeleton.get_input_embeddings().weight.dtype
         for stage in self.stages:
             x = input_ids if stage.is_first else self._from_stage(stage.number - 1, input_ids, result)
             result = x = stage(x, input_ids=input_ids, **kwargs)
             if not stage.is_last and (peer := self.rank_of(stage.number + 1)) != self.meshes.pp_rank:
-                dist.send(x.contiguous(), group=self.meshes.stages, group_dst=peer)
+                dist.send(x.to(dtype).contiguous(), group=self.meshes.stages, group_dst=peer)
         if not everywhere:
             return result if self.has_last else None
         if not self.has_last:
             B, S = input_ids.shape
-            head = self.skeleton.get_output_embeddings()
             length = len(self.meshes.sequence_positions(S))
             result = torch.empty(B, length, head.weight.shape[0], dtype=head.weight.dtype, device=input_ids.device)
         assert result is not None
-        result = result.contiguous()
+        result = result.to(head.weight.dtype).contiguous()
         dist.broadcast(result, group=self.meshes.stages, group_src=self.rank_of(last))
         return result
 
