@@ -21,8 +21,6 @@ from tests.train.conftest import MODEL, one_step
 REFUSED = {
     "--microbatches is for a pipeline: add --pp, or leave it out; --accumulate cuts a batch": {"microbatches": 4},
     "--stages-per-rank is for a pipeline: add --pp, or leave it out$": {"stages_per_rank": 2},
-    "--accumulate with --pp 2: --microbatches cuts a batch into parts already": {"pp": 2, "accumulate": 2},
-    "--lora-rank with --pp 2: adapters are not yet cut into stages": {"pp": 2, "lora_rank": 4},
     "--aux-loss with --pp 2: pooled is one loss over all layers": {"pp": 2, "aux_loss": "pooled"},
     "--main-grads with --pp 2: --pp-schedule zbv makes": {"pp": 2, "main_grads": True, "pp_schedule": "zbv"},
     "--microbatches: '1f1b' needs at least as many as stages, 2, got 1": {"pp": 2, "microbatches": 1},

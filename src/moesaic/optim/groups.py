@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.layers import GroupedExperts, TopKRouter
 from moesaic.layers.lora import ExpertsAdapter
+from moesaic.parallel.split import whole_of
 
 
 def param_groups(model: nn.Module, *, adamw: Iterable[nn.Module] = ()) -> list[dict[str, Any]]:
@@ -28,7 +29,7 @@ def param_groups(model: nn.Module, *, adamw: Iterable[nn.Module] = ()) -> list[d
         adamw: modules whose parameters are also for AdamW, such as the output head of another model.
 
     Raises:
-        ValueError: no parameter of the model requires a gradient.
+        ValueError: no parameter of the model requires a gradient; of stages, of none of them.
 
     Example:
         >>> [group["algorithm"] for group in param_groups(MoE(MoEConfig(dim=8, hidden_dim=16, num_experts=4, top_k=2)))]
@@ -49,13 +50,14 @@ def param_groups(model: nn.Module, *, adamw: Iterable[nn.Module] = ()) -> list[d
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             decays = parameter.ndim >= 2 and id(parameter) not in biases
             others.setdefault((decays, mesh), []).append(parameter)
-    if not muon and not others:
+    if not any(parameter.requires_grad for parameter in whole_of(model).parameters()):
         raise ValueError("model: none of its parameters requires a gradient, so there is nothing to optimize")
     groups: list[dict[str, Any]] = [{"params": muon, "algorithm": "muon"}] if muon else []
     for (decays, _), parameters in others.items():
         decay = {} if decays else {"weight_decay": 0.0}
         groups.append({"params": parameters, "algorithm": "adamw", "fused": True, **decay})
-    return groups
+    # A stage of a pipeline may be frozen, and torch's optimizers want a group.
+    return groups or [{"params": [], "algorithm": "adamw", "fused": True}]
 
 
 def _matrices_of(module: nn.Module) -> list[Tensor]:

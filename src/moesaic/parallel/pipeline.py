@@ -145,9 +145,10 @@ class Pipeline:
         return self._loss(logits, targets)
 
     def _shared_weight(self) -> Tensor | None:
-        """Of embedding and head that are one weight, the one that is here."""
+        """Of embedding and head that are one weight, the one that is here, unless it is frozen."""
         embedding, head = self.stages.shared_weight(), self.stages.shared_weight(of_head=True)
-        return embedding if head is None else head
+        shared = embedding if head is None else head
+        return shared if shared is not None and shared.requires_grad else None
 
     @torch.no_grad()
     def _add_shared_gradients(self, weight: Tensor) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
-from moesaic.parallel.decoder import LAYERS, decoder_layers, leaves_shards_alone
+from moesaic.layers.packed import PackedWeight
+from moesaic.parallel.decoder import LAYERS, Elsewhere, decoder_layers, leaves_shards_alone
 from moesaic.parallel.mesh import Meshes, check_meshes
 from moesaic.parallel.same import check_same, describe
 from moesaic.parallel.schedules import SCHEDULES, check_schedule
 from moesaic.parallel.stage import Stage
-from moesaic.parallel.wrapped import decoders
+from moesaic.parallel.wrapped import decoders, language_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,21 @@ def split_into_stages(model: nn.Module, meshes: Meshes, config: PipelineConfig |
     stages have its parameters.
 
     Args:
+def module_in_whole(model: nn.Module, name: str) -> Any:
+    """The module that has a name in the whole model; of :class:`Stages` None where another rank has it."""
+    if not isinstance(model, Stages):
+        return model.get_submodule(name)
+    return dict(modules_in_whole(model)).get(name)
+
+
+def modules_in_whole(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that are here, with their names in the whole model."""
+    for whole in [stage.whole for stage in model.stages] if isinstance(model, Stages) else [model]:
+        for name, module in whole.named_modules():
+            if not isinstance(module, Elsewhere):
+                yield name, module
+
+
         model: a causal language model whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), before :func:`moesaic.parallelize`; on the meta device
             or not.
@@ -243,8 +259,9 @@ def split_into_stages(model: nn.Module, meshes: Meshes, config: PipelineConfig |
     parts = []
     for number, own in enumerate(layers):
         if rank_of(number, meshes.pp_size) == meshes.pp_rank:
-            # Everything but the parameters is the stage's own.
-            whole = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            # Everything but the weights is the stage's own. Quantised ones are buffers.
+            packed = (b for m in model.modules() if isinstance(m, PackedWeight) for b in m.buffers())
+            whole = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *packed]})
             parts.append(Stage(whole, decoder, number, len(layers), own))
     return Stages(parts, skeleton, meshes, config, _shared(model))
 
@@ -271,6 +288,11 @@ def _check_model(model: Any) -> str:
     if getattr(decoder, "pooled_balance_coefficient", 0) or getattr(model.config, "output_router_logits", False):
         raise ValueError(
             "model: its balance loss is over all layers together (aux_loss='pooled', output_router_logits), and a "
+        if inside := [m for m in language_models(model) if m is not model]:
+            raise ValueError(
+                f"model: {type(model).__name__} is a wrapper around {type(inside[0]).__name__}; give that one, which "
+                "keeps the adapters that peft has put into it (get_base_model() of a PeftModel)"
+            )
             "stage has some of them; take aux_loss='batch' or 'sequence', a loss of each layer"
         )
     return next(name for name, module in model.named_modules() if module is decoder)

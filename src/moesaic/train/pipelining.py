@@ -62,8 +62,6 @@ def check_pipeline(config: TrainConfig, layout: MeshLayout, num_layers: int | No
             raise UserError(f"{of_stages[0]} is for a pipeline: add --pp, or leave it out{instead}")
         return
     without = {
-        "--accumulate": (config.accumulate > 1, "--microbatches cuts a batch into parts already; give more of those"),
-        "--lora-rank": (config.lora_rank > 0, "adapters are not yet cut into stages; train without --pp"),
         "--main-grads": (
             config.main_grads and SCHEDULES[config.pp_schedule].splits_backward,
             f"--pp-schedule {config.pp_schedule} makes the gradients of weights apart; choose 1f1b or interleaved",

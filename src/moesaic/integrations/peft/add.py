@@ -14,6 +14,7 @@ from moesaic.integrations.peft.targets import Target, targets_of
 from moesaic.layers.blocks import fill_by_position
 from moesaic.layers.dropout import KeyedDropout
 from moesaic.layers.lora import ExpertsAdapter, RouterAdapter, add_adapter
+from moesaic.parallel.split import Stages, module_in_whole
 from moesaic.sharding.parts import local_part
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,7 +33,8 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
     precision are fp32, as in peft.
 
     Args:
-        model: a transformers model with our layers, not yet parallelized. It may be on the meta device.
+        model: a transformers model with our layers, not yet cut into stages nor parallelized. It may be on the meta
+            device.
         config: a ``peft.LoraConfig`` with ``target_modules``, ``target_parameters``, or both, for instance
             ``target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. Also ``r``, ``lora_alpha``,
             ``use_rslora``, patterns of both, and what chooses layers. ``lora_dropout`` is for experts and routers too,
@@ -45,14 +47,16 @@ def add_adapters(model: Model, config: Any, name: str = "default", *, seed: int 
 
     Raises:
         TypeError: ``config`` is no ``LoraConfig``.
-        ValueError: nothing is adapted, or something that cannot be; the model is parallelized; or there are adapters of
-            this name. Nothing has changed then.
+        ValueError: nothing is adapted, or something that cannot be; the model is cut or parallelized; or there are
+            adapters of this name. Nothing has changed then.
 
     Example:
         >>> experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         >>> config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], target_parameters=experts)
         >>> model = parallelize(add_adapters(swap_moe(model), config), meshes)
     """
+    if isinstance(model, Stages):
+        raise ValueError("model: it has been cut into stages; call add_adapters before split_into_stages")
     placed = next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if placed is not None:
         raise ValueError(f"model: '{placed}' is a DTensor; call add_adapters before you shard the model")
@@ -106,8 +110,13 @@ def _wrap_linear(model: nn.Module, target: Target, name: str, config: Any) -> No
 
 
 def factors_of(model: nn.Module, target: Target, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of one adapter, each with what it is called in the key of random numbers."""
-    module: Any = model.get_submodule(target.module)
+    """The parameters of one adapter, each with what it is called in the key of random numbers.
+
+    None where another stage has the module.
+    """
+    module = module_in_whole(model, target.module)
+    if module is None:
+        return
     if target.link is not None or target.is_router:
         for factor, parameter in module.adapters[name].named_parameters():
             if target.is_router or factor[:2] in target.weights:

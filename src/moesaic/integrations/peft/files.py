@@ -29,6 +29,7 @@ from moesaic.integrations.transformers.exchange import Exchange
 from moesaic.integrations.transformers.files import DTYPES, Files
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, whole
 from moesaic.integrations.transformers.plain import plain_on_meta
+from moesaic.parallel.split import whole_of
 from moesaic.sharding.parts import local_part
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -38,12 +39,13 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, each_expert: bool = False) -> None:
     """Write the adapters of one name as a folder that ``peft.PeftModel.from_pretrained`` loads around the plain model.
 
-    Collective on a parallelized model. Names and layouts are those of peft for the model before the swap. Rank 0
-    writes, and has one tensor whole at a time. Files that are there already are replaced, each at once. With
-    ``target_parameters`` the config that is written has no ``lora_dropout``, for peft would not load it.
+    Collective on a parallelized model, and over all stages of a pipeline. Names and layouts are those of peft for the
+    model before the swap. Rank 0 writes, and has one tensor whole at a time. Files that are there already are replaced,
+    each at once. With ``target_parameters`` the config that is written has no ``lora_dropout``, for peft would not load
+    it.
 
     Args:
-        model: with adapters from :func:`add_adapters`.
+        model: with adapters from :func:`add_adapters`; or its stages.
         path: the folder.
         name: which adapters.
         each_expert: write a pair of tensors for each expert, under the names that experts have in the files of the
@@ -57,11 +59,12 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, 
         >>> save_adapters(model, "out/adapter")
         >>> peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("path/to/model"), "out/adapter")
     """
-    exchange, folder = Exchange(), Path(path)
+    exchange, folder, whole_model = Exchange(), Path(path), whole_of(model)
     targets = adapters_of(model, name)
     form, config = in_files, config_of(model, name)
     if each_expert:
-        form, config = by_each_expert(model, targets, config)
+        form, config = by_each_expert(whole_model, targets, config)
+    leaves = exchange.of_model(model)
     shapes = {key: (shape, dtype) for target in targets for key, shape, dtype in _described(model, target, name, form)}
 
     def begin() -> None:
@@ -85,7 +88,7 @@ def save_adapters(model: nn.Module, path: str | Path, name: str = "default", *, 
         failure = error
     for target in targets:
         # A rank that failed still sends its parts to the others.
-        for _, tensor in form(target, {n: exchange.leaf(p).read() for n, p in factors_of(model, target, name)}):
+        for _, tensor in form(target, {n: leaves[id(p)].read() for n, p in factors_of(whole_model, target, name)}):
             if writer is not None and failure is None:
                 try:
                     writer.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -112,7 +115,7 @@ def load_adapters(model: nn.Module, path: str | Path, name: str = "default") -> 
     training with a dropout, call :func:`add_adapters` with a config that has it, and then this.
 
     Args:
-        model: a transformers model with our layers.
+        model: a transformers model with our layers; or its stages, which have the adapters already.
         path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         name: of these adapters.
 
@@ -203,7 +206,8 @@ def _described(
     model: nn.Module, target: Target, name: str, form: Form | None = None
 ) -> list[tuple[str, list[int], torch.dtype]]:
     """The keys of a target's tensors in files, and their shapes and dtypes."""
-    empty = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in factors_of(model, target, name)}
+    whole = whole_of(model)
+    empty = {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in factors_of(whole, target, name)}
     return [(key, list(t.shape), t.dtype) for key, t in (form or in_files)(target, empty)]
 
 
@@ -268,7 +272,7 @@ def factors_by_expert(a: LazyTensor, b: LazyTensor, target: Target) -> tuple[Laz
 def _converted(model: nn.Module, stored: Mapping[str, LazyTensor], config: Any) -> dict[str, LazyTensor]:
     """The tensors under today's names, if they have those of an older version of transformers."""
     tensors = {key: tensor.read(whole(tensor.shape)) for key, tensor in stored.items()}
-    plain = plain_on_meta(model, without_adapters=True)
+    plain = plain_on_meta(whole_of(model), without_adapters=True)
     found = convert_peft_adapter_state_dict_for_transformers(plain, config, tensors, "default")
     return {key: LazyTensor(t.shape, t.dtype, t.__getitem__) for key, t in found.items()}
 

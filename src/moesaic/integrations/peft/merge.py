@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.integrations.peft.switch import adapters_of, configs_of, layers_of
 from moesaic.layers.packed import PackedWeight
+from moesaic.parallel.split import Stages, module_in_whole, whole_of
 from moesaic.sharding.parts import local_part
 
 
@@ -16,26 +17,31 @@ from moesaic.sharding.parts import local_part
 def merge_adapters(model: nn.Module, name: str = "default") -> None:
     """Add ``scale * a b`` of the adapters of one name to the weights, in place, and take out the adapters of all names.
 
-    Collective on a parallelized model: the factors are gathered, one weight's at a time, and each rank adds its part.
-    The model then computes with its weights alone. All of it stays frozen. :func:`export_pretrained` writes it.
+    Collective on a parallelized model, stage by stage in a pipeline: the factors are gathered, one weight's at a time,
+    and each rank adds its part. The model then computes with its weights alone. All of it stays frozen.
+    :func:`export_pretrained` writes it.
 
     Raises:
         ValueError: there are no adapters of this name; or the experts are quantised, and so read-only. Nothing has
             changed then.
     """
-    for target in adapters_of(model, name):
+    whole: Any = whole_of(model)
+    targets = adapters_of(model, name)
+    for target in targets:
         packed = [
             weight
             for weight in target.weights
-            if isinstance(getattr(model.get_submodule(target.module), weight), PackedWeight)
+            if isinstance(getattr(whole.get_submodule(target.module), weight), PackedWeight)
         ]
         if packed:
             raise ValueError(
                 f"model: '{target.module}.{packed[0]}' is quantised and read-only; save the adapters by "
                 "save_adapters(), and merge them into the model that was quantised"
             )
-    for target in adapters_of(model, name):
-        module: Any = model.get_submodule(target.module)
+    for target in targets:
+        module = module_in_whole(model, target.module)
+        if module is None:
+            continue  # another stage has it
         scale = target.rank.scale
         if target.link is not None:
             adapter = module.adapters[name]
@@ -47,7 +53,12 @@ def merge_adapters(model: nn.Module, name: str = "default") -> None:
         else:
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
             _add(module.base_layer.weight, scale * _whole(b), _whole(a))
-    _take_out(model)
+    # A stage of dense layers alone has no DTensors.
+    parallel = isinstance(model, Stages) or any(isinstance(p, DTensor) for p in model.parameters())
+    # Of stages also out of the whole, which says the names.
+    for each in dict.fromkeys([model, whole]):
+        _take_out(each, parallel)
+    configs_of(model).clear()
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -72,8 +83,7 @@ def _add_product(weight: Tensor, rows: Tensor, columns: Tensor) -> None:
     weight.copy_(weight.to(dtype) + rows.to(dtype) @ columns.to(dtype))
 
 
-def _take_out(model: nn.Module) -> None:
-    parallel = any(isinstance(p, DTensor) for p in model.parameters())
+def _take_out(model: nn.Module, parallel: bool) -> None:
     names = {module: name for name, module in model.named_modules()}
     for layer in layers_of(model):
         if not isinstance(layer, lora.LoraLayer):
@@ -86,4 +96,3 @@ def _take_out(model: nn.Module) -> None:
         else:
             parent, _, child = names[layer].rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    configs_of(model).clear()

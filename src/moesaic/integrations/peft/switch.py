@@ -9,13 +9,14 @@ from torch import nn
 
 from moesaic.integrations.peft.targets import Target, targets_of
 from moesaic.layers import GroupedExperts, TopKRouter
+from moesaic.parallel.split import whole_of
 
 _CONFIGS = "_moesaic_adapters"
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
     """The configs of the adapters that :func:`add_adapters` has put into a model, by name."""
-    return model.__dict__.setdefault(_CONFIGS, {})
+    return whole_of(model).__dict__.setdefault(_CONFIGS, {})
 
 
 def config_of(model: nn.Module, name: str) -> Any:

@@ -21,6 +21,7 @@ from moesaic.integrations.transformers.origin import origin_of
 from moesaic.integrations.transformers.plain import plain_on_meta
 from moesaic.layers.lora import Rank
 from moesaic.ops.experts_lora.dropout import check_dropout
+from moesaic.parallel.split import whole_of
 
 _PREFIX = "base_model.model."
 # Settings that change more than which weights have factors, each with the value that does not.
@@ -88,6 +89,7 @@ def targets_of(model: nn.Module, config: Any) -> tuple[list[Target], Any]:
         check_dropout(config.lora_dropout)
     except ValueError as error:
         raise ValueError(f"config: lora_{error}") from None
+    model = whole_of(model)
     plain = plain_on_meta(model, without_adapters=True)
     with warnings.catch_warnings():
         # A config is used again for each model.

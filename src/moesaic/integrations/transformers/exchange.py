@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
 from moesaic.integrations.transformers.lazy import Box, LazyTensor, overlap, relative
-from moesaic.parallel.split import Stages, name_in_whole
+from moesaic.parallel.split import Stages, name_in_whole, whole_of
 from moesaic.sharding.internals import box_at
 
 
@@ -38,6 +38,17 @@ class Exchange:
             return LazyTensor(tensor.shape, tensor.dtype, lambda box: self._own(local, box))
         pieces = _pieces(tensor)
         return LazyTensor(tensor.shape, tensor.dtype, lambda box: self._collected(local, pieces, box))
+
+    def of_model(self, model: nn.Module) -> dict[int, LazyTensor]:
+        """The state of a whole model, by the ids of the tensors in :func:`whole_of` it. Collective if it is in stages.
+
+        Tied weights are one tensor, and one lazy tensor.
+        """
+        state: dict[str, Tensor] = whole_of(model).state_dict(keep_vars=True)
+        if not isinstance(model, Stages):
+            return {id(tensor): self.leaf(tensor) for tensor in state.values()}
+        lazy = self.of_stages(model)
+        return {id(tensor): lazy[name] for name, tensor in state.items()}
 
     def of_stages(self, stages: Stages) -> dict[str, LazyTensor]:
         """The state of a whole model, by the names in it, whose layers are on several stages. Collective."""

@@ -203,9 +203,6 @@ def load_and_count(
 
         def build(untied: list[str]) -> None:
             nonlocal model, tensors
-            if meshes.pp_size > 1 and (adapter is not None or quantize is not None or stored is not None):
-                what = "adapter: adapters are" if adapter is not None else "quantize: quantised experts are"
-                raise ValueError(f"{what} not cut into the stages of a pipeline; use pp=1")
             ties.untie(plain, untied)
             make_buffers(plain, place)
             model = swap_moe(plain, impl=impl, **(moe_options or {}))
@@ -372,7 +369,7 @@ def fill(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> None:
     names = names_in_whole(model)
     # Of weights that are tied the first is read.
     shared = model.shared if isinstance(model, Stages) else None
-    tied = {} if shared is None else {shared[1]: shared[0]}
+    tied = {} if shared is None else {name_without_wrappers(shared[1]): name_without_wrappers(shared[0])}
     state = model.state_dict(keep_vars=True)
     filled = set(map(id, fill_packed(model, tensors)))
     for name, tensor in state.items():

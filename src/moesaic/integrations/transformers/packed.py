@@ -9,6 +9,7 @@ from moesaic.integrations.transformers.lazy import Box, LazyTensor
 from moesaic.integrations.transformers.plain import name_without_wrappers
 from moesaic.layers.packed import PackedWeight
 from moesaic.ops.quantized import FORMATS, quantize
+from moesaic.parallel.split import modules_in_whole
 from moesaic.sharding.parts import local_part
 
 
@@ -17,14 +18,14 @@ def fill_packed(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> list[Ten
     """Fill this rank's part of the quantised weights of a model, and give back their data and scales.
 
     Args:
-        model: after :func:`moesaic.layers.quantize_`; it may be parallelized.
+        model: after :func:`moesaic.layers.quantize_`; it may be parallelized, or be stages.
         tensors: by the names that the weights had before.
 
     Raises:
         ValueError: numbers that are not finite; the message names the weight.
     """
     filled: list[Tensor] = []
-    for name, packed in model.named_modules():
+    for name, packed in modules_in_whole(model):
         # Of files that are quantised already, data and scales are read as they are.
         if not isinstance(packed, PackedWeight) or f"{name_without_wrappers(name)}.data" in tensors:
             continue

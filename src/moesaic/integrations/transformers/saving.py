@@ -33,7 +33,7 @@ from moesaic.integrations.transformers.lazy import LazyTensor
 from moesaic.integrations.transformers.loading import model_on_meta
 from moesaic.integrations.transformers.plain import name_without_wrappers, plain_on_meta
 from moesaic.integrations.transformers.shard_file import ShardFile
-from moesaic.parallel.split import Stages, whole_of
+from moesaic.parallel.split import whole_of
 
 _OURS = {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER_FILES}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -83,12 +83,7 @@ def export_pretrained(
     plain = plain_on_meta(whole)
     state = {name_without_wrappers(name): tensor for name, tensor in whole.state_dict(keep_vars=True).items()}
     ties.tie_what_is_one(plain, state)
-    # Tied weights are one parameter, and become one lazy tensor.
-    if isinstance(model, Stages):
-        lazy = exchange.of_stages(model)
-        leaves = {id(tensor): lazy[name] for name, tensor in state.items()}
-    else:
-        leaves = {id(tensor): exchange.leaf(tensor) for tensor in state.values()}
+    leaves = exchange.of_model(model)
     original = to_original_names(whole, {name: leaves[id(t)] for name, t in state.items()})
     if dtype is not None:
         plain.config.dtype = dtype
