@@ -2,16 +2,24 @@
 
 import copy
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic
 from moesaic.layers import reset_expert_load
-from moesaic.parallel import no_sync
+from moesaic.parallel import Pipeline, build_meshes, no_sync, split_into_stages
+from moesaic.parallel.split import name_in_whole
 from tests.distributed.parity import assert_close, assert_gradients_close, clip, meshes_of
+from tests.distributed.parity import whole as gathered
+from tests.distributed.test_stages import BATCH as BATCH_OF_STAGES
+from tests.distributed.test_stages import LENGTH as LENGTH_OF_STAGES
+from tests.distributed.test_stages import loss_of, model_of
+from tests.integrations.families import VOCAB
 
 CONFIG = moesaic.MoEConfig(
     dim=8, hidden_dim=6, num_experts=4, top_k=2, shared_hidden_dim=4, bias_update_speed=0.1, expert_biases=True
@@ -72,3 +80,57 @@ def check(layout: dict[str, int], compute: str) -> None:
 def test_gradients_are_summed_once_a_step(same_ranks, ranks, layout):
     for compute in ("dtensor", "local"):
         same_ranks(check, ranks, layout, compute)
+
+
+class Reductions(TorchDispatchMode):
+    """Counts the sums of FSDP. CommDebugMode follows modules, and a stage calls some without others around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_reduce_scatter_base" in str(func)
+        return func(*args, **kwargs or {})
+
+
+def check_stages(layout: dict[str, int]) -> None:
+    """Several schedules before a step, of stages that share a weight."""
+    plain = model_of("Qwen3-MoE", num_hidden_layers=2, tie_word_embeddings=True)
+    ids = torch.randint(3, VOCAB, (BATCH_OF_STAGES, LENGTH_OF_STAGES), generator=torch.Generator().manual_seed(1))
+    targets, reference = ids.roll(-1, 1), copy.deepcopy(plain)
+    meshes = build_meshes(**layout, device_type="cpu")
+    stages = moesaic.parallelize(split_into_stages(copy.deepcopy(plain), meshes), meshes)
+    pipeline = Pipeline(stages, microbatches=2, accumulate=2)
+    part = meshes.sequence_positions(LENGTH_OF_STAGES)
+    for step in range(STEPS):
+        # The second step adds to what is there.
+        with moesaic.balance_losses() as losses:
+            expected = loss_of(reference(input_ids=ids).logits, targets)
+        (expected + sum(losses)).backward()
+        sent = []
+        for i, rows in enumerate(torch.arange(BATCH_OF_STAGES).view(meshes.dp_size, 2, -1)[meshes.dp_rank]):
+            with Reductions() as reductions, nullcontext() if i else no_sync(stages):
+                pipeline.step(ids[rows], targets[rows][:, part], loss_of)
+            sent.append(reductions.count)
+        if "dp_shard" in layout:
+            assert sent[0] == 0
+            assert sent[1] > 0
+        for name, parameter in stages.named_parameters():
+            name = name_in_whole(name)
+            wanted = dict(reference.named_parameters(remove_duplicate=False))[name].grad
+            assert_close(f"gradient of {name}, {layout}, step {step}", gathered(parameter.grad), wanted)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, {"pp": 2}),
+        pytest.param(4, {"pp": 2, "dp_shard": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "dp_shard": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["pp2", "pp2 dp2 ep2", "pp2 dp2 edp2", "pp2 tp2 ep2"],
+)
+def test_schedules_of_a_pipeline_are_summed_once_a_step(same_ranks, ranks, layout):
+    same_ranks(check_stages, ranks, layout)

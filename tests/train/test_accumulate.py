@@ -57,17 +57,19 @@ LOSSES = {"aux_loss": "sequence", "aux_loss_coef": 0.1, "z_loss_coef": 0.01, "ba
         ({"tp": 2, "ep": 2}, {}),
         ({"tp": 2}, {}),
         ({"ep": 2}, {"compute": "local", "main_grads": True}),
+        pytest.param({"pp": 2}, {"microbatches": 2}, marks=pytest.mark.slow),
     ],
-    ids=["one process", "main grads", "dp2 ep2", "tp2 ep2", "tp2 edp2", "dp2 ep2 main grads"],
+    ids=["one process", "main grads", "dp2 ep2", "tp2 ep2", "tp2 edp2", "dp2 ep2 main grads", "pp2"],
 )
 def test_passes_of_a_batch_are_the_batch(tiny, cache, same_ranks, layout, options):
     def run(config):
-        return same_ranks(_steps, 2, config, cache)[0] if layout else _steps(config, cache)
+        return same_ranks(_steps, 2, config, cache) if layout else [_steps(config, cache)]
 
     config = dataclasses.replace(tiny, **layout, **options, **LOSSES, max_grad_norm=0.0)
     expected = run(config)
     found = run(dataclasses.replace(config, accumulate=4, out=config.out.with_name("in passes")))
-    _assert_same(found, expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        _assert_same(mine, theirs)
 
 
 def test_ranks_and_passes_divide_a_batch():

@@ -315,6 +315,35 @@ def test_a_run_goes_on_in_another_layout(adapted, cache, ranks, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"accumulate": 2, "microbatches": 1, "pp_schedule": "gpipe"}),
+        # The first stage is a dense layer, and has nothing to train.
+        ("deepseek_v3", {"microbatches": 2, "lora_on": "experts", "quantize_experts": "nf4"}),
+    ],
+    ids=str,
+)
+def test_stages_train_the_adapters_that_one_process_trains(adapted, cache, ranks, tmp_path, family, changes):
+    write_model(tmp_path / "model", family)
+    of_stages = {name: changes.pop(name) for name in ("microbatches", "pp_schedule") if name in changes}
+    adapted = dataclasses.replace(adapted, **changes)
+    alone = dataclasses.replace(adapted, out=tmp_path / "alone")
+    _whole_run(alone, cache)
+    staged = dataclasses.replace(adapted, pp=2, **of_stages)
+    ranks(_whole_run, 2, staged, cache)
+    for one, other in zip(_steps(alone), _steps(staged), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    _assert_same_exports(staged, alone)
+    resumed = dataclasses.replace(staged, out=tmp_path / "resumed")
+    ranks(_fit, 2, resumed, cache, {2: [signal.SIGTERM]})
+    ranks(_fit, 2, dataclasses.replace(resumed, resume=True), cache)
+    # Without scores, which only the whole program takes.
+    assert _rows(resumed.out) == [row for row in _rows(staged.out) if row["step"] and "loss" in row]
+
+
 @pytest.mark.long
 def test_a_resume_on_the_same_ranks_is_exact(adapted, cache, ranks, tmp_path):
     mesh = {"tp": 2, "ep": 2, "etp": 2}

@@ -34,12 +34,12 @@ def no_sync(model: nn.Module) -> Iterator[None]:
         ...         (loss_sum(model(x), target) / tokens_of_all).backward()
         >>> optimizer.step()
     """
-    fsdp = (module for module in model.modules() if isinstance(module, FSDPModule))
-    with summed_later(fsdp) as modules, summed_later(model.parameters()):
-        for module in modules:
+    with summed_later(model.modules()) as modules, summed_later(model.parameters()):
+        fsdp = [module for module in modules if isinstance(module, FSDPModule)]
+        for module in fsdp:
             module.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
         finally:
-            for module in modules:
+            for module in fsdp:
                 module.set_requires_gradient_sync(True, recurse=False)

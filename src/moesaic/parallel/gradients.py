@@ -45,8 +45,13 @@ def summed_later(owners: Iterable[Any]) -> Iterator[list[Any]]:
             del owner.__dict__[_LATER]
 
 
+def is_summed_later(owner: Any) -> bool:
+    """Whether a parameter or a module is now in :func:`summed_later`."""
+    return _LATER in owner.__dict__
+
+
 def _match_placements(parameter: Tensor) -> None:
-    if _LATER in parameter.__dict__:
+    if is_summed_later(parameter):
         return
     grad = parameter.grad
     if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:

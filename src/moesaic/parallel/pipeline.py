@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,10 +14,25 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.layers import attach_balance_losses
 from moesaic.ops.arguments import check_int, divisors
+from moesaic.parallel.gradients import is_summed_later
 from moesaic.parallel.schedules import SCHEDULES, check_schedule
 from moesaic.parallel.split import Stages
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def stage_class() -> Any:
+    """torch's class of a stage, whose gradients FSDP leaves unsummed within :func:`moesaic.parallel.no_sync`."""
+    from torch.distributed.pipelining import PipelineStage  # large, for those who need it
+
+    class _Stage(PipelineStage):
+        def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+            # It turns FSDP's sums on and makes them. Without it FSDP goes on as between two microbatches.
+            if not is_summed_later(self.submod):
+                super().perform_reduce_grad(grad_scale_factor)
+
+    return _Stage
 
 
 class Pipeline:
@@ -28,10 +44,13 @@ class Pipeline:
 
     Args:
         stages: from :func:`moesaic.parallel.split_into_stages`, parallelized.
-        microbatches: into how many equal parts each step cuts its sequences.
+        microbatches: into how many equal parts each call of :meth:`step` cuts its sequences.
+        accumulate: how many calls of :meth:`step` there are before the optimizer's. Balance losses are then means over
+            the microbatches of all of them. All but the last are within :func:`moesaic.parallel.no_sync`, and then
+            gradients are summed over the ranks once.
 
     Raises:
-        ValueError: the schedule does not take so many microbatches.
+        ValueError: the schedule does not take so many microbatches; ``accumulate`` is below 1.
 
     Example:
         >>> pipeline = Pipeline(stages, microbatches=8)
@@ -39,13 +58,17 @@ class Pipeline:
         >>> moesaic.clip_grad_norm_(stages.parameters(), 1.0, group=meshes.stages, counted_elsewhere=pipeline.copies())
     """
 
-    def __init__(self, stages: Stages, microbatches: int) -> None:
+    def __init__(self, stages: Stages, microbatches: int, accumulate: int = 1) -> None:
         check_int("microbatches", microbatches)
+        check_int("accumulate", accumulate)
         check_schedule(stages.options.schedule, stages.meshes.layout, stages.options.stages_per_rank, microbatches)
         self.stages, self.microbatches = stages, microbatches
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._loss: Loss | None = None
-        attach_balance_losses(stages, 1 / microbatches)
+        # What both ends had of a shared weight's gradient before the first pass whose own part only one of them has.
+        self._before: Tensor | None = None
+        self._is_apart = False
+        attach_balance_losses(stages, 1 / (microbatches * accumulate))
 
     def step(
         self,
@@ -86,10 +109,9 @@ class Pipeline:
         losses: list[Tensor] = []
         self._loss = loss
         shared = self._shared_weight()
-        # Both stages have the sum of what was there before, which is not to be added once more.
-        before = None if shared is None else shared.grad
-        if shared is not None:
-            shared.grad = None
+        if shared is not None and not self._is_apart:
+            # Both stages have the sum of what was there before, which is not to be added once more.
+            self._before, shared.grad, self._is_apart = shared.grad, None, True
         try:
             first = [input_ids] if self.stages.stages[0].is_first else []
             last = {"target": targets} if self.stages.has_last else {}
@@ -99,10 +121,13 @@ class Pipeline:
             self._loss = None
             for stage in self.stages.stages:
                 stage.computing = nullcontext
-        if shared is not None:
+        # Anew, for FSDP has put another parameter in its place.
+        shared = self._shared_weight()
+        if shared is not None and not is_summed_later(self.stages.stages[0]):
             self._add_shared_gradients(shared)
-            if before is not None and shared.grad is not None:
-                shared.grad += before
+            if self._before is not None and shared.grad is not None:
+                shared.grad += self._before
+            self._before, self._is_apart = None, False
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=input_ids.device)
 
     def copies(self) -> list[Tensor]:
@@ -120,7 +145,7 @@ class Pipeline:
             ids = input_ids[: len(input_ids) // self.microbatches]
             hidden = stages.hidden_like(ids).requires_grad_()
             made = [
-                pipelining.PipelineStage(
+                stage_class()(
                     stage,
                     stage.number,
                     stage.count,

@@ -90,8 +90,8 @@ class LayoutOptions:
     pp: int = 1
     """Pipeline parallel size: the layers are split over this many groups of ranks. Each passes on what it computed."""
     microbatches: int | None = None
-    """With --pp: how many parts a rank's part of the batch is cut into, which are in different stages at the same time.
-    By default twice --pp. The balance loss balances the tokens of each part."""
+    """With --pp: how many parts a rank's part of the batch is cut into, which are in different stages at the same time;
+    with --accumulate of each pass. By default twice --pp. The balance loss balances the tokens of each part."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
     """With --pp: the order of forward and backward passes. gpipe and 1f1b have one stage on a rank, the others two or
     more. zero-bubble and zbv need dp_shard, dp_replicate and edp 1."""
@@ -127,10 +127,12 @@ class OptimisationOptions:
     steps: int = 160
     """Total number of optimizer steps."""
     batch_size: int = 16
-    """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks times --accumulate."""
+    """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks times --accumulate times
+    --microbatches."""
     accumulate: int = 1
     """Forward and backward passes in a step. Each takes a part of the batch, which needs less memory. Gradients are
-    summed over the processes once a step. The balance loss balances the tokens of each pass."""
+    summed over the processes once a step. The balance loss balances the tokens of each pass. With --pp each is a
+    schedule of --microbatches."""
     seq_len: int | None = None
     """Tokens in a sequence. By default 128 for text. For conversations it is the length of the longest, at most 4,096
     and what the model has positions for."""

@@ -108,7 +108,7 @@ def check_batch_size(batch_size: int, dp_size: int, passes: int) -> None:
     parts = dp_size * passes
     if batch_size % parts:
         near = max(1, round(batch_size / parts)) * parts
-        times = f" times the {passes} passes of --accumulate or --microbatches" if passes > 1 else ""
+        times = f" times the {passes} passes of --accumulate and --microbatches" if passes > 1 else ""
         raise UserError(
             f"--batch-size {batch_size} does not divide by {dp_size} data parallel ranks "
             f"(dp_replicate * dp_shard){times}; {near} does"

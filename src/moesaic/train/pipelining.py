@@ -20,8 +20,13 @@ T = TypeVar("T")
 
 def passes(config: TrainConfig) -> int:
     """How many parts a batch is cut into, each with a forward and a backward pass of its own."""
+    return config.accumulate * microbatches(config)
+
+
+def microbatches(config: TrainConfig) -> int:
+    """How many of these parts are in the stages of a pipeline at the same time; 1 without stages."""
     if config.pp == 1:
-        return config.accumulate
+        return 1
     # Twice as many as stages leave a third of the time idle in 1f1b, and are few enough for most batches.
     return config.microbatches or 2 * config.pp
 
@@ -37,7 +42,7 @@ def pipeline_config(config: TrainConfig) -> PipelineConfig:
 
 def pipeline_of(model: nn.Module, config: TrainConfig) -> Pipeline | None:
     """What trains a model that is cut into stages; None for others."""
-    return Pipeline(model, passes(config)) if isinstance(model, Stages) else None
+    return Pipeline(model, microbatches(config), config.accumulate) if isinstance(model, Stages) else None
 
 
 _FLAGS = {
@@ -81,7 +86,7 @@ def check_pipeline(config: TrainConfig, layout: MeshLayout, num_layers: int | No
             raise UserError(f"{flag} with --pp {config.pp}: {why}")
     options = pipeline_config(config)
     try:
-        check_schedule(config.pp_schedule, layout, config.stages_per_rank, passes(config))
+        check_schedule(config.pp_schedule, layout, config.stages_per_rank, microbatches(config))
         if num_layers is not None:
             layers_of_stages(num_layers, config.pp * options.stages_on_a_rank(), options.layers)
     except ValueError as error:

@@ -34,6 +34,7 @@ from moesaic.train.errors import TrainingError
 from moesaic.train.guard import ForwardGuard, first_bad_gradient, first_flagged
 from moesaic.train.loader import IGNORED, Batch
 from moesaic.train.optimizer import set_learning_rates
+from moesaic.train.pipelining import passes
 from moesaic.train.training import Training
 
 
@@ -142,12 +143,13 @@ def _train_step(
     batch = training.loader.next_batch().to(device)
     guard.reset()
     losses = torch.zeros(2, device=device)
-    if training.pipeline is not None:
-        losses += _pipelined(training.pipeline, batch, config, meshes, device)
-    for number, part in enumerate(batch.split(config.accumulate) if training.pipeline is None else [], start=1):
+    for number, part in enumerate(batch.split(config.accumulate), start=1):
         # Gradients of all passes are summed over ranks in the last.
         with nullcontext() if number == config.accumulate else no_sync(model):
-            losses += _pass(model, part, config, meshes, device)
+            if training.pipeline is None:
+                losses += _pass(model, part, config, meshes, device)
+            else:
+                losses += _pipelined(training.pipeline, part, config, meshes, device)
     if training.main_grads is not None:
         training.main_grads.give()
 
@@ -189,7 +191,7 @@ def _pass(model: nn.Module, batch: Batch, config: TrainConfig, meshes: Meshes, d
 
 
 def _pipelined(pipeline: Pipeline, batch: Batch, config: TrainConfig, meshes: Meshes, device: torch.device) -> Tensor:
-    """Forward and backward passes of a batch over all stages. What is here of its losses, main and balance."""
+    """The same over all stages, in microbatches. What is here of the batch's losses, main and balance."""
     targets_Bs = batch.targets[:, meshes.sequence_positions(batch.targets.shape[1])]
     with balance_losses() as balance:
         loss = pipeline.step(
@@ -200,7 +202,7 @@ def _pipelined(pipeline: Pipeline, batch: Batch, config: TrainConfig, meshes: Me
             position_ids=batch.positions,
             token_mask=batch.mask,
         )
-    balance_loss = torch.stack(balance).sum() / pipeline.microbatches if balance else loss.new_zeros(())
+    balance_loss = torch.stack(balance).sum() / passes(config) if balance else loss.new_zeros(())
     return torch.stack([loss, balance_loss.detach()])
 
 
