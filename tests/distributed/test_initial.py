@@ -1,5 +1,7 @@
 """Initial weights are those of one process on every layout, uneven ones too; ranks that draw alone are stopped."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import moesaic
 from moesaic.integrations.transformers import swap_moe
 from moesaic.layers import init_weights_
+from moesaic.parallel import build_meshes, split_into_stages
+from moesaic.parallel.split import name_in_whole
 from tests.distributed.parity import meshes_of, whole
 
 # Neither experts nor hidden dims divide.
@@ -30,7 +34,7 @@ class Computed(nn.Module):
         self.b.copy_(torch.empty_like(self.b).uniform_(1, 2).neg_())
 
 
-def model_on_meta(kind: str) -> nn.Module:
+def model_on_meta(kind: str, **changes: Any) -> nn.Module:
     with torch.device("meta"):
         if kind == "layer":
             return moesaic.MoE(CONFIG)
@@ -49,6 +53,7 @@ def model_on_meta(kind: str) -> nn.Module:
             num_experts=6,
             num_experts_per_tok=2,
             pad_token_id=7,
+            **changes,
         )
         return swap_moe(Qwen3MoeForCausalLM(config))
 
@@ -80,6 +85,29 @@ def test_the_numbers_of_one_process(same_ranks, ranks, layout, kind):
     expected = values(init_weights_(model_on_meta(kind).to_empty(device="cpu"), seed=3))
     assert all(value.isfinite().all() for value in expected.values())
     same_ranks(check, ranks, layout, kind, expected)
+
+
+def check_stages(layout: dict[str, int], tied: bool, expected: dict[str, Tensor]) -> None:
+    meshes = build_meshes(**layout, device_type="cpu")
+    stages = split_into_stages(model_on_meta("transformers model", tie_word_embeddings=tied), meshes)
+    moesaic.parallelize(stages, meshes)
+    torch.manual_seed(dist.get_rank())
+    for name, value in values(init_weights_(stages, seed=3)).items():
+        name = name_in_whole(name)
+        assert torch.equal(value, expected["model.embed_tokens.weight" if name not in expected else name]), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, {"pp": 2}), pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, marks=pytest.mark.slow)],
+    ids=["pp2", "pp2 tp2 ep2"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_stages_have_the_numbers_of_one_process(same_ranks, ranks, layout, tied):
+    whole_model = model_on_meta("transformers model", tie_word_embeddings=tied).to_empty(device="cpu")
+    if tied:
+        whole_model.tie_weights()
+    same_ranks(check_stages, ranks, layout, tied, values(init_weights_(whole_model, seed=3)))
 
 
 def check_refusals() -> None:

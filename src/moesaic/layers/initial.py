@@ -1,9 +1,9 @@
 """Initial weights that do not depend on how a model is laid over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
     error on CPU: every rank would draw alone, so shards would be equal and copies different.
 
     Args:
-        model: a model on a real device, parallelized or not.
+        model: a model on a real device, parallelized or not; or its stages in a pipeline, each of which makes the
+            numbers that the whole model would have there. Where two stages share a weight this is collective.
         std: draw all matrices and stacks of matrices from ``normal(0, std)``, and not as their modules do.
         seed: another seed gives other numbers.
 
@@ -52,6 +53,25 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
     """
     if std is not None and not std >= 0:
         raise ValueError(f"std: must be at least 0, got {std}")
+    if isinstance(model, OfAWhole):
+        model.init_parts_(std, seed)
+    else:
+        init_as_(model, std, seed, {})
+    return model
+
+
+@runtime_checkable
+class OfAWhole(Protocol):
+    """Some parts of a model, under names of their own. Numbers go by the names in the whole model."""
+
+    def init_parts_(self, std: float | None, seed: int) -> None:
+        """What :func:`init_weights_` does for the whole model."""
+        ...
+
+
+@torch.no_grad()
+def init_as_(model: nn.Module, std: float | None, seed: int, known_as: Mapping[str, str]) -> None:
+    """:func:`init_weights_`, for a model in which some parameters are ``known_as`` others, and get their numbers."""
     names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -59,7 +79,7 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
                 f"model: parameter '{name}' is on the meta device; call parallelize(model, meshes) or "
                 "model.to_empty(device=...) first"
             )
-        names[parameter] = _clean(name)
+        names[parameter] = known_as.get(_clean(name), _clean(name))
     token = _BY_POSITION.set(True)
     try:
         with _NumbersByPosition(names, std, seed) as mode:
@@ -73,7 +93,6 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
         raise ValueError(
             f"model: no module sets {unset}; give the class of the module reset_parameters(), which sets them"
         )
-    return model
 
 
 def _clean(name: str) -> str:

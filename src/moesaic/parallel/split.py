@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
+from moesaic.layers.initial import init_as_
 from moesaic.layers.packed import PackedWeight
 from moesaic.parallel.decoder import LAYERS, Elsewhere, decoder_layers, leaves_shards_alone
 from moesaic.parallel.mesh import Meshes, check_meshes
@@ -20,6 +21,7 @@ from moesaic.parallel.same import check_same, describe
 from moesaic.parallel.schedules import SCHEDULES, check_schedule
 from moesaic.parallel.stage import Stage
 from moesaic.parallel.wrapped import decoders, language_models
+from moesaic.sharding.parts import local_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,21 @@ class Stages(nn.Module):
         return names.get(self.shared[of_head])
 
     @torch.no_grad()
+    def init_parts_(self, std: float | None, seed: int) -> None:
+        """See :func:`moesaic.layers.init_weights_`."""
+        known_as = {} if self.shared is None else {self.shared[1]: self.shared[0]}
+        for stage in self.stages:
+            init_as_(stage.whole, std, seed, known_as)
+        # In the whole model the head is the last to set the weight: an embedding alone has zeros for padding.
+        if (head := self.shared_weight(of_head=True)) is not None:
+            dist.send(local_part(head)[0].contiguous(), group=self.meshes.stages, group_dst=self.rank_of(0))
+        elif (embedding := self.shared_weight()) is not None:
+            local, _ = local_part(embedding)
+            received = torch.empty_like(local, memory_format=torch.contiguous_format)
+            dist.recv(received, group=self.meshes.stages, group_src=self.rank_of(self.stages[0].count - 1))
+            local.copy_(received)
+
+    @torch.no_grad()
     def forward(self, input_ids: Tensor, *, everywhere: bool = False, **kwargs: Any) -> Tensor | None:
         """The logits ``[B, s, V]`` of this rank's shard of the sequences, on the ranks of the last stage.
 
@@ -188,21 +205,6 @@ def name_in_whole(name: str) -> str:
     return name.split(".", 3)[3]
 
 
-def names_in_whole(model: nn.Module) -> dict[str, str]:
-    """Of each entry of a model's state, its name in the whole model: another one in stages, elsewhere the same."""
-    stages = isinstance(model, Stages)
-    return {name: name_in_whole(name) if stages else name for name in model.state_dict(keep_vars=True)}
-
-
-def split_into_stages(model: nn.Module, meshes: Meshes, config: PipelineConfig | None = None) -> Stages:
-    """Cut a transformers causal language model by its layers, and keep the stages of this rank.
-
-    The embedding goes to the first stage, the last norm and the head to the last. Where embedding and head are one
-    weight, both stages have it, and its gradients are added. Layers keep their numbers, so names of parameters, and
-    with them checkpoints and exports, do not depend on how a model is cut. Collective. Let go of ``model`` then: the
-    stages have its parameters.
-
-    Args:
 def module_in_whole(model: nn.Module, name: str) -> Any:
     """The module that has a name in the whole model; of :class:`Stages` None where another rank has it."""
     if not isinstance(model, Stages):
@@ -218,6 +220,21 @@ def modules_in_whole(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, module
 
 
+def names_in_whole(model: nn.Module) -> dict[str, str]:
+    """Of each entry of a model's state, its name in the whole model: another one in stages, elsewhere the same."""
+    stages = isinstance(model, Stages)
+    return {name: name_in_whole(name) if stages else name for name in model.state_dict(keep_vars=True)}
+
+
+def split_into_stages(model: nn.Module, meshes: Meshes, config: PipelineConfig | None = None) -> Stages:
+    """Cut a transformers causal language model by its layers, and keep the stages of this rank.
+
+    The embedding goes to the first stage, the last norm and the head to the last. Where embedding and head are one
+    weight, both stages have it, and its gradients are added. Layers keep their numbers, so names of parameters, and
+    with them checkpoints and exports, do not depend on how a model is cut. Collective. Let go of ``model`` then: the
+    stages have its parameters.
+
+    Args:
         model: a causal language model whose MoE blocks have been replaced
             (:func:`moesaic.integrations.transformers.swap_moe`), before :func:`moesaic.parallelize`; on the meta device
             or not.
@@ -273,6 +290,11 @@ def _check_model(model: Any) -> str:
         raise ValueError(f"model: parameter '{placed}' is a DTensor; split a model before parallelize")
     found = decoders(model)
     if len(found) != 1 or not leaves_shards_alone(model, found[0]):
+        if inside := [m for m in language_models(model) if m is not model]:
+            raise ValueError(
+                f"model: {type(model).__name__} is a wrapper around {type(inside[0]).__name__}; give that one, which "
+                "keeps the adapters that peft has put into it (get_base_model() of a PeftModel)"
+            )
         raise ValueError(
             f"model: {type(model).__name__} is no causal language model of one decoder with MoE layers, which is what "
             "a pipeline is cut from; call swap_moe first, and use pp=1 for other models"
@@ -288,11 +310,6 @@ def _check_model(model: Any) -> str:
     if getattr(decoder, "pooled_balance_coefficient", 0) or getattr(model.config, "output_router_logits", False):
         raise ValueError(
             "model: its balance loss is over all layers together (aux_loss='pooled', output_router_logits), and a "
-        if inside := [m for m in language_models(model) if m is not model]:
-            raise ValueError(
-                f"model: {type(model).__name__} is a wrapper around {type(inside[0]).__name__}; give that one, which "
-                "keeps the adapters that peft has put into it (get_base_model() of a PeftModel)"
-            )
             "stage has some of them; take aux_loss='batch' or 'sequence', a loss of each layer"
         )
     return next(name for name, module in model.named_modules() if module is decoder)

@@ -12,16 +12,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from transformers.utils import logging as transformers_logging
 
 from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.configs import config_for, read_config
+from moesaic.integrations.transformers.loading import make_buffers, model_on_meta
 from moesaic.integrations.transformers.router_logits import balance_coefficient
-from moesaic.layers import uncounted
+from moesaic.layers import init_weights_, uncounted
+from moesaic.layers.blocks import fill_by_position
 from moesaic.parallel.mesh import Meshes
+from moesaic.parallel.meta import materialize
 from moesaic.parallel.plan import parallelize
-from moesaic.parallel.split import split_into_stages, whole_of
+from moesaic.parallel.split import module_in_whole, split_into_stages, whole_of
+from moesaic.sharding.parts import local_part
 from moesaic.train.architecture import ModelSource
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError, first_line
@@ -72,33 +81,48 @@ def own_aux_loss_coef(source: ModelSource) -> float | None:
 def build_model(config: TrainConfig, architecture: Any, meshes: Meshes, device: torch.device) -> nn.Module:
     """A new model, equal on every layout, its MoE blocks replaced, laid over `meshes`.
 
-    Every rank makes all the weights from the seed, and keeps its shards.
+    Every rank makes the weights that it keeps, each number from the seed and its place.
     """
-    torch.manual_seed(config.seed)
-    model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, trust_remote_code=False)
-    if not architecture.tie_word_embeddings:
-        # transformers draws all weights with one small standard deviation. The output of the first layers would then be
-        # much larger than the embedding, and the model needs about a hundred steps to recover from that.
-        nn.init.normal_(model.get_input_embeddings().weight)
-    model = model.to(device)
     try:
+        _check_computes(swap_moe(model_on_meta(architecture)), config.model)
+        model = model_on_meta(architecture)
+        make_buffers(model, device)
         swap_moe(model, **_balance(config))
-        _check_computes(model, config.model)
         if meshes.pp_size > 1:
             model = split_into_stages(model, meshes, pipeline_config(config))
         parallelize(model, meshes, **_plan(config))
+        if not meshes.is_distributed:
+            materialize(model, device)
+        init_weights_(model, seed=config.seed)
     except ValueError as error:
         raise UserError(f"--model {config.model}: {error}") from error
+    if not architecture.tie_word_embeddings:
+        _widen_embedding(model, config.seed)
     return model
 
 
+def _widen_embedding(model: nn.Module, seed: int) -> None:
+    """Draw the embedding with standard deviation 1.
+
+    transformers draws all weights with one small standard deviation. The output of the first layers would then be much
+    larger than the embedding, and the model needs about a hundred steps to recover from that.
+    """
+    whole: Any = whole_of(model)
+    embedding = whole.get_input_embeddings()
+    here = module_in_whole(model, next(name for name, module in whole.named_modules() if module is embedding))
+    if here is not None:
+        local, box = local_part(here.weight)
+        fill_by_position(local, box, here.weight.shape, f"{seed} embedding", lambda t, g: t.normal_(generator=g))
+
+
 def _check_computes(model: nn.Module, name: str) -> None:
-    """Raise `UserError` for a shape that its own code cannot compute, before there is a run folder."""
-    device = next(model.parameters()).device
+    """Raise `UserError` for a shape that its own code cannot compute. The model is on the meta device."""
     try:
-        # Random numbers stay as they are.
-        with evaluating(model), uncounted(), torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+        # Unlike tensors on the meta device alone, fakes tell transformers not to look at numbers.
+        with evaluating(model), uncounted(), FakeTensorMode(allow_non_fake_inputs=True):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        pass  # it looks all the same, and only a run can tell
     except Exception as error:
         raise UserError(f"--model {name}: a model of this config cannot compute: {first_line(error)}") from error
 
