@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import moesaic
 from moesaic.integrations.transformers import load_pretrained, swap_moe
 from moesaic.integrations.transformers.loading import Source, load_and_count
+from moesaic.parallel import PipelineConfig, split_into_stages
 from tests.integrations.families import make_model, token_ids
 
 ON_RANKS = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "gpt-oss")
@@ -79,6 +80,37 @@ def test_each_rank_reads_its_slices(ranks, tmp_path, layout, families):
     chosen = ON_RANKS[turn :: len(LAYOUTS) - 1] if turn and families == "some" else ON_RANKS
     folders = {family: str(saved(family, tmp_path / family)) for family in chosen}
     ranks(load_and_compare, 4, folders, *LAYOUTS[layout])
+
+
+def load_stages(folder, layout, how):
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
+    mine, num_bytes = load_and_count(Source(folder), meshes, pipeline=how)
+    whole = swap_moe(AutoModelForCausalLM.from_pretrained(folder))
+    with torch.no_grad():
+        expected = whole(input_ids=token_ids(2, 9)).logits
+    theirs = moesaic.parallelize(split_into_stages(whole, meshes, how), meshes)
+    assert_same(mine, theirs)
+    # What this rank has, and nothing of other stages.
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in mine.state_dict().values()]
+    assert num_bytes == sum(4 * t.numel() for t in own)
+    logits = mine(token_ids(2, 9), everywhere=True)
+    torch.testing.assert_close(logits, expected[:, meshes.sequence_positions(9)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "sizes", "layout", "how"),
+    [
+        ("DeepSeek-V3", {"num_hidden_layers": 3}, {"pp": 2}, PipelineConfig(layers=[1, 2])),
+        (
+            *("Qwen3-MoE", {"num_hidden_layers": 4, "tie_word_embeddings": True}, {"pp": 2, "tp": 2, "ep": 2}),
+            PipelineConfig(schedule="interleaved"),
+        ),
+    ],
+    ids=["pp2 dense first", "pp2 tp2 ep2 tied"],
+)
+def test_each_rank_reads_its_stages(ranks, tmp_path, family, sizes, layout, how):
+    ranks(load_stages, 2 * layout.get("tp", 1), str(saved(family, tmp_path / "m", **sizes)), layout, how)
 
 
 def load_uneven(folder, layout):

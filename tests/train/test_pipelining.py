@@ -10,6 +10,7 @@ import torch
 
 from moesaic.parallel.mesh import resolve_layout
 from moesaic.train import loop
+from moesaic.train.compiled import compile_layers
 from moesaic.train.config import from_json, to_json
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.metrics import read_jsonl
@@ -119,3 +120,48 @@ def test_a_number_that_is_not_finite_stops_all_stages(tiny, cache, ranks, in_gra
     messages = ranks(_step_with_poison, 2, config, cache, name, in_gradient)
     assert len(set(messages)) == 1
     assert re.search(told, messages[0]), messages[0]
+
+
+def _numbers(config, cache, backend):
+    """Of three steps, by a stage's own settings."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        if backend is not None:
+            compile_layers(run.training.model, backend=backend)
+        results = [one_step(run) for _ in range(3)]
+        run.close()
+        return [[r.loss, r.balance_loss, r.grad_norm] for r in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [({"capacity": 200}, None), ({}, "eager"), ({"recompute": "selective", "capacity": 200}, None)],
+    ids=["capacity", "compiled", "recomputed"],
+)
+def test_other_settings_change_no_number(tiny, cache, tmp_path, ranks, options, backend):
+    plain = dataclasses.replace(tiny, pp=2, ep=2, microbatches=2)
+    expected = ranks(_numbers, 4, plain, cache, None)[0]
+    found = ranks(_numbers, 4, dataclasses.replace(plain, out=tmp_path / "other", **options), cache, backend)
+    # Compiled layers attach their balance losses, and do not tell the values.
+    told = [0, 1, 2] if backend is None else [0, 2]
+    for numbers in found:
+        torch.testing.assert_close(torch.tensor(numbers)[:, told], torch.tensor(expected)[:, told], rtol=1e-5, atol=0)
+
+
+def _short_of_room(config, cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        with pytest.raises(TrainingError) as error:
+            one_step(run)
+        run.close()
+        return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_capacity_that_one_stage_passes_stops_all(tiny, cache, ranks):
+    messages = ranks(_short_of_room, 4, dataclasses.replace(tiny, pp=2, ep=2, microbatches=2, capacity=1), cache)
+    assert len(set(messages)) == 1
+    assert re.search(r"step 1: (\d+) copies .* --capacity has room for 1; give at least \1", messages[0])
