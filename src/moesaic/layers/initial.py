@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,12 @@ def init_weights_(model: Model, *, std: float | None = None, seed: int = 0) -> M
     return model
 
 
-@runtime_checkable
-class OfAWhole(Protocol):
+class OfAWhole(nn.Module):
     """Some parts of a model, under names of their own. Numbers go by the names in the whole model."""
 
     def init_parts_(self, std: float | None, seed: int) -> None:
         """What :func:`init_weights_` does for the whole model."""
-        ...
+        raise NotImplementedError
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moesaic import ranks
-from moesaic.layers.initial import init_as_
+from moesaic.layers.initial import OfAWhole, init_as_
 from moesaic.layers.packed import PackedWeight
 from moesaic.parallel.decoder import LAYERS, Elsewhere, decoder_layers, leaves_shards_alone
 from moesaic.parallel.mesh import Meshes, check_meshes
@@ -71,7 +71,7 @@ def layers_of_stages(num_layers: int, num_stages: int, given: Sequence[int] | No
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-class Stages(nn.Module):
+class Stages(OfAWhole):
     """The stages of a model that this rank has a part of. :func:`split_into_stages` makes it.
 
     Call it as the model, to evaluate: without gradients, it takes ``input_ids`` of any size and gives the logits on the
