@@ -143,7 +143,8 @@ def _tool(name: str, *args: str) -> str:
 def _loop(assembly: str) -> tuple[int, int, int]:
     """Instructions in all, of the loop over the sum, and the products in that.
 
-    It is the shortest innermost loop that multiplies and, unless other warps load, begins loads.
+    It is the shortest innermost loop that multiplies and, unless other warps load, begins loads. A jump back without a
+    condition ends none: what waits for a barrier again comes back from behind.
     """
     lines: list[str] = []
     labels: dict[str, int] = {}
@@ -154,7 +155,7 @@ def _loop(assembly: str) -> tuple[int, int, int]:
             lines.append(instruction[1])
     loops = []
     for end, line in enumerate(lines):
-        jump = re.search(r"BRA\S*.*`\((\.L_\w+)\)", line)
+        jump = re.search(r"^@\S+ BRA\S*.*`\((\.L_\w+)\)", line)
         if jump and labels.get(jump[1], end + 1) <= end:
             body = lines[labels[jump[1]] : end + 1]
             products = sum(re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)", i) is not None for i in body)
