@@ -134,15 +134,15 @@ def _checkpoint_command(name: str, arguments: Sequence[str]) -> int:
 
 
 COMMANDS = {
-    "check": Command("check that a parallel model's gradients are those of one process", _check),
+    "check": Command("check that a parallel model has the gradients of one process", _check),
     "convert": Command("convert a transformers checkpoint to the format of moesaic train, or back", _convert),
     "eval": Command("measure a trained model, and how its routers spread the tokens", _eval),
     "generate": Command("let a trained model continue a text, or answer a message", _generate),
     "info": Command("show versions, and the kernels that run on this machine", _info),
-    "plan": Command("say which layouts of a model fit into memory, what they send, and how fast they are", _plan),
+    "plan": Command("find layouts of a model that fit into memory and are fast", _plan),
     "prove": Command("check the sharding rule of an operator on simulated ranks", _prove),
-    "report": Command("write a page about runs, to be opened in a browser", _report),
-    "train": Command("train a mixture-of-experts language model on one process or many", _train),
-    "tune": Command("measure what is the fastest on this machine, and keep it", _tune),
+    "report": Command("write a page about runs, to open in a browser", _report),
+    "train": Command("train a mixture-of-experts language model, on one process or many", _train),
+    "tune": Command("measure which kernels are the fastest on this machine, and keep the choice", _tune),
     "upcycle": Command("turn a dense checkpoint into a mixture-of-experts checkpoint", _upcycle),
 }

@@ -29,31 +29,31 @@ from moesaic.train.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Say which layouts of a model are legal, fit into memory and are fast, before anything is paid for.
+    """Find the layouts of a model that fit into memory and are fast, before you start a run.
 
-    Tries all legal layouts over pp, dp_replicate, dp_shard, cp, tp, ep and etp, and what can be computed again, and
-    prints the fastest that fit: what a rank holds and sends, and how long a step takes. Weights, gradients, optimizer
-    states and bytes sent are exact for an even routing. Times are a model's, good for comparing layouts.
+    Tries all possible layouts over pp, dp_replicate, dp_shard, cp, tp, ep and etp, with and without recomputation.
+    Prints the fastest that fit: what a rank holds and sends, and how long a step takes. Weights, gradients, optimizer
+    states and bytes sent are exact for an even routing. Times are estimates: use them to compare layouts.
 
-    Needs the extra transformers, and no device: nothing is computed.
+    Needs moesaic[transformers], and no device: nothing is computed.
 
     Exit status: 0 done; 1 nothing fits; 2 the call cannot work.
     """
 
     model: str | None = None
-    """A config.json, a folder with one, or a name on the hub where it can be reached."""
+    """A config.json, a folder with one, or a name on the hub."""
     gpus: int = 8
-    """Devices in all. There is one rank on each."""
+    """The number of devices. Each has one rank."""
     per_node: int = 8
-    """Devices of a node. Links inside of it are fast. tp and etp stay inside."""
+    """The number of devices in a node (machine). Links within a node are fast. tp and etp stay within a node."""
     hardware: str = "H100"
-    """H100, H200, B200 or CPU; or a file of your own, TOML or JSON, as --calibrate writes."""
+    """H100, H200, B200 or CPU; or a file of your own in TOML or JSON, such as --calibrate writes."""
     memory: float | None = None
-    """GB (1e9 bytes) of a device that may be used. By default all that the hardware has."""
+    """GB (1e9 bytes) that may be used on each device. By default all that the hardware has."""
     seq_len: int = 4096
-    """Tokens of a sequence."""
+    """Tokens in a sequence."""
     batch: int = 1024
-    """Sequences of a step, of all ranks together."""
+    """Sequences in a step, over all ranks."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """The dtype of the computation, as in moesaic train."""
     weights: Literal["fp32", "bf16"] = "fp32"

@@ -17,11 +17,11 @@ from moesaic.train.errors import UserError, check_packages
 
 @dataclass(frozen=True)
 class Options:
-    """Write a page about one run of moesaic train, or one that compares several, to be opened in a browser.
+    """Write a page about a run of moesaic train, or one that compares several runs, to open in a browser.
 
     The page is one file and needs no network. It has curves of loss, throughput and memory, the load of every expert
-    over steps and layers, dead experts, settings and how they differ, scores and samples. It can be written while a run
-    goes on.
+    over steps and layers, dead experts, settings and how they differ between runs, scores and samples. It can also be
+    written while a run is still going on.
 
     Exit status: 0 written; 2 it cannot be written.
     """
@@ -29,7 +29,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders of moesaic train."""
     out: Path | None = None
-    """The file to write. By default report.html: in the run folder of one run, here for several."""
+    """The file to write. By default report.html: for one run in its folder, for several in the current folder."""
 
 
 def run(arguments: Sequence[str]) -> int:

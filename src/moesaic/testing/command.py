@@ -18,20 +18,20 @@ from moesaic.testing.record import Check
 
 @dataclass(frozen=True)
 class Options:
-    """Check that a parallel model's gradients are those of one process, on gloo ranks of this machine.
+    """Check that a parallel model has the gradients of one process, on gloo ranks of this machine.
 
-    Exit status: 0 equal; 1 something differs; 2 the check, or a layout, cannot be run.
+    Exit status: 0 all equal; 1 something differs; 2 the check, or a layout, cannot be run.
     """
 
     check: Annotated[str, tyro.conf.Positional]
     """A function that returns a moesaic.testing.Check, or a Check, as module:name."""
     layouts: str = ""
-    """Layouts, such as "tp=2,ep=2 ; ep=4,etp=1"; by default those of the check. world=4 in one sets its number of
-    ranks."""
+    """Layouts to check, such as "tp=2,ep=2 ; ep=4,etp=1". world=4 in a layout sets its number of ranks. By default
+    those of the check."""
     steps: int | None = None
-    """Optimizer steps; by default those of the check."""
+    """Optimizer steps. By default those of the check."""
     timeout_s: float | None = None
-    """Seconds after which a layout counts as hung; by default those of the check."""
+    """Seconds after which a layout counts as hung. By default those of the check."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -14,16 +14,18 @@ class TextOptions:
     """What the model learns from."""
 
     data: str = "stdlib"
-    """The training data: 'stdlib' (the Python library's own sources), a folder of text files, a file, or the name or
-    path of a dataset of the `datasets` library. Rows, of .jsonl for one, hold text or conversations: a column
-    'messages', 'prompt' and 'completion', 'conversations' (ShareGPT), or 'instruction' and 'output' (Alpaca)."""
+    """The training data: 'stdlib' (the source code of Python's standard library), a folder of text files, a file, or
+    the name or path of a dataset of the `datasets` library. Files with rows, such as .jsonl, hold text or
+    conversations. Conversations have the columns 'messages', 'prompt' and 'completion', 'conversations' (ShareGPT), or
+    'instruction' and 'output' (Alpaca)."""
     text_column: str | None = None
     """The column with the text, for rows that are not conversations. By default 'text'."""
     loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a conversation count: all messages of the assistant, its last message, or every token."""
+    """Which tokens of a conversation are learned: all messages of the assistant, its last message only, or every token.
+    """
     packing: bool = True
-    """Put several conversations into one row of seq_len tokens. They do not see each other. Otherwise each
-    conversation has a row of its own, with padding."""
+    """Put several conversations into one row of --seq-len tokens. They do not see each other. Without packing each
+    conversation has its own row, with padding."""
     tokenizer: str | None = None
     """A transformers tokenizer: a folder or a name. By default the tokenizer of a pretrained --model. For a new model
     a byte-level BPE tokenizer is trained on the text and cached; its size is the model's vocab_size."""
@@ -37,26 +39,26 @@ class ModelOptions:
     """To fine-tune a pretrained model: a folder with weights, or a name on the Hugging Face hub. To train a new model:
     the name of a config in this package, a config.json, or a folder with a config.json and no weights."""
     ignore_unexpected: bool = False
-    """Leave out tensors in the files of a pretrained --model that its language model does not have, such as a vision
-    model or MTP layers. They are counted on the screen."""
+    """Skip tensors in the files of a pretrained --model that its language model does not have, such as a vision model
+    or MTP layers. The program prints how many."""
     compute: Literal["dtensor", "local"] = "dtensor"
-    """How experts compute: on DTensors or on local tensors. The results are the same."""
+    """Run the experts' operators on DTensors or on local tensors. The results are the same."""
     capacity: int | None = None
-    """Room for so many copies of tokens from each process to the experts of each other, in each layer. Then all sizes
-    are known before, and no count is read from the device. A step that routes more stops the run before any weight
-    changes, and the message says how many there were. By default there is as much room as is needed."""
+    """In each layer every process sends room for this many copies of tokens to every other. Then sizes are fixed, and
+    the host does not wait for counts from the device. If a step routes more copies, the run stops before any weight
+    changes, and the message says how many there were. By default exactly the tokens that there are get sent."""
     recompute: Literal["none", "experts", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping it, from little to much: nothing; the hidden rows of the
-    experts; all but products with dense weights, attention and exchanged tokens; each layer. The results are the same.
-    """
+    """What the backward pass computes again, to save memory. none: nothing. experts: the hidden activations of experts.
+    selective: everything but products with dense weights, attention and exchanged tokens. full: each layer. The results
+    are the same."""
     reshard_after_forward: bool = True
-    """Let go of gathered weights (FSDP2) after the forward pass of a layer, and gather them again for its backward
-    pass. Otherwise they are kept, which needs more memory and sends less."""
+    """Free the gathered weights (FSDP2) of a layer after its forward pass, and gather them again for its backward pass.
+    Otherwise they are kept, which needs more memory but sends less."""
     compile: bool = False
     """Compile each layer with torch.compile. The first steps take long."""
     dtype: Literal["fp32", "bf16", "pure-bf16"] = "fp32"
-    """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32: pure-bf16 is
-    refused, and the error says why."""
+    """The dtype of the computation; bf16 uses autocast. Weights and optimizer state are always fp32: pure-bf16 is an
+    error that says why."""
     main_grads: bool = False
     """Let the backward pass add the gradients of expert weights to fp32 buffers. With --dtype bf16 they are then not
     rounded to bf16. Needs --compute local and ep * etp = the number of processes."""
@@ -67,55 +69,57 @@ class AdapterOptions:
     """Low-rank adapters (LoRA) of a pretrained model."""
 
     lora_rank: int = 0
-    """Train low-rank adapters (LoRA) of this rank, and not the weights. Needs the peft package. 0: no adapters."""
+    """Train low-rank adapters (LoRA) of this rank in place of the weights. Needs the peft package. 0: no adapters."""
     lora_alpha: float | None = None
     """Adapters are scaled by lora_alpha / lora_rank. By default this factor is 2."""
     lora_rslora: bool = False
     """Scale adapters by lora_alpha / sqrt(lora_rank) instead (rank-stabilised LoRA)."""
     lora_dropout: float = 0.0
-    """The share of numbers that are zero in what adapters are applied to, other ones in each step."""
+    """The share of numbers in the adapters' inputs that are set to zero, at random in each step."""
     lora_on: Literal["all", "attention", "experts"] = "all"
-    """Where adapters are: in the attention projections, in the experts, or in both."""
+    """Where to put adapters: on the attention projections, on the experts, or on both (all)."""
     quantize_experts: Literal["nf4", "mxfp4", "int8"] | None = None
-    """Hold the weights of the experts in 4 or 8 bits while adapters are trained (QLoRA). Each process quantises its
-    part as it reads it. The export has the adapters merged into the weights before they were quantised. Files that
-    have experts in MXFP4, as those of gpt-oss, need mxfp4 here; they are read as they are."""
+    """Store the weights of the experts in 4 or 8 bits while adapters are trained (QLoRA). Each process quantises its
+    part while it reads it. In the export the adapters are merged into the original weights, not into the quantised
+    ones. If the files have experts in MXFP4, as those of gpt-oss, use mxfp4; they are read as they are."""
 
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """How processes share the work. pp * cp * tp * dp_shard * dp_replicate is their number. ep * etp must divide it,
-    without pp."""
+    """How processes share the work. Their number is pp * cp * tp * dp_shard * dp_replicate. ep * etp must divide their
+    number without pp."""
 
     pp: int = 1
-    """Pipeline parallel size: the layers are split over this many groups of ranks. Each passes on what it computed."""
+    """Pipeline parallel size: the layers are split over this many groups of ranks."""
     microbatches: int | None = None
-    """With --pp: how many parts a rank's part of the batch is cut into, which are in different stages at the same time;
-    with --accumulate of each pass. By default twice --pp. The balance loss balances the tokens of each part."""
+    """With --pp: the batch of a rank is cut into this many parts, which different stages compute at the same time. With
+    --accumulate this is so in each pass. By default twice --pp. The balance loss balances the tokens of each part."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv"] = "1f1b"
     """With --pp: the order of forward and backward passes. gpipe and 1f1b have one stage on a rank, the others two or
     more. zero-bubble and zbv need dp_shard, dp_replicate and edp 1."""
     stages_per_rank: int | None = None
     """With --pp: stages of each rank. By default 1 for gpipe and 1f1b, 2 for the other schedules."""
     layers_per_stage: tuple[int, ...] = ()
-    """With --pp: how many layers each stage has, the first stage first. By default as equal as they can be."""
+    """With --pp: the number of layers of each stage, beginning with the first stage. By default as equal as possible.
+    """
 
     tp: int = 1
-    """Tensor parallel size of the dense layers (with sequence parallelism)."""
+    """Tensor parallel size: attention heads, and the sequence between attention layers, are split over this many ranks.
+    """
     cp: int = 1
-    """Context parallel size: this many ranks share each sequence, and attention gathers keys and values over them."""
+    """Context parallel size: this many ranks share each sequence, and attention gathers their keys and values."""
     ep: int = 1
     """Expert parallel size: the experts are split over this many ranks."""
     etp: int = 1
     """Expert tensor parallel size: the matrices of each expert are split over this many ranks."""
     dp_shard: int | None = None
-    """Data parallel size with sharded weights (FSDP2). By default all remaining ranks."""
+    """Data parallel size with sharded weights (FSDP2). By default all ranks that the other sizes leave."""
     dp_replicate: int = 1
-    """Data parallel size with replicated weights: the number of dp_shard groups."""
+    """Data parallel size with replicated weights: this many groups of ranks each hold all weights."""
     ranks_per_node: int | None = None
-    """How many processes are on each node (machine): ranks 0 to n-1 on the first, and so on. Where --ep spans nodes, a
-    token then crosses to a node once, and not once for each rank; 1 turns that off. By default what torchrun started on
-    each node, and a token crosses once to a node where that saves a tenth of what crosses."""
+    """How many processes are on each node (machine): ranks 0 to n-1 on the first, and so on. If --ep spans nodes, a
+    token is then sent to each node once, not to each of its ranks; 1 turns that off. By default torchrun says how many,
+    and this is done if at least a tenth less crosses between nodes."""
     device: str | None = None
     """Device type: cpu, cuda, ... By default the accelerator, if there is one."""
 
@@ -130,12 +134,12 @@ class OptimisationOptions:
     """Sequences in a step, over all ranks: a multiple of the number of data parallel ranks times --accumulate times
     --microbatches."""
     accumulate: int = 1
-    """Forward and backward passes in a step. Each takes a part of the batch, which needs less memory. Gradients are
-    summed over the processes once a step. The balance loss balances the tokens of each pass. With --pp each is a
-    schedule of --microbatches."""
+    """The number of forward and backward passes in a step. Each has a part of the batch, which needs less memory.
+    Gradients are summed over the processes once in a step. The balance loss balances the tokens of each pass. With --pp
+    each pass is a schedule of --microbatches."""
     seq_len: int | None = None
-    """Tokens in a sequence. By default 128 for text. For conversations it is the length of the longest, at most 4,096
-    and what the model has positions for."""
+    """Tokens in a sequence. By default 128 for text. For conversations it is the length of the longest one, but at most
+    4,096 and at most the number of positions of the model."""
     lr: float | None = None
     """Peak learning rate. By default 3e-3 for a new model, 1e-5 for a pretrained one and 1e-4 for adapters."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -150,13 +154,13 @@ class OptimisationOptions:
     betas: tuple[float, float] = (0.9, 0.95)
     """The two decay rates of AdamW."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights; or Muon for the matrices of hidden layers, the experts' among them, and AdamW for
-    embeddings, output head, routers, norms and biases."""
+    """adamw: AdamW for all weights. muon: Muon for the matrices of hidden layers and experts, and AdamW for embeddings,
+    output head, routers, norms and biases."""
     muon_lr: float | None = None
     """Peak learning rate of Muon. By default that of --lr."""
     muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """How Muon scales its learning rate by the shape of a matrix: to updates as large as those of AdamW, so that --lr
-    suits both; or as it was first published, with which it needs a --muon-lr of its own, about 0.02."""
+    """How Muon scales its learning rate by the shape of a matrix. match_rms_adamw: updates are as large as those of
+    AdamW, so --lr suits both. original: as first published; then give a --muon-lr, about 0.02."""
     muon_momentum: float = 0.95
     """The decay rate of Muon's momentum."""
     muon_steps: int = 5
@@ -166,11 +170,12 @@ class OptimisationOptions:
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     aux_loss_coef: float | None = None
-    """Weight of the load-balancing loss. By default 0.05 for a new model. For a pretrained model it is 0, unless its
-    config sets output_router_logits: then it is its router_aux_loss_coef, as in transformers."""
+    """Weight of the load-balancing loss. By default 0.05 for a new model. For a pretrained model it is 0, or
+    router_aux_loss_coef of its config if that sets output_router_logits, as in transformers."""
     aux_loss: Literal["batch", "sequence", "pooled"] | None = None
-    """What that loss balances: in each layer the tokens of a step (batch) or each sequence (sequence), or all layers
-    together, as in transformers (pooled). By default batch; pooled where the config sets output_router_logits."""
+    """What the load-balancing loss balances. batch: all tokens, in each layer. sequence: each sequence, in each layer.
+    pooled: all tokens of all layers together, as in transformers. By default batch, or pooled if the config sets
+    output_router_logits."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
     seed: int = 0
@@ -179,34 +184,34 @@ class OptimisationOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The run folder, and how to go on in it."""
+    """The run folder, checkpoints, and how to continue a run."""
 
     config: Path | None = None
-    """A file of settings: YAML or TOML, with the names of these flags, or the config.json of a run. Flags override what
-    is in it. All settings of a run, whatever they are from, are in the config.json of its folder."""
+    """A file of settings: YAML or TOML with the names of these flags, or the config.json of a run. Flags override it.
+    The config.json in a run folder has all settings of the run."""
     out: Path | None = None
     """The run folder. By default a new folder, runs/<date>-<time>."""
     resume: Annotated[bool | Literal["auto"], tyro.conf.arg(constructor=bool)] = False
     """Continue from the last checkpoint in --out, or of the latest run in runs/. The settings are those of that run;
-    flags that you give override them. With '--resume auto' it starts if there is no checkpoint yet; this is also what
+    flags that you give override them. With '--resume auto' a new run starts if there is no checkpoint yet. This also
     happens when torchrun restarts a run (--max-restarts)."""
     choose_again: bool = False
-    """With --resume on CPU: compute the experts with what is the fastest on this machine now. By default the run keeps
-    the implementations that it began with, so that its numbers stay the same in every bit."""
+    """With --resume on CPU: compute the experts with the implementations that are the fastest on this machine. By
+    default the run keeps those that it began with, so that its numbers are the same in every bit."""
     save_every: int = 50
-    """Steps between checkpoints. 0: only one, at the end. There is always a checkpoint at the end."""
+    """Steps between checkpoints. There is always a checkpoint at the end. 0: only that one."""
     keep: int = 2
     """How many checkpoints to keep."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best score, and export that at the end. A checkpoint is written whenever a
-    measurement is better than all before it. Needs --eval-every."""
+    """Write a checkpoint whenever a measurement is better than all before it. Keep the best one, and export it at the
+    end. Needs --eval-every."""
     export_dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of the weights in the export."""
     async_checkpoints: bool = False
-    """Write checkpoints in the background: training waits only while a copy is made in the host's memory. The last one
-    is written before the program ends."""
+    """Write checkpoints in the background: training waits only until they are copied to the host's memory. The program
+    ends after the last one is written."""
     timeout: int = 300
-    """Seconds that ranks wait in a step for one that does not answer. Then all end, and say which it was. The first
+    """Seconds that ranks wait in a step for a rank that does not answer. Then all end, and name that rank. The first
     step, measurements, checkpoints and the export may take as long as they need."""
 
 
@@ -219,22 +224,22 @@ class MeasuringOptions:
     tensorboard: bool = True
     """Also write TensorBoard events, if the tensorboard package is installed."""
     peak_tflops: float | None = None
-    """What one process computes at best, in 10^12 operations a second, to say which part of it the model uses (MFU).
-    Known for some GPUs with --dtype bf16. Elsewhere there is no MFU without this flag."""
+    """The peak of the device of one process, in 10^12 operations a second, to compute which fraction of it the model
+    uses (MFU). Known for some GPUs with --dtype bf16. For others there is no MFU without this flag."""
     profile_steps: str | None = None
     """Record what each process does in these steps, such as 10 or 10:12 (both included), with torch.profiler. The
     traces are in profile/ of the run folder, for Perfetto or chrome://tracing."""
     eval_every: int = 0
-    """Steps between measurements on held-out data. 0: none in between. There is always one at the end, and one
-    before the first step of a pretrained model."""
+    """Steps between measurements on held-out data. There is always one at the end, and one before the first step of a
+    pretrained model. 0: only these."""
     eval_bytes: int = 131_072
     """How many bytes of held-out data to measure, and of each set of --eval-data."""
     eval_data: tuple[str, ...] = ()
-    """More data to measure, none of which is held out of --data: files, folders or datasets, as for --data. The score
-    that decides for --early-stop and --keep-best is that of the first set, and without any that of what is held out."""
+    """More data to measure, in addition to the held-out part of --data: files, folders or datasets, as for --data.
+    --early-stop and --keep-best use the score of the first set, or without any the score of the held-out part."""
     early_stop: int = 0
-    """End the training when this many measurements in a row were no better than the best before them. 0: never. Needs
-    --eval-every."""
+    """End the training when this many measurements in a row were not better than the best one before them. 0: never.
+    Needs --eval-every."""
     prompt: str | None = None
     """What the trained model continues at the end: a text, or a message of the user. By default 'def main(', or a
     held-out conversation without its last answer."""

@@ -28,34 +28,34 @@ class ModelOptions:
     """The model, and how it computes."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A run folder of moesaic train, one of its checkpoints, an export, or another model of transformers: a folder, or
-    a name on the Hugging Face hub. Of a run folder it is the export; or the newest checkpoint, if that is newer."""
+    """A run folder of moesaic train, one of its checkpoints, an export, or another transformers model: a folder, or a
+    name on the Hugging Face hub. In a run folder the export is used, or the newest checkpoint if that is newer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """The dtype of the computation; bf16 uses autocast. Weights are fp32."""
     batch_size: int = 8
-    """Rows that are computed at a time, over all ranks; a multiple of the number of data parallel ranks. It is rounded
-    up to one."""
+    """Rows that are computed at the same time, over all ranks. It is rounded up to a multiple of the number of data
+    parallel ranks."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What it is measured on."""
+    """The data to measure on."""
 
     data: str | None = None
-    """The data, all of it: as for moesaic train, a folder of text files, a file, or a dataset. By default what the run
-    has held out."""
+    """The data, as for moesaic train: a folder of text files, a file, or a dataset. All of it is measured. By default
+    the data that the run has held out."""
     text_column: str | None = None
     """The column with the text, for rows that are not conversations. By default 'text'."""
     loss_on: Literal["assistant", "last", "all"] | None = None
     """Which tokens of a conversation count. By default as in the run, or all messages of the assistant."""
     packing: bool = True
-    """Put several conversations into one row, unless the run did not. They do not see each other, and a model that
-    would let them is refused."""
+    """Put several conversations into one row, unless the run did not. They do not see each other; a model in which they
+    would is refused."""
     seq_len: int | None = None
-    """Tokens in a row. By default as in the run; else 1,024 for text, and for conversations as many as the longest
-    has, if the model has so many positions."""
+    """Tokens in a row. By default as in the run. Without a run it is 1,024 for text, and for conversations the length
+    of the longest one, if the model has so many positions."""
     max_bytes: int | None = None
-    """The most bytes of data to measure. By default as in the run for what it has held out, else 1 MiB."""
+    """The most bytes of data to measure. By default as in the run for its held-out data, and 1 MiB for other data."""
     json: bool = False
     """Print the result as one JSON object, with the load of every expert."""
 
@@ -64,7 +64,7 @@ class DataOptions:
 class Options(ModelOptions, DataOptions, LayoutOptions):
     """Measure a model: loss, perplexity, bits per byte of text, and how its routers spread the tokens.
 
-    Runs in one process, or in many under torchrun, which then share the model and the data. The numbers are the same.
+    Runs in one process, or under torchrun in several, which share the model and the data. The numbers are the same.
 
     Exit status: 0 success; 1 a checkpoint is damaged; 2 the call cannot work.
     """

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The model, and what it goes on from."""
+    """The model, and the text that it continues."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A run folder of moesaic train, one of its checkpoints, an export, or another model of transformers: a folder, or
-    a name on the Hugging Face hub. Of a run folder it is the export; or the newest checkpoint, if that is newer."""
+    """A run folder of moesaic train, one of its checkpoints, an export, or another transformers model: a folder, or a
+    name on the Hugging Face hub. In a run folder the export is used, or the newest checkpoint if that is newer."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
-    """The text that the model continues; with --chat, the message that it answers. - reads it from the input."""
+    """The text that the model continues, or with --chat the message that it answers. - reads it from stdin."""
     chat: bool = False
     """Put the prompt into the tokenizer's chat template, and stop at the end of the answer."""
     system: str | None = None
-    """With --chat: the system message before it."""
+    """With --chat: a system message before the prompt."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """The dtype of weights and computation. By default that of the files."""
+    """The dtype of weights and computation. auto: that of the files."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class SamplingOptions:
     temperature: float = 0.8
     """Lower: more likely tokens. 0: always the most likely one."""
     top_p: float = 0.95
-    """Choose among the most likely tokens that have this much probability together. 1: among all."""
+    """Choose among the most likely tokens whose probabilities add up to this number. 1: among all."""
     top_k: int = 0
     """Choose among this many of the most likely tokens. 0: among all."""
     seed: int = 0
     """The same seed gives the same text."""
     stream: bool = True
-    """Print the text as it comes. Otherwise at the end."""
+    """Print the text while it is generated. Otherwise at the end."""
 
 
 @dataclass(frozen=True)

@@ -22,26 +22,27 @@ _COLUMNS = {shape: f"up to {most}" for shape, most in LARGEST.items()} | {"one":
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what computes experts the fastest on this machine's CPU: moesaic's kernels or torch's products.
+    """Measure whether moesaic's kernels or torch's products compute experts faster on this machine's CPU.
 
-    Takes ten to thirty seconds on an idle machine. The result is kept in a file, and whatever calls moesaic without
-    impl= on this kind of machine goes by it: the same processor, kernels, torch, and class of thread counts. A program
-    that runs already does not. A training run that is resumed keeps the choices that it began with.
+    Takes ten to thirty seconds on an idle machine. The choices are kept in a file. Programs that start later use them
+    if they call moesaic without impl=, with the same processor, kernels, torch and class of thread counts. A training
+    run that is resumed keeps the choices that it began with.
 
-    The file is MOESAIC_TUNED, by default tuned.json in $XDG_CACHE_HOME/moesaic (~/.cache/moesaic). MOESAIC_TUNED=none
-    does without one. `moesaic info` shows what is chosen.
+    The file is named by MOESAIC_TUNED, by default tuned.json in $XDG_CACHE_HOME/moesaic (~/.cache/moesaic). With
+    MOESAIC_TUNED=none no file is used. `moesaic info` shows what is chosen.
 
     Exit status: 0 done; 2 it cannot be done.
     """
 
     dry_run: bool = False
-    """Measure and print, and keep nothing."""
+    """Measure and print, but keep nothing."""
     show: bool = False
-    """Measure nothing, and print what is kept for this machine."""
+    """Do not measure; print what is kept for this machine."""
     forget: bool = False
-    """Measure nothing, and forget what is kept for this machine."""
+    """Do not measure; delete what is kept for this machine."""
     threads: int | None = None
-    """Threads of torch; by default as many as it takes by itself. What is kept is for 1, 2-8, 9-32, or more."""
+    """Threads of torch. By default as many as torch uses by itself. The choices hold for 1, 2-8, 9-32, or more threads.
+    """
     rounds: int = 5
     """Timed runs of each implementation, for each kind of call."""
 

@@ -28,32 +28,32 @@ _ERRORS = (OSError, ValueError, NotImplementedError)
 class ConvertOptions:
     """Convert a transformers checkpoint to the format of moesaic train (DCP), or back, and verify the result.
 
-    With --to hf --dtype bfloat16 a transformers checkpoint is cast. With --adapter it gets adapters added to its
-    weights. With --to peft the adapters (LoRA) of a run become files of peft, and a folder of such files becomes a
-    checkpoint of adapters with --to dcp.
+    To cast a transformers checkpoint, use --to hf --dtype bfloat16. To add adapters (LoRA) to its weights, use
+    --adapter. With --to peft the adapters of a run become files of peft, and with --to dcp a folder of such files
+    becomes a checkpoint of adapters.
 
-    Tensors are read and written one by one. Peak memory is twice the experts of one layer, plus one file of the
-    result.
+    Tensors are read and written one by one. Peak memory is twice the experts of one layer, plus one file of the result.
 
     Exit status: 0 success; 1 the verification failed, or a checkpoint is damaged; 2 the call cannot work.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A transformers checkpoint (a folder or a name on the hub), a run folder, or one checkpoint in a run folder; or a
+    """A transformers checkpoint (a folder or a name on the hub), a run folder, one checkpoint in a run folder, or a
     folder of adapters of peft."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
     to: Literal["dcp", "hf", "peft"] | None = None
-    """The format to write. By default dcp for hf and peft, and hf for dcp. The same one only to change hf or peft."""
+    """The format to write. By default dcp if SRC is hf or peft, and hf if it is dcp. It may be that of SRC if another
+    option changes something."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
     ignore_unexpected: bool = False
-    """Leave out tensors of SRC that the language model does not have, such as a vision model or MTP layers. They are
-    counted on the screen."""
+    """Skip tensors of SRC that the language model does not have, such as a vision model or MTP layers. The program
+    prints how many."""
     adapter: str | None = None
     """A folder of adapters of peft. They are added to the weights of SRC, a transformers checkpoint."""
     base: str | None = None
-    """If SRC is a folder of adapters: the model that they belong to. By default the one that their config names."""
+    """If SRC is a folder of adapters: the model that they belong to. By default the model that their config names."""
     each_expert: bool = False
     """With --to peft: write a pair of tensors for each expert, under the names of the model's files."""
 

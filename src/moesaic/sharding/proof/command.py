@@ -22,23 +22,22 @@ from moesaic.sharding.prove import prove
 class Options:
     """Prove the sharding rule of an operator on simulated ranks.
 
-    Exit status: 0 nothing is wrong; 1 something is, or was not tried; 2 the call cannot work.
+    Exit status: 0 nothing is wrong; 1 something is wrong, or was not tried; 2 the call cannot work.
     """
 
     op: Annotated[str, tyro.conf.Positional]
-    """The operator, as module:name, such as mylib.ops:my_mm, or by the name it is registered with, as reports print it:
-    mylib::my_mm."""
+    """The operator: as module:name, such as mylib.ops:my_mm, or by its registered name, as in reports: mylib::my_mm."""
     module: str = ""
-    """The module that registers mylib::my_mm, where that is not mylib."""
+    """The module that registers mylib::my_mm, if it is not mylib."""
     inputs: str = ""
     """A function, as module:name, that returns a tuple of inputs, or a list of such tuples. By default random floating
-    tensors of distinct sizes are made up from every line of the rule."""
+    tensors with different sizes are made for each line of the rule."""
     axes: tuple[int, ...] = (2, 3, 4)
     """Sizes of meshes of one axis."""
     meshes: tuple[str, ...] = ("2x2", "2x3")
     """Larger meshes."""
     complete: bool = False
-    """Also fail if something is missing: right, but not admitted."""
+    """Also fail if something is missing: placements that are right, but that the rule does not admit."""
     backward: bool = True
     """Compare gradients too."""
 
