@@ -1,5 +1,7 @@
 """Lazy tensors against tensors: any box of what operations make of them."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,19 +38,29 @@ def test_boxes(name):
         box = tuple(slice(start, stop) for start, stop in ends)
         assert torch.equal(lazy.read(box), expected[box]), box
         for dtype in (lazy.dtype, torch.float64):
-            out = torch.full(expected[box].shape, torch.nan, dtype=dtype)
-            lazy.read_into(out, box)
-            assert torch.equal(out, expected[box].to(dtype)), box
+            for order in itertools.permutations(range(expected.ndim)):  # which dim is the last in memory
+                out = (
+                    expected[box]
+                    .permute(order)
+                    .to(dtype, copy=True)
+                    .permute(tuple(map(order.index, range(len(order)))))
+                )
+                out.fill_(torch.nan)
+                lazy.read_into(out, box)
+                assert torch.equal(out, expected[box].to(dtype)), box
 
 
-def test_every_leaf_is_copied_into_its_place():
+@pytest.mark.parametrize(("dim", "copies"), [(2, 0), (1, 4)])
+def test_every_leaf_is_copied_into_its_place(dim, copies):
+    """Columns of a leaf that lie apart are put together before they are transposed, one leaf at a time."""
     weights = torch.randn(6, 4, 5)
-    lazy = torch.stack([LazyTensor([4, 5], w.dtype, lambda box, w=w: w[box]).mT for w in weights]).chunk(2, dim=1)[0]
-    out = torch.empty(4, 3, 4)
+    lazy = torch.stack([LazyTensor([4, 5], w.dtype, lambda box, w=w: w[box]).mT for w in weights]).chunk(2, dim)[0]
+    _, rows, columns = lazy.shape
+    out = torch.empty(4, rows, columns)
     with Allocations() as made:
-        lazy.read_into(out, (slice(1, 5), slice(0, 3), slice(0, 4)))
-    assert torch.equal(out, weights.mT[1:5, :3])
-    assert made.names == []
+        lazy.read_into(out, (slice(1, 5), slice(0, rows), slice(0, columns)))
+    assert torch.equal(out, weights.mT[1:5, :rows, :columns])
+    assert made.names == ["aten.clone.default"] * copies
 
 
 class Allocations(TorchDispatchMode):
