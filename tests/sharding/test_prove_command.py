@@ -185,5 +185,5 @@ def test_help(capsys):
         main(["prove", "--help"])
     assert left.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Exit status: 0 nothing is wrong; 1 something is, or was not tried; 2 the call cannot work." in said
+    assert "Exit status: 0 nothing is wrong; 1 something is wrong, or was not tried; 2 the call cannot work." in said
     assert "--inputs" in said

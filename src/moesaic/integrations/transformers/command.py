@@ -43,8 +43,8 @@ class ConvertOptions:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to write."""
     to: Literal["dcp", "hf", "peft"] | None = None
-    """The format to write. By default dcp if SRC is hf or peft, and hf if it is dcp. It may be that of SRC if another
-    option changes something."""
+    """The format to write. By default dcp if SRC is hf or peft, and hf if it is dcp. From hf to hf, or from peft to
+    peft, another option must change something."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast tensors to this dtype, except those that transformers keeps in float32. By default no tensor is cast."""
     ignore_unexpected: bool = False
