@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moesaic
 from moesaic.layers import reset_expert_load
-from moesaic.parallel import Pipeline, build_meshes, no_sync, split_into_stages
+from moesaic.parallel import Pipeline, PipelineConfig, build_meshes, no_sync, split_into_stages
 from moesaic.parallel.split import name_in_whole
 from tests.distributed.parity import assert_close, assert_gradients_close, clip, meshes_of
 from tests.distributed.parity import whole as gathered
@@ -83,39 +84,52 @@ def test_gradients_are_summed_once_a_step(same_ranks, ranks, layout):
 
 
 class Reductions(TorchDispatchMode):
-    """Counts the sums of FSDP. CommDebugMode follows modules, and a stage calls some without others around them."""
+    """Counts sums of FSDP and of DTensors. CommDebugMode follows modules, and a stage calls some on their own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.scattered = self.reduced = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "_reduce_scatter_base" in str(func)
+        self.scattered += "_reduce_scatter_base" in str(func)
+        self.reduced += "_c10d_functional.all_reduce" in str(func)
         return func(*args, **kwargs or {})
 
 
-def check_stages(layout: dict[str, int]) -> None:
+def is_partial(parameter: nn.Parameter) -> bool:
+    assert parameter.grad is not None
+    return isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements)
+
+
+def check_stages(layout: dict[str, int], schedule: str) -> None:
     """Several schedules before a step, of stages that share a weight."""
-    plain = model_of("Qwen3-MoE", num_hidden_layers=2, tie_word_embeddings=True)
+    plain = model_of("Qwen3-MoE", num_hidden_layers=4, tie_word_embeddings=True)
     ids = torch.randint(3, VOCAB, (BATCH_OF_STAGES, LENGTH_OF_STAGES), generator=torch.Generator().manual_seed(1))
     targets, reference = ids.roll(-1, 1), copy.deepcopy(plain)
     meshes = build_meshes(**layout, device_type="cpu")
-    stages = moesaic.parallelize(split_into_stages(copy.deepcopy(plain), meshes), meshes)
-    pipeline = Pipeline(stages, microbatches=2, accumulate=2)
+    stages = split_into_stages(copy.deepcopy(plain), meshes, PipelineConfig(schedule=schedule))
+    pipeline = Pipeline(moesaic.parallelize(stages, meshes), microbatches=2, accumulate=2)
     part = meshes.sequence_positions(LENGTH_OF_STAGES)
     for step in range(STEPS):
         # The second step adds to what is there.
         with moesaic.balance_losses() as losses:
             expected = loss_of(reference(input_ids=ids).logits, targets)
         (expected + sum(losses)).backward()
-        sent = []
+        sent: list[Reductions] = []
+        partial = 0
         for i, rows in enumerate(torch.arange(BATCH_OF_STAGES).view(meshes.dp_size, 2, -1)[meshes.dp_rank]):
             with Reductions() as reductions, nullcontext() if i else no_sync(stages):
                 pipeline.step(ids[rows], targets[rows][:, part], loss_of)
-            sent.append(reductions.count)
+            sent.append(reductions)
+            if i == 0 and "tp" in layout:
+                partial = sum(map(is_partial, stages.parameters()))
         if "dp_shard" in layout:
-            assert sent[0] == 0
-            assert sent[1] > 0
+            assert sent[0].scattered == 0
+            assert sent[1].scattered > 0
+        if "tp" in layout:
+            # Each once, and not for each microbatch.
+            assert sent[1].reduced - sent[0].reduced == partial > 0
+            assert not any(map(is_partial, stages.parameters()))
         for name, parameter in stages.named_parameters():
             name = name_in_whole(name)
             wanted = dict(reference.named_parameters(remove_duplicate=False))[name].grad
@@ -123,14 +137,15 @@ def check_stages(layout: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "schedule"),
     [
-        (2, {"pp": 2}),
-        pytest.param(4, {"pp": 2, "dp_shard": 2, "ep": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"pp": 2, "dp_shard": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, marks=pytest.mark.slow),
+        (2, {"pp": 2}, "1f1b"),
+        pytest.param(4, {"pp": 2, "dp_shard": 2, "ep": 2}, "1f1b", marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "dp_shard": 2}, "interleaved", marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, "1f1b", marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, "zero-bubble", marks=pytest.mark.slow),
     ],
-    ids=["pp2", "pp2 dp2 ep2", "pp2 dp2 edp2", "pp2 tp2 ep2"],
+    ids=["pp2", "pp2 dp2 ep2", "pp2 dp2 edp2", "pp2 tp2 ep2", "pp2 tp2 ep2 zero-bubble"],
 )
-def test_schedules_of_a_pipeline_are_summed_once_a_step(same_ranks, ranks, layout):
-    same_ranks(check_stages, ranks, layout)
+def test_schedules_of_a_pipeline_are_summed_once_a_step(same_ranks, ranks, layout, schedule):
+    same_ranks(check_stages, ranks, layout, schedule)

@@ -50,6 +50,15 @@ def is_summed_later(owner: Any) -> bool:
     return _LATER in owner.__dict__
 
 
+def sum_now(parameters: Iterable[Tensor]) -> None:
+    """What :func:`sum_partial_gradients` does after a backward pass, where there was none in which its hooks ran.
+
+    Collective over the meshes of the parameters.
+    """
+    for parameter in parameters:
+        _match_placements(parameter)
+
+
 def _match_placements(parameter: Tensor) -> None:
     if is_summed_later(parameter):
         return

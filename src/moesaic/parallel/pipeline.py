@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from moesaic.layers import attach_balance_losses
 from moesaic.ops.arguments import check_int, divisors
-from moesaic.parallel.gradients import is_summed_later
+from moesaic.parallel.gradients import is_summed_later, sum_now, summed_later
 from moesaic.parallel.schedules import SCHEDULES, check_schedule
 from moesaic.parallel.split import Stages
 
@@ -116,14 +116,19 @@ class Pipeline:
             first = [input_ids] if self.stages.stages[0].is_first else []
             last = {"target": targets} if self.stages.has_last else {}
             given = {name: value for name, value in kwargs.items() if value is not None}
-            schedule.step(*first, **last, losses=losses, return_outputs=False, input_ids=input_ids, **given)
+            # Once for all microbatches. Where weights have backward passes of their own there is no hook, either.
+            with summed_later(self.stages.parameters()):
+                schedule.step(*first, **last, losses=losses, return_outputs=False, input_ids=input_ids, **given)
         finally:
             self._loss = None
             for stage in self.stages.stages:
                 stage.computing = nullcontext
+        is_later = is_summed_later(self.stages.stages[0])
+        if not is_later:
+            sum_now(self.stages.parameters())
         # Anew, for FSDP has put another parameter in its place.
         shared = self._shared_weight()
-        if shared is not None and not is_summed_later(self.stages.stages[0]):
+        if shared is not None and not is_later:
             self._add_shared_gradients(shared)
             if self._before is not None and shared.grad is not None:
                 shared.grad += self._before
