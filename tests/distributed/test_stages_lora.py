@@ -125,6 +125,13 @@ def test_adapters_of_stages_equal_one_process(same_ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 1])
+def test_fsdp_shards_a_stage_that_is_frozen(same_ranks, tmp_path, layer):
+    form = {"settings": {"target_modules": ["q_proj"], "layers_to_transform": [layer]}, "num_hidden_layers": 2}
+    same_ranks(check_adapters, 4, "Qwen3-MoE", form, [({"pp": 2, "ep": 2}, schedule("1f1b"))], tmp_path)
+
+
+@pytest.mark.slow
 def test_adapters_around_quantised_experts_of_stages(same_ranks, tmp_path):
     runs = [({"pp": 2}, schedule("gpipe", layers=[2, 1])), ({"pp": 2}, schedule("1f1b", layers=[1, 2]))]
     same_ranks(check_adapters, 2, "Qwen3-MoE", QLORA, runs, tmp_path)

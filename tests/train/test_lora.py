@@ -309,7 +309,8 @@ def test_a_run_goes_on_in_another_layout(adapted, cache, ranks, tmp_path):
     _fit(whole, cache)
     mesh = {"tp": 2, "ep": 2, "etp": 2}
     ranks(_fit, 4, dataclasses.replace(adapted, **mesh), cache, {2: [signal.SIGTERM]})
-    ranks(_fit, 2, dataclasses.replace(adapted, ep=2, resume=True), cache, {4: [signal.SIGTERM]})
+    ranks(_fit, 2, dataclasses.replace(adapted, ep=2, resume=True), cache, {3: [signal.SIGTERM]})
+    ranks(_fit, 2, dataclasses.replace(adapted, pp=2, microbatches=2, resume=True), cache, {4: [signal.SIGTERM]})
     _fit(dataclasses.replace(adapted, resume=True), cache)
     for one, other in zip(_steps(whole), _steps(adapted), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
