@@ -102,7 +102,7 @@ def check_stages(layout: dict[str, int], tied: bool, expected: dict[str, Tensor]
     [(2, {"pp": 2}), pytest.param(4, {"pp": 2, "tp": 2, "ep": 2}, marks=pytest.mark.slow)],
     ids=["pp2", "pp2 tp2 ep2"],
 )
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "tied"])
 def test_stages_have_the_numbers_of_one_process(same_ranks, ranks, layout, tied):
     whole_model = model_on_meta("transformers model", tie_word_embeddings=tied).to_empty(device="cpu")
     if tied:
