@@ -53,7 +53,7 @@ def recorder(monkeypatch) -> Recorder:
 
 
 def test_work_is_queued_behind_its_inputs_and_before_its_result(recorder):
-    x = torch.randn(3)
+    x = torch.randn(3, requires_grad=True)
 
     def double(x: Tensor) -> Tensor:
         recorder.calls.append((recorder.now, "computes"))
@@ -68,6 +68,11 @@ def test_work_is_queued_behind_its_inputs_and_before_its_result(recorder):
     result = aside.result()
     assert torch.equal(result, 2 * x)
     assert recorder.calls == [*queued, (0, "waits for", 1), (0, "reads", result.data_ptr())]
+    # Gradients of parameters, too, are there when the one of its input is.
+    recorder.calls.clear()
+    x.register_hook(lambda grad: recorder.calls.append((recorder.now, "has gradients")))
+    result.sum().backward()
+    assert recorder.calls == [(0, "waits for", 1), (0, "has gradients")]
 
 
 def test_without_streams_it_runs_where_it_is_called():

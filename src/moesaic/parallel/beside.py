@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Streams:
@@ -73,10 +74,12 @@ class Beside:
         if (streams := self._streams) is None:
             return
         streams.work.wait_stream(streams.current())
+        work = self._work
+        joined = [_Joined.apply(t, streams) for t in work.args]
         with streams.on(streams.work):
-            self._result = self._work()
+            self._result = work.func(*joined)
         # What the backward pass reads there is freed when it has been queued, not when it has been read.
-        for t in self._work.args:
+        for t in work.args:
             t.record_stream(streams.work)
 
     def call(self) -> None:
@@ -92,3 +95,23 @@ class Beside:
             streams.current().wait_stream(streams.work)
             result.record_stream(streams.current())
         return result
+
+
+class _Joined(torch.autograd.Function):
+    """Itself. When its gradient is there, the program waits for all of the backward pass that was queued on the stream.
+
+    Autograd alone waits for the gradient, and at the end for those of parameters. But FSDP reads them before the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, streams: Streams) -> Tensor:
+        ctx.streams = streams
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        streams: Streams = ctx.streams
+        streams.current().wait_stream(streams.work)
+        return grads[0], None
