@@ -1,4 +1,4 @@
-"""`python compiled.py BACKEND`: compiled, the operators are one graph for all sizes, and give the eager bits.
+"""`python compiled.py BACKEND|IMPLEMENTATION`: compiled, operators are one graph for all sizes and have the eager bits.
 
 A program and not a test module, since the run-time checks of the other tests break compilation. Values are small
 integers, so every sum is exact whatever the compiler does to its order.
@@ -14,9 +14,10 @@ import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moesaic.ops import combine, grouped_mm, permute, sort_by_expert
+from moesaic.ops import combine, experts_mlp, grouped_mm, permute, sort_by_expert
 
 D, E = 8, 4
+IMPLEMENTATIONS = ("reference", "torch", "cpu", "triton")
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,6 +74,21 @@ def layer() -> tuple[Callable, Callable]:
     return function, inputs
 
 
+def experts(impl: str, *, listed: bool) -> tuple[Callable, Callable]:
+    w1, w3, w2 = integers(E, D, 6), integers(E, D, 6), integers(E, 6, D)
+
+    def inputs(T: int) -> tuple[Tensor, ...]:
+        ids = torch.randint(0, E + 1, (T, 2)) - 1
+        # The copies that are there, and a list that is longer.
+        copies = torch.cat([(ids.flatten() >= 0).nonzero().flatten(), torch.full((2 * T,), -1)])[: 2 * T]
+        return integers(T, D), w1, w3, w2, ids, integers(T, 2), copies
+
+    def function(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, ids: Tensor, weights: Tensor, copies: Tensor) -> Tensor:
+        return 2 * experts_mlp(x, ids, weights, w1, w3, w2, copies=copies if listed else None, impl=impl)
+
+    return function, inputs
+
+
 def check(function: Callable, inputs: Callable, backend: str, *, dynamic: bool | None, sizes: Sequence[int]) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -94,15 +110,22 @@ def check(function: Callable, inputs: Callable, backend: str, *, dynamic: bool |
 
 
 def main(backend: str) -> None:
+    """All cases in one backend, or in aot_eager those of one implementation."""
     torch.manual_seed(0)
     if backend == "inductor":
         # What is cached on disk may call operators as they were then: their gradients are not part of its key.
         torch._inductor.config.force_disable_caches = True
         # It checks the strides of what an operator returns against those of its fake.
         return check(*layer(), backend, dynamic=True, sizes=(16, 9))
-    cases = {
+    if backend in IMPLEMENTATIONS:
+        print(backend, flush=True)
+        cases = [experts(backend, listed=True), flat(backend), experts(backend, listed=False)]
+        # Interpreted kernels take seconds.
+        for case in cases[:1] if backend == "triton" else cases:
+            check(*case, "aot_eager", dynamic=True, sizes=(16, 9))
+        return None
+    named = {
         "flat": flat(None),
-        "reference": flat("reference"),
         "own experts": blocked(4),
         "fewer experts": blocked(3),
         "shared experts": blocked(2),
@@ -110,7 +133,7 @@ def main(backend: str) -> None:
         "autocast": autocast(),
         "layer": layer(),
     }
-    for name, case in cases.items():
+    for name, case in named.items():
         print(name, flush=True)
         check(*case, backend, dynamic=None, sizes=(16, 9, 40, 33))
         check(*case, backend, dynamic=True, sizes=(16, 9))
