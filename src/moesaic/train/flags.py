@@ -46,7 +46,7 @@ class ModelOptions:
     capacity: int | None = None
     """In each layer every process sends room for this many copies of tokens to every other. Then sizes are fixed, and
     the host does not wait for counts from the device. If a step routes more copies, the run stops before any weight
-    changes, and the message says how many there were. By default exactly the tokens that there are get sent."""
+    changes, and the message says how many there were. By default a process sends exactly the tokens that there are."""
     recompute: Literal["none", "experts", "selective", "full"] = "none"
     """What the backward pass computes again, to save memory. none: nothing. experts: the hidden activations of experts.
     selective: everything but products with dense weights, attention and exchanged tokens. full: each layer. The results
@@ -86,8 +86,8 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """How processes share the work. Their number is pp * cp * tp * dp_shard * dp_replicate. ep * etp must divide their
-    number without pp."""
+    """How processes share the work. Their number is pp * cp * tp * dp_shard * dp_replicate. ep * etp must divide cp *
+    tp * dp_shard * dp_replicate."""
 
     pp: int = 1
     """Pipeline parallel size: the layers are split over this many groups of ranks."""
