@@ -17,6 +17,7 @@ from moesaic.integrations.transformers.files import open_files
 from moesaic.integrations.transformers.mxfp4 import Stored, decoded
 from moesaic.layers import quantize_
 from moesaic.layers.packed import PackedWeight
+from moesaic.parallel.split import name_in_whole
 from tests.integrations.mxfp4_files import SIZES, write_gpt_oss
 
 
@@ -76,6 +77,26 @@ def test_each_rank_reads_its_part(ranks, files, layout):
         # With tp a rank has the logits of its part of the sequence.
         of_rank = expected.chunk(2, 1)[rank] if "tp" in layout else expected
         torch.testing.assert_close(logits, of_rank, rtol=2e-2, atol=2e-2)
+
+
+def stages_on_ranks(folder):
+    model = load_pretrained(folder, moesaic.build_meshes(pp=2, device_type="cpu"))
+    logits = model(torch.arange(12).view(2, 6), everywhere=True)
+    return {name_in_whole(n): t for n, t in model.state_dict().items() if n.endswith((".data", ".scales"))}, logits
+
+
+@pytest.mark.slow
+def test_each_rank_reads_its_stage(ranks, files):
+    alone = load_pretrained(files[0])
+    with torch.no_grad():
+        expected = alone(input_ids=torch.arange(12).view(2, 6)).logits
+    found = ranks(stages_on_ranks, 2, str(files[0]))
+    for layer, (parts, logits) in enumerate(found):
+        assert len(parts) == 6
+        for name, t in parts.items():
+            assert f"layers.{layer}." in name
+            assert torch.equal(t.full_tensor() if isinstance(t, DTensor) else t, alone.state_dict()[name]), name
+        torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("to", ["hf", "dcp"])
