@@ -45,7 +45,7 @@ class StepResult:
     loss: float
     """Mean cross-entropy of the whole batch, in nats."""
     balance_loss: float
-    """The load-balancing and z-losses that were added to it."""
+    """The load-balancing and z-losses that were added to it; 0 where compiled stages do not tell theirs."""
     grad_norm: float
     """Of all gradients, before clipping."""
     stop: bool

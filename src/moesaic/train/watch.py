@@ -128,6 +128,9 @@ def metrics_of(
         "sent_mib": sent / 2**20,
         **_arithmetic(training, config, device, per_second),
     }
+    if config.compile and stages is not None:
+        # Compiled stages attach their balance losses, and do not tell the values.
+        del values["balance_loss"]
     if entropy:
         values["router_entropy"] = sum(entropy.values()) / len(entropy)
     if config.capacity is not None:
