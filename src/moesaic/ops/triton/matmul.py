@@ -3,7 +3,7 @@
 Legend: R rows, K and N the matrix dims, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -103,6 +103,16 @@ def _launch(first: Product, second: Product, is_sum: bool, tiles: TileMap, confi
     )
 
 
+class _Pairs(NamedTuple):
+    """Within a kernel: descriptors of the rows and of the weights of two products, the place of the first in each."""
+
+    x: Any
+    x_first: Any
+    w: Any
+    w_first: Any
+    K: Any
+
+
 @triton.jit(do_not_specialize=["x_first", "w_first"])
 def _grouped_mm_kernel(
     x,
@@ -146,7 +156,8 @@ def _grouped_mm_kernel(
         expert, first, end = load_tile(tiles, tile)
         acc = tl.zeros((BM, BN), tl.float32)
         if IS_SUM and SPECIALIZED:
-            acc = _add_pair(acc, x, w, x_first, w_first, expert, first, column * BN, K, FORM, PRECISION, BM, BN, BK)
+            pairs = _Pairs(x, x_first, w, w_first, K)
+            acc = _add_pairs(acc, pairs, expert, first, column * BN, FORM, PRECISION, BM, BN, BK)
         else:
             if ROWS == 2:
                 rows, rows2 = Rows(x, 0, K, first), Rows(x2, 0, K, first)
@@ -166,31 +177,27 @@ def _grouped_mm_kernel(
 
 
 @triton.jit
-def _add_pair(
+def _add_pairs(
     acc,
-    x,
-    w,
-    x_first,
-    w_first,
+    pairs,
     expert,
     row,
     n,
-    K,
     FORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``acc`` and both products, the first before the second, in one loop; operands are pairs."""
-    steps = tl.where(expert >= 0, tl.cdiv(K, BK), 0)
+    """``acc`` and both products, the first before the second, in one loop."""
+    steps = tl.where(expert >= 0, tl.cdiv(pairs.K, BK), 0)
     for step in tl.range(0, 2 * steps):
         second = (step >= steps).to(tl.int32)
         k = (step - second * steps) * BK
-        a = x.load([second ^ x_first, row, k]).reshape(BM, BK)
+        a = pairs.x.load([second ^ pairs.x_first, row, k]).reshape(BM, BK)
         if FORM == 1:
-            b = w.load([second ^ w_first, expert, k, n]).reshape(BK, BN)
+            b = pairs.w.load([second ^ pairs.w_first, expert, k, n]).reshape(BK, BN)
         else:
-            b = w.load([second ^ w_first, expert, n, k]).reshape(BN, BK).T
+            b = pairs.w.load([second ^ pairs.w_first, expert, n, k]).reshape(BN, BK).T
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
