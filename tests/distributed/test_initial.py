@@ -87,6 +87,13 @@ def test_the_numbers_of_one_process(same_ranks, ranks, layout, kind):
     same_ranks(check, ranks, layout, kind, expected)
 
 
+def test_matrices_of_experts_have_the_spread_of_the_config():
+    model = model_on_meta("transformers model", initializer_range=0.05).to_empty(device="cpu")
+    moe = init_weights_(model, seed=3).model.layers[0].mlp
+    for weight in (moe.experts.w1, moe.experts.w2, moe.router.weight):
+        assert weight.std().item() == pytest.approx(0.05, rel=0.15)
+
+
 def check_stages(layout: dict[str, int], tied: bool, expected: dict[str, Tensor]) -> None:
     meshes = build_meshes(**layout, device_type="cpu")
     stages = split_into_stages(model_on_meta("transformers model", tie_word_embeddings=tied), meshes)

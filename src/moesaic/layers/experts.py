@@ -103,11 +103,14 @@ class GroupedExperts(nn.Module):
         self.register_parameter("b2", parameter(dim) if biases else None)
         self.reset_parameters()
 
+    init_std = 0.02
+    """Standard deviation of new weights."""
+
     def reset_parameters(self) -> None:
         check_generators(self)
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("w"):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=self.init_std)
             else:
                 nn.init.zeros_(parameter)
 

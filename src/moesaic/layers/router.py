@@ -106,9 +106,12 @@ class TopKRouter(nn.Module):
             self.bias = (moved if bias.is_meta else bias).to(device=moved.device, dtype=torch.float32)
         return self
 
+    init_std = 0.02
+    """Standard deviation of new weights."""
+
     def reset_parameters(self) -> None:
         check_generators(self)
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=self.init_std)
         if self.logit_bias is not None:
             nn.init.zeros_(self.logit_bias)
         for buffer in self.buffers(recurse=False):

@@ -102,15 +102,26 @@ def swap_moe(
     if aux_loss == "pooled" and len(sizes := {swap.config.num_experts for swap in swaps}) > 1:
         raise ValueError(f"aux_loss: 'pooled' needs layers of one number of experts, and these have {sorted(sizes)}")
     methods.check_names(model)
+    std = _initial_std(model)
     for swap in swaps:
         parent, _, child = swap.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _layer_for(swap, impl))
+        layer = _layer_for(swap, impl)
+        if std is not None:
+            # For new weights, as transformers would draw those of the block.
+            layer.experts.init_std = layer.router.init_std = std
+        setattr(model.get_submodule(parent), child, layer)
     methods.install(model)
     # Its hooks come first, so that each of them that begins a call also ends it, whatever another one raises.
     router_logits.install(model, aux_loss_coef, aux_loss == "pooled")
     masks.install(model)
     context.install(model)
     return model
+
+
+def _initial_std(model: Any) -> float | None:
+    config = getattr(model, "config", None)
+    std = None if config is None else getattr(config.get_text_config(), "initializer_range", None)
+    return std if isinstance(std, float) else None
 
 
 def unswap_moe(model: Model) -> Model:
