@@ -7,6 +7,7 @@ process group that sends nothing. Which buffers of FSDP are there at once was re
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,10 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import moesaic
 from moesaic.integrations.transformers import swap_moe
-from moesaic.parallel import resolve_layout
+from moesaic.parallel import no_sync, resolve_layout
 from moesaic.plan.choice import Choice, Job, Recompute
 from moesaic.plan.memory import memory_of
 from moesaic.plan.model import planned
@@ -39,6 +41,8 @@ class Case(NamedTuple):
     sequences: int = 1
     recompute: Recompute = "none"
     vocab: int = 2048
+    passes: int = 1
+    autocast: bool = False
 
 
 CASES = (
@@ -64,15 +68,24 @@ CASES = (
     Case(64, {"tp": 2, "ep": 8}, recompute="full", sequences=2),
     Case(6, {"ep": 3}),
     Case(256, {"tp": 4, "ep": 32, "etp": 2}, sequences=2),
+    Case(8, {}, recompute="selective"),
+    Case(8, {"ep": 8}, sequences=2, recompute="selective"),
+    Case(8, {"tp": 2, "ep": 2, "etp": 2}, recompute="selective"),
+    Case(4, {"tp": 4, "ep": 4}, recompute="selective"),
+    Case(8, {"cp": 2, "ep": 4}),
+    Case(16, {"cp": 4, "tp": 2, "ep": 8}, recompute="selective"),
+    Case(8, {"ep": 4}, passes=2),
+    Case(8, {"ep": 8}, sequences=2, autocast=True),
+    Case(8, {"tp": 2, "ep": 4}, recompute="full", autocast=True),
 )
-QUICK = (CASES[2], CASES[7], CASES[9])
+QUICK = (CASES[2], CASES[7], CASES[9], CASES[27])
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run."""
 
-    quick: Annotated[bool, tyro.conf.arg(help="three layouts: does it run?")] = False
+    quick: Annotated[bool, tyro.conf.arg(help="four layouts: does it run?")] = False
     json: Annotated[Path | None, tyro.conf.arg(help="also write the numbers to this file")] = None
 
 
@@ -98,7 +111,8 @@ def both(case: Case) -> tuple[int, int]:
     layout = resolve_layout(case.ranks, **case.sizes)
     choice = Choice(layout, case.sequences, case.recompute)
     bounded = layout.ep * layout.etp > 1
-    job = Job(512, case.sequences * layout.dp_size, capacity=CAPACITY if bounded else None)
+    batch = case.passes * case.sequences * layout.dp_size
+    job = Job(512, batch, case.autocast, CAPACITY if bounded else None)
     config = model_config(case)
     of_plan = planned(config, torch.float32, "model")
     memory = memory_of(of_plan.shapes, choice, job, rehearse(of_plan, choice, job))
@@ -126,7 +140,11 @@ def accounted(config: Any, choice: Choice, job: Job, dtype: torch.dtype) -> int:
         options: Any = {"compute": "local", "capacity": job.capacity, "recompute": choice.recompute}
         model = laid_out(model, meshes, mode, **options)
         with mode:
-            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+            # As in training it is fused. On a DTensor torch would count tensors of the whole size, with which it works
+            # out placements and which have no memory.
+            whole = list(model.parameters())
+            parts = [torch.nn.Parameter(_local(p.detach())) for p in whole]
+            optimizer = torch.optim.AdamW(parts, fused=True)
             ids = torch.zeros(choice.sequences, job.seq_len, dtype=torch.int64)
             if isinstance(model, FSDPModule):
                 tracker: Any = FSDPMemTracker(model, optimizer)
@@ -135,14 +153,23 @@ def accounted(config: Any, choice: Choice, job: Job, dtype: torch.dtype) -> int:
                 tracker = MemTracker()
                 tracker.track_external(model, optimizer)
             with tracker:
-                for step in range(2):
-                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                for _ in range(2):
+                    for number in reversed(range(choice.passes(job))):
+                        with no_sync(model) if number else nullcontext(), torch.autocast("cpu", enabled=job.autocast):
+                            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                            loss.backward()
+                        tracker.reset_mod_stats()  # it knows one pass
+                    for parameter, part in zip(whole, parts, strict=True):
+                        assert parameter.grad is not None
+                        part.grad, parameter.grad = _local(parameter.grad), None
                     optimizer.step()
                     optimizer.zero_grad()
-                    if step == 0:
-                        tracker.reset_mod_stats()
             peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return peak["Total"]
+
+
+def _local(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def measure(cases: tuple[Case, ...]) -> Iterator[dict[str, Any]]:
@@ -154,6 +181,8 @@ def measure(cases: tuple[Case, ...]) -> Iterator[dict[str, Any]]:
             "sequences": case.sequences,
             "recompute": case.recompute,
             "vocab": case.vocab,
+            "passes": case.passes,
+            "autocast": case.autocast,
             "planned": of_plan,
             "counted": of_torch,
             "error": of_plan / of_torch - 1,
@@ -161,7 +190,15 @@ def measure(cases: tuple[Case, ...]) -> Iterator[dict[str, Any]]:
 
 
 def as_text(row: dict[str, Any]) -> str:
-    return f"{row['ranks']} ranks, {row['layout']}, recompute {row['recompute']}: {100 * row['error']:+.2f}%"
+    return f"{row['ranks']} ranks, {row['layout']}, {said(row)}: {100 * row['error']:+.2f}%"
+
+
+def said(row: dict[str, Any]) -> str:
+    """What is not of the layout."""
+    more = {"passes": row["passes"], "vocabulary": row["vocab"]}
+    usual = {"passes": 1, "vocabulary": 2048}
+    parts = [f"{name} {value}" for name, value in more.items() if value != usual[name]]
+    return ", ".join([f"recompute {row['recompute']}", *parts, *["bf16"] * row["autocast"]])
 
 
 def main(options: Options) -> None:
@@ -171,7 +208,7 @@ def main(options: Options) -> None:
         for row in measure(QUICK if options.quick else CASES):
             results.add(row)
     table = Table(title="memory of a rank, MiB")
-    for column in ("ranks", "layout", "sequences", "recompute", "planned", "counted by torch", "error"):
+    for column in ("ranks", "layout", "sequences", "otherwise", "planned", "counted by torch", "error"):
         table.add_column(column)
     for row in results.rows:
         sizes = (f"{row[name] / 2**20:.1f}" for name in ("planned", "counted"))
@@ -179,7 +216,7 @@ def main(options: Options) -> None:
             str(row["ranks"]),
             row["layout"],
             str(row["sequences"]),
-            row["recompute"],
+            said(row),
             *sizes,
             f"{100 * row['error']:+.2f}%",
         )

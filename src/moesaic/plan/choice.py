@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moesaic.parallel.mesh import MeshLayout
-
-# Of those of ``parallelize`` the ones that are worked out.
-Recompute = Literal["none", "experts", "full"]
+from moesaic.parallel.recompute import Recompute
 
 
 @dataclass(frozen=True)

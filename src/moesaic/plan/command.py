@@ -35,6 +35,9 @@ class Options:
     Prints the fastest that fit: what a rank holds and sends, and how long a step takes. Weights, gradients, optimizer
     states and bytes sent are exact for an even routing. Times are estimates: use them to compare layouts.
 
+    Pipelines are planned with the schedule 1f1b, and the optimizer is AdamW. Muon, other schedules, adapters and
+    --no-reshard-after-forward are not planned.
+
     Needs moesaic[transformers], and no device: nothing is computed.
 
     Exit status: 0 done; 1 nothing fits; 2 the call cannot work.

@@ -116,7 +116,8 @@ def _of_stage(stage: Stage, choice: Choice, job: Job, rehearsed: Rehearsal, of_k
         moment(gradients_before, live, root + _flat(top, layout), rehearsed.after_forward)
         moment(gradients_before, live, root + whole_bytes(top.dense, layout), rehearsed.after_backward)
     after_head = last if is_last else 0
-    done: list[Weight] = []
+    # Without FSDP the head's gradient is there first; with it, it is among what is gathered.
+    done = [weight for weight in stage.last if not has_fsdp(weight, layout)]
     for i in reversed(range(len(stage.layers))):
         layer = stage.layers[i]
         of = of_kind[layer]
@@ -125,14 +126,16 @@ def _of_stage(stage: Stage, choice: Choice, job: Job, rehearsed: Rehearsal, of_k
         if choice.recompute == "full":
             extra = of.kept - of.input + max(of.forward, of.backward) + rehearsed.gradient
         gathered = root + after_head + _gathered(layer, layout)
+        if layout.pp > 1:
+            # torch's schedules keep what backward passes have gathered.
+            gathered += whole_bytes((w for w in done if w not in stage.last), layout)
         gradients = max(gradients_before, sharded_bytes(tuple(done), layout))
         moment(gradients, live, gathered, extra)
         done += [*layer.dense, *layer.experts]
     # FSDP's reduction of what is in no layer comes last.
     moment(weights, others + before, root + first + after_head + first + last, 0)
-    # The optimizer goes from weight to weight, with four tensors of the size of each.
-    largest = max((w.sharded_numel(layout) * w.itemsize for w in stage.weights), default=0)
-    moment(weights, 0, root, 4 * largest)
+    # The optimizer is fused, and needs nothing beside.
+    moment(weights, 0, root, 0)
     return max(moments, key=lambda m: m.total)
 
 

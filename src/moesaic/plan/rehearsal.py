@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,6 +24,7 @@ from moesaic.layers.dispatch import Dispatched
 from moesaic.layers.router import Routing
 from moesaic.ops import Permutation, combine, permute, sort_by_expert
 from moesaic.parallel.attention import Part, base_of
+from moesaic.parallel.context import add_context_parallelism
 from moesaic.parallel.decoder import attention_parts, decoder_layers
 from moesaic.parallel.loss import causal_lm_loss
 from moesaic.parallel.mesh import Meshes, MeshLayout, resolve_layout
@@ -32,6 +34,21 @@ from moesaic.plan.choice import Choice, Job
 from moesaic.plan.ledger import Ledger
 from moesaic.plan.load import Load, load_of
 from moesaic.plan.model import Planned, Weight
+
+# Groups of ranks that are not there. Of the dense one nothing is kept, as in ``parallelize``.
+_DENSE, _EXPERTS = "dense", "experts"
+_exchange = torch.ops._c10d_functional.all_to_all_single
+
+
+class _AbsentGroup(dist.ProcessGroup):
+    """Of the first of so many ranks, for collectives on tensors without memory."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__(dist.HashStore(), 0, ranks)
+
+    @property
+    def group_name(self) -> Any:
+        return _DENSE
 
 
 class OfLayer(NamedTuple):
@@ -85,12 +102,17 @@ class Rehearsal(NamedTuple):
 def rehearse(planned: Planned, choice: Choice, job: Job) -> Rehearsal:
     """Run one pass of the model with one layer of each kind, as the first rank of a layout would."""
     layout, kinds = choice.layout, list(planned.shapes.kinds)
-    of_context = -(-job.seq_len // layout.cp)
+    # With cp of a length that all ranks share evenly: no rank has more.
+    chunks = 1 if layout.cp == 1 else 2 * layout.cp
+    seq_len = -(-job.seq_len // chunks) * chunks
+    of_context = seq_len // layout.cp
     here = -(-of_context // layout.tp)
     model: Any = copy.deepcopy(planned.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _allocate(model, layout, kinds)
         [decoder] = decoders(model)
+        if layout.cp > 1:
+            add_context_parallelism(decoder, decoder_layers(decoder), _AbsentGroup(layout.cp))
         if layout.tp > 1:
             for i, layer in enumerate(decoder_layers(decoder)):
                 _cut_sequence(layer, attention_parts(decoder, layer), of_context, here, is_first=i == 0)
@@ -100,9 +122,10 @@ def rehearse(planned: Planned, choice: Choice, job: Job) -> Rehearsal:
                 for moe in (m for m in layer.modules() if isinstance(m, MoE)):
                     assert load is not None
                     moe.dispatcher = _Exchanged(load, layout, even=job.capacity is not None)
-        if choice.recompute == "experts":
-            add_recomputation("experts", [], [m for m in model.modules() if isinstance(m, MoE)], [])
-        ids = torch.zeros(choice.sequences, of_context, dtype=torch.int64)
+        if choice.recompute in ("experts", "selective"):
+            moes = [m for m in model.modules() if isinstance(m, MoE)]
+            add_recomputation(choice.recompute, decoder_layers(decoder), moes, [_DENSE])
+        ids = torch.zeros(choice.sequences, seq_len, dtype=torch.int64)
         one = Meshes(resolve_layout(1))
         loss: Any = partial(causal_lm_loss, meshes=one, group=None)  # with the number of labels nothing is sent
         model.loss_function = partial(loss, num_items_in_batch=1)
@@ -190,27 +213,30 @@ def _mark(layers: list[nn.Module], ledger: Ledger) -> None:
 
 
 class _Moved(torch.autograd.Function):
-    """As many rows as an exchange gives, and as many back. ``scratch`` rows are in memory meanwhile."""
+    """As many rows as an exchange gives, and as many back. ``scratch`` rows are in memory meanwhile.
+
+    The operator is that of an exchange, over ranks that are not there: what is computed again asks for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int, scratch: int, scratch_back: int) -> Tensor:
-        ctx.rows, ctx.scratch = x.shape[0], scratch_back
+    def forward(ctx: Any, x: Tensor, rows: int, scratch: int, scratch_back: int, group: str) -> Tensor:
+        ctx.rows, ctx.scratch, ctx.group = x.shape[0], scratch_back, group
         meanwhile = x.new_empty(scratch, *x.shape[1:])
-        moved = x.new_empty(rows, *x.shape[1:])
+        moved = _exchange(x.contiguous(), [rows], [len(x)], group)
         del meanwhile
         return moved
 
     @staticmethod
     # pyrefly: ignore [bad-override]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         [grad] = grads
         meanwhile = grad.new_empty(ctx.scratch, *grad.shape[1:])
         moved = grad.new_empty(ctx.rows, *grad.shape[1:])
         del meanwhile
-        return moved, None, None, None
+        return moved, None, None, None, None
 
 
-def _over(x: Tensor, rows: int, ranks: int, *, gathers: bool, even: bool) -> Tensor:
+def _over(x: Tensor, rows: int, ranks: int, group: str, *, gathers: bool, even: bool) -> Tensor:
     """An all-gather or a reduce-scatter of ours over some ranks: in memory as :mod:`moesaic.parallel.collectives`."""
     if ranks == 1:
         return x
@@ -219,7 +245,7 @@ def _over(x: Tensor, rows: int, ranks: int, *, gathers: bool, even: bool) -> Ten
     of_gather = part if ranks == 2 else 0 if even else part * (ranks - 1)
     of_reduce = part * ranks
     forward, backward = (of_gather, of_reduce) if gathers else (of_reduce, of_gather)
-    return _Moved.apply(x, rows, forward, backward)
+    return _Moved.apply(x, rows, forward, backward, group)
 
 
 def _cut_sequence(layer: Any, parts: list[Part], whole: int, here: int, *, is_first: bool) -> None:
@@ -235,12 +261,12 @@ def _cut_sequence(layer: Any, parts: list[Part], whole: int, here: int, *, is_fi
         return replace(lambda hidden: hidden[:, :here], args, kwargs)
 
     def gather(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        over = partial(_over, rows=whole, ranks=ranks, gathers=True, even=even)
+        over = partial(_over, rows=whole, ranks=ranks, group=_DENSE, gathers=True, even=even)
         return replace(lambda h: over(h.transpose(0, 1)).transpose(0, 1), args, kwargs)
 
     def scattered(linear: Any, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, linear.weight)
-        y = _over(y.transpose(0, 1), here, ranks, gathers=False, even=even).transpose(0, 1)
+        y = _over(y.transpose(0, 1), here, ranks, _DENSE, gathers=False, even=even).transpose(0, 1)
         return y if linear.bias is None else y + linear.bias
 
     if is_first:
@@ -281,10 +307,10 @@ class _Exchanged:
         )
 
     def combine(self, z: Tensor, dispatched: Dispatched) -> Tensor:
-        z_MD = _over(z[0], self.load.received, self.etp, gathers=False, even=self.even)
-        z_SD = z_MD if self.ep == 1 else _Moved.apply(z_MD, self.load.sent, 0, 0)
+        z_MD = _over(z[0], self.load.received, self.etp, _EXPERTS, gathers=False, even=self.even)
+        z_SD = z_MD if self.ep == 1 else _Moved.apply(z_MD, self.load.sent, 0, 0, _EXPERTS)
         return combine(z_SD, dispatched.record)
 
     def _out(self, rows: Tensor) -> Tensor:
-        rows = rows if self.ep == 1 else _Moved.apply(rows, self.load.received, 0, 0)
-        return _over(rows, self.load.gathered, self.etp, gathers=True, even=self.even)
+        rows = rows if self.ep == 1 else _Moved.apply(rows, self.load.received, 0, 0, _EXPERTS)
+        return _over(rows, self.load.gathered, self.etp, _EXPERTS, gathers=True, even=self.even)

@@ -9,7 +9,8 @@ from typing import NamedTuple, get_args
 from moesaic.ops.arguments import divisors
 from moesaic.parallel.fit import expert_misfit
 from moesaic.parallel.mesh import MeshLayout, resolve_layout
-from moesaic.plan.choice import Choice, Job, Recompute
+from moesaic.parallel.recompute import Recompute
+from moesaic.plan.choice import Choice, Job
 from moesaic.plan.hardware import Hardware
 from moesaic.plan.memory import OPTIMIZER_STATES, Memory, gradients_of_stage, memory_of, shard_of_stage
 from moesaic.plan.model import Planned, Shapes, problem
@@ -188,12 +189,12 @@ def _states(shapes: Shapes, layout: MeshLayout) -> int:
 
 def _need(shapes: Shapes, choice: Choice, job: Job) -> float:
     """What a choice needs in about, to see which needs the least."""
-    kept = {"none": 30, "experts": 20, "full": 2}[choice.recompute]
+    kept = {"none": 30, "experts": 20, "selective": 14, "full": 2}[choice.recompute]
     activations = choice.tokens(job) * shapes.dim * kept * len(shapes.layers) / choice.layout.pp
     return _states(shapes, choice.layout) + _held(shapes, choice, job) + activations
 
 
 def _key(choice: Choice) -> tuple[object, ...]:
     """What a rank's shapes depend on."""
-    layout, experts = choice.layout, choice.recompute == "experts"
-    return layout.tp, layout.cp, layout.ep, layout.etp, choice.sequences, experts
+    layout, again = choice.layout, choice.recompute if choice.recompute in ("experts", "selective") else None
+    return layout.tp, layout.cp, layout.ep, layout.etp, choice.sequences, again

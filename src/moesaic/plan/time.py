@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from moesaic.parallel.recompute import Recompute
 from moesaic.plan.choice import Choice, Job
 from moesaic.plan.hardware import Hardware
 from moesaic.plan.load import load_of
@@ -16,6 +17,15 @@ from moesaic.plan.memory import OPTIMIZER_STATES, gradients_of_stage, shard_of_s
 from moesaic.plan.model import Layer, Shapes
 from moesaic.plan.stages import Stage, different_stages
 from moesaic.plan.traffic import Collective, collectives_of
+
+# What is computed again, as a part of a forward pass: dense products, the operators between them, experts. Of experts
+# two of three products are for hidden rows.
+_AGAIN: dict[Recompute, tuple[float, float, float]] = {
+    "none": (0, 0, 0),
+    "experts": (0, 0, 2 / 3),
+    "selective": (0, 1, 1),
+    "full": (1, 1, 1),
+}
 
 
 class Time(NamedTuple):
@@ -66,13 +76,12 @@ def _of_stage(
 ) -> Cost:
     itemsize = 2 if dtype == "bf16" else 4
     passes, layout = choice.passes(job), choice.layout
-    compute = host = 0.0
+    again_of, compute, host = _AGAIN[choice.recompute], 0.0, 0.0
     for layer, count in stage.kinds:
-        dense, experts = _forward(layer, choice, job, hardware, dtype, itemsize)
-        # A backward pass is two forward passes; of experts two of three products are for hidden rows.
-        again_dense, again_experts = {"none": (0, 0), "experts": (0, 2 / 3), "full": (1, 1)}[choice.recompute]
-        compute += count * ((3 + again_dense) * dense + (3 + again_experts) * experts)
-        host += count * (3 + again_dense) * hardware.layer
+        # A backward pass is two forward passes.
+        for seconds, again in zip(_forward(layer, choice, job, hardware, dtype, itemsize), again_of, strict=True):
+            compute += count * (3 + again) * seconds
+        host += count * (3 + again_of[1]) * hardware.layer
     if stage.last:
         head = shapes.vocab * choice.tokens(job)
         compute += 3 * hardware.matmul_seconds(2 * head * shapes.dim, dtype) + hardware.memory_seconds(20 * head)
@@ -102,25 +111,25 @@ def pipeline_bubble(stages: int, alone: float) -> float:
 
 def _forward(
     layer: Layer, choice: Choice, job: Job, hardware: Hardware, dtype: str, itemsize: int
-) -> tuple[float, float]:
-    """Seconds of a forward pass of a layer: of its dense part, and of its experts."""
+) -> tuple[float, float, float]:
+    """Seconds of a forward pass of a layer: of its dense products, of what is between them, and of its experts."""
     layout, tokens, of = choice.layout, choice.tokens(job), layer.attention
     matrices = sum(w.numel for w in layer.dense if len(w.shape) > 1)
-    seconds = hardware.matmul_seconds(2 * tokens * matrices + tokens * of.causal_flops(job.seq_len), dtype)
+    products = hardware.matmul_seconds(2 * tokens * matrices + tokens * of.causal_flops(job.seq_len), dtype)
     # Norms, rotation, residuals: what they read and write, for each token.
     width = of.heads * of.key_dim + of.key_heads * (of.key_dim + of.value_dim)
     dim = layer.dense[-1].shape[-1]
-    seconds += hardware.memory_seconds(tokens * (16 * dim + 8 * width) * itemsize)
+    between = hardware.memory_seconds(tokens * (16 * dim + 8 * width) * itemsize)
     if layer.moe is None:
-        return seconds, 0.0
+        return products, between, 0.0
     load, moe = load_of(tokens, layer.moe, layout, job.capacity), layer.moe
-    hidden, products = -(-moe.hidden_dim // layout.etp), 3 if moe.gated else 2
-    flops = 2 * load.copies * products * moe.dim * hidden
-    read = load.experts * products * moe.dim * hidden
+    hidden, matrices = -(-moe.hidden_dim // layout.etp), 3 if moe.gated else 2
+    flops = 2 * load.copies * matrices * moe.dim * hidden
+    read = load.experts * matrices * moe.dim * hidden
     moved = load.copies * (3 * moe.dim + 5 * hidden) + 4 * load.gathered * moe.dim
     arithmetic = hardware.grouped_seconds(flops, dtype, load.rows_an_expert)
     weights, rows = hardware.memory_seconds(read * itemsize), hardware.memory_seconds(moved * itemsize)
-    return seconds, max(arithmetic, weights) + rows
+    return products, between, max(arithmetic, weights) + rows
 
 
 def _seconds(collective: Collective, hardware: Hardware) -> float:

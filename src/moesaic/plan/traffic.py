@@ -53,7 +53,9 @@ def collectives_of(
 ) -> Iterator[Collective]:
     """Those of the first rank of a stage, in a step, without what is a few bytes: counts of tokens, norms, losses."""
     layout, passes = choice.layout, choice.passes(job)
+    # Under "selective" what experts were sent is kept, and sequences are gathered again.
     forwards = 2 if choice.recompute == "full" else 1
+    of_sequence = 2 if choice.recompute in ("full", "selective") else 1
 
     def near(view: Literal["dense", "expert"] | None, *axes: str) -> Group:
         return group_of(layout, view, axes, per_node)
@@ -61,7 +63,7 @@ def collectives_of(
     for layer, count in stage.kinds:
         of_layer = (
             *_of_dispatch(layer, choice, job, forwards, passes, itemsize, near),
-            *_of_attention(layer, choice, job, forwards, passes, dim, itemsize, near),
+            *_of_attention(layer, choice, job, of_sequence, passes, dim, itemsize, near),
             *_of_fsdp(layer.dense, False, layout, passes, near),
             *_of_fsdp(layer.experts, False, layout, passes, near),
         )
@@ -90,7 +92,9 @@ def _of_dispatch(
     load = load_of(choice.tokens(job), moe, layout, job.capacity)
     ep, etp, both = near("expert", "ep"), near("expert", "etp"), near("expert", "ep", "etp")
     if job.capacity is None:
-        counts = 2 * layout.ep * _COUNT * (both.size - 1)
+        # Of rows and of copies for each rank, and in two hops of rows for each node.
+        nodes = 0 if _two_hops(ep, moe, job) is None else ep.size // ep.near
+        counts = (2 * layout.ep + nodes) * _COUNT * (both.size - 1)
         yield _gather("dispatch", both, forwards * passes, counts * forwards * passes)
     row, routing = moe.dim * itemsize, moe.top_k * _ROUTING
     # There: rows, and weights beside ids. Back: results. The backward pass is the same, without ids.
@@ -107,16 +111,23 @@ def _of_dispatch(
 
 
 def _over_ep(ep: Group, tokens: int, load: Load, moe: MoEConfig, job: Job, calls: int, width: int) -> Collective:
-    """In one hop or in two, as ``parallelize`` decides where torchrun says which ranks are on one node."""
     one_hop = _direct("dispatch", ep, calls, float(load.away * width))
-    nodes = ep.size // ep.near
-    if job.capacity is not None or nodes == 1 or ep.near == 1 or ep.size % ep.near:
-        return one_hop
-    one, two = rows_away(nodes, ep.near, moe)
-    if two > WORTH * one:
+    two = _two_hops(ep, moe, job)
+    if two is None:
         return one_hop
     across, within = tokens * two * width, load.sent * (ep.near - 1) / ep.near * width
     return one_hop._replace(calls=2 * calls, sent=across + within, across=across)
+
+
+def _two_hops(ep: Group, moe: MoEConfig, job: Job) -> float | None:
+    """Rows that a token sends to other nodes, where there are two hops: as ``parallelize`` decides where torchrun says
+    which ranks are on one node.
+    """
+    nodes = ep.size // ep.near
+    if job.capacity is not None or nodes == 1 or ep.near == 1 or ep.size % ep.near:
+        return None
+    one, two = rows_away(nodes, ep.near, moe)
+    return two if two <= WORTH * one else None
 
 
 def _of_attention(
@@ -156,7 +167,10 @@ def _of_fsdp(
     part = sharded_bytes(weights, layout)
     if ranks > 1:
         group = near("expert", "edp") if weights[0].of_experts else near("dense", "dp_shard", "cp")
-        gathers = passes * (1 if is_root else 2)
+        # The root stays gathered until the pass ends. In a pipeline torch's schedules keep it for the whole step, and
+        # what a backward pass has gathered until a forward pass lets go of it.
+        of_root, of_layer = (1, passes + 1) if layout.pp > 1 else (passes, 2 * passes)
+        gathers = of_root if is_root else of_layer
         sent = part * (ranks - 1)
         yield _ring("FSDP", "all-gather", group, gathers, sent * gathers)
         yield _ring("FSDP", "reduce-scatter", group, 1, sent)
