@@ -93,6 +93,13 @@ def test_arithmetic_and_peaks_are_those_of_a_run(changes):
         assert read_hardware(name).flops["bf16"] == PEAKS[name] * 1e12
 
 
+def test_a_window_is_less_arithmetic():
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    whole, cut = (small(**changes).shapes.flops(32) for changes in ({}, window))
+    # Keys and values of 4 heads of 8, in 2 layers, forward and backward.
+    assert whole - cut == 3 * 2 * (32 - 8) * 4 * (8 + 8) * 2
+
+
 def test_layouts_that_parallelize_refuses_are_refused_in_its_words():
     assert problem(small(), tp=4, cp=2) is None
     assert "8 does not divide the 4 heads" in str(problem(small(), tp=8))
