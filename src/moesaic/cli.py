@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import moesaic
+
+# torchrun ends all ranks as soon as one has failed, and rank 0 may still be about to say why.
+SECONDS_TO_SAY_WHY = 5.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,23 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (by default that of the process) and return the exit status."""
+    """Run a command line (by default that of the process) and return the exit status.
+
+    Under torchrun, ranks that fail wait until rank 0 has had time to print the error. torchrun ends them earlier.
+    """
+    status: object = 0
+    try:
+        status = _run(argv)
+        return status
+    except SystemExit as leaving:
+        status = leaving.code
+        raise
+    finally:
+        if status and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(SECONDS_TO_SAY_WHY)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     leader = os.environ.get("RANK", "0") == "0"
     if not arguments or arguments[0] in ("-h", "--help"):
