@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,9 @@ import torch.multiprocessing as mp
 import tyro
 from as_they_come import QUICK, Results
 from grouped_mm_cpu import processor
-from recompute_memory import SIZES, allocated, profiler
+from recompute_memory import SIZES, kept_and_peak, make_model
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-import moesaic
-from moesaic.integrations.transformers import swap_moe
 
 RANKS = (1, 2, 4)
 WAYS = ("none", "selective", "full")
@@ -58,30 +54,11 @@ def run_rank(rank: int, folder: str, cp: int, options: Options) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{cp}", rank=rank, world_size=cp)
     ids = torch.randint(SIZES["vocab_size"], (1, options.tokens), generator=torch.Generator().manual_seed(0))
+    trace = Path(folder) / f"trace-{rank}.json"
     results = []
     for way in WAYS:
-        torch.manual_seed(0)
-        model: Any = swap_moe(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, use_cache=False)))
-        meshes = moesaic.build_meshes(cp=cp, ep=cp, device_type="cpu")
-        moesaic.parallelize(model.train(), meshes, compute="local", recompute=way)
-
-        def step(model: Any = model) -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad()
-
-        step()
-        trace = Path(folder) / f"trace-{rank}.json"
-        with profiler() as profile:
-            loss = model(input_ids=ids, labels=ids).loss
-        kept = allocated(profile, trace)[-1]
-        loss.backward()
-        model.zero_grad()
-        del loss
-        with profiler() as profile:
-            step()
-        most = torch.tensor([kept, max(allocated(profile, trace))])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        results.append(Result(cp, way, options.tokens, *most.tolist()))
+        model = make_model(way, {"cp": cp, "ep": cp})
+        results.append(Result(cp, way, options.tokens, *kept_and_peak(model, ids, trace)))
     if rank == 0:
         Path(folder, f"result-{cp}.json").write_text(json.dumps([asdict(result) for result in results]))
     dist.barrier()

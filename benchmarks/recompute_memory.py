@@ -66,10 +66,10 @@ class Result:
     tokens_per_second: float
 
 
-def make_model(way: Any) -> Any:
+def make_model(way: Any, layout: dict[str, int]) -> Any:
     torch.manual_seed(0)
     model = swap_moe(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, use_cache=False)))
-    meshes = moesaic.build_meshes(**LAYOUT, device_type="cpu")
+    meshes = moesaic.build_meshes(**layout, device_type="cpu")
     return moesaic.parallelize(model.train(), meshes, compute="local", recompute=way)
 
 
@@ -86,44 +86,48 @@ def profiler() -> Any:
     return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
+def step(model: Any, ids: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+
+
+def kept_and_peak(model: Any, ids: torch.Tensor, trace: Path) -> list[int]:
+    """Bytes after a forward pass, and the most of a step, of the rank that has most of each. Collective."""
+    step(model, ids)
+    with profiler() as profile:
+        loss = model(input_ids=ids, labels=ids).loss
+    kept = allocated(profile, trace)[-1]
+    loss.backward()
+    model.zero_grad()
+    del loss
+    with profiler() as profile:
+        step(model, ids)
+    most = torch.tensor([kept, max(allocated(profile, trace))])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
+
+
 def run_rank(rank: int, folder: str, options: Options) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    models = {way: make_model(way) for way in WAYS}
+    models = {way: make_model(way, LAYOUT) for way in WAYS}
     torch.manual_seed(rank)
     length = 256
     ids = torch.randint(SIZES["vocab_size"], (options.tokens // length, length))
 
-    def step(model: Any) -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad()
-
-    memory: dict[str, list[int]] = {}
-    for way, model in models.items():
-        step(model)
-        trace = Path(folder) / f"trace-{rank}.json"
-        with profiler() as profile:
-            loss = model(input_ids=ids, labels=ids).loss
-        kept = allocated(profile, trace)[-1]
-        loss.backward()
-        model.zero_grad()
-        with profiler() as profile:
-            step(model)
-        memory[way] = [kept, max(allocated(profile, trace))]
+    trace = Path(folder) / f"trace-{rank}.json"
+    memory = {way: kept_and_peak(model, ids, trace) for way, model in models.items()}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
         for way, model in models.items():
             dist.barrier()
             start = time.perf_counter()
-            step(model)
+            step(model, ids)
             dist.barrier()
             times[way].append(time.perf_counter() - start)
-    results = []
-    for way in WAYS:
-        most = torch.tensor(memory[way])
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        results.append(Result(way, options.tokens, *most.tolist(), RANKS * options.tokens / min(times[way])))
+    rate = RANKS * options.tokens
+    results = [Result(way, options.tokens, *memory[way], rate / min(times[way])) for way in WAYS]
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps([asdict(result) for result in results]))
     dist.barrier()
