@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import moesaic
+from moesaic import ranks
 
 # torchrun ends all ranks as soon as one has failed, and rank 0 may still be about to say why.
 SECONDS_TO_SAY_WHY = 5.0
@@ -39,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = leaving.code
         raise
     finally:
-        if status and os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+        if status and not ranks.leads_launch() and "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(SECONDS_TO_SAY_WHY)
 
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    leader = os.environ.get("RANK", "0") == "0"
+    leader = ranks.leads_launch()
     if not arguments or arguments[0] in ("-h", "--help"):
         if leader:
             print(_usage())

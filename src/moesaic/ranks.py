@@ -6,6 +6,7 @@ every rank makes them, in the same order.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,11 @@ def rank() -> int:
 def is_leader() -> bool:
     """Whether this is rank 0."""
     return rank() == 0
+
+
+def leads_launch() -> bool:
+    """Whether this is the first process of a launcher such as torchrun, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def world_size() -> int:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moesaic import ranks
 from moesaic.options import parse as parse_options
 from moesaic.train.config import TrainConfig, check, read_settings
 from moesaic.train.errors import TrainingError, UserError
@@ -17,7 +18,7 @@ from moesaic.train.errors import TrainingError, UserError
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic train`` and return its exit status. All ranks fail alike, and only the first one says so."""
-    leader = tells = os.environ.get("RANK", "0") == "0"
+    leader = tells = ranks.leads_launch()
     try:
         config = parse(arguments, leader)
         from moesaic.train.launch import check_launch

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from moesaic import ranks
 from moesaic.options import parse
 from moesaic.train.config import flag
 from moesaic.train.errors import UserError
@@ -72,7 +72,7 @@ class Options(ModelOptions, DataOptions, LayoutOptions):
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic eval`` and return its exit status."""
-    options = parse(Options, "eval", arguments, speak=os.environ.get("RANK", "0") == "0")
+    options = parse(Options, "eval", arguments, speak=ranks.leads_launch())
     from moesaic.trained.on_ranks import run_on_ranks
 
     return run_on_ranks("eval", _measure, options, check)
@@ -87,7 +87,6 @@ def check(options: Options) -> None:
 
 
 def _measure(options: Options, runtime: Runtime) -> None:
-    from moesaic import ranks
     from moesaic.parallel.build import build_meshes
     from moesaic.parallel.mesh import sizes_in
     from moesaic.trained import source as sources

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from moesaic import ranks
 from moesaic.options import parse
 from moesaic.train.config import flag
 from moesaic.train.errors import UserError
@@ -68,7 +68,7 @@ class Options(ModelOptions, SamplingOptions, LayoutOptions):
 
 def run(arguments: Sequence[str]) -> int:
     """Run ``moesaic generate`` and return its exit status."""
-    options = parse(Options, "generate", arguments, speak=os.environ.get("RANK", "0") == "0")
+    options = parse(Options, "generate", arguments, speak=ranks.leads_launch())
     from moesaic.trained.on_ranks import run_on_ranks
 
     return run_on_ranks("generate", _generate, options, check)
@@ -88,7 +88,6 @@ def check(options: Options) -> None:
 
 
 def _generate(options: Options, runtime: Runtime) -> None:
-    from moesaic import ranks
     from moesaic.parallel.build import build_meshes
     from moesaic.parallel.mesh import sizes_in
     from moesaic.train.chat import encode_prompt

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from moesaic import ranks
 from moesaic.parallel.mesh import resolve_layout, sizes_in
 from moesaic.train.errors import TrainingError, UserError, check_packages
 from moesaic.train.flags import LayoutOptions
@@ -20,7 +20,7 @@ def run_on_ranks(command: str, work: Callable[[T, Runtime], None], options: T, c
 
     The options have those of a layout. They are checked first, without a process group, so that mistakes are told soon.
     """
-    leader = os.environ.get("RANK", "0") == "0"
+    leader = ranks.leads_launch()
     try:
         check_packages("it", "train", "transformers", "tokenizers")
         check(options)
