@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,12 @@ def module_in_whole(model: nn.Module, name: str) -> Any:
     """The module that has a name in the whole model; of :class:`Stages` None where another rank has it."""
     if not isinstance(model, Stages):
         return model.get_submodule(name)
-    return dict(modules_in_whole(model)).get(name)
+    for stage in model.stages:
+        # Below a module that another stage has there is nothing.
+        module = functools.reduce(lambda found, part: getattr(found, part, None), name.split("."), stage.whole)
+        if module is not None and not isinstance(module, Elsewhere):
+            return module
+    return None
 
 
 def modules_in_whole(model: nn.Module) -> Iterator[tuple[str, Any]]:

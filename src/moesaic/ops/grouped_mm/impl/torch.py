@@ -54,14 +54,16 @@ class Products:
     def __init__(self, on: Tensor, num_rows: int, sizes_BG: Tensor, num_matrices: int) -> None:
         self._sizes_BG, self._num_matrices = sizes_BG, num_matrices
         self._groups: list[Group] | None = None
-        self._are_many = self._are_few_rows = False
+        self._are_many = self._are_few_rows = self._are_one_or_two_rows = False
         if on.device.type == "cpu":
             self._groups = list(iterate_groups(num_rows, sizes_BG, num_matrices))
             # One block, with a matrix for each of its groups.
             is_plain = tuple(sizes_BG.shape) == (1, num_matrices)
             self._are_many = is_plain and len(self._groups) >= max(_MANY_GROUPS, num_matrices // _FILLED)
-            few = sum(_size(g) <= _FEW_ROWS for g in self._groups)
-            self._are_few_rows = is_plain and few >= max(_MANY_GROUPS, len(self._groups) // 2)
+            sizes = [_size(g) for g in self._groups]
+            few = sum(size <= _FEW_ROWS for size in sizes)
+            self._are_few_rows = is_plain and few >= max(_MANY_GROUPS, len(sizes) // 2)
+            self._are_one_or_two_rows = self._are_few_rows and sum(sizes) <= _FEW_ROWS_OF_FULL_TYPES * len(sizes)
 
     @cached_property
     def _by_size(self) -> "_BySize":
@@ -85,10 +87,7 @@ class Products:
         """Whether copies of the matrices in one call are faster than calls with the matrices as they lie."""
         if w_EKN.element_size() == 2:
             return self._are_few_rows and _bytes_each(w_EKN) <= _SMALL_BYTES
-        assert self._groups is not None
-        rows = sum(map(_size, self._groups))
-        is_small = _bytes_each(w_EKN) <= _SMALL_BYTES_OF_FULL_TYPES
-        return self._are_few_rows and is_small and rows <= _FEW_ROWS_OF_FULL_TYPES * len(self._groups)
+        return self._are_one_or_two_rows and _bytes_each(w_EKN) <= _SMALL_BYTES_OF_FULL_TYPES
 
     def of_rows(self, x_RK: Tensor, w_EKN: Weight) -> Tensor:
         """As :meth:`forward` of one block, and no pass for the rows past the last group: they may hold anything."""
