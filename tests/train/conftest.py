@@ -1,5 +1,6 @@
 """A run small enough for tests: a few dozen short documents, and a model of some ten thousand parameters."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from moesaic.train.config import TrainConfig
+from moesaic.train.run import set_up
+from moesaic.train.runtime import started
 from moesaic.train.step import train_step
 
 MODEL = {
@@ -40,6 +43,16 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
         lines = [" ".join(chance.choices(words, k=8)) for _ in range(12)]
         (folder / f"doc{index:03}.txt").write_text(f"{index}\n" + ".\n".join(lines) + ".\n")
     return folder
+
+
+@contextlib.contextmanager
+def run_of(config, cache):
+    """A run that is set up on the CPU, on this rank or alone, and closed unless something fails."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    with started("cpu") as runtime:
+        run = set_up(config, runtime, lambda text: None)
+        yield run
+        run.close()
 
 
 def one_step(run):

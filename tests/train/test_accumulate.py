@@ -1,7 +1,6 @@
 """`--accumulate`: a batch in several passes is the batch in one: losses, gradients and weights."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -9,19 +8,15 @@ import torch
 from moesaic.layers import expert_load
 from moesaic.train.errors import UserError
 from moesaic.train.loader import check_batch_size
-from moesaic.train.run import set_up
-from moesaic.train.runtime import started
 from tests.distributed.parity import whole
-from tests.train.conftest import one_step
+from tests.train.conftest import one_step, run_of
 
 STEPS = 2
 
 
 def _steps(config, cache):
     """Loss and gradient norm of each step, the gradients of the first, the loads and the weights after the last."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         model, optimizer = run.training.model, run.training.optimizer
         grads = {}
 
@@ -30,7 +25,6 @@ def _steps(config, cache):
 
         optimizer.register_step_pre_hook(keep)
         results = [one_step(run) for _ in range(STEPS)]
-        run.close()
         weights = {name: whole(p) for name, p in model.named_parameters()}
         numbers = [[r.loss, r.balance_loss, r.grad_norm] for r in results]
         return numbers, grads, expert_load(model), weights

@@ -1,31 +1,25 @@
 """`--compile`: the training is the same, and nothing is compiled anew when other tokens come."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
 from moesaic.train.compiled import compile_layers
-from moesaic.train.run import set_up
-from moesaic.train.runtime import started
-from tests.train.conftest import one_step
+from tests.train.conftest import one_step, run_of
 
 # In the second the sizes are others, and become symbols.
 WARM, STEPS = 4, 50
 
 
 def _steps(config, cache, backend):
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         if backend is not None:
             compile_layers(run.training.model, backend=backend)
         results = []
         for step in range(STEPS):
             with torch._dynamo.config.patch(error_on_recompile=step >= WARM):
                 results.append(one_step(run))
-        run.close()
         return [[r.loss, r.balance_loss, r.grad_norm] for r in results]
 
 

@@ -1,7 +1,6 @@
 """`--main-grads`: the same training, with gradients of expert weights in fp32 buffers."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -10,19 +9,14 @@ from moesaic.parallel.mesh import resolve_layout
 from moesaic.train.config import TrainConfig
 from moesaic.train.errors import UserError
 from moesaic.train.main_grads import check_main_grads
-from moesaic.train.run import set_up
-from moesaic.train.runtime import started
 from tests.distributed.parity import whole
-from tests.train.conftest import one_step
+from tests.train.conftest import one_step, run_of
 
 
 def _two_steps(config, cache):
     """Gradient norm and loss of each step, and the weights after them."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         results = [one_step(run) for _ in range(2)]
-        run.close()
         weights = {name: whole(p) for name, p in run.training.model.named_parameters()}
         return [(r.loss, r.grad_norm) for r in results], weights
 

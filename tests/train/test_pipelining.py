@@ -15,10 +15,8 @@ from moesaic.train.config import from_json, to_json
 from moesaic.train.errors import TrainingError, UserError
 from moesaic.train.metrics import read_jsonl
 from moesaic.train.pipelining import check_pipeline
-from moesaic.train.run import set_up
-from moesaic.train.runtime import started
 from moesaic.train.watch import metrics_of, watching
-from tests.train.conftest import MODEL, one_step
+from tests.train.conftest import MODEL, one_step, run_of
 
 REFUSED = {
     "--microbatches is for a pipeline: add --pp, or leave it out; --accumulate cuts a batch": {"microbatches": 4},
@@ -91,9 +89,7 @@ def _spoil(parameter):
 
 def _step_with_poison(config, cache, name, in_gradient):
     """A good step, then one with a number on one stage that is not finite: the same error on all ranks."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         one_step(run)
         for own, parameter in run.training.model.named_parameters():
             if own.endswith(name) and in_gradient:
@@ -103,7 +99,6 @@ def _step_with_poison(config, cache, name, in_gradient):
                     parameter.view(-1)[0] = float("nan")
         with pytest.raises(TrainingError) as error:
             one_step(run)
-        run.close()
         return str(error.value)
 
 
@@ -125,9 +120,7 @@ def test_a_number_that_is_not_finite_stops_all_stages(tiny, cache, ranks, in_gra
 
 def _numbers(config, cache, backend):
     """Of three steps, by a stage's own settings."""
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         if backend is not None:
             compile_layers(run.training.model, backend=backend)
         results = []
@@ -138,7 +131,6 @@ def _numbers(config, cache, backend):
         assert watched is not None
         row = metrics_of(run.training, compiled, run.meshes, run.runtime.device, results[-1], watched, 1.0)
         assert ("balance_loss" in row) == (backend is None)
-        run.close()
         return [[r.loss, r.balance_loss, r.grad_norm] for r in results]
 
 
@@ -159,12 +151,9 @@ def test_other_settings_change_no_number(tiny, cache, tmp_path, ranks, options, 
 
 
 def _short_of_room(config, cache):
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         with pytest.raises(TrainingError) as error:
             one_step(run)
-        run.close()
         return str(error.value)
 
 

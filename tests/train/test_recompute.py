@@ -1,23 +1,17 @@
 """`--recompute`: the same steps, bit for bit."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
-from moesaic.train.run import set_up
-from moesaic.train.runtime import started
 from tests.distributed.parity import whole
-from tests.train.conftest import one_step
+from tests.train.conftest import one_step, run_of
 
 
 def _steps(config, cache):
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    with started("cpu") as runtime:
-        run = set_up(config, runtime, lambda text: None)
+    with run_of(config, cache) as run:
         results = [one_step(run) for _ in range(2)]
-        run.close()
         return results, {name: whole(p) for name, p in run.training.model.named_parameters()}
 
 
