@@ -67,6 +67,7 @@ constexpr Kernels table() {
           .height = kHeight,
           .step = Kind::kStep,
           .widens = Kind::kWidens,
+          .placed_rows = kPlacedRows,
           .has_tiles = kHasTiles<Kind>,
           .block_words = kProductWords<Kind>,
           .scratch_bytes = kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,

@@ -67,6 +67,14 @@ INLINE const char *words_of_x(const Term &term, int64_t row, int64_t k) {
   return static_cast<const char *>(term.x.data) + (row * term.x.row_stride + k / Kind::kStep) * kWord;
 }
 
+// Whether a task's rows are so few that their weights are read in some places at once, and all its weights lie alike, in
+// rows or in columns.
+INLINE bool takes_places(const Product &p, const ProductTask &t) {
+  const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
+  const bool in_rows = a.column_stride == 1 && b.column_stride == 1;
+  return t.rows <= kPlacedRows && (in_rows || (a.row_stride == 1 && b.row_stride == 1));
+}
+
 // Whether the rows are so few that packing would cost more than it saves, and the summed dim is contiguous.
 INLINE bool takes_dots(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
@@ -76,7 +84,7 @@ INLINE bool takes_dots(const Product &p, const ProductTask &t) {
 
 template <class Kind>
 static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index) {
-  if (t.matrix < 0 || !p.inner || takes_dots(p, t)) return {};
+  if (t.matrix < 0 || !p.inner || takes_places(p, t) || takes_dots(p, t)) return {};
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
   const Block b = block<Kind>(p, t, index);
   const moesaic_matrix w = weight<Kind>(p.terms[b.term], t.matrix);

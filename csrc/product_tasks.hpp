@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx_product.hpp"
+#include "few_rows.hpp"
 #include "product.hpp"
 #include "quantized.hpp"
 #include "transposed.hpp"
@@ -10,6 +11,7 @@ namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
 static_assert(kHeight * kLongRowPanels * kWidePanels <= kProductSums);
+static_assert(kPlacedRows * kPlacedColumns <= kProductSums * kPanel);
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>
@@ -35,12 +37,15 @@ static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTa
                          const ProductTask *next, float *keep, char *scratch) {
   const Place out = place(p, t, keep);
   if (t.matrix < 0 || !p.inner) return zero_task(out, t);
+  float *sums = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
   if (p.terms[0].scales.format != MOESAIC_PLAIN) {
-    float *to = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
-    return stored_product_task<Kind>(p, t, out, scratch, to);
+    return stored_product_task<Kind>(p, t, out, scratch, sums);
   }
   if constexpr (kHasTiles<Kind>) {
     if (takes_tiles(t)) return tile_product_task<Kind>(tiles, p, t, next_product, next, keep, scratch);
+  }
+  if constexpr (kPlacedRows > 0) {
+    if (takes_places(p, t)) return few_rows<Kind>(p, t, out, sums);
   }
   if (takes_dots(p, t)) {
     switch (t.rows) {
@@ -51,7 +56,6 @@ static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTa
     }
   }
   if (takes_transposed<Kind>(p, t)) return transposed_product<Kind>(p, t, next_product, next, out, scratch);
-  float *sums = keep ? keep : reinterpret_cast<float *>(scratch + kProductWords<Kind> * kPanelBytes);
   const int64_t blocks = num_blocks<Kind>(p, t);
   for (int64_t b = 0; b < blocks; ++b) {
     Ahead ahead;

@@ -40,9 +40,10 @@ Layout layout(const moesaic_weights &w) {
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads) {
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
-  int64_t most_rows = limits.rows, most_panels = limits.wide_panels;
+  int64_t most_rows = limits.rows, most_panels = limits.wide_panels, placed_panels = limits.placed_columns / panel;
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
   auto on_tiles = [&](const Group &g) { return k.has_tiles && w != Layout::kStored && g.rows > k.height; };
+  auto is_placed = [&](const Group &g) { return (in_rows || in_columns) && g.rows <= k.placed_rows; };
   auto is_wide = [&](const Group &g) {
     return on_tiles(g) || ((in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows);
   };
@@ -54,6 +55,8 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
     return g.rows > k.height ? kWideWords : long_rows ? kLongRowWords : kOneTileWords;
   };
   auto width = [&](const Group &g) {
+    if (!panels) return int64_t{1};
+    if (is_placed(g)) return ceil_div(panels, ceil_div(panels, placed_panels));
     if (!is_wide(g)) return int64_t{1};
     return most_panels * (g.rows > k.height ? 1 : long_rows && in_rows ? kLongRowPanels : kOneTilePanels);
   };
@@ -68,6 +71,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
     if (most_panels > 1) {
       most_panels /= 2;
+      placed_panels = std::max<int64_t>(1, placed_panels / 2);
     } else {
       most_rows /= 2;
     }

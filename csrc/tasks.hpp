@@ -42,10 +42,10 @@ Layout layout(const moesaic_weights &w);
 
 // How large a task of a product may be.
 struct Limits {
-  int64_t rows, wide_panels;
+  int64_t rows, wide_panels, placed_columns;
 };
-constexpr Limits kProductLimits = {kProductRows, kWidePanels};
-constexpr Limits kKeptLimits = {kProductRows, kKeptPanels};
+constexpr Limits kProductLimits = {kProductRows, kWidePanels, kPlacedColumns};
+constexpr Limits kKeptLimits = {kProductRows, kKeptPanels, kKeptPlacedColumns};
 
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads);

@@ -12,6 +12,7 @@ using Reg = __m256;
 constexpr int kLanes = 8;
 constexpr int kVectors = 2;  // of a panel's row; 6 x 2 accumulators, 2 of the panel and 2 spare are all 16 registers
 constexpr int kHeight = 6;
+constexpr int kPlacedRows = 6;
 
 INLINE Reg zero() { return _mm256_setzero_ps(); }
 INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }

@@ -72,10 +72,11 @@ def test_a_thousand_experts(isa, monkeypatch):
 
 
 @each_isa_and_dtype
-def test_few_rows_meet_long_rows_of_weights(isa, dtype, threads, monkeypatch):
+@pytest.mark.parametrize("orientation", ["contiguous", "transposed"])
+def test_few_rows_meet_long_rows_of_weights(isa, dtype, orientation, threads, monkeypatch):
     # Their tasks are pieces of up to 4,096 columns, and of fewer with more threads.
     use(monkeypatch, isa)
-    p = problem(layout("flat", [[1, 0, 3, 6, 5]]), 75, 4300, dtype)
+    p = problem(layout("flat", [[1, 0, 3, 6, 5]]), 75, 4300, dtype, strides=("contiguous", orientation, "contiguous"))
     for count in (1, 3):
         threads(count)
         check_large(p)
