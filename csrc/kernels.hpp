@@ -70,6 +70,7 @@ constexpr Kernels table() {
           .placed_rows = kPlacedRows,
           .has_tiles = kHasTiles<Kind>,
           .block_words = kProductWords<Kind>,
+          .wide_words = kWideWords,
           .scratch_bytes = kUpScratch<Kind> > kGradientScratch<Kind> ? kUpScratch<Kind> : kGradientScratch<Kind>,
           .product = product<Kind>,
           .gradient = gradient<Kind>,

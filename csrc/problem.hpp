@@ -166,6 +166,7 @@ struct Kernels {
   int placed_rows;  // of a group so small that its weights are read in some places at once
   bool has_tiles;  // groups of more rows than `height` are multiplied on AMX's tiles
   int64_t block_words;  // of the summed dim, in a packed panel
+  int64_t wide_words;   // likewise, of one of several panels of a task
   int64_t scratch_bytes;
   void (*product)(const Product &, Counter &, char *scratch);
   void (*gradient)(const Gradient &, Counter &, char *scratch);
@@ -191,8 +192,7 @@ struct TileKernels {
 constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
 constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
-constexpr int64_t kWideWords = 96;
-constexpr int64_t kOneTileWords = 8;     // likewise, where one tile has all the rows
+constexpr int64_t kOneTileWords = 8;     // of the summed dim at a time, where one tile has all the rows
 constexpr int64_t kOneTilePanels = 2;    // times as many panels there
 constexpr int64_t kLongRowWords = 6;     // likewise, of rows of more panels: too few to bring the next ones in ahead
 constexpr int64_t kLongRowPanels = 8;

@@ -12,6 +12,7 @@ namespace moesaic::MOESAIC_ISA {
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
 static_assert(kHeight * kLongRowPanels * kWidePanels <= kProductSums);
 static_assert(kPlacedRows * kPlacedColumns <= kProductSums * kPanel);
+static_assert(kWideWords <= kProductWords<F32> && kWideWords <= kProductWords<BF16>);
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
 template <class Kind>

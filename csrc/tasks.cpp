@@ -52,7 +52,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   const bool long_rows = panels > kOneTilePanels * limits.wide_panels;
   auto words = [&](const Group &g) {
     if (on_tiles(g) || !in_rows || !is_wide(g)) return k.block_words;
-    return g.rows > k.height ? kWideWords : long_rows ? kLongRowWords : kOneTileWords;
+    return g.rows > k.height ? k.wide_words : long_rows ? kLongRowWords : kOneTileWords;
   };
   auto width = [&](const Group &g) {
     if (!panels) return int64_t{1};

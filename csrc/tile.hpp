@@ -67,18 +67,20 @@ struct Ahead {
 };
 constexpr int64_t kUnroll = 8;  // words between bursts
 
+// Next to multiplications each instruction counts: a burst ends with its row. Where rows are shorter than bursts they
+// nearly follow each other, and the processor brings in what this leaves out.
 __attribute__((always_inline)) static inline void bring(Ahead &a) {
-  const int64_t n = least(a.burst, a.lines);
-  for (int64_t i = 0; i < n; ++i) {
-    _mm_prefetch(a.at, _MM_HINT_T0);
-    a.at += 64;
-    if (--a.left_in_row == 0 && a.lines > i + 1) {
-      ++a.row;
-      a.at = a.base + (a.numbers ? a.numbers[a.row] : a.row) * a.stride;
-      a.left_in_row = a.row_lines;
-    }
-  }
+  if (a.lines <= 0) return;
+  const int64_t n = least(a.burst, a.left_in_row);
+  for (int64_t i = 0; i < n; ++i) _mm_prefetch(a.at + i * 64, _MM_HINT_T0);
+  a.at += n * 64;
   a.lines -= n;
+  a.left_in_row -= n;
+  if (a.left_in_row == 0 && a.lines > 0) {
+    ++a.row;
+    a.at = a.base + (a.numbers ? a.numbers[a.row] : a.row) * a.stride;
+    a.left_in_row = a.row_lines;
+  }
 }
 
 // Where the sums of a tile go: to the result, or to `sums` until the last block of the summed dim has come.
