@@ -16,6 +16,7 @@ from moesaic.sharding import rule_of
 from moesaic.sharding.decide import overload_of
 from moesaic.sharding.proof.examples import Example, line_for
 from moesaic.sharding.proof.placing import mesh_placements
+from moesaic.sharding.proof.search import Search, Standing
 from tests.sharding import proofs_of_ours, proofs_of_quantized
 from tests.sharding.mutants import mutants, rows, ruled_by
 from tests.sharding.proofs_of_ours import permuting
@@ -71,7 +72,7 @@ def proofs(name, most=None):
         wrong = "cut in the middle" in what or any(not is_right(row, right, given) for row in read)
         # Most of what is wrong shows on two ranks, and then no more are needed. What is right is tried on two alone.
         for some in [{"axes": (2,)}, {}] if wrong else [{"axes": (2,)}]:
-            with ruled_by(op, mutant), looking_at([inputs for inputs, _ in admitted]):
+            with ruled_by(op, mutant), looking_at([inputs for inputs, _ in admitted]), looking_for_what_is_wrong():
                 found = moesaic.prove(op, *args, **options | some)
             if found.wrong:
                 break
@@ -89,6 +90,22 @@ def looking_at(choices):
         return some, len(some)
 
     with mock.patch.object(prove_module, "on_one_axis", on_one_axis):
+        yield
+
+
+class UntilWrong(Search):
+    """Ends with the first thing that is wrong."""
+
+    def judge(self, trial, choices):
+        for start in range(0, len(choices), 8):
+            if not self.found["wrong"]:
+                super().judge(trial, choices[start : start + 8])
+
+
+@contextlib.contextmanager
+def looking_for_what_is_wrong():
+    """Let the proof not ask what is missing."""
+    with mock.patch.object(prove_module, "Search", UntilWrong), mock.patch.object(Standing, "update"):
         yield
 
 
