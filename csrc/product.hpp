@@ -191,7 +191,7 @@ static void multiply_panel(const Product &p, const ProductTask &t, int64_t colum
     const int rows = static_cast<int>(strips.begin(s + 1) - r);
     for (int i = 0; i < rows; ++i) tile.rows[i] = words_of_x<Kind>(term, row_of_x(p, t.first_row + r + i), b.first);
     Ahead below;
-    if (column == 0 && s + 1 < strips.count) {
+    if (kBringsRows && column == 0 && s + 1 < strips.count) {
       const int64_t next = strips.begin(s + 1), end = strips.begin(s + 2);
       below = rows_of_strip<Kind>(p, term, t.first_row + next, end - next, b, tile.words);
       below.spread(tile.words / kUnroll);

@@ -13,6 +13,7 @@ constexpr int kLanes = 8;
 constexpr int kVectors = 2;  // of a panel's row; 6 x 2 accumulators, 2 of the panel and 2 spare are all 16 registers
 constexpr int kHeight = 6;
 constexpr int64_t kWideWords = 256;  // of the summed dim where a task has several panels: one fills half of L1
+constexpr bool kBringsRows = false;  // rows of x: L2 is near enough
 constexpr int kPlacedRows = 6;
 
 INLINE Reg zero() { return _mm256_setzero_ps(); }

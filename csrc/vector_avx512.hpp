@@ -13,6 +13,7 @@ constexpr int kLanes = 16;
 constexpr int kVectors = 4;  // of a panel's row; 6 x 4 accumulators, 4 of the panel and 2 spare are all 32 registers
 constexpr int kHeight = 6;
 constexpr int64_t kWideWords = 96;  // of the summed dim where a task has several panels
+constexpr bool kBringsRows = true;  // rows of x
 constexpr int kPlacedRows = 0;  // not measured
 
 INLINE Reg zero() { return _mm512_setzero_ps(); }
