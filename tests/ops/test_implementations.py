@@ -51,7 +51,7 @@ KINDS = {
     "AMD without bf16": (of("AMD", "avx512"), lambda operator, dtype, rows: dtype == FP32),
     "Zen 3": (
         of("AMD", "avx2"),
-        lambda operator, dtype, rows: not (dtype == FP32 and rows == ONE and operator in WITHOUT_GRADIENT),
+        lambda operator, dtype, rows: not (dtype == FP32 and rows == MANY and operator == "grouped_mm"),
     ),
     "Intel with AVX2": (of("Intel", "avx2"), lambda operator, dtype, rows: False),
     "Zen 5, bf16 not chosen": (

@@ -117,8 +117,8 @@ MEASURED = (
         "fastest_cpu_zen3_1thread.json",
         vendor="AMD",
         dtypes=_FP32,
-        operators=_WITHOUT_GRADIENT,
-        shapes=("one",),
+        operators=("grouped_mm",),
+        shapes=("many",),
     ),
     Measured("cpu", "avx2", "fastest_cpu_zen3_1thread.json", vendor="AMD"),
 )
