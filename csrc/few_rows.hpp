@@ -1,8 +1,8 @@
 // Products of a few rows: as fast as memory gives the weights, which are read once and where they lie.
 //
-// A processor brings in what follows what was read, each stretch of memory for itself, and one stretch alone not as fast as
-// memory can. So weights are read in some places at once, far from each other, and in each of them as they lie. What a
-// sum adds up in which order does not depend on the columns of the task.
+// A processor fetches ahead where memory is read in order, for each such stretch by itself, and for one stretch alone it
+// fetches less than memory could give. So weights are read in several places at once, far from each other, and in order
+// in each of them. In which order a sum is added up does not depend on the columns of the task.
 #pragma once
 
 #include "product.hpp"

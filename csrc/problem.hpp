@@ -163,7 +163,7 @@ struct Kernels {
   int height;    // rows of the register tile
   int step;      // elements of the summed dim in a word
   bool widens;   // words are fp32 although the elements are bf16
-  int placed_rows;  // of a group so small that its weights are read in some places at once
+  int placed_rows;  // of a group so small that its weights are read in several places at once
   bool has_tiles;  // groups of more rows than `height` are multiplied on AMX's tiles
   int64_t block_words;  // of the summed dim, in a packed panel
   int64_t wide_words;   // likewise, of one of several panels of a task
@@ -196,7 +196,7 @@ constexpr int64_t kOneTileWords = 8;     // of the summed dim at a time, where o
 constexpr int64_t kOneTilePanels = 2;    // times as many panels there
 constexpr int64_t kLongRowWords = 6;     // likewise, of rows of more panels: too few to bring the next ones in ahead
 constexpr int64_t kLongRowPanels = 8;
-constexpr int64_t kPlacedColumns = 4096;   // of a task whose weights are read in some places at once
+constexpr int64_t kPlacedColumns = 4096;  // of a task whose weights are read in several places at once
 constexpr int64_t kKeptPlacedColumns = 2048;  // likewise where the sums of two products are kept
 constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
 constexpr int64_t kTileTaskRows = 192;   // rows of a product task on AMX's tiles, of as many panels as of kWideRows

@@ -67,8 +67,8 @@ INLINE const char *words_of_x(const Term &term, int64_t row, int64_t k) {
   return static_cast<const char *>(term.x.data) + (row * term.x.row_stride + k / Kind::kStep) * kWord;
 }
 
-// Whether a task's rows are so few that their weights are read in some places at once, and all its weights lie alike, in
-// rows or in columns.
+// Whether a task's rows are so few that their weights are read in several places at once, and all its weights lie alike,
+// in rows or in columns.
 INLINE bool takes_places(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
   const bool in_rows = a.column_stride == 1 && b.column_stride == 1;
