@@ -33,8 +33,12 @@ def test_info_names_the_instruction_set(fresh_python, monkeypatch):
         (kernels,) = re.findall(r"^CPU kernels: (.*)$", fresh_python(_INFO).stdout, re.MULTILINE)
         # In fp32 all with AVX-512 are the same. Others than the best run only where they are asked for.
         is_best = kernels_for(name, torch.float32) == kernels_for(best, torch.float32)
-        expected = name if name == best else f"{name}, for float32"
-        assert kernels == (expected if is_best else f'none without impl="cpu"; {name} with it')
+        # On some processors torch's products are faster in some cases of a dtype.
+        dtypes = (
+            "(, for float32( in part)?( and bfloat16( in part)?)?)?" if name == best else ", for float32( in part)?"
+        )
+        expected = name + dtypes if is_best else f'none without impl="cpu"; {name} with it'
+        assert re.fullmatch(expected, kernels)
 
 
 def test_info_says_why_there_are_no_kernels(fresh_python, monkeypatch):
