@@ -85,31 +85,23 @@ template <class Kind, int ROWS, int PLACES>
 INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float *const (&x)[ROWS], int64_t inner,
                      int64_t first, int64_t apart, float *sums) {
   using Element = ElementOf<Kind>;
-  // A chain of dependent additions alone would be slower than memory.
-  constexpr int kChains = ROWS == 1 && kVectors == 4 ? 2 : 1;
-  constexpr int64_t kStep = kChains * kLanes;
   const int64_t words = ceil_div(inner, Kind::kStep);
   const Element *column[PLACES];
 #pragma GCC unroll 8
   for (int j = 0; j < PLACES; ++j) column[j] = element<Kind>(w, 0, t.column + first + j * apart);
-  Reg sum[PLACES][kChains][ROWS];
+  Reg sum[PLACES][ROWS];
   for (auto &of_place : sum)
-    for (auto &chain : of_place)
-      for (Reg &s : chain) s = zero();
+    for (Reg &s : of_place) s = zero();
   int64_t k = 0;
-  for (; (k + kStep) * Kind::kStep <= inner; k += kStep) {
-#pragma GCC unroll 2
-    for (int h = 0; h < kChains; ++h) {
-      const int64_t at = k + h * kLanes;
-      Reg a[ROWS];
+  for (; (k + kLanes) * Kind::kStep <= inner; k += kLanes) {
+    Reg a[ROWS];
 #pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i) a[i] = load(x[i] + at);
+    for (int i = 0; i < ROWS; ++i) a[i] = load(x[i] + k);
 #pragma GCC unroll 8
-      for (int j = 0; j < PLACES; ++j) {
-        const Reg b = Kind::along(column[j] + at * Kind::kStep, kLanes * Kind::kStep);
+    for (int j = 0; j < PLACES; ++j) {
+      const Reg b = Kind::along(column[j] + k * Kind::kStep, kLanes * Kind::kStep);
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) sum[j][h][i] = Kind::fma(sum[j][h][i], a[i], b);
-      }
+      for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
     }
   }
   for (; k < words; k += kLanes) {
@@ -117,7 +109,7 @@ INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float 
     for (int j = 0; j < PLACES; ++j) {
       const Reg b = Kind::along(column[j] + k * Kind::kStep, inner - k * Kind::kStep);
 #pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i) sum[j][0][i] = Kind::fma(sum[j][0][i], load_f32(x[i] + k, words - k), b);
+      for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], load_f32(x[i] + k, words - k), b);
     }
   }
 #pragma GCC unroll 8
@@ -125,9 +117,7 @@ INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float 
     const int64_t c = first + j * apart;
     float *to = panel_of<ROWS>(sums, c / kPanel * kPanel) + c % kPanel;
 #pragma GCC unroll 6
-    for (int i = 0; i < ROWS; ++i, to += kPanel) {
-      *to += total(kChains == 1 ? sum[j][0][i] : add(sum[j][0][i], sum[j][kChains - 1][i]));
-    }
+    for (int i = 0; i < ROWS; ++i) to[i * kPanel] += total(sum[j][i]);
   }
 }
 
@@ -135,7 +125,7 @@ INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float 
 template <class Kind, int ROWS>
 static void add_columns(const moesaic_matrix &w, const ProductTask &t, const float *const (&x)[ROWS], int64_t inner,
                         float *sums) {
-  constexpr int kAtOnce = kVectors == 4 || ROWS <= 2 ? 4 : 2;  // as many as there are registers for
+  constexpr int kAtOnce = ROWS <= 2 ? 4 : 2;  // as many as there are registers for
   const int64_t apart = t.columns / kAtOnce;
   for (int64_t c = 0; c < apart; ++c) add_dots<Kind, ROWS, kAtOnce>(w, t, x, inner, c, apart, sums);
   for (int64_t c = kAtOnce * apart; c < t.columns; ++c) add_dots<Kind, ROWS, 1>(w, t, x, inner, c, 1, sums);
@@ -158,14 +148,7 @@ static void multiply_in_places(const Product &p, const ProductTask &t, const Pla
   }
   for (int64_t c = 0; c < t.columns && !out.kept; c += kLanes) {
     const float *from = panel_of<ROWS>(sums, c / kPanel * kPanel) + c % kPanel;
-    for (int i = 0; i < ROWS; ++i, from += kPanel) {
-      char *at = Place::at(out, i, c);
-      if (out.is_bf16) {
-        store_bf16(reinterpret_cast<uint16_t *>(at), load(from), t.columns - c);
-      } else {
-        store_f32(reinterpret_cast<float *>(at), load(from), t.columns - c);
-      }
-    }
+    for (int i = 0; i < ROWS; ++i) Place::put(out, i, c, load(from + i * kPanel), t.columns - c);
   }
 }
 

@@ -41,6 +41,16 @@ struct Place {
   INLINE char *at(const Place &p, int64_t row, int64_t column) {
     return p.data + row * p.row_bytes + column / kPanel * p.panel_bytes + column % kPanel * (p.is_bf16 ? 2 : 4);
   }
+
+  // A vector of sums from there on, of which `n` are there.
+  INLINE void put(const Place &p, int64_t row, int64_t column, Reg v, int64_t n) {
+    char *to = at(p, row, column);
+    if (p.is_bf16) {
+      store_bf16(reinterpret_cast<uint16_t *>(to), v, n);
+    } else {
+      store_f32(reinterpret_cast<float *>(to), v, n);
+    }
+  }
 };
 
 INLINE Place place(const Product &p, const ProductTask &t, float *keep) {
@@ -148,13 +158,7 @@ static void dots(const Product &p, const ProductTask &t, const Place &out) {
   }
   for (int i = 0; i < ROWS; ++i) {
     for (int64_t c = 0; c < width; c += kLanes) {
-      char *at = Place::at(out, i, c);
-      const Reg v = load_f32(sums[i] + c, width - c);
-      if (out.is_bf16) {
-        store_bf16(reinterpret_cast<uint16_t *>(at), v, width - c);
-      } else {
-        store_f32(reinterpret_cast<float *>(at), v, width - c);
-      }
+      Place::put(out, i, c, load_f32(sums[i] + c, width - c), width - c);
     }
   }
 }

@@ -176,13 +176,7 @@ static void stored_dots(const Product &p, const ProductTask &t, const Place &out
   }
   for (int i = 0; i < ROWS; ++i) {
     for (int64_t c = 0; c < t.columns; c += kLanes) {
-      char *at = Place::at(out, i, c);
-      const Reg v = load_f32(sums[i] + c, t.columns - c);
-      if (out.is_bf16) {
-        store_bf16(reinterpret_cast<uint16_t *>(at), v, t.columns - c);
-      } else {
-        store_f32(reinterpret_cast<float *>(at), v, t.columns - c);
-      }
+      Place::put(out, i, c, load_f32(sums[i] + c, t.columns - c), t.columns - c);
     }
   }
 }

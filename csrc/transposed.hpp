@@ -56,14 +56,7 @@ static void store_transposed(const Place &out, const float *sums, int64_t first,
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) square[i] = i < here ? load(sums + (c + i) * kPanel + r) : zero();
       transpose(square);
-      for (int64_t i = 0; i < last; ++i) {
-        char *at = Place::at(out, row + r + i, first + c);
-        if (out.is_bf16) {
-          store_bf16(reinterpret_cast<uint16_t *>(at), square[i], here);
-        } else {
-          store_f32(reinterpret_cast<float *>(at), square[i], here);
-        }
-      }
+      for (int64_t i = 0; i < last; ++i) Place::put(out, row + r + i, first + c, square[i], here);
     }
   }
 }
