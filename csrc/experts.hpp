@@ -8,10 +8,7 @@ namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kKeptSums =
     (kProductRows > kWideRows * kKeptPanels ? kProductRows : kWideRows * kKeptPanels) * kPanel;  // of one product
-static_assert(kHeight * kLongRowPanels * kKeptPanels * kPanel <= kKeptSums);
-static_assert(kPlacedRows * kKeptPlacedColumns <= kKeptSums);
-constexpr int64_t kLongRowColumns = kLongRowPanels * kKeptPanels * kPanel;
-constexpr int64_t kKeptColumns = kLongRowColumns > kKeptPlacedColumns ? kLongRowColumns : kKeptPlacedColumns;
+static_assert(kHeight * kKeptPlacedColumns <= kKeptSums);
 
 // Rows of a task are each at another place in memory; they are brought in before they are needed.
 INLINE int64_t rows_ahead(int64_t row_bytes) { return row_bytes <= 256 ? 16 : 8; }
@@ -52,7 +49,7 @@ static void finish_up(const Up &u, const ProductTask &t, const float *const *sum
   using Element = ElementOf<Kind>;
   const int64_t width = u.products[0].columns, bytes = t.columns * sizeof(Element), ahead = rows_ahead(bytes);
   const bool gated = u.num_projections > 1;
-  float biases[MOESAIC_MAX_PROJECTIONS][kKeptColumns];
+  float biases[MOESAIC_MAX_PROJECTIONS][kKeptPlacedColumns];
   for (int i = 0; i < u.num_projections; ++i) read_bias<Kind>(u.biases[i], t, biases[i]);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t row = t.first_row + r, line = u.lines[row];

@@ -2,7 +2,8 @@
 //
 // A processor fetches ahead where memory is read in order, for each such stretch by itself, and for one stretch alone it
 // fetches less than memory could give. So weights are read in several places at once, far from each other, and in order
-// in each of them. In which order a sum is added up does not depend on the columns of the task.
+// in each of them. The processor does not fetch beyond the end of a page, so the kernel brings in what lies further on. In
+// which order a sum is added up does not depend on the columns of the task.
 #pragma once
 
 #include "product.hpp"
@@ -10,6 +11,18 @@
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kPlaces = 8;
+
+// A vector of a place was read from here: brings in what lies further on.
+INLINE void bring_further(const void *p) {
+  if constexpr (kPlacedAhead > 0) _mm_prefetch(static_cast<const char *>(p) + kPlacedAhead, _MM_HINT_T0);
+}
+
+// Likewise of a panel's row.
+template <class Element>
+INLINE void bring_further_row(const Element *p) {
+#pragma GCC unroll 4
+  for (int c = 0; c < kPanel; c += 64 / sizeof(Element)) bring_further(p + c);
+}
 
 // The panel of a task's sums that begins with this column.
 template <int ROWS>
@@ -37,6 +50,8 @@ INLINE void add_words(const moesaic_matrix &w, const ProductTask &t, const float
     for (int j = 0; j < PLACES; ++j, p += to_next) {
       Reg b[kVectors];
       Kind::panel_row(p, p + w.row_stride, b);
+      bring_further_row(p);
+      if (Kind::kStep == 2) bring_further_row(p + w.row_stride);
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; ++i) {
         const Reg a = broadcast(reinterpret_cast<const char *>(x[i] + first + j * apart));
@@ -100,6 +115,7 @@ INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float 
 #pragma GCC unroll 8
     for (int j = 0; j < PLACES; ++j) {
       const Reg b = Kind::along(column[j] + k * Kind::kStep, kLanes * Kind::kStep);
+      bring_further(column[j] + k * Kind::kStep);
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; ++i) sum[j][i] = Kind::fma(sum[j][i], a[i], b);
     }
@@ -125,7 +141,7 @@ INLINE void add_dots(const moesaic_matrix &w, const ProductTask &t, const float 
 template <class Kind, int ROWS>
 static void add_columns(const moesaic_matrix &w, const ProductTask &t, const float *const (&x)[ROWS], int64_t inner,
                         float *sums) {
-  constexpr int kAtOnce = ROWS <= 2 ? 4 : 2;  // as many as there are registers for
+  constexpr int kAtOnce = (ROWS <= 2 ? 4 : 2) * kVectors / 2;  // as many as there are registers for
   const int64_t apart = t.columns / kAtOnce;
   for (int64_t c = 0; c < apart; ++c) add_dots<Kind, ROWS, kAtOnce>(w, t, x, inner, c, apart, sums);
   for (int64_t c = kAtOnce * apart; c < t.columns; ++c) add_dots<Kind, ROWS, 1>(w, t, x, inner, c, 1, sums);
@@ -152,7 +168,7 @@ static void multiply_in_places(const Product &p, const ProductTask &t, const Pla
   }
 }
 
-template <class Kind, int ROWS = kPlacedRows>
+template <class Kind, int ROWS = kHeight>
 static void few_rows(const Product &p, const ProductTask &t, const Place &out, float *sums) {
   if (t.rows == ROWS) return multiply_in_places<Kind, ROWS>(p, t, out, sums);
   if constexpr (ROWS > 1) few_rows<Kind, ROWS - 1>(p, t, out, sums);

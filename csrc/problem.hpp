@@ -163,10 +163,10 @@ struct Kernels {
   int height;    // rows of the register tile
   int step;      // elements of the summed dim in a word
   bool widens;   // words are fp32 although the elements are bf16
-  int placed_rows;  // of a group so small that its weights are read in several places at once
   bool has_tiles;  // groups of more rows than `height` are multiplied on AMX's tiles
   int64_t block_words;  // of the summed dim, in a packed panel
   int64_t wide_words;   // likewise, of one of several panels of a task
+  int64_t kept_columns;  // of a task of few rows where the sums of two products are kept
   int64_t scratch_bytes;
   void (*product)(const Product &, Counter &, char *scratch);
   void (*gradient)(const Gradient &, Counter &, char *scratch);
@@ -192,13 +192,8 @@ struct TileKernels {
 constexpr int64_t kProductRows = 768;    // rows of a product task of one panel
 constexpr int64_t kWideRows = 192;       // rows of a group so small that its weights are read row after row, in
 constexpr int64_t kWidePanels = 8;       // tasks of as many panels, since one panel of a row is a short read
-constexpr int64_t kOneTileWords = 8;     // of the summed dim at a time, where one tile has all the rows
-constexpr int64_t kOneTilePanels = 2;    // times as many panels there
-constexpr int64_t kLongRowWords = 6;     // likewise, of rows of more panels: too few to bring the next ones in ahead
-constexpr int64_t kLongRowPanels = 8;
 constexpr int64_t kPlacedColumns = 4096;  // of a task whose weights are read in several places at once
-constexpr int64_t kKeptPlacedColumns = 2048;  // likewise where the sums of two products are kept
-constexpr int64_t kFewRows = 4;          // rows of a group for which nothing is worth packing
+constexpr int64_t kFewRows = 4;          // rows of a group whose quantised weights are not worth decoding to a panel
 constexpr int64_t kTileTaskRows = 192;   // rows of a product task on AMX's tiles, of as many panels as of kWideRows
 constexpr int64_t kKeptPanels = 4;       // likewise where the sums of two products are kept until both are there
 constexpr int64_t kGradientRows = 288;   // rows of a gradient task

@@ -82,19 +82,12 @@ INLINE const char *words_of_x(const Term &term, int64_t row, int64_t k) {
 INLINE bool takes_places(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
   const bool in_rows = a.column_stride == 1 && b.column_stride == 1;
-  return t.rows <= kPlacedRows && (in_rows || (a.row_stride == 1 && b.row_stride == 1));
-}
-
-// Whether the rows are so few that packing would cost more than it saves, and the summed dim is contiguous.
-INLINE bool takes_dots(const Product &p, const ProductTask &t) {
-  const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
-  return t.rows <= kFewRows && t.columns <= kPanel && a.row_stride == 1 && a.column_stride != 1 && b.row_stride == 1 &&
-         b.column_stride != 1;
+  return t.rows <= kHeight && (in_rows || (a.row_stride == 1 && b.row_stride == 1));
 }
 
 template <class Kind>
 static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index) {
-  if (t.matrix < 0 || !p.inner || takes_places(p, t) || takes_dots(p, t)) return {};
+  if (t.matrix < 0 || !p.inner || takes_places(p, t)) return {};
   constexpr int64_t kSize = sizeof(ElementOf<Kind>);
   const Block b = block<Kind>(p, t, index);
   const moesaic_matrix w = weight<Kind>(p.terms[b.term], t.matrix);
@@ -103,64 +96,6 @@ static Ahead weight_region(const Product &p, const ProductTask &t, int64_t index
   if (w.column_stride == 1) return Ahead::region(start, b.count, width * kSize, w.row_stride * kSize);
   if (w.row_stride == 1) return Ahead::region(start, width, b.count * kSize, w.column_stride * kSize);
   return {};
-}
-
-// Columns one after the other, which is how they lie, so that the processor sees one stream. Each sum is of some chains,
-// since a chain of dependent additions alone would be slower than memory.
-template <class Kind, int ROWS>
-static void dots(const Product &p, const ProductTask &t, const Place &out) {
-  using Element = ElementOf<Kind>;
-  constexpr int kChains = kVectors == 4 ? 4 : 2;
-  constexpr int64_t kStep = kChains * kLanes, kAheadBytes = 4 << 10;
-  constexpr int64_t kVectorBytes = kLanes * Kind::kStep * static_cast<int64_t>(sizeof(Element));
-  const int64_t words = ceil_div(p.inner, Kind::kStep);
-  const int64_t width = t.columns;  // one panel
-  float sums[ROWS][kPanel] = {};
-  for (int term = 0; term < p.num_terms; ++term) {
-    const moesaic_matrix w = weight<Kind>(p.terms[term], t.matrix);
-    const float *x[ROWS];
-    for (int i = 0; i < ROWS; ++i) {
-      x[i] = reinterpret_cast<const float *>(words_of_x<Kind>(p.terms[term], row_of_x(p, t.first_row + i), 0));
-    }
-    const int64_t bytes = p.inner * static_cast<int64_t>(sizeof(Element));
-    const int64_t ahead = ceil_div(kAheadBytes, bytes) * w.column_stride;
-    for (int64_t c = 0; c < width; ++c) {
-      const Element *column = element<Kind>(w, 0, t.column + c);
-      Reg sum[ROWS][kChains];
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < kChains; ++j) sum[i][j] = zero();
-      int64_t k = 0;
-      for (; (k + kStep) * Kind::kStep <= p.inner; k += kStep) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kChains; ++j) {
-          const int64_t at = k + j * kLanes;
-          const Reg b = Kind::along(column + at * Kind::kStep, kLanes * Kind::kStep);
-          if (j * kVectorBytes % 64 == 0) _mm_prefetch(column + at * Kind::kStep + ahead, _MM_HINT_T0);
-#pragma GCC unroll 4
-          for (int i = 0; i < ROWS; ++i) sum[i][j] = Kind::fma(sum[i][j], load(x[i] + at), b);
-        }
-      }
-      for (; k < words; k += kLanes) {
-        const Reg b = Kind::along(column + k * Kind::kStep, p.inner - k * Kind::kStep);
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; ++i) sum[i][0] = Kind::fma(sum[i][0], load_f32(x[i] + k, words - k), b);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) {
-        Reg all_chains = sum[i][0];
-#pragma GCC unroll 4
-        for (int j = 1; j < kChains; ++j) all_chains = add(all_chains, sum[i][j]);
-        sums[i][c] += total(all_chains);
-      }
-    }
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int64_t c = 0; c < width; c += kLanes) {
-      Place::put(out, i, c, load_f32(sums[i] + c, width - c), width - c);
-    }
-  }
 }
 
 // The rows of x of a strip, to be brought in while the one above multiplies.

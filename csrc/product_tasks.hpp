@@ -10,8 +10,7 @@
 namespace moesaic::MOESAIC_ISA {
 
 constexpr int64_t kProductSums = kProductRows > kWideRows * kWidePanels ? kProductRows : kWideRows * kWidePanels;
-static_assert(kHeight * kLongRowPanels * kWidePanels <= kProductSums);
-static_assert(kPlacedRows * kPlacedColumns <= kProductSums * kPanel);
+static_assert(kHeight * kPlacedColumns <= kProductSums * kPanel);
 static_assert(kWideWords <= kProductWords<F32> && kWideWords <= kProductWords<BF16>);
 template <class Kind>
 constexpr int64_t kPanelScratch = (kProductWords<Kind> + kProductSums) * kPanelBytes;
@@ -45,17 +44,7 @@ static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTa
   if constexpr (kHasTiles<Kind>) {
     if (takes_tiles(t)) return tile_product_task<Kind>(tiles, p, t, next_product, next, keep, scratch);
   }
-  if constexpr (kPlacedRows > 0) {
-    if (takes_places(p, t)) return few_rows<Kind>(p, t, out, sums);
-  }
-  if (takes_dots(p, t)) {
-    switch (t.rows) {
-      case 1: return dots<Kind, 1>(p, t, out);
-      case 2: return dots<Kind, 2>(p, t, out);
-      case 3: return dots<Kind, 3>(p, t, out);
-      default: return dots<Kind, 4>(p, t, out);
-    }
-  }
+  if (takes_places(p, t)) return few_rows<Kind>(p, t, out, sums);
   if (takes_transposed<Kind>(p, t)) return transposed_product<Kind>(p, t, next_product, next, out, scratch);
   const int64_t blocks = num_blocks<Kind>(p, t);
   for (int64_t b = 0; b < blocks; ++b) {

@@ -40,25 +40,19 @@ Layout layout(const moesaic_weights &w) {
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads) {
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
-  int64_t most_rows = limits.rows, most_panels = limits.wide_panels, placed_panels = limits.placed_columns / panel;
+  int64_t most_rows = kProductRows, most_panels = limits.wide_panels;
+  int64_t placed_panels = (limits.keeps_sums ? k.kept_columns : kPlacedColumns) / panel;
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
   auto on_tiles = [&](const Group &g) { return k.has_tiles && w != Layout::kStored && g.rows > k.height; };
-  auto is_placed = [&](const Group &g) { return (in_rows || in_columns) && g.rows <= k.placed_rows; };
+  auto is_placed = [&](const Group &g) { return (in_rows || in_columns) && g.rows <= k.height; };
   auto is_wide = [&](const Group &g) {
-    return on_tiles(g) || ((in_rows || (in_columns && g.rows > kFewRows)) && g.rows <= kWideRows);
+    return on_tiles(g) || ((in_rows || in_columns) && g.rows <= kWideRows);
   };
-  // Where one tile has all the rows their weights are read once, best in long pieces. Short rows are brought in ahead,
-  // whole. Of longer ones the next words would drive out these ones: the processor brings them in as it sees fit.
-  const bool long_rows = panels > kOneTilePanels * limits.wide_panels;
-  auto words = [&](const Group &g) {
-    if (on_tiles(g) || !in_rows || !is_wide(g)) return k.block_words;
-    return g.rows > k.height ? k.wide_words : long_rows ? kLongRowWords : kOneTileWords;
-  };
+  auto words = [&](const Group &g) { return in_rows && is_wide(g) && !on_tiles(g) ? k.wide_words : k.block_words; };
   auto width = [&](const Group &g) {
     if (!panels) return int64_t{1};
     if (is_placed(g)) return ceil_div(panels, ceil_div(panels, placed_panels));
-    if (!is_wide(g)) return int64_t{1};
-    return most_panels * (g.rows > k.height ? 1 : long_rows && in_rows ? kLongRowPanels : kOneTilePanels);
+    return is_wide(g) ? most_panels : int64_t{1};
   };
   auto parts = [&](const Group &g) {
     return ceil_div(g.rows, on_tiles(g) ? std::min(most_rows, kTileTaskRows) : most_rows);

@@ -42,10 +42,11 @@ Layout layout(const moesaic_weights &w);
 
 // How large a task of a product may be.
 struct Limits {
-  int64_t rows, wide_panels, placed_columns;
+  int64_t wide_panels;
+  bool keeps_sums;
 };
-constexpr Limits kProductLimits = {kProductRows, kWidePanels, kPlacedColumns};
-constexpr Limits kKeptLimits = {kProductRows, kKeptPanels, kKeptPlacedColumns};
+constexpr Limits kProductLimits = {kWidePanels, false};
+constexpr Limits kKeptLimits = {kKeptPanels, true};
 
 std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const std::vector<Group> &padding,
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads);

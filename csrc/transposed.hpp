@@ -29,7 +29,7 @@ struct RowPanels {
 template <class Kind>
 INLINE bool takes_transposed(const Product &p, const ProductTask &t) {
   const moesaic_matrix &a = p.terms[0].w, &b = p.terms[p.num_terms - 1].w;
-  return t.matrix >= 0 && t.rows > kFewRows && t.rows <= kWideRows && a.row_stride == 1 &&
+  return t.matrix >= 0 && t.rows > kHeight && t.rows <= kWideRows && a.row_stride == 1 &&
          a.column_stride != 1 && b.row_stride == 1 && b.column_stride != 1 && p.inner % Kind::kStep == 0 &&
          p.num_terms * p.inner / Kind::kStep * RowPanels(t.rows).count * kPanelBytes <= kTransposedBytes;
 }

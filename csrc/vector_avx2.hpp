@@ -14,7 +14,8 @@ constexpr int kVectors = 2;  // of a panel's row; 6 x 2 accumulators, 2 of the p
 constexpr int kHeight = 6;
 constexpr int64_t kWideWords = 256;  // of the summed dim where a task has several panels: one fills half of L1
 constexpr bool kBringsRows = false;  // rows of x: L2 is near enough
-constexpr int kPlacedRows = 6;
+constexpr int64_t kKeptPlacedColumns = 2048;  // of a task of few rows where the sums of two products are kept
+constexpr int64_t kPlacedAhead = 0;  // bytes by which few rows' weights are brought in early; not measured
 
 INLINE Reg zero() { return _mm256_setzero_ps(); }
 INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }

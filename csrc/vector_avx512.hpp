@@ -14,7 +14,8 @@ constexpr int kVectors = 4;  // of a panel's row; 6 x 4 accumulators, 4 of the p
 constexpr int kHeight = 6;
 constexpr int64_t kWideWords = 96;  // of the summed dim where a task has several panels
 constexpr bool kBringsRows = true;  // rows of x
-constexpr int kPlacedRows = 0;  // not measured
+constexpr int64_t kKeptPlacedColumns = 4096;  // of a task of few rows where the sums of two products are kept
+constexpr int64_t kPlacedAhead = 2 << 10;  // bytes by which few rows' weights are brought in early
 
 INLINE Reg zero() { return _mm512_setzero_ps(); }
 INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }

@@ -1,6 +1,6 @@
 """The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have.
 
-`python -m tests.ops.cpu_isa` prints them without the best, which is the default, and without AMX, which is bf16 alone.
+`python -m tests.ops.cpu_isa` prints them without the usual one, which is the default, and without AMX, which is bf16 alone.
 """
 
 import pytest
@@ -52,4 +52,4 @@ def skip_unless_supported(impl: str | None, dtype: torch.dtype, device: str = "c
 
 
 if __name__ == "__main__":
-    print("none", *(name for name in HERE if name not in (*TILED, processor().best)))
+    print("none", *(name for name in HERE if name not in (*TILED, processor().usual)))

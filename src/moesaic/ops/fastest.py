@@ -43,7 +43,7 @@ class Measured(NamedTuple):
         fastest: the implementation.
         kind: an instruction set of the CPU kernels, or a type of device.
         numbers: a file of ``benchmarks/results/`` that shows it.
-        vendor, has_amx: of the processor.
+        vendor, has_amx, best: of the processor.
         dtypes, operators, shapes: of the call; those of :mod:`moesaic.ops.choices`.
     """
 
@@ -52,6 +52,7 @@ class Measured(NamedTuple):
     numbers: str
     vendor: str | None = None
     has_amx: bool | None = None
+    best: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     operators: tuple[str, ...] | None = None
     shapes: tuple[str, ...] | None = None
@@ -62,6 +63,7 @@ class Measured(NamedTuple):
             kind == self.kind
             and self.vendor in (None, machine.vendor)
             and self.has_amx in (None, machine.has_amx)
+            and self.best in (None, machine.best)
             and (self.dtypes is None or case.dtype in self.dtypes)
             and (self.operators is None or case.operator in self.operators)
             and (self.shapes is None or case.shape in self.shapes)
@@ -182,9 +184,9 @@ def by_entries(machine: Processor) -> Choices:
 def _by_entries(machine: Processor) -> dict[Case, Reason]:
     found = {}
     for case in CASES:
-        # Kernels for less than the processor has were compared with torch's products on others.
+        # Kernels that the processor does not use by itself were compared with torch's products on others.
         kind = kernels_for(machine.kernels, case.dtype)
-        if kind == kernels_for(machine.best, case.dtype):
+        if kind == kernels_for(machine.usual, case.dtype):
             entry = next((entry for entry in MEASURED if entry.fits(case, machine, kind)), None)
             if entry is not None:
                 found[case] = Reason(entry.fastest, entry)

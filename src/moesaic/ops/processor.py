@@ -1,6 +1,6 @@
 """What is known of this machine's processor. Nothing else asks for it, and only this names instruction sets.
 
-``MOESAIC_CPU_ISA`` names the instruction set for the CPU kernels in place of the best one, or ``none`` to do without
+``MOESAIC_CPU_ISA`` names the instruction set for the CPU kernels in place of the usual one, or ``none`` to do without
 them. It is read once, when the processor is first asked for.
 """
 
@@ -36,6 +36,16 @@ class Processor(NamedTuple):
     best: str
     kernels: str
 
+    @property
+    def usual(self) -> str:
+        """The instruction set that the kernels use unless ``MOESAIC_CPU_ISA`` names another.
+
+        It is the best one, except on Intel processors with bf16 instructions and without AMX. There a bf16 instruction
+        takes four times as long as one in fp32 that does half its work, so bf16 is converted to fp32.
+        """
+        converts = self.vendor == "Intel" and not self.has_amx and self.best == "avx512_bf16"
+        return "avx512" if converts else self.best
+
 
 @functools.cache
 def processor() -> Processor:
@@ -49,12 +59,13 @@ def processor() -> Processor:
     if isinstance(loaded, str):
         return Processor(_VENDORS.get(vendor, vendor), has_amx(), "none", "none")
     best = INSTRUCTION_SETS[loaded.moesaic_cpu_isa()]
-    wanted = os.environ.get("MOESAIC_CPU_ISA", best)
+    machine = Processor(_VENDORS.get(vendor, vendor), has_amx(), best, best)
+    wanted = os.environ.get("MOESAIC_CPU_ISA", machine.usual)
     if wanted not in (best, "none"):
         here = tuple(name for i, name in enumerate(INSTRUCTION_SETS) if name == "none" or loaded.moesaic_cpu_has_isa(i))
         if wanted not in here:
             raise ValueError(f"MOESAIC_CPU_ISA: got {wanted!r}; choose one of {here}")
-    return Processor(_VENDORS.get(vendor, vendor), has_amx(), best, wanted)
+    return machine._replace(kernels=wanted)
 
 
 def kernels_for(isa: str, dtype: torch.dtype) -> str:
