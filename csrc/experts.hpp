@@ -80,16 +80,13 @@ static void up(const Up &u, Counter &counter, char *scratch) {
   float *first = reinterpret_cast<float *>(scratch + kProductScratch<Kind>);
   float *const sums[MOESAIC_MAX_PROJECTIONS] = {first, first + kKeptSums};
   TilesOf<Kind> tiles;
-  for (int64_t i = counter.next(), after; i < u.num_tasks; i = after) {
-    after = counter.next();
-    const ProductTask &t = u.products[0].tasks[i];
-    const ProductTask *next = after < u.num_tasks ? &u.products[0].tasks[after] : nullptr;
+  each_task(u.products[0], u.num_tasks, counter, [&](const ProductTask &t, const ProductTask *next) {
     for (int p = 0; p < u.num_projections; ++p) {
       const bool last = p + 1 == u.num_projections;
       product_task<Kind>(tiles, u.products[p], t, u.products[last ? 0 : p + 1], last ? next : &t, sums[p], scratch);
     }
     finish_up<Kind>(u, t, sums);
-  }
+  });
 }
 
 // From the gradient of the hidden rows those of the pre-activations, and the columns' part of those of the weights.
@@ -138,13 +135,10 @@ static void down(const Down &d, Counter &counter, char *scratch) {
   const Product &p = d.product;
   const bool has_product = p.num_terms > 0;
   TilesOf<Kind> tiles;
-  for (int64_t i = counter.next(), after; i < d.num_tasks; i = after) {
-    after = counter.next();
-    const ProductTask &t = p.tasks[i];
-    const ProductTask *next = after < d.num_tasks ? &p.tasks[after] : nullptr;
+  each_task(p, d.num_tasks, counter, [&](const ProductTask &t, const ProductTask *next) {
     if (has_product) product_task<Kind>(tiles, p, t, p, next, sums, scratch);
     finish_down<Kind>(d, t, has_product ? sums : nullptr);
-  }
+  });
 }
 
 template <class Kind>

@@ -58,14 +58,24 @@ static void product_task(TilesOf<Kind> &tiles, const Product &p, const ProductTa
   }
 }
 
+// Calls `work` with each task of this thread and the one that follows. That is claimed ahead, so that its panel can be
+// brought in. Few rows bring in nothing: there it stays free for other threads, and NULL.
+template <class Work>
+INLINE void each_task(const Product &p, int64_t num_tasks, Counter &counter, Work work) {
+  for (int64_t i = counter.next(); i < num_tasks;) {
+    const bool claims = p.num_terms > 0 && !takes_places(p, p.tasks[i]);
+    const int64_t next = claims ? counter.next() : num_tasks;
+    work(p.tasks[i], next < num_tasks ? &p.tasks[next] : nullptr);
+    i = claims ? next : counter.next();
+  }
+}
+
 template <class Kind>
 static void product(const Product &p, Counter &counter, char *scratch) {
   TilesOf<Kind> tiles;
-  // A task is claimed one ahead, so that its panel can be brought in.
-  for (int64_t i = counter.next(), next; i < p.num_tasks; i = next) {
-    next = counter.next();
-    product_task<Kind>(tiles, p, p.tasks[i], p, next < p.num_tasks ? &p.tasks[next] : nullptr, nullptr, scratch);
-  }
+  each_task(p, p.num_tasks, counter, [&](const ProductTask &t, const ProductTask *next) {
+    product_task<Kind>(tiles, p, t, p, next, nullptr, scratch);
+  });
 }
 
 }  // namespace moesaic::MOESAIC_ISA

@@ -1,6 +1,7 @@
 #include "tasks.hpp"
 
 #include <new>
+#include <numeric>
 
 namespace moesaic {
 namespace {
@@ -41,7 +42,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
                                        int64_t columns, const Kernels &k, Layout w, Limits limits, int threads) {
   const int64_t panel = k.panel, panels = ceil_div(columns, panel);
   int64_t most_rows = kProductRows, most_panels = limits.wide_panels;
-  int64_t placed_panels = (limits.keeps_sums ? k.kept_columns : kPlacedColumns) / panel;
+  const int64_t placed_panels = (limits.keeps_sums ? k.kept_columns : kPlacedColumns) / panel;
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
   auto on_tiles = [&](const Group &g) { return k.has_tiles && w != Layout::kStored && g.rows > k.height; };
   auto is_placed = [&](const Group &g) { return (in_rows || in_columns) && g.rows <= k.height; };
@@ -49,9 +50,16 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
     return on_tiles(g) || ((in_rows || in_columns) && g.rows <= kWideRows);
   };
   auto words = [&](const Group &g) { return in_rows && is_wide(g) && !on_tiles(g) ? k.wide_words : k.block_words; };
+  // Where weights are read in several places, long pieces are the fastest. So only groups that are left over when all
+  // threads have as many as each other are cut, and these so that all threads have as many pieces.
+  const int64_t left_over = groups.size() % threads, shared_from = groups.size() - left_over;
+  const int64_t pieces = left_over ? threads / std::gcd<int64_t>(threads, left_over) : 1;
   auto width = [&](const Group &g) {
     if (!panels) return int64_t{1};
-    if (is_placed(g)) return ceil_div(panels, ceil_div(panels, placed_panels));
+    if (is_placed(g)) {
+      const int64_t tasks = ceil_div(panels, placed_panels), is_shared = &g - groups.data() >= shared_from;
+      return ceil_div(panels, is_shared ? std::max(tasks, pieces) : tasks);
+    }
     return is_wide(g) ? most_panels : int64_t{1};
   };
   auto parts = [&](const Group &g) {
@@ -65,7 +73,6 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   while (threads > 1 && most_rows >= 2 * kSmallestSplit && count() < kTasksPerThread * threads) {
     if (most_panels > 1) {
       most_panels /= 2;
-      placed_panels = std::max<int64_t>(1, placed_panels / 2);
     } else {
       most_rows /= 2;
     }

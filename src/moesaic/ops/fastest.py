@@ -91,15 +91,37 @@ MEASURED = (
         "avx512_bf16",
         "fastest_cpu_xeon_1thread.json",
         vendor="Intel",
+        has_amx=True,
         dtypes=_BF16,
         operators=("grouped_mm_accumulate_weight_grad",),
     ),
-    # Its bf16 products run on AMX tiles, and the kernels do not. Without AMX they are no faster than with it.
+    # Its bf16 products run on AMX tiles, and the kernels do not.
     Measured(
-        "cpu", "avx512_bf16", "fastest_cpu_xeon_1thread.json", vendor="Intel", dtypes=_BF16, shapes=("one", "few")
+        "cpu",
+        "avx512_bf16",
+        "fastest_cpu_xeon_1thread.json",
+        vendor="Intel",
+        has_amx=True,
+        dtypes=_BF16,
+        shapes=("one", "few"),
     ),
     Measured("torch", "avx512_bf16", "fastest_cpu_xeon_1thread.json", vendor="Intel", has_amx=True, dtypes=_BF16),
     Measured("cpu", "avx512", "fastest_cpu_xeon_1thread.json", vendor="Intel", has_amx=True, dtypes=_FP32),
+    # Intel without AMX, with bf16 instructions that the kernels leave alone.
+    Measured(
+        "torch",
+        "avx512",
+        "fastest_cpu_emerald_1thread.json",
+        vendor="Intel",
+        has_amx=False,
+        best="avx512_bf16",
+        dtypes=_FP32,
+        operators=("grouped_mm",),
+        shapes=("many",),
+    ),
+    Measured(
+        "cpu", "avx512", "fastest_cpu_emerald_1thread.json", vendor="Intel", has_amx=False, best="avx512_bf16"
+    ),
     # Intel with AVX-512 and no bf16 instructions.
     Measured(
         "torch",
