@@ -1,6 +1,7 @@
 """The instruction sets of this machine, for tests that run the CPU kernels on each; and which dtypes they have.
 
-`python -m tests.ops.cpu_isa` prints them without the usual one, which is the default, and without AMX, which is bf16 alone.
+`python -m tests.ops.cpu_isa` prints them without the usual one, which is the default, and without AMX, which is bf16
+alone.
 """
 
 import pytest

@@ -119,9 +119,7 @@ MEASURED = (
         operators=("grouped_mm",),
         shapes=("many",),
     ),
-    Measured(
-        "cpu", "avx512", "fastest_cpu_emerald_1thread.json", vendor="Intel", has_amx=False, best="avx512_bf16"
-    ),
+    Measured("cpu", "avx512", "fastest_cpu_emerald_1thread.json", vendor="Intel", has_amx=False, best="avx512_bf16"),
     # Intel with AVX-512 and no bf16 instructions.
     Measured(
         "torch",
