@@ -85,27 +85,21 @@ MEASURED = (
     # AMD since Zen 4.
     Measured("cpu", "avx512", "fastest_cpu_zen5_1thread.json", vendor="AMD", dtypes=_FP32),
     Measured("cpu", "avx512_bf16", "fastest_cpu_zen5_1thread.json", vendor="AMD", dtypes=_BF16),
-    # Intel with AMX. torch's products cannot add to what is wider than they are: they make fp32 ones there, not on AMX.
+    # Intel with AMX: without it these instructions are not the usual ones. torch's products cannot add to what is wider
+    # than they are: they make fp32 ones there, not on AMX.
     Measured(
         "cpu",
         "avx512_bf16",
         "fastest_cpu_xeon_1thread.json",
         vendor="Intel",
-        has_amx=True,
         dtypes=_BF16,
         operators=("grouped_mm_accumulate_weight_grad",),
     ),
     # Its bf16 products run on AMX tiles, and the kernels do not.
     Measured(
-        "cpu",
-        "avx512_bf16",
-        "fastest_cpu_xeon_1thread.json",
-        vendor="Intel",
-        has_amx=True,
-        dtypes=_BF16,
-        shapes=("one", "few"),
+        "cpu", "avx512_bf16", "fastest_cpu_xeon_1thread.json", vendor="Intel", dtypes=_BF16, shapes=("one", "few")
     ),
-    Measured("torch", "avx512_bf16", "fastest_cpu_xeon_1thread.json", vendor="Intel", has_amx=True, dtypes=_BF16),
+    Measured("torch", "avx512_bf16", "fastest_cpu_xeon_1thread.json", vendor="Intel", dtypes=_BF16),
     Measured("cpu", "avx512", "fastest_cpu_xeon_1thread.json", vendor="Intel", has_amx=True, dtypes=_FP32),
     # Intel without AMX, with bf16 instructions that the kernels leave alone.
     Measured(
