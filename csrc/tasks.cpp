@@ -46,9 +46,7 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   const bool in_rows = w == Layout::kRows, in_columns = w == Layout::kColumns;
   auto on_tiles = [&](const Group &g) { return k.has_tiles && w != Layout::kStored && g.rows > k.height; };
   auto is_placed = [&](const Group &g) { return (in_rows || in_columns) && g.rows <= k.height; };
-  auto is_wide = [&](const Group &g) {
-    return on_tiles(g) || ((in_rows || in_columns) && g.rows <= kWideRows);
-  };
+  auto is_wide = [&](const Group &g) { return on_tiles(g) || ((in_rows || in_columns) && g.rows <= kWideRows); };
   auto words = [&](const Group &g) { return in_rows && is_wide(g) && !on_tiles(g) ? k.wide_words : k.block_words; };
   // Where weights are read in several places, long pieces are the fastest. So only groups that are left over when all
   // threads have as many as each other are cut, and these so that all threads have as many pieces.
@@ -57,7 +55,8 @@ std::vector<ProductTask> product_tasks(const std::vector<Group> &groups, const s
   auto width = [&](const Group &g) {
     if (!panels) return int64_t{1};
     if (is_placed(g)) {
-      const int64_t tasks = ceil_div(panels, placed_panels), is_shared = &g - groups.data() >= shared_from;
+      const int64_t tasks = ceil_div(panels, placed_panels);
+      const bool is_shared = &g - groups.data() >= shared_from;
       return ceil_div(panels, is_shared ? std::max(tasks, pieces) : tasks);
     }
     return is_wide(g) ? most_panels : int64_t{1};
